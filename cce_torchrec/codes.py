@@ -1,0 +1,39 @@
+"""Codes [N, c] of a table's chunks: storage type, initial hash, lookup."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from cce_torchrec.config import CCEEmbeddingBagConfig, code_dtype
+from cce_torchrec.hashing import code_hash
+
+_BLOCK = 1 << 20
+
+
+def hashed_codes(
+    config: CCEEmbeddingBagConfig, chunks: Sequence[int], device: torch.device
+) -> torch.Tensor:
+    """Initial codes of `chunks`, [N, len(chunks)] in the table's storage type, made in blocks."""
+    codes = torch.empty(
+        config.num_embeddings, len(chunks), dtype=code_dtype(config.num_rows), device=device
+    )
+    if codes.device.type == "meta":
+        return codes
+    for start in range(0, config.num_embeddings, _BLOCK):
+        ids = torch.arange(start, min(start + _BLOCK, config.num_embeddings), device=device)
+        for column, chunk in enumerate(chunks):
+            rows = code_hash(config.seed, config.name, chunk)(ids, config.num_rows)
+            codes[start : start + len(ids), column] = rows.to(codes.dtype)
+    return codes
+
+
+def widen(codes: torch.Tensor) -> torch.Tensor:
+    """Codes as int64 rows; int16 storage holds unsigned values."""
+    return codes.long() & 0xFFFF if codes.dtype == torch.int16 else codes.long()
+
+
+def pack(rows: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """Rows as codes of storage type `dtype`; the inverse of `widen`."""
+    return rows.to(dtype)

@@ -1,0 +1,245 @@
+"""Configuration of a CCE table: fields, checks, and the arithmetic of rows and bytes."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, fields
+from typing import Any
+
+import torch
+from torchrec.modules.embedding_configs import (
+    DataType,
+    EmbeddingBagConfig,
+    PoolingType,
+    data_type_to_dtype,
+)
+
+DEFAULT_HELPER_RATIO = 3
+MAX_ROWS = 2**31 - 1
+_UNSUPPORTED_FIELDS = (
+    "num_embeddings_post_pruning",
+    "need_pos",
+    "input_dim",
+    "total_num_buckets",
+    "use_virtual_table",
+    "virtual_table_eviction_policy",
+    "enable_embedding_update",
+    "stash_weights",
+)
+
+
+def code_dtype(num_rows: int) -> torch.dtype:
+    """Storage type of codes that address `num_rows` rows: uint8, int16 (read as unsigned) or int32.
+
+    int16 stands for unsigned 16 bits because torch.uint16 lacks the indexing operators.
+    """
+    if num_rows <= 2**8:
+        return torch.uint8
+    if num_rows <= 2**16:
+        return torch.int16
+    return torch.int32
+
+
+@dataclass(kw_only=True)
+class CCEEmbeddingBagConfig(EmbeddingBagConfig):
+    """A TorchRec table whose embeddings are composed of `num_chunks` columns of codebook rows.
+
+    Chunk j of id x is `main_j[code_j(x)] + helper_j[hash_j(x)]`, of width
+    `embedding_dim / num_chunks` (Tsang and Ahle, NeurIPS 2023, section 3).
+
+    Every field of `EmbeddingBagConfig` keeps its meaning. `weight_init_min` and
+    `weight_init_max` bound the embedding, not its two parts: main and helper are drawn so that
+    their sum has the mean and variance that a plain table would have.
+
+    Raises:
+        ValueError: naming the table, the value and the remedy, if a field is not usable.
+    """
+
+    num_chunks: int = 4
+    """Columns (c); embedding_dim / num_chunks must be a multiple of 4."""
+    num_rows: int = 0
+    """Rows of the main codebook of each chunk (k)."""
+    num_helper_rows: int | None = None
+    """Rows of the helper codebook of each chunk (k'); None is 3 * num_rows, 0 is the finalised
+    form, which has no helper and reads one row per chunk."""
+    learned_codes: bool = True
+    """False keeps the hash as the code forever: no code tensor and no clustering (with
+    num_helper_rows=0 this is CE, and with one chunk the hashing trick)."""
+    seed: int = 0
+    """Seed of the table's hashes; part of its checkpoint."""
+
+    def __post_init__(self) -> None:
+        self._check_shape()
+        self._check_inherited_fields()
+        if self.num_helper_rows is None:
+            self.num_helper_rows = DEFAULT_HELPER_RATIO * self.num_rows
+        if self.num_helper_rows < 0:
+            raise ValueError(f"{self._who}: num_helper_rows {self.num_helper_rows} is negative")
+        if self.rows_per_chunk > MAX_ROWS:
+            raise ValueError(
+                f"{self._who}: num_rows + num_helper_rows = {self.rows_per_chunk} is more than a "
+                f"code can hold ({MAX_ROWS}); use fewer rows"
+            )
+        self.has_custom_init = self.init_fn is not None
+        super().__post_init__()
+
+    def _check_shape(self) -> None:
+        if "#" in self.name or not self.name:
+            raise ValueError(
+                f"{self._who}: a table needs a name without '#', which marks the chunks of a "
+                "CCE table; rename it"
+            )
+        if self.num_embeddings < 1 or self.num_rows < 1 or self.num_chunks < 1:
+            raise ValueError(
+                f"{self._who}: num_embeddings {self.num_embeddings}, num_rows {self.num_rows} and "
+                f"num_chunks {self.num_chunks} must all be at least 1; num_rows has no default, "
+                "give it or use CCEEmbeddingBagConfig.from_params_per_dim or .from_bytes"
+            )
+        if self.embedding_dim < 1 or self.embedding_dim % (4 * self.num_chunks):
+            unit = 4 * self.num_chunks
+            low = self.embedding_dim // unit * unit
+            allowed = f"{low} or {low + unit}" if low else f"{unit}"
+            kind = "is not divisible by" if self.embedding_dim % self.num_chunks else "over"
+            raise ValueError(
+                f"{self._who}: embedding_dim {self.embedding_dim} {kind} num_chunks "
+                f"{self.num_chunks} must give a chunk width that is a multiple of 4 (FBGEMM reads "
+                f"4 values at once); use {allowed}"
+            )
+
+    def _check_inherited_fields(self) -> None:
+        if not isinstance(self.pooling, PoolingType) or self.pooling not in (
+            PoolingType.SUM,
+            PoolingType.MEAN,
+        ):
+            raise ValueError(f"{self._who}: pooling {self.pooling!r} is not SUM or MEAN")
+        if self.data_type not in (DataType.FP32, DataType.FP16, DataType.BF16):
+            raise ValueError(
+                f"{self._who}: data_type {self.data_type} cannot be trained; use FP32, FP16 or BF16"
+            )
+        defaults = {field.name: field.default for field in fields(EmbeddingBagConfig)}
+        for name in _UNSUPPORTED_FIELDS:
+            if name in defaults and getattr(self, name) != defaults[name]:
+                raise ValueError(
+                    f"{self._who}: {name}={getattr(self, name)!r} has no meaning for a CCE table; "
+                    "leave it at its default"
+                )
+
+    @property
+    def _who(self) -> str:
+        return f"table {self.name!r}"
+
+    @property
+    def helper_rows(self) -> int:
+        """Rows of the helper codebook (k'), resolved."""
+        assert self.num_helper_rows is not None
+        return self.num_helper_rows
+
+    @property
+    def rows_per_chunk(self) -> int:
+        """Rows of one physical table: main, then helper (k + k')."""
+        return self.num_rows + self.helper_rows
+
+    @property
+    def rows_per_id(self) -> int:
+        """Codebook rows that one id reads per chunk: 2, or 1 without a helper."""
+        return 2 if self.helper_rows else 1
+
+    @property
+    def chunk_dim(self) -> int:
+        """Width of one chunk (s = D / c)."""
+        return self.embedding_dim // self.num_chunks
+
+    @property
+    def num_parameters(self) -> int:
+        """Trained values: (k + k') * D."""
+        return self.rows_per_chunk * self.embedding_dim
+
+    @property
+    def codebook_bytes(self) -> int:
+        """Bytes of all codebooks."""
+        return self.num_parameters * data_type_to_dtype(self.data_type).itemsize
+
+    @property
+    def code_bytes(self) -> int:
+        """Bytes of the codes, 0 where they are not learned."""
+        if not self.learned_codes:
+            return 0
+        return self.num_embeddings * self.num_chunks * code_dtype(self.num_rows).itemsize
+
+    @property
+    def table_bytes(self) -> int:
+        """Bytes of codebooks and codes; optimizer state is not counted."""
+        return self.codebook_bytes + self.code_bytes
+
+    @classmethod
+    def from_params_per_dim(
+        cls, params_per_dim: int, *, helper_ratio: float = DEFAULT_HELPER_RATIO, **kwargs: Any
+    ) -> CCEEmbeddingBagConfig:
+        """A table with num_rows + num_helper_rows = `params_per_dim`, split 1 : `helper_ratio`.
+
+        Raises:
+            ValueError: if `params_per_dim` is below 2, which leaves no row for one of the two.
+        """
+        if params_per_dim < 2:
+            raise ValueError(
+                f"table {kwargs.get('name', '')!r}: params_per_dim {params_per_dim} must be at "
+                "least 2, one main and one helper row"
+            )
+        num_rows = max(1, min(params_per_dim - 1, round(params_per_dim / (1 + helper_ratio))))
+        return cls(num_rows=num_rows, num_helper_rows=params_per_dim - num_rows, **kwargs)
+
+    @classmethod
+    def from_bytes(
+        cls, table_bytes: int, *, helper_ratio: float = DEFAULT_HELPER_RATIO, **kwargs: Any
+    ) -> CCEEmbeddingBagConfig:
+        """The largest table of at most `table_bytes` bytes of codebooks and codes.
+
+        Raises:
+            ValueError: if not even two rows a chunk fit beside the codes.
+        """
+
+        def bytes_of(params_per_dim: int) -> int:
+            return cls.from_params_per_dim(
+                params_per_dim, helper_ratio=helper_ratio, **kwargs
+            ).table_bytes
+
+        smallest = bytes_of(2)
+        if smallest > table_bytes:
+            raise ValueError(
+                f"table {kwargs.get('name', '')!r}: {table_bytes} bytes do not hold its codes and "
+                f"two rows a chunk, which take {smallest}; use fewer chunks or more bytes"
+            )
+        low, high = 2, max(2, table_bytes // kwargs["embedding_dim"])
+        while low < high:
+            middle = (low + high + 1) // 2
+            low, high = (middle, high) if bytes_of(middle) <= table_bytes else (low, middle - 1)
+        return cls.from_params_per_dim(low, helper_ratio=helper_ratio, **kwargs)
+
+
+class CodebookInit:
+    """Fills one physical table so that main + helper is distributed as a plain table's rows.
+
+    With bounds [lo, hi], both parts are uniform with half of the variance each and main carries
+    the mean; a custom `init_fn` fills main and leaves the helper at zero, so that the embeddings
+    are exactly what it drew.
+    """
+
+    def __init__(self, config: CCEEmbeddingBagConfig) -> None:
+        self._num_rows = config.num_rows
+        self._has_helper = config.helper_rows > 0
+        self._init_fn = config.init_fn if config.has_custom_init else None
+        low, high = config.get_weight_init_min(), config.get_weight_init_max()
+        self._middle = (low + high) / 2
+        self._half = (high - low) / 2 / (math.sqrt(2) if self._has_helper else 1)
+
+    def __call__(self, weight: torch.Tensor) -> torch.Tensor:
+        """Fills `weight` [k + k', s] in place and returns it."""
+        with torch.no_grad():
+            main, helper = weight[: self._num_rows], weight[self._num_rows :]
+            if self._init_fn is not None:
+                self._init_fn(main)
+                helper.zero_()
+            else:
+                main.uniform_(self._middle - self._half, self._middle + self._half)
+                helper.uniform_(-self._half, self._half)
+        return weight

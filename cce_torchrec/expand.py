@@ -1,0 +1,230 @@
+"""Expansion: a KeyedJaggedTensor of ids becomes one of codebook rows.
+
+Logical slots (table, feature) come in; physical features (table chunk, feature) go out. A block
+is one table with the chunks that are looked up together: its ids are contiguous in the input and
+its rows are written straight into their place in the output, [chunks, ids, rows per id].
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from fbgemm_gpu.split_table_batched_embeddings_ops_common import BoundsCheckMode
+from torch import nn
+from torchrec.modules.embedding_configs import EmbeddingBagConfig
+from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
+
+from cce_torchrec.codes import hashed_codes, widen
+from cce_torchrec.config import CCEEmbeddingBagConfig
+from cce_torchrec.hashing import code_hash, helper_hash
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Slot:
+    """One feature of one table, as the user configured it."""
+
+    table: str
+    feature: str
+
+
+def physical_table(table: str, chunk: int) -> str:
+    """Name of the TorchRec table that holds one chunk of a CCE table."""
+    return f"{table}#{chunk}"
+
+
+def physical_feature(table: str, feature: str, chunk: int | None) -> str:
+    """Feature name of one chunk (None: of a plain table); unambiguous, as tables have no '#'."""
+    return f"{table}#{'' if chunk is None else chunk}.{feature}"
+
+
+class ChunkCodes(nn.Module):
+    """Codes and hashes of some chunks of one CCE table, beside their codebooks.
+
+    Buffers: `codes` [N, len(chunks)] (absent where codes are not learned) and `clusterings`, an
+    int64 scalar from which the helper's hash follows.
+    """
+
+    def __init__(
+        self, config: CCEEmbeddingBagConfig, chunks: Sequence[int], device: torch.device
+    ) -> None:
+        super().__init__()
+        self.config = config
+        self.chunks = list(chunks)
+        self.codes: torch.Tensor | None
+        codes = hashed_codes(config, chunks, device) if config.learned_codes else None
+        self.register_buffer("codes", codes)
+        self.register_buffer("clusterings", torch.zeros((), dtype=torch.int64, device=device))
+        self._rounds = 0
+
+    def sync_rounds(self) -> None:
+        """Reads `clusterings` back to the host; called after it was loaded or changed."""
+        if self.clusterings.device.type != "meta":
+            self._rounds = int(self.clusterings)
+
+    @property
+    def rounds(self) -> int:
+        """Clusterings so far."""
+        return self._rounds
+
+    def set_rounds(self, rounds: int) -> None:
+        """Sets the number of clusterings, and so the helper's hash."""
+        self.clusterings.fill_(rounds)
+        self._rounds = rounds
+
+    def reset_parameters(self) -> None:
+        """Codes back to the initial hash."""
+        if self.codes is not None:
+            self.codes.copy_(hashed_codes(self.config, self.chunks, self.codes.device))
+        self.set_rounds(0)
+
+    def main_rows(self, ids: torch.Tensor) -> torch.Tensor:
+        """Main rows of `ids` [V], int64 [chunks, V]."""
+        config = self.config
+        if self.codes is not None:
+            return widen(self.codes.index_select(0, ids)).t()
+        hashes = [code_hash(config.seed, config.name, chunk) for chunk in self.chunks]
+        return torch.stack([h(ids, config.num_rows) for h in hashes])
+
+    def helper_rows(self, ids: torch.Tensor) -> torch.Tensor:
+        """Helper rows of `ids` [V], counted from 0, int64 [chunks, V]."""
+        config = self.config
+        hashes = [
+            helper_hash(config.seed, config.name, chunk, self._rounds) for chunk in self.chunks
+        ]
+        return torch.stack([h(ids, config.helper_rows) for h in hashes])
+
+    def _load_from_state_dict(self, *args: object, **kwargs: object) -> None:
+        super()._load_from_state_dict(*args, **kwargs)  # type: ignore[arg-type]  # torch's signature
+        self.sync_rounds()
+
+
+class BoundsCheck:
+    """Guarantee 5: ids outside [0, num_embeddings), found before expansion, in a copy."""
+
+    def __init__(self, mode: BoundsCheckMode) -> None:
+        self.mode = mode
+        self.num_invalid = 0
+        """Ids out of bounds seen so far in WARNING mode."""
+        self._warned: set[str] = set()
+
+    def __call__(self, slot_names: str, ids: torch.Tensor, num_embeddings: int) -> torch.Tensor:
+        """`ids` with those out of bounds read as 0.
+
+        Raises:
+            ValueError: in FATAL mode, naming table, feature and the first bad value.
+        """
+        if self.mode == BoundsCheckMode.NONE or ids.numel() == 0:
+            return ids
+        invalid = (ids < 0) | (ids >= num_embeddings)
+        if self.mode == BoundsCheckMode.IGNORE:
+            return ids.masked_fill(invalid, 0)
+        count = int(invalid.sum())
+        if count == 0:
+            return ids
+        message = (
+            f"{slot_names}: id {int(ids[invalid][0])} is outside [0, {num_embeddings}) "
+            f"({count} such ids in this batch)"
+        )
+        if self.mode == BoundsCheckMode.FATAL:
+            raise ValueError(f"{message}; raise num_embeddings or map the ids into range")
+        self.num_invalid += count
+        if slot_names not in self._warned:
+            self._warned.add(slot_names)
+            logger.warning("%s; reading id 0 instead, further ones are only counted", message)
+        return ids.masked_fill(invalid, 0)
+
+
+@dataclass
+class Block:
+    """Consecutive physical features of one table: `chunks` of a CCE table, or a plain table."""
+
+    config: EmbeddingBagConfig
+    slots: list[int]
+    """Positions of its features in the logical input."""
+    codes: ChunkCodes | None
+    columns: list[int]
+    """Which of the chunks of `codes` are expanded here."""
+
+    @property
+    def copies(self) -> int:
+        """How often the ids of a slot appear in the output as physical features."""
+        return len(self.columns) if self.codes is not None else 1
+
+    @property
+    def rows_per_id(self) -> int:
+        """Rows per id and chunk."""
+        return self.config.rows_per_id if isinstance(self.config, CCEEmbeddingBagConfig) else 1
+
+    def rows(self, ids: torch.Tensor) -> torch.Tensor:
+        """Codebook rows of `ids` [V], int64 [chunks, V, rows per id]."""
+        if self.codes is None:
+            return ids.view(1, -1, 1)
+        whole = len(self.columns) == len(self.codes.chunks)
+        main = self.codes.main_rows(ids)
+        parts = [main if whole else main[self.columns]]
+        if self.rows_per_id == 2:
+            helper = self.codes.helper_rows(ids)
+            parts.append((helper if whole else helper[self.columns]) + self.codes.config.num_rows)
+        return torch.stack(parts, dim=-1)
+
+
+class Expansion:
+    """Turns a KJT over logical slots into the KJT over physical features of one lookup."""
+
+    def __init__(self, blocks: list[Block], slots: list[Slot], keys: list[str]) -> None:
+        self._blocks = blocks
+        self._slots = slots
+        self._keys = keys
+        self._identity = all(b.codes is None for b in blocks) and [
+            s for b in blocks for s in b.slots
+        ] == list(range(len(slots)))
+
+    def __call__(self, features: KeyedJaggedTensor, check: BoundsCheck) -> KeyedJaggedTensor:
+        """Codebook rows of `features`, whose keys are the logical slots in order.
+
+        Nothing of `features` is written to.
+        """
+        per_key = features.length_per_key()
+        starts = [0]
+        for count in per_key:
+            starts.append(starts[-1] + count)
+        ids, weights = features.values(), features.weights_or_none()
+        stride = features.stride()
+        lengths = features.lengths().view(len(self._slots), stride)
+        out_values, out_lengths, out_weights = [], [], []
+        out_per_key: list[int] = []
+        for block in self._blocks:
+            pieces = [(starts[s], starts[s + 1]) for s in block.slots]
+            own = _gather(ids, pieces)
+            who = ", ".join(f"feature {self._slots[s].feature!r}" for s in block.slots)
+            own = check(f"table {block.config.name!r}, {who}", own, block.config.num_embeddings)
+            out_values.append(block.rows(own).to(ids.dtype).reshape(-1))
+            r, c = block.rows_per_id, block.copies
+            block_lengths = lengths[block.slots] * r
+            out_lengths.append(block_lengths.repeat(c, 1))
+            out_per_key += [per_key[s] * r for s in block.slots] * c
+            if weights is not None:
+                out_weights.append(_gather(weights, pieces).repeat_interleave(r).repeat(c))
+        return KeyedJaggedTensor(
+            keys=self._keys,
+            values=torch.cat(out_values) if out_values else ids.new_empty(0),
+            weights=(torch.cat(out_weights) if out_weights else weights)
+            if weights is not None
+            else None,
+            lengths=torch.cat(out_lengths).view(-1) if out_lengths else lengths.new_empty(0),
+            stride=stride,
+            length_per_key=out_per_key,
+        )
+
+
+def _gather(values: torch.Tensor, pieces: list[tuple[int, int]]) -> torch.Tensor:
+    """The pieces of `values`, one tensor; a view where they follow one another."""
+    follows = all(a[1] == b[0] for a, b in zip(pieces, pieces[1:], strict=False))
+    if follows:
+        return values[pieces[0][0] : pieces[-1][1]]
+    return torch.cat([values[start:end] for start, end in pieces])

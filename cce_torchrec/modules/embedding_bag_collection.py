@@ -1,0 +1,191 @@
+"""CCEEmbeddingBagCollection: TorchRec's EmbeddingBagCollection with compressed tables in it."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import fields
+
+import torch
+from fbgemm_gpu.split_table_batched_embeddings_ops_common import BoundsCheckMode
+from torch import nn
+from torchrec.modules.embedding_configs import EmbeddingBagConfig, PoolingType
+from torchrec.modules.embedding_modules import (
+    EmbeddingBagCollection,
+    EmbeddingBagCollectionInterface,
+)
+from torchrec.sparse.jagged_tensor import KeyedJaggedTensor, KeyedTensor
+
+from cce_torchrec.config import CCEEmbeddingBagConfig, CodebookInit
+from cce_torchrec.expand import (
+    Block,
+    BoundsCheck,
+    ChunkCodes,
+    Expansion,
+    physical_feature,
+    physical_table,
+)
+from cce_torchrec.modules.output import LogicalOutput, check_features, divides_by_length
+
+
+class CCEEmbeddingBagCollection(EmbeddingBagCollectionInterface):
+    """Pooled embeddings of CCE and plain tables, as `EmbeddingBagCollection` returns them.
+
+    Called with a KeyedJaggedTensor that holds (at least) the configured features, returns a
+    KeyedTensor [B, sum of embedding_dim] with the logical feature names in configured order
+    (`feature@table` where tables share a feature).
+
+    Args:
+        tables: CCE and plain tables, in the order of the output.
+        device: where codebooks and codes live; "meta" is supported.
+        is_weighted: pool by the KJT's per-sample weights. MEAN is then sum(w * x) / L.
+        bounds_check_mode: what happens to an id outside [0, num_embeddings): FATAL raises,
+            WARNING (the default) and IGNORE read id 0, as FBGEMM does; NONE does not look.
+
+    Raises:
+        ValueError: duplicate table names, a table without features, unsupported pooling.
+    """
+
+    def __init__(
+        self,
+        tables: Sequence[EmbeddingBagConfig],
+        device: torch.device | str | None = None,
+        is_weighted: bool = False,
+        bounds_check_mode: BoundsCheckMode = BoundsCheckMode.WARNING,
+    ) -> None:
+        super().__init__()
+        _check_tables(tables)
+        self._configs = list(tables)
+        self._is_weighted = is_weighted
+        self._device = torch.device(device if device is not None else "cpu")
+        self.bounds_check_mode = bounds_check_mode
+        self._bounds_check = BoundsCheck(bounds_check_mode)
+        physical = [p for config in tables for p in physical_configs(config, is_weighted)]
+        self.embedding_bag_collection = EmbeddingBagCollection(
+            tables=physical, device=self._device, is_weighted=is_weighted
+        )
+        self.codes = nn.ModuleDict(
+            {
+                config.name: ChunkCodes(config, range(config.num_chunks), self._device)
+                for config in tables
+                if isinstance(config, CCEEmbeddingBagConfig)
+            }
+        )
+        self._output = LogicalOutput.from_configs(self._configs, is_weighted)
+        names = [feature for config in physical for feature in config.feature_names]
+        dims = [config.embedding_dim for config in physical for _ in config.feature_names]
+        self._slices = self._output.column_slices(names, dims)
+        self._expansion = Expansion(self._blocks(), self._output.slots, names)
+
+    def _blocks(self) -> list[Block]:
+        blocks, position = [], 0
+        for config in self._configs:
+            slots = list(range(position, position + len(config.feature_names)))
+            position += len(slots)
+            codes = self.codes[config.name] if config.name in self.codes else None
+            columns = list(range(len(codes.chunks))) if codes is not None else []
+            blocks.append(Block(config, slots, codes, columns))
+        return blocks
+
+    def forward(self, features: KeyedJaggedTensor) -> KeyedTensor:
+        """Pooled embeddings of `features`; nothing of `features` is written to.
+
+        Raises:
+            ValueError: a missing feature, missing weights, or an id out of bounds in FATAL mode.
+        """
+        check_features(features, self._output.slots, self._is_weighted)
+        divisor = self._output.divisor(features)
+        slots = select_slots(features, [slot.feature for slot in self._output.slots])
+        if not self._is_weighted:
+            slots = without_weights(slots)
+        pooled = self.embedding_bag_collection(self._expansion(slots, self._bounds_check))
+        return self._output.assemble(pooled, self._slices, divisor)
+
+    def embedding_bag_configs(self) -> list[EmbeddingBagConfig]:
+        """The tables as configured, one entry per logical table."""
+        return self._configs
+
+    def is_weighted(self) -> bool:
+        """Whether bags are pooled by per-sample weights."""
+        return self._is_weighted
+
+    @property
+    def device(self) -> torch.device:
+        """Where codebooks and codes live."""
+        return self._device
+
+    @property
+    def num_invalid_ids(self) -> int:
+        """Ids out of bounds seen so far (bounds_check_mode WARNING)."""
+        return self._bounds_check.num_invalid
+
+    def reset_parameters(self) -> None:
+        """Fresh codebooks, and codes back at their hash."""
+        self.embedding_bag_collection.reset_parameters()
+        for codes in self.codes.values():
+            codes.reset_parameters()
+
+
+def physical_configs(config: EmbeddingBagConfig, is_weighted: bool) -> list[EmbeddingBagConfig]:
+    """The TorchRec tables behind one logical table: one per chunk, or the plain table itself."""
+    pooling = PoolingType.SUM if divides_by_length(config, is_weighted) else config.pooling
+    plain = {field.name: getattr(config, field.name) for field in fields(EmbeddingBagConfig)}
+    if not isinstance(config, CCEEmbeddingBagConfig):
+        names = [physical_feature(config.name, f, None) for f in config.feature_names]
+        return [EmbeddingBagConfig(**{**plain, "feature_names": names, "pooling": pooling})]
+    return [
+        EmbeddingBagConfig(
+            **{
+                **plain,
+                "name": physical_table(config.name, chunk),
+                "num_embeddings": config.rows_per_chunk,
+                "embedding_dim": config.chunk_dim,
+                "feature_names": [
+                    physical_feature(config.name, f, chunk) for f in config.feature_names
+                ],
+                "pooling": pooling,
+                "init_fn": CodebookInit(config),
+            }
+        )
+        for chunk in range(config.num_chunks)
+    ]
+
+
+def select_slots(features: KeyedJaggedTensor, names: list[str]) -> KeyedJaggedTensor:
+    """`features` with exactly the keys `names`, in order; a feature may be named twice."""
+    keys = features.keys()
+    if keys == names:
+        return features
+    position = {key: i for i, key in enumerate(keys)}
+    return features.permute([position[name] for name in names])
+
+
+def without_weights(features: KeyedJaggedTensor) -> KeyedJaggedTensor:
+    """`features` without its weights, sharing everything else."""
+    if features.weights_or_none() is None:
+        return features
+    return KeyedJaggedTensor(
+        keys=features.keys(),
+        values=features.values(),
+        lengths=features.lengths(),
+        stride=features.stride(),
+    )
+
+
+def _check_tables(tables: Sequence[EmbeddingBagConfig]) -> None:
+    for name, count in Counter(config.name for config in tables).items():
+        if count > 1:
+            raise ValueError(f"table {name!r} is configured {count} times; names must differ")
+    for config in tables:
+        if "#" in config.name:
+            raise ValueError(
+                f"table {config.name!r}: '#' marks the chunks of CCE tables; rename it"
+            )
+        if not config.feature_names:
+            raise ValueError(f"table {config.name!r} has no feature_names; nothing would read it")
+        if len(set(config.feature_names)) < len(config.feature_names):
+            raise ValueError(f"table {config.name!r} names a feature twice: {config.feature_names}")
+        if config.pooling not in (PoolingType.SUM, PoolingType.MEAN):
+            raise ValueError(
+                f"table {config.name!r}: pooling {config.pooling!r} is not SUM or MEAN"
+            )

@@ -1,0 +1,126 @@
+"""From pooled physical features back to the logical KeyedTensor: order, names, MEAN."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torchrec.modules.embedding_configs import EmbeddingBagConfig, PoolingType
+from torchrec.modules.embedding_modules import get_embedding_names_by_table
+from torchrec.sparse.jagged_tensor import KeyedJaggedTensor, KeyedTensor
+
+from cce_torchrec.config import CCEEmbeddingBagConfig
+from cce_torchrec.expand import Slot, physical_feature
+
+
+def divides_by_length(config: EmbeddingBagConfig, is_weighted: bool) -> bool:
+    """Whether MEAN is the pooled sum over the bag length here, not FBGEMM's own MEAN."""
+    return config.pooling == PoolingType.MEAN and (
+        is_weighted or isinstance(config, CCEEmbeddingBagConfig)
+    )
+
+
+@dataclass(frozen=True)
+class LogicalOutput:
+    """Names, dimensions and sources of the logical output, in configured order."""
+
+    names: list[str]
+    dims: list[int]
+    slots: list[Slot]
+    physical: list[list[str]]
+    """Per logical feature, the physical features whose concatenation it is."""
+    mean: list[bool]
+
+    @classmethod
+    def from_configs(
+        cls, configs: Sequence[EmbeddingBagConfig], is_weighted: bool
+    ) -> LogicalOutput:
+        """The output of a collection of these tables."""
+        out = cls([], [], [], [], [])
+        for config, names in zip(
+            configs, get_embedding_names_by_table(list(configs)), strict=True
+        ):
+            chunks = (
+                range(config.num_chunks) if isinstance(config, CCEEmbeddingBagConfig) else [None]
+            )
+            for feature, name in zip(config.feature_names, names, strict=True):
+                out.names.append(name)
+                out.dims.append(config.embedding_dim)
+                out.slots.append(Slot(config.name, feature))
+                out.physical.append([physical_feature(config.name, feature, j) for j in chunks])
+                out.mean.append(divides_by_length(config, is_weighted))
+        return out
+
+    def column_slices(self, names: Sequence[str], dims: Sequence[int]) -> list[tuple[int, int]]:
+        """Slices of a tensor of features `names` whose concatenation is in logical order.
+
+        Neighbours are merged, so an order that already fits gives one slice.
+        """
+        starts: dict[str, tuple[int, int]] = {}
+        position = 0
+        for name, dim in zip(names, dims, strict=True):
+            starts[name] = (position, position + dim)
+            position += dim
+        merged: list[tuple[int, int]] = []
+        for feature in (f for features in self.physical for f in features):
+            start, end = starts[feature]
+            if merged and merged[-1][1] == start:
+                merged[-1] = (merged[-1][0], end)
+            else:
+                merged.append((start, end))
+        return merged
+
+    def divisor(self, features: KeyedJaggedTensor) -> torch.Tensor | None:
+        """Bag lengths [B, sum of dims], 1 where nothing is divided; None without MEAN tables."""
+        if not any(self.mean):
+            return None
+        lengths = features.lengths().view(len(features.keys()), -1).clamp(min=1)
+        position = {key: i for i, key in enumerate(features.keys())}
+        columns = [
+            lengths[position[slot.feature]] if mean else torch.ones_like(lengths[0])
+            for slot, mean in zip(self.slots, self.mean, strict=True)
+        ]
+        dims = torch.tensor(self.dims, device=lengths.device)
+        return torch.stack(columns, dim=1).repeat_interleave(
+            dims, dim=1, output_size=sum(self.dims)
+        )
+
+    def assemble(
+        self,
+        pooled: KeyedTensor,
+        slices: list[tuple[int, int]],
+        divisor: torch.Tensor | None,
+    ) -> KeyedTensor:
+        """The logical KeyedTensor of the physical one."""
+        values = pooled.values()
+        if len(slices) > 1:
+            values = torch.cat([values[:, start:end] for start, end in slices], dim=1)
+        if divisor is not None:
+            values = values / divisor.to(values.dtype)
+        return KeyedTensor(keys=self.names, length_per_key=self.dims, values=values)
+
+
+def check_features(
+    features: KeyedJaggedTensor, slots: Sequence[Slot], is_weighted: bool
+) -> None:
+    """Refuses a KJT that lacks a configured feature or the weights the collection pools by.
+
+    Raises:
+        ValueError: naming the missing features, or the missing or superfluous weights.
+    """
+    keys = set(features.keys())
+    missing = [slot for slot in slots if slot.feature not in keys]
+    if missing:
+        named = ", ".join(f"{s.feature!r} (table {s.table!r})" for s in missing)
+        raise ValueError(f"the KeyedJaggedTensor lacks features {named}; it has {sorted(keys)}")
+    if is_weighted and features.weights_or_none() is None:
+        raise ValueError(
+            f"features of tables {sorted({s.table for s in slots})}: the collection was made with "
+            "is_weighted=True, but the KeyedJaggedTensor has no weights"
+        )
+    if features.variable_stride_per_key():
+        raise ValueError(
+            "a variable batch size per feature is not supported; give every feature the same "
+            "batch size"
+        )
