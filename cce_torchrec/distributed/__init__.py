@@ -1,0 +1,1 @@
+"""Sharded modules and their sharders."""
