@@ -1,0 +1,1 @@
+"""K-means over the distinct (main row, helper row) pairs of a CCE chunk."""

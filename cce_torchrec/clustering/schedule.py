@@ -1,0 +1,55 @@
+"""When to cluster."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+
+@dataclass(frozen=True)
+class ClusteringSchedule:
+    """Decides after which optimizer steps, counted from 1, the clustering step runs."""
+
+    steps: frozenset[int] = field(default_factory=frozenset)
+    interval: int = 0
+
+    def due(self, step: int) -> bool:
+        """Whether to cluster after step `step`."""
+        return step in self.steps or (self.interval > 0 and step % self.interval == 0)
+
+    @classmethod
+    def evenly(
+        cls, total_steps: int, clusterings: int = 18, until: float = 0.9
+    ) -> ClusteringSchedule:
+        """`clusterings` times, evenly spread to the share `until` of `total_steps` (default).
+
+        18 suits several epochs and 8 a single pass. Fewer steps than clusterings give one a step.
+        """
+        if total_steps < 1 or clusterings < 0 or not 0 < until <= 1:
+            raise ValueError(
+                f"cannot spread {clusterings} clusterings over {until} of {total_steps} steps; "
+                "steps must be positive and the share in (0, 1]"
+            )
+        last = until * total_steps
+        steps = {round(last * (i + 1) / clusterings) for i in range(clusterings)}
+        return cls(steps=frozenset(steps - {0}))
+
+    @classmethod
+    def every(cls, steps: int) -> ClusteringSchedule:
+        """After every `steps` steps."""
+        if steps < 1:
+            raise ValueError(f"cannot cluster every {steps} steps; use at least 1, or never()")
+        return cls(interval=steps)
+
+    @classmethod
+    def at_epochs(cls, epochs: list[int], steps_per_epoch: int) -> ClusteringSchedule:
+        """At the end of each of `epochs`, counted from 1."""
+        if steps_per_epoch < 1 or any(epoch < 1 for epoch in epochs):
+            raise ValueError(
+                f"epochs {epochs} of {steps_per_epoch} steps: both count from 1"
+            )
+        return cls(steps=frozenset(epoch * steps_per_epoch for epoch in epochs))
+
+    @classmethod
+    def never(cls) -> ClusteringSchedule:
+        """Not at all."""
+        return cls()
