@@ -1,0 +1,100 @@
+"""The models: TorchRec's DLRM, and GMF (sigmoid of a dot product)."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import nn
+from torchrec.models.dlrm import DLRM
+from torchrec.modules.embedding_configs import EmbeddingBagConfig
+from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
+
+from cce_torchrec.config import CCEEmbeddingBagConfig
+from cce_torchrec.modules.embedding_bag_collection import CCEEmbeddingBagCollection
+from cce_torchrec.train.data import Dataset, Rows
+
+
+class GMF(nn.Module):
+    """Logits [B]: the dot product of the embeddings of two features (He et al., WWW 2017)."""
+
+    def __init__(self, embedding_bag_collection: CCEEmbeddingBagCollection) -> None:
+        super().__init__()
+        self.embedding_bag_collection = embedding_bag_collection
+        self._dim = embedding_bag_collection.embedding_bag_configs()[0].embedding_dim
+
+    def forward(self, dense: torch.Tensor, ids: KeyedJaggedTensor) -> torch.Tensor:
+        """Logits [B]; `dense` is not read."""
+        pooled = self.embedding_bag_collection(ids).values()
+        return (pooled[:, : self._dim] * pooled[:, self._dim :]).sum(1)
+
+
+class DLRMLogits(nn.Module):
+    """Logits [B] of TorchRec's DLRM."""
+
+    def __init__(
+        self, embedding_bag_collection: CCEEmbeddingBagCollection, dense_features: int, dim: int
+    ) -> None:
+        super().__init__()
+        self.dlrm = DLRM(
+            embedding_bag_collection=embedding_bag_collection,
+            dense_in_features=dense_features,
+            dense_arch_layer_sizes=[64, dim],
+            over_arch_layer_sizes=[128, 64, 1],
+        )
+
+    def forward(self, dense: torch.Tensor, ids: KeyedJaggedTensor) -> torch.Tensor:
+        """Logits [B]."""
+        return self.dlrm(dense, ids).squeeze(1)
+
+
+def tables(
+    dataset: Dataset, method: str, dim: int, num_chunks: int, rows: dict[str, int], seed: int
+) -> list[EmbeddingBagConfig]:
+    """One table per feature: compressed by `method` to `rows` rows per dimension, or full.
+
+    Args:
+        method: cce, ce (hashed codes, no helper), hash (one chunk of that) or full.
+        rows: per compressed feature, main + helper rows.
+    """
+    bound = 1 / math.sqrt(dim)
+    out: list[EmbeddingBagConfig] = []
+    for name, size in dataset.features.items():
+        common = {
+            "name": name,
+            "num_embeddings": size,
+            "embedding_dim": dim,
+            "feature_names": [name],
+            "weight_init_min": -bound,
+            "weight_init_max": bound,
+        }
+        if method == "full" or name not in dataset.compressed:
+            out.append(EmbeddingBagConfig(**common))
+        elif method == "cce":
+            out.append(
+                CCEEmbeddingBagConfig.from_params_per_dim(
+                    rows[name], num_chunks=num_chunks, seed=seed, **common
+                )
+            )
+        else:
+            out.append(
+                CCEEmbeddingBagConfig(
+                    num_rows=rows[name],
+                    num_helper_rows=0,
+                    learned_codes=False,
+                    num_chunks=1 if method == "hash" else num_chunks,
+                    seed=seed,
+                    **common,
+                )
+            )
+    return out
+
+
+def keyed_jagged(rows: Rows, features: list[str]) -> KeyedJaggedTensor:
+    """One id per feature and row."""
+    return KeyedJaggedTensor(
+        keys=features,
+        values=rows.ids.t().reshape(-1),
+        lengths=torch.ones(rows.ids.numel(), dtype=torch.int32, device=rows.ids.device),
+        stride=len(rows),
+    )

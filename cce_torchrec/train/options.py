@@ -1,0 +1,71 @@
+"""Command line of the training program, and the rules behind its defaults."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from cce_torchrec.train.data import Dataset
+
+DEFAULT_SPLIT_SEED = 20231211
+
+
+def parse(argv: list[str] | None = None) -> argparse.Namespace:
+    """The options of `python -m cce_torchrec.train`."""
+    parser = argparse.ArgumentParser(prog="cce_torchrec.train", description=__doc__)
+    add = parser.add_argument
+    add("--model", choices=["dlrm", "gmf"], default="dlrm")
+    add("--dataset", choices=["flights", "ml-1m", "synthetic"], default="flights")
+    add("--data", help="file or folder of the data set; flights needs none")
+    add("--method", choices=["cce", "full", "hash", "ce"], default="cce")
+    add("--embedding-dim", type=int, default=16)
+    add("--num-chunks", type=int, default=4)
+    budget = parser.add_mutually_exclusive_group()
+    budget.add_argument("--params-per-dim", type=int, help="main + helper rows of each table")
+    budget.add_argument("--num-rows", type=int, help="main rows of each table; 3x helper beside")
+    budget.add_argument("--compression", type=float, help="full over compressed parameters (20)")
+    add("--epochs", type=int, default=10)
+    add("--batch-size", type=int, default=4096, help="global, over all ranks")
+    add("--optimizer", choices=["rowwise_adagrad", "adagrad", "sgd"], default="rowwise_adagrad")
+    add("--lr", type=float, help="of the tables; default 0.1 at compression 10 or more, else 0.03")
+    add("--dense-lr", type=float, default=1e-3, help="Adam, of everything but the tables")
+    add("--clusterings", type=int, help="default 18, in a single epoch 8")
+    add("--seed", type=int, default=0, help="of hashes, initial values and order")
+    add("--split-seed", type=int, default=DEFAULT_SPLIT_SEED, help="of the held-out rows")
+    add("--plan", choices=["tw", "cw", "auto"], default="auto")
+    add("--out", type=Path, default=Path("runs/last"))
+    args = parser.parse_args(argv)
+    for name in ("embedding_dim", "num_chunks", "epochs", "batch_size"):
+        if getattr(args, name) < 1:
+            parser.error(f"--{name.replace('_', '-')} {getattr(args, name)} must be at least 1")
+    if args.model == "gmf" and args.dataset != "ml-1m":
+        parser.error(f"--model gmf multiplies user and item; {args.dataset} has other features")
+    return args
+
+
+def rows_per_table(args: argparse.Namespace, dataset: Dataset) -> dict[str, int]:
+    """Main + helper rows of each compressed table, from the one budget that was given."""
+    sizes = {name: dataset.features[name] for name in dataset.compressed}
+    if args.params_per_dim is not None:
+        rows = dict.fromkeys(sizes, args.params_per_dim)
+    elif args.num_rows is not None:
+        rows = dict.fromkeys(sizes, 4 * args.num_rows)
+    else:
+        ratio = args.compression if args.compression is not None else 20.0
+        if ratio <= 0:
+            raise ValueError(f"--compression {ratio} must be positive")
+        rows = {name: max(2, round(size / ratio)) for name, size in sizes.items()}
+    bad = [name for name, value in rows.items() if value < 2]
+    if bad:
+        raise ValueError(f"tables {bad}: at least 2 rows are needed; raise the budget")
+    return rows
+
+
+def set_defaults(args: argparse.Namespace, dataset: Dataset, rows: dict[str, int]) -> None:
+    """Fills in --lr and --clusterings by the rule that the README states."""
+    if args.lr is None:
+        full = sum(dataset.features[name] for name in dataset.compressed)
+        compression = 1.0 if args.method == "full" else full / sum(rows.values())
+        args.lr = 0.1 if compression >= 10 else 0.03
+    if args.clusterings is None:
+        args.clusterings = (18 if args.epochs > 1 else 8) if args.method == "cce" else 0
