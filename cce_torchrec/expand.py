@@ -7,6 +7,7 @@ its rows are written straight into their place in the output, [chunks, ids, rows
 
 from __future__ import annotations
 
+import itertools
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -56,6 +57,7 @@ class ChunkCodes(nn.Module):
         self.config = config
         self.chunks = list(chunks)
         self.codes: torch.Tensor | None
+        self.clusterings: torch.Tensor
         codes = hashed_codes(config, chunks, device) if config.learned_codes else None
         self.register_buffer("codes", codes)
         self.register_buffer("clusterings", torch.zeros((), dtype=torch.int64, device=device))
@@ -101,6 +103,13 @@ class ChunkCodes(nn.Module):
     def _load_from_state_dict(self, *args: object, **kwargs: object) -> None:
         super()._load_from_state_dict(*args, **kwargs)  # type: ignore[arg-type]  # torch's signature
         self.sync_rounds()
+
+
+def codes_of(codes: nn.ModuleDict, table: str) -> ChunkCodes | None:
+    """The codes of `table` in `codes`, None for a plain table or one of another rank."""
+    found = codes[table] if table in codes else None  # noqa: SIM401  # ModuleDict.get is untyped
+    assert found is None or isinstance(found, ChunkCodes)
+    return found
 
 
 class BoundsCheck:
@@ -224,7 +233,7 @@ class Expansion:
 
 def _gather(values: torch.Tensor, pieces: list[tuple[int, int]]) -> torch.Tensor:
     """The pieces of `values`, one tensor; a view where they follow one another."""
-    follows = all(a[1] == b[0] for a, b in zip(pieces, pieces[1:], strict=False))
+    follows = all(a[1] == b[0] for a, b in itertools.pairwise(pieces))
     if follows:
         return values[pieces[0][0] : pieces[-1][1]]
     return torch.cat([values[start:end] for start, end in pieces])

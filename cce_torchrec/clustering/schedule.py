@@ -44,9 +44,7 @@ class ClusteringSchedule:
     def at_epochs(cls, epochs: list[int], steps_per_epoch: int) -> ClusteringSchedule:
         """At the end of each of `epochs`, counted from 1."""
         if steps_per_epoch < 1 or any(epoch < 1 for epoch in epochs):
-            raise ValueError(
-                f"epochs {epochs} of {steps_per_epoch} steps: both count from 1"
-            )
+            raise ValueError(f"epochs {epochs} of {steps_per_epoch} steps: both count from 1")
         return cls(steps=frozenset(epoch * steps_per_epoch for epoch in epochs))
 
     @classmethod

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from torchrec.distributed.embedding_sharding import EmbeddingShardingContext
+from torchrec.distributed.embedding_sharding import EmbeddingShardingContext, KJTListSplitsAwaitable
 from torchrec.distributed.embedding_types import (
     BaseEmbeddingSharder,
     KJTList,
@@ -24,9 +24,11 @@ from torchrec.distributed.embeddingbag import (
     EmbeddingBagCollectionSharder,
     ShardedEmbeddingBagCollection,
 )
-from torchrec.distributed.sharding.dp_sharding import DpPooledEmbeddingSharding, DpSparseFeaturesDist
+from torchrec.distributed.sharding.dp_sharding import (
+    DpPooledEmbeddingSharding,
+    DpSparseFeaturesDist,
+)
 from torchrec.distributed.sharding.tw_sharding import TwSparseFeaturesDist
-from torchrec.distributed.embedding_sharding import KJTListSplitsAwaitable
 from torchrec.distributed.types import (
     Awaitable,
     LazyAwaitable,
@@ -47,6 +49,7 @@ from cce_torchrec.expand import (
     ChunkCodes,
     Expansion,
     Slot,
+    codes_of,
     physical_feature,
 )
 from cce_torchrec.modules.embedding_bag_collection import (
@@ -58,9 +61,7 @@ from cce_torchrec.modules.output import check_features
 
 
 class ShardedCCEEmbeddingBagCollection(
-    ShardedEmbeddingModule[
-        KJTList, list[torch.Tensor], KeyedTensor, EmbeddingBagCollectionContext
-    ]
+    ShardedEmbeddingModule[KJTList, list[torch.Tensor], KeyedTensor, EmbeddingBagCollectionContext]
 ):
     """Sharded form of `CCEEmbeddingBagCollection`, made by `CCEEmbeddingBagCollectionSharder`."""
 
@@ -97,7 +98,9 @@ class ShardedCCEEmbeddingBagCollection(
             physical |= fan_out(config, params[config.name])
             chunks = [j for j, owner in enumerate(owners) if owner == rank]
             if chunks:
-                local[config.name] = _local_codes(module.codes[config.name], chunks, device)
+                codes = codes_of(module.codes, config.name)
+                assert codes is not None
+                local[config.name] = _local_codes(codes, chunks, device)
         self.codes = nn.ModuleDict(local)
         self.embedding_bag_collection: ShardedEmbeddingBagCollection = ebc_sharder.shard(
             module.embedding_bag_collection,
@@ -168,7 +171,8 @@ class ShardedCCEEmbeddingBagCollection(
                 own = [position[Slot(config.name, f)] for f in config.feature_names]
                 blocks.append(Block(config, own, None, []))
                 continue
-            codes = self.codes[config.name]
+            codes = codes_of(self.codes, config.name)
+            assert codes is not None
             column = codes.chunks.index(chunk)
             if blocks and blocks[-1].config is config:
                 blocks[-1].columns.append(column)
@@ -193,9 +197,7 @@ class ShardedCCEEmbeddingBagCollection(
             awaitables = []
             ordered = select_slots(features, self._feature_order)
             pieces = ordered.split(self._splits)
-            for dist, piece, slots in zip(
-                self._input_dists, pieces, self._pre_a2a, strict=True
-            ):
+            for dist, piece, slots in zip(self._input_dists, pieces, self._pre_a2a, strict=True):
                 awaitables.append(dist(piece))
                 ctx.sharding_contexts.append(
                     EmbeddingShardingContext(

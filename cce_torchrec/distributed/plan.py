@@ -13,6 +13,13 @@ from cce_torchrec.expand import physical_table
 SUPPORTED = (ShardingType.TABLE_WISE.value, ShardingType.COLUMN_WISE.value)
 
 
+def _rank(shard: ShardMetadata) -> int:
+    assert shard.placement is not None
+    rank = shard.placement.rank()
+    assert rank is not None
+    return rank
+
+
 def chunk_owners(config: CCEEmbeddingBagConfig, sharding: ParameterSharding) -> list[int]:
     """Rank that owns each chunk under a logical table's sharding.
 
@@ -38,7 +45,7 @@ def chunk_owners(config: CCEEmbeddingBagConfig, sharding: ParameterSharding) -> 
                 f"{config.chunk_dim}; set ParameterConstraints(min_partition={config.chunk_dim})"
             )
         for chunk in range(start // config.chunk_dim, (start + width) // config.chunk_dim):
-            owners[chunk] = shard.placement.rank()
+            owners[chunk] = _rank(shard)
     if None in owners:
         raise ValueError(f"{who}: the shards of its plan do not cover all columns")
     return [owner for owner in owners if owner is not None]
@@ -50,7 +57,7 @@ def fan_out(
     """One table-wise ParameterSharding per chunk of `config`."""
     owners = chunk_owners(config, sharding)
     assert isinstance(sharding.sharding_spec, EnumerableShardingSpec)
-    placements = {s.placement.rank(): s.placement for s in sharding.sharding_spec.shards}
+    placements = {_rank(s): s.placement for s in sharding.sharding_spec.shards}
     return {
         physical_table(config.name, chunk): replace(
             sharding,

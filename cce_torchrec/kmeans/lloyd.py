@@ -60,9 +60,7 @@ def update(
     return torch.where(sizes[:, None] > 0, means, centroids), sizes
 
 
-def refill_empty(
-    centroids: torch.Tensor, sizes: torch.Tensor, error: torch.Tensor
-) -> torch.Tensor:
+def refill_empty(centroids: torch.Tensor, sizes: torch.Tensor, error: torch.Tensor) -> torch.Tensor:
     """The i-th empty cluster takes a copy of the centroid with the i-th largest error.
 
     The two copies are perturbed by 1 +- 1/1024 with alternating sign, as FAISS does. Clusters

@@ -22,6 +22,7 @@ from cce_torchrec.expand import (
     BoundsCheck,
     ChunkCodes,
     Expansion,
+    codes_of,
     physical_feature,
     physical_table,
 )
@@ -82,7 +83,7 @@ class CCEEmbeddingBagCollection(EmbeddingBagCollectionInterface):
         for config in self._configs:
             slots = list(range(position, position + len(config.feature_names)))
             position += len(slots)
-            codes = self.codes[config.name] if config.name in self.codes else None
+            codes = codes_of(self.codes, config.name)
             columns = list(range(len(codes.chunks))) if codes is not None else []
             blocks.append(Block(config, slots, codes, columns))
         return blocks
@@ -122,7 +123,9 @@ class CCEEmbeddingBagCollection(EmbeddingBagCollectionInterface):
     def reset_parameters(self) -> None:
         """Fresh codebooks, and codes back at their hash."""
         self.embedding_bag_collection.reset_parameters()
-        for codes in self.codes.values():
+        for name in self.codes:
+            codes = codes_of(self.codes, name)
+            assert codes is not None
             codes.reset_parameters()
 
 

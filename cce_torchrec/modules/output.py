@@ -38,9 +38,7 @@ class LogicalOutput:
     ) -> LogicalOutput:
         """The output of a collection of these tables."""
         out = cls([], [], [], [], [])
-        for config, names in zip(
-            configs, get_embedding_names_by_table(list(configs)), strict=True
-        ):
+        for config, names in zip(configs, get_embedding_names_by_table(list(configs)), strict=True):
             chunks = (
                 range(config.num_chunks) if isinstance(config, CCEEmbeddingBagConfig) else [None]
             )
@@ -101,9 +99,7 @@ class LogicalOutput:
         return KeyedTensor(keys=self.names, length_per_key=self.dims, values=values)
 
 
-def check_features(
-    features: KeyedJaggedTensor, slots: Sequence[Slot], is_weighted: bool
-) -> None:
+def check_features(features: KeyedJaggedTensor, slots: Sequence[Slot], is_weighted: bool) -> None:
     """Refuses a KJT that lacks a configured feature or the weights the collection pools by.
 
     Raises:

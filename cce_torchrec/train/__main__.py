@@ -20,10 +20,10 @@ from tqdm import tqdm
 
 from cce_torchrec.clustering import ClusteringReport, ClusteringSchedule, cluster
 from cce_torchrec.config import CCEEmbeddingBagConfig
+from cce_torchrec.distributed.embedding_bag_collection import get_default_sharders
 from cce_torchrec.metrics import auc, log_loss
 from cce_torchrec.modules.embedding_bag_collection import CCEEmbeddingBagCollection
 from cce_torchrec.planner import make_plan
-from cce_torchrec.distributed.embedding_bag_collection import get_default_sharders
 from cce_torchrec.train import data, options
 from cce_torchrec.train.model import GMF, DLRMLogits, keyed_jagged, tables
 from cce_torchrec.versions import installed_versions
@@ -147,7 +147,9 @@ class Trainer:
         total = torch.zeros((), device=self.device)
         for step in range(steps):
             batch = order[step * args.batch_size : (step + 1) * args.batch_size]
-            logits, labels = self._forward(train.take(batch.tensor_split(self.world_size)[self.rank]))
+            logits, labels = self._forward(
+                train.take(batch.tensor_split(self.world_size)[self.rank])
+            )
             loss = nn.functional.binary_cross_entropy_with_logits(logits, labels)
             if self.optimizer is not None:
                 self.optimizer.zero_grad()

@@ -13,11 +13,12 @@ import torch
 if TYPE_CHECKING:
     import pandas as pd
 
-FLIGHTS_COLUMNS = (
-    "label month day hour minute carrier flight tailnum origin dest distance "
-    "temp wind_speed precip visib pressure humid"
-).split()
 _WEATHER = ["temp", "wind_speed", "precip", "visib", "pressure", "humid"]
+FLIGHTS_COLUMNS = [
+    *("label", "month", "day", "hour", "minute", "carrier", "flight", "tailnum", "origin"),
+    *("dest", "distance"),
+    *_WEATHER,
+]
 
 
 @dataclass(frozen=True)
@@ -104,9 +105,7 @@ def _flights_frame(path: str | None) -> pd.DataFrame:
             "give --data a parquet file"
         )
     folder = Path(next(iter(spec.submodule_search_locations))) / "data"
-    flights_, weather = (
-        pd.read_csv(folder / file) for file in ("flights.csv.zip", "weather.csv")
-    )
+    flights_, weather = (pd.read_csv(folder / file) for file in ("flights.csv.zip", "weather.csv"))
     flights_ = flights_[flights_["arr_delay"].notna()]
     weather = weather.drop_duplicates(["origin", "time_hour"])
     frame = flights_.merge(
@@ -168,9 +167,7 @@ def _ml_1m_frames(path: str | None) -> tuple[pd.DataFrame, pd.DataFrame]:
         source, ratings = parquet, pd.read_parquet(parquet)
     elif official.exists():
         source = official
-        ratings = pd.read_csv(
-            official, sep="::", engine="python", header=None, encoding="latin-1"
-        )
+        ratings = pd.read_csv(official, sep="::", engine="python", header=None, encoding="latin-1")
         names = ["user", "item", "rating", "timestamp"]
         ratings.columns = names[: ratings.shape[1]]
     else:
@@ -233,9 +230,7 @@ def synthetic(
     ids = (float(num_ids) ** uniform).long().clamp(max=num_ids) - 1  # density ~ 1 / rank
     cluster_of = torch.randint(num_clusters, (num_tables, num_ids), generator=generator)
     centers = torch.randn(num_tables, num_clusters, 8, generator=generator)
-    latent = torch.stack(
-        [centers[t, cluster_of[t, ids[:, t]]] for t in range(num_tables)], dim=1
-    )
+    latent = torch.stack([centers[t, cluster_of[t, ids[:, t]]] for t in range(num_tables)], dim=1)
     total = latent.sum(1)
     interactions = (total.square() - latent.square().sum(1)).sum(1) / 2
     dense = torch.randn(num_rows, 4, generator=generator)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import nn
@@ -60,7 +61,7 @@ def tables(
     bound = 1 / math.sqrt(dim)
     out: list[EmbeddingBagConfig] = []
     for name, size in dataset.features.items():
-        common = {
+        common: dict[str, Any] = {
             "name": name,
             "num_embeddings": size,
             "embedding_dim": dim,

@@ -1,0 +1,54 @@
+#!/usr/bin/env bash
+# ./run.sh demo|test|setup: everything in .venv, installed again only when pyproject.toml changed.
+set -euo pipefail
+cd "$(dirname "$0")"
+export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}" TORCH_CPP_LOG_LEVEL=ERROR TORCH_LOGS="-all"
+export PYTHONWARNINGS=ignore
+
+setup() {
+  local wanted
+  wanted=$(cat pyproject.toml docker/fbgemm-cpu-shim/pyproject.toml | sha256sum)
+  if [ -f .venv/installed ] && [ "$(cat .venv/installed)" = "$wanted" ]; then
+    . .venv/bin/activate
+    return
+  fi
+  echo "== installing into .venv (once; again only when pyproject.toml changes)"
+  local python
+  python=$(command -v python3.11 || command -v python3)
+  [ -x .venv/bin/python ] || "$python" -m venv .venv
+  . .venv/bin/activate
+  # torch first and by its exact version: a range would bring the newest build with CUDA packages.
+  pip install -q torch==2.13.0
+  pip install -q ./docker/fbgemm-cpu-shim
+  pip install -q -e '.[cpu,demo,test]'
+  pip check
+  echo "$wanted" > .venv/installed
+}
+
+demo() {
+  echo "== flights, DLRM, 2 ranks: full tables, then CCE and hashing at 1/20 of their parameters"
+  local method
+  for method in full cce hash; do
+    echo "-- $method"
+    torchrun --nproc-per-node 2 --master-port "${MASTER_PORT:-29533}" -m cce_torchrec.train \
+      --method "$method" --dataset flights --epochs "${DEMO_EPOCHS:-3}" --out "runs/demo/$method"
+  done
+  python -m benchmarks.compare runs/demo/full runs/demo/cce runs/demo/hash
+}
+
+run_tests() {
+  if [ -z "${CCE_DATA_DIR:-}" ] && [ -d ../shared/data ]; then
+    CCE_DATA_DIR=$(cd ../shared/data && pwd)
+    export CCE_DATA_DIR
+  fi
+  echo "== ruff"; ruff check . && ruff format --check .
+  echo "== mypy"; mypy
+  echo "== pytest"; python -m pytest -q "$@"
+}
+
+case "${1:-}" in
+  demo) setup; demo ;;
+  test) shift; setup; run_tests "$@" ;;
+  setup) setup ;;
+  *) echo "usage: ./run.sh demo|test|setup" >&2; exit 2 ;;
+esac
