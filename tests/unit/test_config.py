@@ -1,0 +1,77 @@
+"""CCEEmbeddingBagConfig: arithmetic, budgets, and the errors a user can run into."""
+
+import pytest
+import torch
+from torchrec.modules.embedding_configs import DataType, EmbeddingBagConfig, PoolingType
+
+from cce_torchrec import CCEEmbeddingBagCollection, CCEEmbeddingBagConfig
+from cce_torchrec.config import code_dtype
+
+
+def config(**kwargs):
+    defaults = dict(
+        name="user", num_embeddings=1000, embedding_dim=32, feature_names=["f"], num_rows=16
+    )
+    return CCEEmbeddingBagConfig(**{**defaults, **kwargs})
+
+
+def test_bytes():
+    table = config()
+    assert (table.helper_rows, table.rows_per_chunk, table.chunk_dim) == (48, 64, 8)
+    assert table.codebook_bytes == 64 * 32 * 4
+    assert table.code_bytes == 1000 * 4
+    assert table.table_bytes == table.codebook_bytes + table.code_bytes
+    assert config(data_type=DataType.FP16).codebook_bytes == 64 * 32 * 2
+    assert config(learned_codes=False).code_bytes == 0
+
+
+@pytest.mark.parametrize(
+    ("rows", "dtype"),
+    [(256, torch.uint8), (257, torch.int16), (65_536, torch.int16), (65_537, torch.int32)],
+)
+def test_code_dtype(rows, dtype):
+    assert code_dtype(rows) == dtype
+
+
+def test_budgets():
+    kwargs = dict(name="t", num_embeddings=1000, embedding_dim=32, feature_names=["f"])
+    table = CCEEmbeddingBagConfig.from_params_per_dim(64, **kwargs)
+    assert (table.num_rows, table.num_helper_rows) == (16, 48)
+    for budget in (4_300, 20_000, 200_000):
+        table = CCEEmbeddingBagConfig.from_bytes(budget, **kwargs)
+        larger = CCEEmbeddingBagConfig.from_params_per_dim(table.rows_per_chunk + 1, **kwargs)
+        assert table.table_bytes <= budget < larger.table_bytes
+    with pytest.raises(ValueError, match=r"table 't'.*two rows a chunk"):
+        CCEEmbeddingBagConfig.from_bytes(4_000, **kwargs)
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "message"),
+    [
+        ({"embedding_dim": 30}, "embedding_dim 30 is not divisible by num_chunks 4.*use 16 or 32"),
+        ({"embedding_dim": 8}, "embedding_dim 8.*multiple of 4.*use 16"),
+        ({"num_rows": 2**30, "num_helper_rows": 2**31}, "more than a code can hold"),
+        ({"pooling": "max"}, "pooling 'max' is not SUM or MEAN"),
+        ({"pooling": PoolingType.NONE}, "is not SUM or MEAN"),
+        ({"name": "a#b"}, "without '#'"),
+        ({"num_rows": 0}, "num_rows has no default"),
+        ({"num_helper_rows": -1}, "num_helper_rows -1 is negative"),
+        ({"data_type": DataType.INT8}, "use FP32, FP16 or BF16"),
+        ({"need_pos": True}, "need_pos=True has no meaning"),
+        ({"use_virtual_table": True}, "use_virtual_table=True has no meaning"),
+    ],
+)
+def test_bad_fields(kwargs, message):
+    with pytest.raises(ValueError, match=message) as error:
+        config(**kwargs)
+    assert "table" in str(error.value)
+
+
+def test_bad_collections():
+    with pytest.raises(ValueError, match="table 'user' is configured 2 times"):
+        CCEEmbeddingBagCollection(tables=[config(), config()])
+    with pytest.raises(ValueError, match="has no feature_names"):
+        CCEEmbeddingBagCollection(tables=[config(feature_names=[])])
+    plain = EmbeddingBagConfig(name="a#b", num_embeddings=3, embedding_dim=4, feature_names=["f"])
+    with pytest.raises(ValueError, match="'#' marks the chunks"):
+        CCEEmbeddingBagCollection(tables=[plain])
