@@ -1,0 +1,276 @@
+"""Sharded equals unsharded: outputs, weights, optimizer state, codes; before and after a step."""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+
+import pytest
+import torch
+import torch.distributed as dist
+import torchrec
+from torch import nn
+from torchrec import KeyedJaggedTensor
+from torchrec.distributed import DistributedModelParallel
+from torchrec.modules.embedding_configs import EmbeddingBagConfig, PoolingType
+from torchrec.optim.apply_optimizer_in_backward import apply_optimizer_in_backward
+
+from cce_torchrec import CCEEmbeddingBagCollection, CCEEmbeddingBagConfig
+from cce_torchrec.clustering import cluster
+from cce_torchrec.clustering.step import _fused_rows, _unsharded_rows
+from cce_torchrec.distributed.embedding_bag_collection import get_default_sharders
+from cce_torchrec.planner import make_plan
+from tests.distributed.ranks import run_ranks
+
+CPU = torch.device("cpu")
+STRIDE = 6
+KEYS = ["g", "h", "unused", "f"]
+
+
+def tables(pooling):
+    return [
+        CCEEmbeddingBagConfig(
+            name="t", num_embeddings=300, embedding_dim=16, feature_names=["f", "g"], num_rows=5,
+            pooling=pooling,
+        ),
+        EmbeddingBagConfig(
+            name="p", num_embeddings=40, embedding_dim=8, feature_names=["h", "f"],
+            pooling=PoolingType.SUM,
+        ),
+        CCEEmbeddingBagConfig(
+            name="u", num_embeddings=1000, embedding_dim=8, feature_names=["h"], num_rows=300,
+            num_chunks=2, pooling=pooling,
+        ),
+    ]  # fmt: skip
+
+
+class Model(nn.Module):
+    def __init__(self, collection):
+        super().__init__()
+        self.collection = collection
+
+    def forward(self, kjt):
+        return self.collection(kjt)
+
+
+def batch(seed, weighted):
+    g = torch.Generator().manual_seed(seed)
+    lengths = torch.randint(0, 4, (len(KEYS) * STRIDE,), generator=g)
+    total = int(lengths.sum())
+    return KeyedJaggedTensor(
+        keys=KEYS,
+        values=torch.randint(0, 40, (total,), generator=g),
+        lengths=lengths,
+        weights=torch.rand(total, generator=g) if weighted else None,
+        stride=STRIDE,
+    )
+
+
+def collection(pooling, weighted, optimizer):
+    made = CCEEmbeddingBagCollection(tables=tables(pooling), is_weighted=weighted)
+    cls = {"rowwise": torchrec.optim.RowWiseAdagrad, "sgd": torch.optim.SGD}[optimizer]
+    # FBGEMM's eps; TorchRec's own row-wise Adagrad has 1e-10, which shows in tiny gradients.
+    settings = {"lr": 0.1, "eps": 1e-8} if optimizer == "rowwise" else {"lr": 0.1}
+    apply_optimizer_in_backward(cls, list(made.parameters()), settings)
+    return made
+
+
+def copy_state(sharded, plain):
+    """Weights and codes of the owners into the unsharded twin on every rank, bit for bit."""
+    local = {
+        name: (weight.clone(), {k: v.clone() for k, v in state.items()})
+        for name, (weight, state) in _fused_rows(sharded).items()
+    }
+    codes = {
+        (name, chunk): part.codes[:, i].clone().to(torch.int64)
+        for name, part in sharded.codes.items()
+        for i, chunk in enumerate(part.chunks)
+    }
+    rounds = {name: part.rounds for name, part in sharded.codes.items()}
+    gathered = [None] * dist.get_world_size()
+    dist.all_gather_object(gathered, (local, codes, rounds))
+    rows = _unsharded_rows(plain, None)
+    for weights, some_codes, some_rounds in gathered:
+        for name, (weight, state) in weights.items():
+            rows[name][0].copy_(weight)
+            for key, value in state.items():
+                if key in rows[name][1]:
+                    rows[name][1][key].copy_(value.view_as(rows[name][1][key]))
+        for (name, chunk), column in some_codes.items():
+            plain.codes[name].codes[:, chunk] = column.to(plain.codes[name].codes.dtype)
+        for name, number in some_rounds.items():
+            plain.codes[name].set_rounds(number)
+
+
+def compare(sharded, plain, exact):
+    check = torch.equal if exact else lambda a, b: torch.allclose(a, b, rtol=1e-5, atol=1e-6)
+    rows = _unsharded_rows(plain, None)
+    for name, (weight, state) in _fused_rows(sharded).items():
+        assert check(weight, rows[name][0]), name
+        for key, value in state.items():
+            if key in rows[name][1]:
+                assert check(value, rows[name][1][key].view_as(value)), (name, key)
+    for name, part in sharded.codes.items():
+        assert part.rounds == plain.codes[name].rounds
+        assert torch.equal(part.codes, plain.codes[name].codes[:, part.chunks]), name
+
+
+def train(sharded_model, plain, weighted, seeds, rank, world_size):
+    for seed in seeds:
+        batches = [batch(seed * 10 + r, weighted) for r in range(world_size)]
+        out = sharded_model(batches[rank]).wait()
+        expected = [plain(b).values() for b in batches]
+        torch.testing.assert_close(out.values(), expected[rank], rtol=1e-5, atol=1e-6)
+        assert out.keys() == ["f@t", "g", "h@p", "f@p", "h@u"]
+        out.values().square().sum().backward()
+        torch.stack([e.square().sum() for e in expected]).mean().backward()
+
+
+def equal_for(rank, world_size, plan_kind, pooling, weighted, optimizer):
+    torch.manual_seed(1)
+    plain = collection(pooling, weighted, optimizer)
+    model = Model(collection(pooling, weighted, optimizer))
+    plan = make_plan(model, tables(pooling), CPU, plan_kind)
+    sharded_model = DistributedModelParallel(
+        model, device=CPU, plan=plan, sharders=get_default_sharders()
+    )
+    sharded = sharded_model.module.collection
+    if plan_kind == "cw" and world_size > 1:
+        assert len(set(sharded.chunk_owners["t"])) > 1, "nothing was spread"
+    copy_state(sharded, plain)
+    train(sharded_model, plain, weighted, range(4), rank, world_size)
+    compare(sharded, plain, exact=False)
+    copy_state(sharded, plain)
+    report = cluster(sharded_model)
+    other = cluster(plain)
+    names = [(c.table.split(".")[-1], c.chunk, c.objective_after, c.changed) for c in report.chunks]
+    assert names == [(c.table, c.chunk, c.objective_after, c.changed) for c in other.chunks]
+    compare(sharded, plain, exact=True)
+    train(sharded_model, plain, weighted, range(4, 8), rank, world_size)
+    compare(sharded, plain, exact=False)
+
+
+def matrix(rank, world_size):
+    for plan, pooling, weighted, optimizer in itertools.product(
+        ["tw", "cw"], [PoolingType.SUM, PoolingType.MEAN], [False, True], ["rowwise", "sgd"]
+    ):
+        try:
+            equal_for(rank, world_size, plan, pooling, weighted, optimizer)
+        except Exception as error:
+            raise AssertionError(f"{plan} {pooling} weighted={weighted} {optimizer}") from error
+    return ids_on_the_network(rank, world_size), clustered_bytes(rank, world_size)
+
+
+def ids_on_the_network(rank, world_size):
+    """Ids that arrive at all ranks, for chunks together and spread, and the ids sent."""
+    counts = {}
+    for plan_kind in ("tw", "cw"):
+        model = Model(collection(PoolingType.SUM, False, "sgd"))
+        plan = make_plan(model, tables(PoolingType.SUM), CPU, plan_kind)
+        model = DistributedModelParallel(
+            model, device=CPU, plan=plan, sharders=get_default_sharders()
+        )
+        sharded = model.module.collection
+        context = sharded.create_context()
+        kjt = batch(rank, False)
+        arrived = sharded.input_dist(context, kjt).wait().wait()
+        received = sum(features.values().numel() for features in arrived)
+        owners = {name: len(set(ranks)) for name, ranks in sharded.chunk_owners.items()}
+        jagged = kjt.to_dict()
+        wanted = sum(
+            jagged[feature].values().numel() * owners.get(config.name, 1)
+            for config in tables(PoolingType.SUM)
+            for feature in config.feature_names
+        )
+        totals = torch.tensor([received, wanted])
+        dist.all_reduce(totals)
+        counts[plan_kind] = (*totals.tolist(), owners)
+    return counts
+
+
+def clustered_bytes(rank, world_size):
+    """Digests of codes and codebooks after a step from a state that no rank number enters."""
+    digests = {}
+    for plan_kind in ("tw", "cw"):
+        made = collection(PoolingType.SUM, False, "rowwise")
+        model = Model(made)
+        plan = make_plan(model, tables(PoolingType.SUM), CPU, plan_kind)
+        model = DistributedModelParallel(
+            model, device=CPU, plan=plan, sharders=get_default_sharders()
+        )
+        sharded = model.module.collection
+        for name, (weight, state) in sorted(_fused_rows(sharded).items()):
+            g = torch.Generator().manual_seed(sum(map(ord, name)))
+            weight.copy_(torch.randn(weight.shape, generator=g))
+            for value in state.values():
+                value.copy_(torch.rand(value.shape, generator=g))
+        for _ in range(2):
+            cluster(model)
+        local = {
+            name: hashlib.sha256(
+                weight.numpy().tobytes() + b"".join(v.numpy().tobytes() for v in state.values())
+            ).hexdigest()
+            for name, (weight, state) in _fused_rows(sharded).items()
+        }
+        local |= {
+            f"{name}@{chunk}": hashlib.sha256(
+                part.codes[:, i].contiguous().numpy().tobytes()
+            ).hexdigest()
+            for name, part in sharded.codes.items()
+            for i, chunk in enumerate(part.chunks)
+        }
+        gathered = [None] * world_size
+        dist.all_gather_object(gathered, local)
+        digests[plan_kind] = {k: v for part in gathered for k, v in part.items()}
+    return digests
+
+
+def failing_step(rank, world_size):
+    """A NaN on one rank: every rank raises, and no table of any rank changes."""
+    model = Model(collection(PoolingType.SUM, False, "rowwise"))
+    plan = make_plan(model, tables(PoolingType.SUM), CPU, "cw")
+    model = DistributedModelParallel(model, device=CPU, plan=plan, sharders=get_default_sharders())
+    sharded = model.module.collection
+    rows = _fused_rows(sharded)
+    if "t#0" in rows:
+        rows["t#0"][0][0, 0] = float("nan")
+    before = {n: (w.clone(), sharded) for n, (w, _) in rows.items()}
+    codes = {n: part.codes.clone() for n, part in sharded.codes.items()}
+    with pytest.raises(ValueError, match=r"table 't', chunk 0: .*not finite"):
+        cluster(model)
+    for name, (weight, _) in before.items():
+        assert torch.equal(weight.nan_to_num(), rows[name][0].nan_to_num())
+    for name, part in sharded.codes.items():
+        assert part.rounds == 0 and torch.equal(part.codes, codes[name])
+
+
+def matrix_and_failure(rank, world_size):
+    failing_step(rank, world_size)
+    return matrix(rank, world_size)
+
+
+@pytest.fixture(scope="module")
+def two_ranks():
+    return run_ranks(2, matrix_and_failure)
+
+
+def test_ids_cross_the_network_once_per_owning_rank(two_ranks):
+    for counts, _ in two_ranks:
+        for plan_kind in ("tw", "cw"):
+            received, wanted, owners = counts[plan_kind]
+            assert received == wanted
+            assert (max(owners.values()) == 1) == (plan_kind == "tw")
+
+
+def test_sharded_equals_unsharded(two_ranks):
+    assert len(two_ranks) == 2  # the whole matrix ran inside the ranks
+
+
+def test_clustering_is_the_same_on_1_2_and_3_ranks(two_ranks):
+    digests = [two_ranks[0][1]]
+    digests += [run_ranks(n, clustered_bytes)[0] for n in (1, 3)]
+    reference = digests[0]["tw"]
+    assert len(reference) == 4 + 2 + 1 + 4 + 2
+    for digest in digests:
+        assert digest["tw"] == reference
+        assert digest["cw"] == reference
