@@ -1,0 +1,57 @@
+"""The training program end to end: one and two ranks, every method, what it writes."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+from tests.distributed.ranks import free_port
+
+KEYS = {
+    "val_log_loss", "val_auc", "best_val_log_loss", "best_val_auc", "parameters", "table_bytes",
+    "compression_ratio", "examples_per_second", "clustering_seconds", "settings", "versions",
+}  # fmt: skip
+
+
+def train(out, *options, ranks=1, check=True):
+    command = [
+        *(sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(ranks)),
+        *("--master-port", str(free_port()), "-m", "cce_torchrec.train", "--out", str(out)),
+        *("--epochs", "2", "--dataset", "synthetic", "--batch-size", "8192"),
+        *options,
+    ]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    if not check:
+        return done
+    assert done.returncode == 0, done.stderr[-3000:]
+    summary = json.loads((out / "summary.json").read_text())
+    assert summary.keys() >= KEYS
+    epochs = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    assert [e["epoch"] for e in epochs] == [1, 2]
+    assert summary["best_val_log_loss"] == min(e["val_log_loss"] for e in epochs)
+    return summary
+
+
+@pytest.mark.parametrize("plan", ["tw", "cw"])
+def test_cce_on_two_ranks(tmp_path, plan):
+    summary = train(tmp_path, "--plan", plan, "--compression", "40", ranks=2)
+    # 4 tables of 20,000 ids: 125 main and 375 helper rows of 16 floats, 4 one-byte codes an id.
+    assert summary["parameters"] == 4 * 500 * 16
+    assert summary["table_bytes"] == 4 * (500 * 16 * 4 + 20_000 * 4)
+    assert summary["clustering_seconds"] > 0
+    assert summary["world_size"] == 2
+
+
+def test_hash_on_one_rank(tmp_path):
+    summary = train(tmp_path, "--method", "hash", "--compression", "40")
+    assert summary["table_bytes"] == 4 * 500 * 16 * 4
+    assert summary["settings"]["clusterings"] == 0
+    assert summary["settings"]["lr"] == 0.1
+
+
+def test_bad_options_end_with_one_sentence(tmp_path):
+    done = train(tmp_path, "--embedding-dim", "30", check=False)
+    assert done.returncode != 0
+    assert "error: table 'feature_0': embedding_dim 30 is not divisible" in done.stderr
+    assert not list(tmp_path.iterdir())
