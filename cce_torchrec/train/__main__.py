@@ -71,8 +71,16 @@ class Trainer:
         rows = options.rows_per_table(args, self.dataset)
         options.set_defaults(args, self.dataset, rows)
         torch.manual_seed(args.seed)
+        # A dot product of embeddings near zero has no gradient; DLRM's dense part has its own.
+        init_bound = args.embedding_dim**-0.5 if args.model == "gmf" else None
         self.configs = tables(
-            self.dataset, args.method, args.embedding_dim, args.num_chunks, rows, args.seed
+            self.dataset,
+            args.method,
+            args.embedding_dim,
+            args.num_chunks,
+            rows,
+            args.seed,
+            init_bound,
         )
         self.model, self.optimizer = self._build()
         self.features = list(self.dataset.features)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import torch
@@ -50,15 +49,22 @@ class DLRMLogits(nn.Module):
 
 
 def tables(
-    dataset: Dataset, method: str, dim: int, num_chunks: int, rows: dict[str, int], seed: int
+    dataset: Dataset,
+    method: str,
+    dim: int,
+    num_chunks: int,
+    rows: dict[str, int],
+    seed: int,
+    init_bound: float | None,
 ) -> list[EmbeddingBagConfig]:
     """One table per feature: compressed by `method` to `rows` rows per dimension, or full.
 
     Args:
         method: cce, ce (hashed codes, no helper), hash (one chunk of that) or full.
         rows: per compressed feature, main + helper rows.
+        init_bound: embeddings start uniform in +-init_bound; None is TorchRec's
+            1 / sqrt(num_embeddings).
     """
-    bound = 1 / math.sqrt(dim)
     out: list[EmbeddingBagConfig] = []
     for name, size in dataset.features.items():
         common: dict[str, Any] = {
@@ -66,8 +72,8 @@ def tables(
             "num_embeddings": size,
             "embedding_dim": dim,
             "feature_names": [name],
-            "weight_init_min": -bound,
-            "weight_init_max": bound,
+            "weight_init_min": None if init_bound is None else -init_bound,
+            "weight_init_max": init_bound,
         }
         if method == "full" or name not in dataset.compressed:
             out.append(EmbeddingBagConfig(**common))
