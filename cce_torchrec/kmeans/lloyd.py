@@ -1,114 +1,245 @@
-"""Lloyd's iterations over weighted pairs, deterministic from start to end."""
+"""Lloyd's iterations over weighted points, deterministic from start to end."""
 
 from __future__ import annotations
 
+import time
 from dataclasses import dataclass
 
 import torch
+import torch.distributed as dist
 
-from cce_torchrec.kmeans.pairs import BLOCK, PairPoints
+from cce_torchrec.kmeans.backends import SKLEARN_BACKENDS, Backend, make_backend, optional_module
+from cce_torchrec.kmeans.points import BLOCK, Points, TensorPoints
 
 _SPLIT = 1 / 1024
+_PLUS_PLUS_SAMPLE = 32
+INITS = ("random", "k-means++")
+
+
+@dataclass(frozen=True)
+class IterationStats:
+    """One assignment of all points and what followed."""
+
+    objective: float
+    """Sum over points of weight times squared distance to the nearest centroid."""
+    seconds: float
+    imbalance: float
+    """k * sum(n_c^2) / (sum n_c)^2: 1 when all clusters are equally large (FAISS's factor)."""
+    splits: int
+    """Empty clusters that took half of another one after this assignment."""
 
 
 @dataclass(frozen=True)
 class KMeansResult:
     """Outcome of `kmeans`.
 
-    Shapes: `centroids` float32 [k, s]; `assignment` int64 [P], per distinct pair.
+    Shapes: `centroids` float32 [k, s]; `assignment` int32 [n], per point; `sizes` int64 [k],
+    summed weights.
     """
 
     centroids: torch.Tensor
     assignment: torch.Tensor
-    objective: list[float]
-    """Sum over ids of the squared distance to the nearest centroid, per assignment made."""
-    empty_clusters: int
-    """Clusters that no id is assigned to at the end."""
+    sizes: torch.Tensor
+    iterations: list[IterationStats]
+    """One per Lloyd iteration, and one for the final assignment."""
+
+    @property
+    def objective(self) -> list[float]:
+        """The objective of every assignment made; the last is that of the result."""
+        return [iteration.objective for iteration in self.iterations]
+
+    @property
+    def empty_clusters(self) -> int:
+        """Clusters without points at the end."""
+        return int((self.sizes == 0).sum())
 
 
-def assign(points: PairPoints, centroids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Nearest centroid of every pair, int64 [P], and its squared distance, float64 [P].
+def kmeans(
+    points: Points | torch.Tensor,
+    num_clusters: int,
+    iterations: int = 6,
+    *,
+    weights: torch.Tensor | None = None,
+    backend: str = "auto",
+    init: str | torch.Tensor = "random",
+    tolerance: float = 0.0,
+    process_group: dist.ProcessGroup | None = None,
+) -> KMeansResult:
+    """Weighted K-means with `num_clusters` clusters.
 
-    Ties go to the lowest index.
+    Single process, or collective: every rank of `process_group` calls it with the same points,
+    scores its share of them in fixed blocks, and gets the same bytes, whatever their number.
+    With fewer different points than clusters every point is its own centroid and the clusters
+    left over stay empty.
+
+    Args:
+        points: a matrix [n, s], or any `Points`.
+        iterations: at most so many Lloyd iterations; they end early when no sum changes.
+        weights: int64 [n], with a matrix only.
+        backend: auto, native (compiled), torch, faiss, sklearn or sklearn-minibatch. The last
+            two fit centroids by scikit-learn on one process; auto scores the final assignment.
+        init: "random" (points drawn by hash), "k-means++" (Arthur and Vassilvitskii 2007, over a
+            sample of 32 points per cluster), or starting centroids [k, s].
+        tolerance: also end when an iteration lowers the objective by less than this share.
+
+    Raises:
+        ValueError: no points, `num_clusters` or `iterations` below 1, values that are not
+            finite, starting centroids of another shape, ranks that disagree about shapes.
     """
-    half_norms = -0.5 * (centroids * centroids).sum(1)
-    nearest, distances = [], []
-    for start in range(0, points.num_pairs, BLOCK):
-        x = points.vectors(start, start + BLOCK)
-        index = torch.addmm(half_norms, x, centroids.t()).argmax(1)
-        nearest.append(index)
-        distances.append((x.double() - centroids[index].double()).square().sum(1))
-    return torch.cat(nearest), torch.cat(distances)
+    if not isinstance(points, Points):
+        points = TensorPoints(points, weights)
+    elif weights is not None:
+        raise ValueError("weights belong to a matrix of points; these points have their own")
+    if num_clusters < 1 or iterations < 1 or points.num_points < 1:
+        raise ValueError(
+            f"K-means needs points, clusters and iterations: {points.num_points} points, "
+            f"num_clusters {num_clusters}, iterations {iterations}"
+        )
+    share = _Share(points, num_clusters, process_group)
+    centroids = _start(points, num_clusters, init)
+    if backend in SKLEARN_BACKENDS:
+        centroids = _sklearn_fit(points, centroids, iterations, backend)
+        iterations, backend = 0, "auto"
+    engine = make_backend(backend, points.device)
+
+    stats: list[IterationStats] = []
+    before: torch.Tensor | None = None
+    for _ in range(iterations):
+        began = time.perf_counter()
+        sums, sizes, errors, _assigned = share.scan(points, centroids, engine)
+        objective = float(errors.sum()) / points.error_scale()
+        means = (sums.double() / sizes.clamp(min=1)[:, None] / points.scale).float()
+        centroids = torch.where(sizes[:, None] > 0, means, centroids)
+        centroids, splits = refill_empty(centroids, sizes, errors)
+        seconds = time.perf_counter() - began
+        stats.append(IterationStats(objective, seconds, _imbalance(sizes), splits))
+        settled = before is not None and torch.equal(before, sums) and splits == 0
+        slow = len(stats) > 1 and stats[-2].objective - objective < tolerance * stats[-2].objective
+        if settled or (slow and splits == 0):
+            break
+        before = sums
+    began = time.perf_counter()
+    _sums, sizes, errors, assigned = share.scan(points, centroids, engine)
+    assignment = share.gather(assigned)
+    objective = float(errors.sum()) / points.error_scale()
+    seconds = time.perf_counter() - began
+    stats.append(IterationStats(objective, seconds, _imbalance(sizes), 0))
+    return KMeansResult(centroids, assignment, sizes, stats)
 
 
-def update(
-    points: PairPoints, assignment: torch.Tensor, centroids: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Means of the assigned ids, float32 [k, s], and their numbers, int64 [k].
+class _Share:
+    """This rank's points, [start, end), cut at whole blocks, and the sums over all ranks."""
 
-    Sums are exact integers. A cluster without ids keeps its centroid.
-    """
-    num = centroids.shape[0]
-    sums = torch.zeros(centroids.shape, dtype=torch.int64, device=centroids.device)
-    for start in range(0, points.num_pairs, BLOCK):
-        block = slice(start, start + BLOCK)
-        weighted = points.integers(start, start + BLOCK) * points.counts[block, None]
-        sums.index_add_(0, assignment[block], weighted)
-    sizes = torch.zeros(num, dtype=torch.int64, device=centroids.device)
-    sizes.index_add_(0, assignment, points.counts)
-    means = (sums.double() / sizes.clamp(min=1)[:, None] / points.scale).float()
-    return torch.where(sizes[:, None] > 0, means, centroids), sizes
+    def __init__(self, points: Points, k: int, group: dist.ProcessGroup | None) -> None:
+        self._group = group
+        self._num_points, self._k, self._dim = points.num_points, k, points.dim
+        rank, world_size = 0, 1
+        if group is not None:
+            rank, world_size = dist.get_rank(group), dist.get_world_size(group)
+            shape = (points.num_points, points.dim, k)
+            shapes: list[tuple[int, ...]] = [()] * world_size
+            dist.all_gather_object(shapes, shape, group=group)
+            if len(set(shapes)) > 1:
+                raise ValueError(f"ranks disagree about (points, dim, clusters): {shapes}")
+        self._alone = world_size == 1
+        blocks = -(-points.num_points // BLOCK)
+        self.start = min(points.num_points, blocks * rank // world_size * BLOCK)
+        self.end = min(points.num_points, blocks * (rank + 1) // world_size * BLOCK)
+
+    def scan(
+        self, points: Points, centroids: torch.Tensor, engine: Backend
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Sums [k, s], sizes [k] and errors [k] over all ranks, and this rank's assignment."""
+        k, dim = self._k, self._dim
+        assigned = engine.prepare(points, centroids)(self.start, self.end)
+        flat = torch.zeros(k * (dim + 2), dtype=torch.int64, device=points.device)
+        sums, sizes, errors = flat[: k * dim].view(k, dim), flat[k * dim : -k], flat[-k:]
+        stats = (sums, sizes, errors)
+        points.accumulate(self.start, assigned, centroids, points.error_scale(), stats)
+        if not self._alone:
+            dist.all_reduce(flat, group=self._group)
+        return sums, sizes, errors, assigned
+
+    def gather(self, assigned: torch.Tensor) -> torch.Tensor:
+        """The assignment of all points, from every rank's."""
+        if self._alone:
+            return assigned
+        out = torch.zeros(self._num_points, dtype=torch.int32, device=assigned.device)
+        out[self.start : self.end] = assigned
+        dist.all_reduce(out, group=self._group)
+        return out
 
 
-def refill_empty(centroids: torch.Tensor, sizes: torch.Tensor, error: torch.Tensor) -> torch.Tensor:
+def refill_empty(
+    centroids: torch.Tensor, sizes: torch.Tensor, errors: torch.Tensor
+) -> tuple[torch.Tensor, int]:
     """The i-th empty cluster takes a copy of the centroid with the i-th largest error.
 
     The two copies are perturbed by 1 +- 1/1024 with alternating sign, as FAISS does. Clusters
-    without error are not split: their points lie on the centroid.
+    without error are not split: their points lie on the centroid. Returns the centroids and the
+    number of splits.
     """
     empty = (sizes == 0).nonzero().view(-1)
-    order = torch.sort(error, descending=True, stable=True).indices
-    donors = order[error[order] > 0][: empty.numel()]
+    if not len(empty):
+        return centroids, 0
+    order = torch.sort(errors, descending=True, stable=True).indices
+    donors = order[errors[order] > 0][: empty.numel()]
     empty = empty[: donors.numel()]
     signs = torch.ones(centroids.shape[1], device=centroids.device)
     signs[1::2] = -1
     out = centroids.clone()
     out[empty] = centroids[donors] * (1 + signs * _SPLIT)
     out[donors] = centroids[donors] * (1 - signs * _SPLIT)
+    return out, len(donors)
+
+
+def _imbalance(sizes: torch.Tensor) -> float:
+    total = float(sizes.sum())
+    return len(sizes) * float(sizes.double().square().sum()) / (total * total) if total else 0.0
+
+
+def _start(points: Points, k: int, init: str | torch.Tensor) -> torch.Tensor:
+    if isinstance(init, torch.Tensor):
+        if init.shape != (k, points.dim) or not bool(torch.isfinite(init).all()):
+            raise ValueError(
+                f"starting centroids must be finite and [{k}, {points.dim}]; got "
+                f"{tuple(init.shape)}"
+            )
+        return init.detach().float().to(points.device)
+    if init not in INITS:
+        raise ValueError(f"unknown init {init!r}; choose one of {list(INITS)} or give centroids")
+    if init == "k-means++":
+        return _plus_plus(points.vectors(points.starts(_PLUS_PLUS_SAMPLE * k)), k)
+    first = points.vectors(points.starts(k))
+    out = torch.zeros(k, points.dim, device=points.device)
+    out[: len(first)] = first
     return out
 
 
-def kmeans(points: PairPoints, num_clusters: int, iterations: int = 6) -> KMeansResult:
-    """Weighted K-means with `num_clusters` clusters from a cold start.
+def _plus_plus(sample: torch.Tensor, k: int) -> torch.Tensor:
+    """k-means++ over `sample`, with draws that depend on its size and k alone."""
+    generator = torch.Generator().manual_seed(len(sample) * 1_000_003 + k)
+    out = torch.zeros(k, sample.shape[1], device=sample.device)
+    distance = torch.full((len(sample),), torch.inf, dtype=torch.float64, device=sample.device)
+    pick = 0
+    for i in range(min(k, len(sample))):
+        out[i] = sample[pick]
+        distance = torch.minimum(distance, (sample - sample[pick]).double().square().sum(1))
+        total = distance.cumsum(0)
+        draw = float(torch.rand((), generator=generator, dtype=torch.float64)) * float(total[-1])
+        pick = min(int(torch.searchsorted(total, draw, right=True)), len(sample) - 1)
+    return out
 
-    Every id counts once. With fewer distinct pairs than clusters every pair is its own centroid
-    and the clusters left over stay empty, at zero.
 
-    Raises:
-        ValueError: `num_clusters` or `iterations` below 1, or no points.
-    """
-    if num_clusters < 1 or iterations < 1 or points.num_pairs < 1:
-        raise ValueError(
-            f"K-means needs points, clusters and iterations: {points.num_pairs} points, "
-            f"num_clusters {num_clusters}, iterations {iterations}"
-        )
-    start = torch.sort(points.first).indices[:num_clusters]
-    x = (points.main[points.main_rows[start]] + points.helper[points.helper_rows[start]]).double()
-    centroids = torch.zeros(
-        num_clusters, x.shape[1], dtype=torch.float32, device=points.counts.device
-    )
-    centroids[: len(start)] = (x / points.scale).float()
-    objective: list[float] = []
-    for iteration in range(iterations):
-        assignment, distances = assign(points, centroids)
-        weighted = distances * points.counts
-        objective.append(float(weighted.sum()))
-        centroids, sizes = update(points, assignment, centroids)
-        if iteration + 1 < iterations and bool((sizes == 0).any()):
-            error = torch.zeros(num_clusters, dtype=torch.float64, device=centroids.device)
-            error.index_add_(0, assignment, weighted)
-            centroids = refill_empty(centroids, sizes, error)
-    assignment, distances = assign(points, centroids)
-    objective.append(float((distances * points.counts).sum()))
-    empty = num_clusters - int(torch.unique(assignment).numel())
-    return KMeansResult(centroids, assignment, objective, empty)
+def _sklearn_fit(points: Points, start: torch.Tensor, iterations: int, name: str) -> torch.Tensor:
+    """Centroids by scikit-learn, from the same start over the same weighted points."""
+    cluster = optional_module("sklearn.cluster", "sklearn")
+    x = points.vectors(slice(None)).cpu().numpy()
+    weights = points.weights.double().cpu().numpy()
+    k = len(start)
+    if len(x) < k:
+        raise ValueError(f"scikit-learn needs at least as many points as clusters: {len(x)} < {k}")
+    kind = cluster.KMeans if name == "sklearn" else cluster.MiniBatchKMeans
+    model = kind(k, init=start.cpu().numpy(), n_init=1, max_iter=iterations, random_state=0)
+    model.fit(x, sample_weight=weights)
+    return torch.from_numpy(model.cluster_centers_).float().to(points.device)

@@ -5,104 +5,15 @@ import copy
 import pytest
 import torch
 import torchrec
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from torchrec import KeyedJaggedTensor
 from torchrec.optim.apply_optimizer_in_backward import apply_optimizer_in_backward
 
 from cce_torchrec import CCEEmbeddingBagCollection, CCEEmbeddingBagConfig
 from cce_torchrec.clustering import ClusteringSchedule, cluster
+from cce_torchrec.clustering.chunk import budget
 from cce_torchrec.codes import widen
 from cce_torchrec.hashing import helper_hash
-from cce_torchrec.kmeans.lloyd import assign, kmeans
-from cce_torchrec.kmeans.pairs import pair_points
-
-
-def points(num_ids=500, k=7, k_helper=11, dim=4, seed=0, main=None, helper=None):
-    g = torch.Generator().manual_seed(seed)
-    main = torch.randn(k, dim, generator=g) if main is None else main
-    helper = torch.randn(k_helper, dim, generator=g) if helper is None else helper
-    a = torch.randint(0, len(main), (num_ids,), generator=g)
-    b = torch.randint(0, len(helper), (num_ids,), generator=g)
-    return pair_points(main, helper, a, b, torch.randperm(num_ids, generator=g)), main[a] + helper[
-        b
-    ]
-
-
-def lloyd_reference(vectors, centroids, iterations):
-    """Lloyd's algorithm in float64, a loop over clusters; no empty clusters allowed."""
-    vectors, centroids = vectors.double(), centroids.double()
-    for _ in range(iterations):
-        nearest = torch.cdist(vectors, centroids).argmin(1)
-        for c in range(len(centroids)):
-            assert (nearest == c).any()
-            centroids[c] = vectors[nearest == c].mean(0)
-    return centroids, torch.cdist(vectors, centroids).min(1).values.square().sum()
-
-
-@pytest.mark.parametrize("seed", range(5))
-def test_kmeans_equals_plain_lloyd_over_all_ids(seed):
-    pairs, vectors = points(seed=seed)
-    start = pairs.first.argsort()[:5]
-    initial = pairs.vectors(0, pairs.num_pairs)[start]
-    result = kmeans(pairs, 5, iterations=6)
-    centroids, objective = lloyd_reference(vectors, initial, 6)
-    torch.testing.assert_close(result.centroids, centroids.float(), rtol=1e-5, atol=1e-5)
-    assert result.objective[-1] == pytest.approx(float(objective), rel=1e-5)
-    assert result.empty_clusters == 0
-
-
-@settings(max_examples=40, deadline=None)
-@given(
-    seed=st.integers(0, 10_000),
-    num_ids=st.integers(1, 200),
-    k=st.integers(1, 40),
-    scale=st.sampled_from([1e-20, 1e-3, 1.0, 1e6]),
-    duplicates=st.booleans(),
-)
-def test_kmeans_invariants(seed, num_ids, k, scale, duplicates):
-    g = torch.Generator().manual_seed(seed)
-    main = torch.randn(6, 4, generator=g) * scale
-    helper = torch.zeros(9, 4) if duplicates else torch.randn(9, 4, generator=g) * scale
-    pairs, vectors = points(num_ids, seed=seed, main=main, helper=helper)
-    result = kmeans(pairs, k, iterations=4)
-    assert torch.isfinite(result.centroids).all()
-    assert result.assignment.shape == (pairs.num_pairs,)
-    assert result.assignment.min() >= 0 and result.assignment.max() < k
-    assert int(pairs.counts.sum()) == num_ids
-    reached = result.centroids[result.assignment[pairs.pair_of_id]]
-    exact = float((vectors.double() - reached.double()).square().sum())
-    assert result.objective[-1] == pytest.approx(exact, rel=1e-3, abs=1e-9 * scale**2 * num_ids)
-    if k >= pairs.num_pairs and not duplicates:
-        # Scores cancel in float32, so a pair may sit on a centroid as near as rounding.
-        assert result.objective[-1] <= 1e-5 * float(vectors.double().square().sum())
-
-
-def test_all_points_equal():
-    pairs, _ = points(main=torch.ones(3, 4), helper=torch.zeros(2, 4))
-    result = kmeans(pairs, 5)
-    assert result.objective[-1] == 0
-    assert torch.isfinite(result.centroids).all()
-
-
-def test_empty_clusters_are_refilled():
-    """Half of the starts are copies of one point; without refilling they would stay unused."""
-    main = torch.cat(
-        [torch.zeros(8, 4), torch.randn(8, 4, generator=torch.Generator().manual_seed(0))]
-    )
-    pairs, _ = points(2000, main=main, helper=torch.zeros(1, 4))
-    keys = torch.where(pairs.main_rows < 8, pairs.first - 10_000, pairs.first)
-    pairs = type(pairs)(**{**vars(pairs), "first": keys})
-    result = kmeans(pairs, 9, iterations=12)
-    assert result.objective[-1] < 0.05 * result.objective[0]
-
-
-def test_bad_input():
-    with pytest.raises(ValueError, match="not finite"):
-        points(main=torch.tensor([[float("nan")] * 4]))
-    pairs, _ = points()
-    with pytest.raises(ValueError, match="num_clusters 0"):
-        kmeans(pairs, 0)
+from cce_torchrec.kmeans import native
 
 
 def module(**kwargs):
@@ -212,6 +123,110 @@ def test_clustering_needs_less_error_than_hashing():
     assert all(c.objective_after < c.objective_before for c in report.chunks)
 
 
+def grouped(num_ids=20_000, num_rows=64, **kwargs):
+    """A table whose ids have traffic enough to make codebooks differ."""
+    return module(num_embeddings=num_ids, num_rows=num_rows, **kwargs)
+
+
+def states_equal(a, b):
+    one, other = a.state_dict(), b.state_dict()
+    return all(torch.equal(one[key], other[key]) for key in one)
+
+
+@pytest.mark.parametrize("num_rows", [8, 300, 70_000])
+def test_compiled_and_torch_passes_agree(monkeypatch, num_rows):
+    """uint8, int16 (above 32,767 too) and int32 codes; 70,000 rows leave more clusters than ids."""
+    if not native.available():
+        pytest.skip("the compiled kernels were not built")
+    compiled = module(num_embeddings=40_000, num_rows=num_rows, num_helper_rows=50)
+    plain = copy.deepcopy(compiled)
+    for _ in range(2):
+        cluster(compiled, backend="torch", iterations=2)
+    monkeypatch.setattr(native, "available", lambda: False)
+    for _ in range(2):
+        cluster(plain, backend="torch", iterations=2)
+    assert states_equal(compiled, plain)
+
+
+def test_pair_table_and_id_list_agree():
+    """A memory limit too small for the table over pairs changes the way, not the result."""
+    by_pair, by_list = grouped(), grouped()
+    config = by_pair.embedding_bag_configs()[0]
+    shape = (config.num_embeddings, config.num_rows, config.helper_rows, config.chunk_dim)
+    chosen = budget(*shape, 1 << 30)
+    smaller = budget(*shape, chosen.working_bytes - 1)
+    assert chosen.by_pair and not smaller.by_pair
+    every = budget(40, 8, 8, 4, 1 << 30, samples_per_centroid=5)
+    assert not every.by_pair and every.samples_per_centroid == 5
+    report = cluster(by_pair)
+    other = cluster(by_list, samples_per_centroid=10**6)  # all ids, as a list
+    assert states_equal(by_pair, by_list)
+    assert report.chunks[0].objective_after == other.chunks[0].objective_after
+    assert report.peak_bytes >= chosen.working_bytes
+
+
+def test_a_sample_is_nearly_as_good_as_all_ids():
+    everyone, some = grouped(), grouped()
+    all_ids = cluster(everyone).chunks[0]
+    sampled = cluster(some, samples_per_centroid=50).chunks[0]
+    codes = widen(some.codes["t"].codes[:, 0])
+    before = embeddings(grouped())[:, :4].double()
+    main = some.embedding_bag_collection.embedding_bags["t#0"].weight[:64].detach().double()
+    reached = float((before - main[codes]).square().sum())
+    assert reached < 1.06 * all_ids.objective_after  # 50 per centroid: 3.4 % in kmeans-notes
+    assert sampled.ids == all_ids.ids
+
+
+def test_weights_decide_where_centroids_go():
+    """With 90 % of ids weighted 0, the others are represented better than by uniform K-means."""
+    seen = torch.zeros(20_000, dtype=torch.int64)
+    seen[::10] = 1
+    before = embeddings(grouped())[seen.bool()].double()
+
+    def error_of_seen(weights):
+        m = grouped()
+        cluster(m, weights=weights)
+        rows = widen(m.codes["t"].codes)[seen.bool()]
+        main = [m.embedding_bag_collection.embedding_bags[f"t#{j}"].weight[:64] for j in range(4)]
+        reached = torch.cat([main[j][rows[:, j]] for j in range(4)], 1).detach().double()
+        return float((before - reached).square().sum())
+
+    assert error_of_seen({"t": seen}) < 0.95 * error_of_seen(None)
+    with pytest.raises(ValueError, match=r"table 't': weights must be integers \[20000\]"):
+        cluster(grouped(), weights={"t": seen[:5]})
+    with pytest.raises(ValueError, match="negative"):
+        cluster(grouped(), weights={"t": seen - 1})
+
+
+@pytest.mark.parametrize("backend", ["faiss", "sklearn", "sklearn-minibatch", "torch"])
+@pytest.mark.parametrize("init", ["random", "k-means++", "main"])
+def test_backends_and_starts(backend, init):
+    reference = cluster(grouped(), backend="torch", init=init).chunks[0]
+    m = grouped()
+    got = cluster(m, backend=backend, init=init).chunks[0]
+    margin = 1.05 if backend == "sklearn-minibatch" else 1.005  # mini batches: 2 % in the notes
+    assert got.objective_after <= margin * reference.objective_after
+    assert m.codes["t"].rounds == 1
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"backend": "spark"}, "unknown K-means backend 'spark'"),
+        ({"init": "zeros"}, "unknown init 'zeros'"),
+        ({"iterations": 0}, "iterations 0"),
+        ({"samples_per_centroid": 0}, "samples_per_centroid 0"),
+        ({"memory_limit": 10}, "memory_limit is 10"),
+    ],
+)
+def test_bad_options_change_nothing(options, message):
+    m = module()
+    before = copy.deepcopy(m.state_dict())
+    with pytest.raises(ValueError, match=message):
+        cluster(m, **options)
+    assert all(torch.equal(before[key], value) for key, value in m.state_dict().items())
+
+
 def test_schedules():
     evenly = ClusteringSchedule.evenly(1000, 18)
     assert len(evenly.steps) == 18 and max(evenly.steps) == 900 and evenly.due(50)
@@ -226,9 +241,3 @@ def test_schedules():
     ):
         with pytest.raises(ValueError, match=r"step|epoch"):
             bad()
-
-
-def test_assignment_ties_go_to_the_lowest_index():
-    pairs, _ = points()
-    centroid = torch.zeros(3, 4)
-    assert (assign(pairs, centroid)[0] == 0).all()

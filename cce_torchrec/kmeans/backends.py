@@ -1,0 +1,162 @@
+"""Ways to find the nearest centroid of every point, chosen by name."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from cce_torchrec.kmeans import native
+from cce_torchrec.kmeans.points import BLOCK, PairPoints, Points
+
+Nearest = Callable[[int, int], torch.Tensor]
+"""Nearest centroid of points [start, end), int32; ties go to the lowest index."""
+
+SKLEARN_BACKENDS = ("sklearn", "sklearn-minibatch")
+BACKENDS = ("auto", "native", "torch", "faiss", *SKLEARN_BACKENDS)
+
+
+def optional_module(module: str, extra: str) -> Any:
+    """Imports an optional dependency.
+
+    Raises:
+        ValueError: saying how to install it.
+    """
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        raise ValueError(
+            f"this K-means backend needs {module}, which is not installed; "
+            f"pip install 'cce-torchrec[{extra}]'"
+        ) from error
+
+
+class Backend(ABC):
+    """Scores points in blocks at fixed positions, so that results do not depend on the cut."""
+
+    name: str
+
+    def prepare(self, points: Points, centroids: torch.Tensor) -> Nearest:
+        """A function from a range of points to their nearest of `centroids` [k, s]."""
+        block = self._block(points, centroids)
+
+        def nearest(start: int, end: int) -> torch.Tensor:
+            assert start % BLOCK == 0
+            parts = [
+                block(points.vectors(slice(first, min(first + BLOCK, end))))
+                for first in range(start, end, BLOCK)
+            ]
+            return torch.cat(parts) if parts else torch.empty(0, dtype=torch.int32)
+
+        return nearest
+
+    @abstractmethod
+    def _block(
+        self, points: Points, centroids: torch.Tensor
+    ) -> Callable[[torch.Tensor], torch.Tensor]:
+        """A function x [n, s] -> nearest centroid, int32 [n]."""
+
+
+class TorchBackend(Backend):
+    """One product and one argmax per block; any device."""
+
+    name = "torch"
+
+    def _block(
+        self, points: Points, centroids: torch.Tensor
+    ) -> Callable[[torch.Tensor], torch.Tensor]:
+        half_norms = -0.5 * (centroids * centroids).sum(1)
+        # The temporary [rows, k] stays near 16 MiB on a CPU.
+        rows = BLOCK if points.device.type == "cuda" else max(64, (1 << 22) // len(centroids))
+
+        def block(x: torch.Tensor) -> torch.Tensor:
+            out = torch.empty(len(x), dtype=torch.int32, device=x.device)
+            for start in range(0, len(x), rows):
+                part = x[start : start + rows]
+                count = len(part)
+                if count < rows:  # the bits of a product depend on its shape
+                    part = torch.cat([part, part.new_zeros(rows - count, part.shape[1])])
+                scores = torch.addmm(half_norms, part, centroids.t())
+                out[start : start + count] = scores.argmax(1)[:count].int()
+            return out
+
+        return block
+
+
+class NativeBackend(Backend):
+    """The compiled kernels: sums of two scores over pairs, direct products elsewhere."""
+
+    name = "native"
+
+    def __init__(self) -> None:
+        if not native.available():
+            raise ValueError(
+                "the compiled K-means kernels were not built; install a C++ compiler and then "
+                "this package again, or choose backend torch or faiss"
+            )
+
+    def prepare(self, points: Points, centroids: torch.Tensor) -> Nearest:
+        # Two scores cost two loads per centroid whatever the width; with few pairs per codebook
+        # row those loads miss the cache, and short vectors are cheaper to multiply.
+        if isinstance(points, PairPoints):
+            cells = len(points.main) * len(points.helper)
+            if points.dim > 8 or cells <= 4 * points.num_points:
+                by_pair = native.pair_scorer(*points.codebooks(), centroids)
+                return lambda start, end: by_pair(points.a[start:end], points.b[start:end])
+        return super().prepare(points, centroids)
+
+    def _block(
+        self, points: Points, centroids: torch.Tensor
+    ) -> Callable[[torch.Tensor], torch.Tensor]:
+        return native.point_scorer(centroids)
+
+
+class FaissBackend(Backend):
+    """FAISS's exact search; on CUDA tensors its GPU form, where faiss-gpu is installed."""
+
+    name = "faiss"
+
+    def __init__(self) -> None:
+        self._faiss = optional_module("faiss", "faiss")
+
+    def _block(
+        self, points: Points, centroids: torch.Tensor
+    ) -> Callable[[torch.Tensor], torch.Tensor]:
+        faiss = self._faiss
+        if points.device.type == "cuda":
+            importlib.import_module("faiss.contrib.torch_utils")
+            index = faiss.GpuIndexFlatL2(faiss.StandardGpuResources(), centroids.shape[1])
+            index.add(centroids)
+            return lambda x: index.search(x, 1)[1][:, 0].int()
+        held = centroids.contiguous().numpy()
+        return lambda x: torch.from_numpy(
+            faiss.knn(x.contiguous().numpy(), held, 1)[1][:, 0].astype("int32")
+        )
+
+
+def make_backend(name: str, device: torch.device) -> Backend:
+    """The backend `name`; "auto" is native, FAISS or torch, the first that is there.
+
+    Raises:
+        ValueError: an unknown name, or a missing optional dependency and how to install it.
+    """
+    if name == "auto":
+        if device.type == "cpu" and native.available():
+            return NativeBackend()
+        if device.type == "cpu" and importlib.util.find_spec("faiss"):
+            return FaissBackend()
+        return TorchBackend()
+    made: dict[str, type[Backend]] = {
+        "native": NativeBackend,
+        "torch": TorchBackend,
+        "faiss": FaissBackend,
+    }
+    if name not in made:
+        raise ValueError(f"unknown K-means backend {name!r}; choose one of {list(BACKENDS)}")
+    if name == "native" and device.type != "cpu":
+        raise ValueError(f"backend 'native' runs on the CPU, not on {device}; use torch or faiss")
+    return made[name]()

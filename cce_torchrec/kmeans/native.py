@@ -1,0 +1,186 @@
+"""The compiled kernels (_native.cpp), where the package was installed with a C++ compiler.
+
+They are optional: `available()` is False without them, and the same work then runs in torch.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from cce_torchrec.hashing import HashFunction
+
+GROUP = 128
+"""Columns of scores are padded to a multiple of this (GROUP in _native.cpp)."""
+LOWEST = -3.0e38
+"""Score of a padding column; finite, so that adding to it is not NaN."""
+
+
+@functools.cache
+def _library() -> ctypes.CDLL | None:
+    for file in sorted(Path(__file__).parent.glob("_native*.so")):
+        try:
+            return ctypes.CDLL(str(file))
+        except OSError:  # built for another platform
+            continue
+    return None
+
+
+def available() -> bool:
+    """Whether the compiled kernels were built and load."""
+    return _library() is not None
+
+
+def _call(function: str, *args: torch.Tensor | int | float | None) -> int:
+    """Calls a kernel: tensors by pointer, int as int64, float as double."""
+    library = _library()
+    assert library is not None
+    converted: list[Any] = []
+    for arg in args:
+        if isinstance(arg, torch.Tensor):
+            assert arg.device.type == "cpu"
+            converted.append(ctypes.c_void_p(arg.data_ptr()))
+        elif isinstance(arg, float):
+            converted.append(ctypes.c_double(arg))
+        else:
+            converted.append(None if arg is None else ctypes.c_int64(arg))
+    kernel = getattr(library, function)
+    kernel.restype = ctypes.c_int64
+    return int(kernel(*converted))
+
+
+def _padded(scores: torch.Tensor, fill: float) -> torch.Tensor:
+    """`scores` [., k] with columns up to a multiple of GROUP."""
+    rows, k = scores.shape
+    width = -(-k // GROUP) * GROUP
+    if width == k:
+        return scores.contiguous()
+    out = torch.full((rows, width), fill)
+    out[:, :k] = scores
+    return out
+
+
+def pair_scorer(
+    main: torch.Tensor, helper: torch.Tensor, centroids: torch.Tensor
+) -> Callable[[torch.Tensor, torch.Tensor], torch.Tensor]:
+    """A function (a, b) -> nearest centroid of main[a] + helper[b], by sums of two scores.
+
+    With P = M C^T - |C|^2 / 2 and Q = H C^T, centroid c scores P[a, c] + Q[b, c]: the width of
+    the vectors no longer counts. Rows: a, b int32 [n], sorted by (a, b); result int32 [n].
+    """
+    half_norms = -0.5 * (centroids * centroids).sum(1)
+    p = _padded(torch.addmm(half_norms, main, centroids.t()), LOWEST)
+    q = _padded(helper @ centroids.t(), 0.0)
+    cursor = torch.empty(main.shape[0] + 1, dtype=torch.int64)
+
+    def nearest(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+        out = torch.empty(len(a), dtype=torch.int32)
+        _call(
+            "cce_nearest_pairs",
+            *(p, q, p.shape[1], main.shape[0], helper.shape[0]),
+            *(a, b, len(a), cursor, out),
+        )
+        return out
+
+    return nearest
+
+
+def point_scorer(centroids: torch.Tensor) -> Callable[[torch.Tensor], torch.Tensor]:
+    """A function x -> nearest centroid; x float32 [n, s], result int32 [n]."""
+    k, dim = centroids.shape
+    width = -(-k // 16) * 16
+    transposed = torch.zeros(dim, width)
+    transposed[:, :k] = centroids.t()
+    half_norms = torch.full((width,), LOWEST)
+    half_norms[:k] = -0.5 * (centroids * centroids).sum(1)
+
+    def nearest(x: torch.Tensor) -> torch.Tensor:
+        x = x.contiguous()
+        out = torch.empty(len(x), dtype=torch.int32)
+        _call("cce_nearest_points", x, transposed, half_norms, width, dim, len(x), out)
+        return out
+
+    return nearest
+
+
+def accumulate(
+    main: torch.Tensor,
+    helper: torch.Tensor,
+    pairs: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
+    nearest: torch.Tensor,
+    centroids: torch.Tensor,
+    scale: float,
+    error_scale: float,
+    stats: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
+) -> None:
+    """Adds pairs (a, b int32; weight int64) to (sums [k, s], sizes [k], errors [k]), int64."""
+    a, b, weights = pairs
+    _call(
+        "cce_accumulate",
+        *(main, helper, main.shape[1], a, b, weights, nearest, len(a)),
+        *(centroids.double(), 1.0 / scale, error_scale, *stats),
+    )
+
+
+def _column(codes: torch.Tensor, column: int) -> tuple[torch.Tensor, int, int]:
+    assert codes.is_contiguous()
+    return codes.view(-1)[column:], codes.element_size(), codes.shape[1]
+
+
+def count_pairs(
+    codes: torch.Tensor,
+    column: int,
+    hash_: HashFunction,
+    num_helper: int,
+    weights: torch.Tensor | None,
+    counts: torch.Tensor,
+) -> None:
+    """Adds the weight of every id to its pair in `counts` [k * k'], int64."""
+    _call(
+        "cce_count_pairs",
+        *(*_column(codes, column), 0, codes.shape[0], hash_.multiplier, hash_.addend),
+        *(num_helper, weights, counts),
+    )
+
+
+def residuals(
+    codes: torch.Tensor,
+    column: int,
+    hashes: tuple[HashFunction, HashFunction],
+    main: torch.Tensor,
+    helper: torch.Tensor,
+    centroids: torch.Tensor,
+    table: torch.Tensor,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Sums [k', s] and numbers [k'] of x_i - centroid by new helper row; points are int32."""
+    sums = torch.zeros(helper.shape, dtype=torch.int64)
+    sizes = torch.zeros(len(helper), dtype=torch.int64)
+    old, new = hashes
+    _call(
+        "cce_residuals",
+        *(*_column(codes, column), 0, codes.shape[0]),
+        *(old.multiplier, old.addend, new.multiplier, new.addend, len(helper), main.shape[1]),
+        *(main, helper, centroids, table, sums, sizes),
+    )
+    return sums, sizes
+
+
+def relabel(
+    codes: torch.Tensor,
+    column: int,
+    hash_: HashFunction,
+    num_helper: int,
+    table: torch.Tensor,
+    write: bool,
+) -> int:
+    """Number of ids whose code `table` changes; writes the new codes if `write`."""
+    return _call(
+        "cce_relabel",
+        *(*_column(codes, column), 0, codes.shape[0], hash_.multiplier, hash_.addend),
+        *(num_helper, table, int(write)),
+    )

@@ -1,0 +1,208 @@
+"""Weighted points in fixed point: the small interface that Lloyd's loop runs over.
+
+Coordinates are integers of a common power-of-two scale, so sums over any part of the points, in
+any order and on any number of ranks, are exact and equal. (FAISS's `DatasetAssign` is the model:
+one loop over many kinds of data, because only sums come back.)
+"""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+
+import torch
+
+from cce_torchrec.kmeans import native
+
+_FIXED_POINT_BITS = 28
+BLOCK = 1 << 16
+"""Points scored at once; a fixed cut, because the bits of a product depend on its shape."""
+
+
+class Points(ABC):
+    """`num_points` weighted points of `dim` coordinates."""
+
+    num_points: int
+    dim: int
+    scale: float
+    weights: torch.Tensor
+    """int64 [num_points], at least 0."""
+
+    @property
+    def device(self) -> torch.device:
+        """Where the points live."""
+        return self.weights.device
+
+    @abstractmethod
+    def integers(self, at: slice | torch.Tensor) -> torch.Tensor:
+        """Fixed-point coordinates of the points `at` (a range or indices), int64 [., dim]."""
+
+    @abstractmethod
+    def starts(self, count: int) -> torch.Tensor:
+        """Indices of up to `count` different points, drawn by hash; int64."""
+
+    def vectors(self, at: slice | torch.Tensor) -> torch.Tensor:
+        """Coordinates of the points `at`, float32 [., dim]."""
+        return (self.integers(at).double() / self.scale).float()
+
+    def error_scale(self) -> float:
+        """The power of two at which summed squared distances still fit 62 bits."""
+        reach = 2.0 ** (_FIXED_POINT_BITS + 2) / self.scale
+        largest = float(self.weights.sum()) * self.dim * reach * reach
+        return 2.0 ** (61 - math.ceil(math.log2(max(largest, 1e-300))))
+
+    def accumulate(
+        self,
+        start: int,
+        nearest: torch.Tensor,
+        centroids: torch.Tensor,
+        error_scale: float,
+        stats: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
+    ) -> None:
+        """Adds points from `start` on to their clusters' sums, sizes and errors (all int64)."""
+        sums, sizes, errors = stats
+        for first in range(0, nearest.numel(), BLOCK):
+            cluster = nearest[first : first + BLOCK].long()
+            at = slice(start + first, start + first + len(cluster))
+            x, weights = self.integers(at), self.weights[at]
+            off = (x.double() / self.scale - centroids[cluster].double()).square().sum(1)
+            sums.index_add_(0, cluster, x * weights[:, None])
+            sizes.index_add_(0, cluster, weights)
+            errors.index_add_(0, cluster, (off * error_scale).round().long() * weights)
+
+
+def check_finite(*parts: torch.Tensor) -> float:
+    """The largest magnitude of `parts`.
+
+    Raises:
+        ValueError: if a value is NaN or infinite.
+    """
+    if not all(bool(torch.isfinite(p).all()) for p in parts):
+        raise ValueError("weights are not finite (NaN or infinite)")
+    return max((float(p.abs().max()) for p in parts if p.numel()), default=0.0)
+
+
+def fixed_point_scale(*parts: torch.Tensor) -> float:
+    """The power of two that brings the largest magnitude of `parts` to at most 2^28.
+
+    Raises:
+        ValueError: if a value is NaN or infinite.
+    """
+    largest = check_finite(*parts)
+    if largest == 0.0:
+        return 1.0
+    _, exponent = torch.frexp(torch.tensor(largest, dtype=torch.float64))
+    return 2.0 ** (_FIXED_POINT_BITS - int(exponent))
+
+
+class PairPoints(Points):
+    """Points main[a] + helper[b] of a CCE chunk, each pair weighted by the ids that read it.
+
+    Args:
+        main: [k, s], any float type.
+        helper: [k', s].
+        a: int32 [P], sorted; with equal a, `b` int32 [P] rises.
+        weights: int64 [P].
+        starts: indices of points, in the order in which they would start as centroids.
+
+    Raises:
+        ValueError: if a codebook is not finite.
+    """
+
+    def __init__(
+        self,
+        main: torch.Tensor,
+        helper: torch.Tensor,
+        a: torch.Tensor,
+        b: torch.Tensor,
+        weights: torch.Tensor,
+        starts: torch.Tensor,
+    ) -> None:
+        main, helper = main.double(), helper.double()
+        self.scale = fixed_point_scale(main, helper)
+        self.num_points, self.dim = a.numel(), main.shape[1]
+        self.a, self.b, self.weights = a, b, weights
+        self.main = (main * self.scale).round().int()
+        self.helper = (helper * self.scale).round().int()
+        self._starts = starts
+
+    @classmethod
+    def from_integers(
+        cls,
+        main: torch.Tensor,
+        helper: torch.Tensor,
+        scale: float,
+        *rest: torch.Tensor,
+    ) -> PairPoints:
+        """Points whose codebooks are fixed-point int32 already; `rest` is a, b, weights, starts."""
+        out = cls(main[:0].float(), helper[:0].float(), *rest)
+        out.main, out.helper, out.scale = main.contiguous(), helper.contiguous(), scale
+        return out
+
+    def integers(self, at: slice | torch.Tensor) -> torch.Tensor:
+        return (self.main[self.a[at].long()] + self.helper[self.b[at].long()]).long()
+
+    def starts(self, count: int) -> torch.Tensor:
+        return self._starts[:count]
+
+    def codebooks(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Main and helper as the points have them, float32."""
+        return tuple((t.double() / self.scale).float() for t in (self.main, self.helper))  # type: ignore[return-value]  # two in, two out
+
+    def accumulate(
+        self,
+        start: int,
+        nearest: torch.Tensor,
+        centroids: torch.Tensor,
+        error_scale: float,
+        stats: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
+    ) -> None:
+        if self.device.type != "cpu" or not native.available() or self.dim % 4:
+            super().accumulate(start, nearest, centroids, error_scale, stats)
+            return
+        end = start + nearest.numel()
+        pairs = (self.a[start:end], self.b[start:end], self.weights[start:end])
+        native.accumulate(
+            self.main, self.helper, pairs, nearest, centroids, self.scale, error_scale, stats
+        )
+
+
+class TensorPoints(Points):
+    """The rows of a tensor [n, s], with optional int64 weights [n].
+
+    Raises:
+        ValueError: not a finite, non-empty matrix, or weights that do not fit it.
+    """
+
+    def __init__(self, points: torch.Tensor, weights: torch.Tensor | None = None) -> None:
+        if points.dim() != 2 or not points.numel() or not points.is_floating_point():
+            raise ValueError(
+                f"points must be a non-empty float matrix [n, s]; got {points.dtype} "
+                f"{tuple(points.shape)}"
+            )
+        self.num_points, self.dim = points.shape
+        if weights is None:
+            weights = torch.ones(self.num_points, dtype=torch.int64, device=points.device)
+        if weights.shape != (self.num_points,) or weights.is_floating_point():
+            raise ValueError(
+                f"weights must be integers [{self.num_points}]; got {weights.dtype} "
+                f"{tuple(weights.shape)}"
+            )
+        if int(weights.min()) < 0 or int(weights.sum()) == 0:
+            raise ValueError("weights must be at least 0, and one of them more")
+        self.weights = weights.long()
+        self.scale = fixed_point_scale(points)
+        self._integers = (points.double() * self.scale).round().int()
+
+    def integers(self, at: slice | torch.Tensor) -> torch.Tensor:
+        return self._integers[at].long()
+
+    def starts(self, count: int) -> torch.Tensor:
+        generator = torch.Generator().manual_seed(self.num_points)
+        order = torch.randperm(self.num_points, generator=generator).to(self.device)
+        order = order[self.weights[order] > 0][: max(4 * count, 1024)]
+        # Different points only, the first occurrence of each, in the order of the draw.
+        _, inverse = torch.unique(self._integers[order], dim=0, return_inverse=True)
+        first = torch.full((int(inverse.max()) + 1,), len(order), device=self.device)
+        first.scatter_reduce_(0, inverse, torch.arange(len(order), device=self.device), "amin")
+        return order[first.sort().values][:count]
