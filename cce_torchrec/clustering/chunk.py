@@ -179,7 +179,7 @@ def finish(
     if sampled.plan.by_pair:
         new_codes = PairTable(ids, sampled.keys, result.assignment)
     else:
-        new_codes = _assign_ids(sampled, result.centroids, backend)
+        new_codes = assign_ids(sampled, result.centroids, backend)
     new_hash = helper_hash(config.seed, config.name, state.chunk, state.codes.rounds + 1)
     centroids = (result.centroids.double() * points.scale).round().int()
     sums, sizes = new_codes.residuals(points, centroids, new_hash)
@@ -201,7 +201,7 @@ def finish(
     )
 
 
-def _assign_ids(sampled: Sampled, centroids: torch.Tensor, backend: Backend) -> CodeColumn:
+def assign_ids(sampled: Sampled, centroids: torch.Tensor, backend: Backend) -> CodeColumn:
     """Nearest centroid of every id, block by block."""
     ids, points = sampled.ids, sampled.points
     column = torch.empty(ids.num_ids, dtype=ids.codes.dtype, device=ids.codes.device)

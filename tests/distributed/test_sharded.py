@@ -16,9 +16,10 @@ from torchrec.modules.embedding_configs import EmbeddingBagConfig, PoolingType
 from torchrec.optim.apply_optimizer_in_backward import apply_optimizer_in_backward
 
 from cce_torchrec import CCEEmbeddingBagCollection, CCEEmbeddingBagConfig
-from cce_torchrec.clustering import cluster
+from cce_torchrec.clustering import cluster, solve
 from cce_torchrec.clustering.step import _fused_rows, _unsharded_rows
 from cce_torchrec.distributed.embedding_bag_collection import get_default_sharders
+from cce_torchrec.kmeans import kmeans
 from cce_torchrec.planner import make_plan
 from tests.distributed.ranks import run_ranks
 
@@ -191,10 +192,15 @@ def ids_on_the_network(rank, world_size):
 def clustered_bytes(rank, world_size):
     """Digests of codes and codebooks after a step from a state that no rank number enters."""
     digests = {}
-    for plan_kind in ("tw", "cw"):
+    for plan_kind, share_from in (
+        ("tw", solve.SHARE_FROM),
+        ("cw", solve.SHARE_FROM),
+        ("shared", 0),
+    ):
         made = collection(PoolingType.SUM, False, "rowwise")
         model = Model(made)
-        plan = make_plan(model, tables(PoolingType.SUM), CPU, plan_kind)
+        kind = "tw" if plan_kind == "shared" else plan_kind
+        plan = make_plan(model, tables(PoolingType.SUM), CPU, kind)
         model = DistributedModelParallel(
             model, device=CPU, plan=plan, sharders=get_default_sharders()
         )
@@ -204,8 +210,10 @@ def clustered_bytes(rank, world_size):
             weight.copy_(torch.randn(weight.shape, generator=g))
             for value in state.values():
                 value.copy_(torch.rand(value.shape, generator=g))
+        usual, solve.SHARE_FROM = solve.SHARE_FROM, share_from
         for _ in range(2):
             cluster(model)
+        solve.SHARE_FROM = usual
         local = {
             name: hashlib.sha256(
                 weight.numpy().tobytes() + b"".join(v.numpy().tobytes() for v in state.values())
@@ -244,8 +252,22 @@ def failing_step(rank, world_size):
         assert part.rounds == 0 and torch.equal(part.codes, codes[name])
 
 
+def bad_collectives(rank, world_size):
+    """Ranks that disagree, and an option that fails on one rank only: an error on every rank."""
+    points = torch.randn(10 + rank, 4)
+    with pytest.raises(ValueError, match="ranks disagree"):
+        kmeans(points, 3, process_group=dist.group.WORLD)
+    model = Model(collection(PoolingType.SUM, False, "rowwise"))
+    plan = make_plan(model, tables(PoolingType.SUM), CPU, "tw")
+    model = DistributedModelParallel(model, device=CPU, plan=plan, sharders=get_default_sharders())
+    weights = {"t": torch.ones(300 if rank == 0 else 7).long()}
+    with pytest.raises(ValueError, match=r"rank [01]: table 't': weights|rank [01]: iterations"):
+        cluster(model, weights={"t": weights["t"][:7]}, iterations=6 if rank else 0)
+
+
 def matrix_and_failure(rank, world_size):
     failing_step(rank, world_size)
+    bad_collectives(rank, world_size)
     return matrix(rank, world_size)
 
 
@@ -274,3 +296,4 @@ def test_clustering_is_the_same_on_1_2_and_3_ranks(two_ranks):
     for digest in digests:
         assert digest["tw"] == reference
         assert digest["cw"] == reference
+        assert digest["shared"] == reference
