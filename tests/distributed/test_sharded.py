@@ -265,9 +265,73 @@ def bad_collectives(rank, world_size):
         cluster(model, weights={"t": weights["t"][:7]}, iterations=6 if rank else 0)
 
 
+def from_meta(rank, world_size):
+    """A model on meta: codes are the hash and codebooks have their scale once it is sharded."""
+    made = CCEEmbeddingBagCollection(tables=tables(PoolingType.SUM), device="meta")
+    apply_optimizer_in_backward(torch.optim.SGD, list(made.parameters()), {"lr": 0.1})
+    model = Model(made)
+    plan = make_plan(model, tables(PoolingType.SUM), CPU, "auto")
+    model = DistributedModelParallel(model, device=CPU, plan=plan, sharders=get_default_sharders())
+    sharded = model.module.collection
+    reference = collection(PoolingType.SUM, False, "sgd")
+    for name, part in sharded.codes.items():
+        assert torch.equal(part.codes, reference.codes[name].codes[:, part.chunks])
+    for name, (weight, _) in _fused_rows(sharded).items():
+        like = _unsharded_rows(reference, None)[name][0]
+        assert weight.abs().max() <= 1.01 * like.abs().max() or weight.numel() < 500
+        assert float(weight.std()) == pytest.approx(float(like.std()), rel=0.3)
+    model(batch(rank, False)).wait().values().sum().backward()
+
+
+def save_and_load(rank, world_size):
+    """State of a clustered model into a fresh one, same ranks and plan: equal, and trains on."""
+
+    def build():
+        torch.manual_seed(rank)
+        model = Model(collection(PoolingType.MEAN, False, "rowwise"))
+        plan = make_plan(model, tables(PoolingType.MEAN), CPU, "cw")
+        return DistributedModelParallel(
+            model, device=CPU, plan=plan, sharders=get_default_sharders()
+        )
+
+    model, other = build(), build()
+    model(batch(rank, False)).wait().values().sum().backward()
+    cluster(model)
+    other.load_state_dict(model.state_dict())
+    other.fused_optimizer.load_state_dict(model.fused_optimizer.state_dict())
+    for _ in range(2):
+        outputs = [m(batch(7 + rank, False)).wait().values() for m in (model, other)]
+        assert torch.equal(*outputs)
+        for out in outputs:
+            out.square().sum().backward()
+        reports = [cluster(m) for m in (model, other)]
+        after = [[c.objective_after for c in r.chunks] for r in reports]
+        assert after[0] == after[1]
+
+
+def several_collections_and_groups(rank, world_size):
+    """Two collections cluster in one call; a group of one rank clusters that rank's tables."""
+
+    class Two(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first = collection(PoolingType.SUM, False, "sgd")
+            self.second = collection(PoolingType.SUM, False, "sgd")
+
+    report = cluster(Two())
+    assert {c.table for c in report.chunks} == {"first.t", "first.u", "second.t", "second.u"}
+    alone = [dist.new_group([r]) for r in range(world_size)][rank]
+    plain = collection(PoolingType.SUM, False, "sgd")
+    if rank == 0:  # nobody else calls: with the default group this would hang
+        assert len(cluster(plain, process_group=alone).chunks) == 6
+
+
 def matrix_and_failure(rank, world_size):
     failing_step(rank, world_size)
     bad_collectives(rank, world_size)
+    from_meta(rank, world_size)
+    save_and_load(rank, world_size)
+    several_collections_and_groups(rank, world_size)
     return matrix(rank, world_size)
 
 
