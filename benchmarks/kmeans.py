@@ -307,7 +307,7 @@ def main() -> None:
         assert isinstance(seconds, dict) and isinstance(row["objective_over_faiss"], dict)
         print(
             f"{shape.name:44}{seconds['ours']:9.3f}{seconds['faiss']:9.3f}"
-            f"{row['faiss_over_ours']:7.1f}{shape.goal or '':>6.3}"
+            f"{row['faiss_over_ours']:7.1f}{'' if shape.goal is None else f'{shape.goal:.2g}':>6}"
             f"{row['objective_over_faiss']['ours']:11.4f}"
             f"{extra / 1e6 if isinstance(extra, int) else -1:7.0f}",
             flush=True,

@@ -37,3 +37,21 @@ def widen(codes: torch.Tensor) -> torch.Tensor:
 def pack(rows: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """Rows as codes of storage type `dtype`; the inverse of `widen`."""
     return rows.to(dtype)
+
+
+def mark_seen(seen: torch.Tensor, ids: torch.Tensor) -> None:
+    """Sets the bits of `ids` (int64, in range) in `seen`, uint8 [N // 8 + 2].
+
+    One pass per bit: ids that share a byte then write the same value. The last byte takes what
+    belongs to other passes, which spares a device synchronisation.
+    """
+    byte, bit, spare = ids >> 3, ids & 7, seen.numel() - 1
+    for value in range(8):
+        at = torch.where(bit == value, byte, spare)
+        seen[at] = seen[at] | (1 << value)
+
+
+def seen_ids(seen: torch.Tensor, num_embeddings: int) -> torch.Tensor:
+    """1 for every id whose bit is set, else 0; uint8 [N]."""
+    bits = torch.arange(8, dtype=torch.uint8, device=seen.device)
+    return ((seen[:, None] >> bits) & 1).view(-1)[:num_embeddings]

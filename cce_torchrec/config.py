@@ -67,6 +67,9 @@ class CCEEmbeddingBagConfig(EmbeddingBagConfig):
     num_helper_rows=0 this is CE, and with one chunk the hashing trick)."""
     seed: int = 0
     """Seed of the table's hashes; part of its checkpoint."""
+    track_seen: bool = False
+    """Keep one bit per id, set by lookups in training since the last clustering, so that
+    `cluster(weights="seen")` spends centroids on ids that were trained."""
 
     def __post_init__(self) -> None:
         self._check_shape()
@@ -167,9 +170,14 @@ class CCEEmbeddingBagConfig(EmbeddingBagConfig):
         return self.num_embeddings * self.num_chunks * code_dtype(self.num_rows).itemsize
 
     @property
+    def seen_bytes(self) -> int:
+        """Bytes of the bits of ids that were seen, 0 where they are not tracked."""
+        return self.num_embeddings // 8 + 2 if self.track_seen else 0
+
+    @property
     def table_bytes(self) -> int:
-        """Bytes of codebooks and codes; optimizer state is not counted."""
-        return self.codebook_bytes + self.code_bytes
+        """Bytes of codebooks, codes and bits of seen ids; optimizer state is not counted."""
+        return self.codebook_bytes + self.code_bytes + self.seen_bytes
 
     @classmethod
     def from_params_per_dim(

@@ -18,7 +18,7 @@ from torch import nn
 from torchrec.modules.embedding_configs import EmbeddingBagConfig
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
-from cce_torchrec.codes import hashed_codes, widen
+from cce_torchrec.codes import hashed_codes, mark_seen, widen
 from cce_torchrec.config import CCEEmbeddingBagConfig
 from cce_torchrec.hashing import code_hash, helper_hash
 
@@ -46,8 +46,8 @@ def physical_feature(table: str, feature: str, chunk: int | None) -> str:
 class ChunkCodes(nn.Module):
     """Codes and hashes of some chunks of one CCE table, beside their codebooks.
 
-    Buffers: `codes` [N, len(chunks)] (absent where codes are not learned) and `clusterings`, an
-    int64 scalar from which the helper's hash follows.
+    Buffers: `codes` [N, len(chunks)] (absent where codes are not learned), `clusterings`, an
+    int64 scalar from which the helper's hash follows, and with `track_seen` the bits `seen`.
     """
 
     def __init__(
@@ -61,6 +61,9 @@ class ChunkCodes(nn.Module):
         codes = hashed_codes(config, chunks, device) if config.learned_codes else None
         self.register_buffer("codes", codes)
         self.register_buffer("clusterings", torch.zeros((), dtype=torch.int64, device=device))
+        self.seen: torch.Tensor | None
+        bits = torch.zeros(config.seen_bytes, dtype=torch.uint8, device=device)
+        self.register_buffer("seen", bits if config.track_seen else None)
         self._rounds = 0
 
     def sync_rounds(self) -> None:
@@ -83,10 +86,14 @@ class ChunkCodes(nn.Module):
         if self.codes is not None:
             self.codes.copy_(hashed_codes(self.config, self.chunks, self.codes.device))
         self.set_rounds(0)
+        if self.seen is not None:
+            self.seen.zero_()
 
     def main_rows(self, ids: torch.Tensor) -> torch.Tensor:
         """Main rows of `ids` [V], int64 [chunks, V]."""
         config = self.config
+        if self.seen is not None and self.training:
+            mark_seen(self.seen, ids.long())
         if self.codes is not None:
             return widen(self.codes.index_select(0, ids)).t()
         hashes = [code_hash(config.seed, config.name, chunk) for chunk in self.chunks]

@@ -12,7 +12,7 @@ from cce_torchrec.expand import ChunkCodes
 from cce_torchrec.hashing import SAMPLE_ROLE, hash_function, helper_hash
 from cce_torchrec.kmeans.backends import Backend
 from cce_torchrec.kmeans.lloyd import KMeansResult
-from cce_torchrec.kmeans.points import PairPoints, check_finite
+from cce_torchrec.kmeans.points import PairPoints, check_finite, metric_root
 
 _FIRST_MOMENTS = ("exp_avg", "momentum_buffer", "momentum")
 _ASSIGN_BLOCK = 1 << 20
@@ -95,12 +95,13 @@ def budget(
     dim: int,
     memory_limit: int,
     samples_per_centroid: int | None = None,
+    weighted: bool = False,
 ) -> Budget:
     """How a chunk of this shape is clustered within `memory_limit` bytes."""
     cells = num_rows * helper_rows
     pairs = min(num_ids, cells)
     scores = 4 * (num_rows + helper_rows) * (num_rows + 128)
-    books = 24 * (num_rows + helper_rows) * dim
+    books = 24 * (num_rows + helper_rows) * dim + (10 * num_ids + 8 * pairs) * weighted
     column = num_ids * code_dtype(num_rows).itemsize
     # Counts and keys of pairs, then a, b, weight, nearest and distance per pair, and the table.
     by_pair = 8 * cells + 48 * pairs + 4 * cells + scores + books
@@ -170,7 +171,11 @@ def find_pairs(state: ChunkState, plan: Budget, weights: torch.Tensor | None = N
 
 
 def finish(
-    state: ChunkState, sampled: Sampled, result: KMeansResult, backend: Backend
+    state: ChunkState,
+    sampled: Sampled,
+    result: KMeansResult,
+    backend: Backend,
+    metric: torch.Tensor | None = None,
 ) -> ChunkUpdate:
     """What the step will write, from the K-means `result` over the chunk's pairs."""
     config, points, ids = state.codes.config, sampled.points, sampled.ids
@@ -179,7 +184,7 @@ def finish(
     if sampled.plan.by_pair:
         new_codes = PairTable(ids, sampled.keys, result.assignment)
     else:
-        new_codes = assign_ids(sampled, result.centroids, backend)
+        new_codes = assign_ids(sampled, result.centroids, backend, metric)
     new_hash = helper_hash(config.seed, config.name, state.chunk, state.codes.rounds + 1)
     centroids = (result.centroids.double() * points.scale).round().int()
     sums, sizes = new_codes.residuals(points, centroids, new_hash)
@@ -201,11 +206,16 @@ def finish(
     )
 
 
-def assign_ids(sampled: Sampled, centroids: torch.Tensor, backend: Backend) -> CodeColumn:
+def assign_ids(
+    sampled: Sampled, centroids: torch.Tensor, backend: Backend, metric: torch.Tensor | None = None
+) -> CodeColumn:
     """Nearest centroid of every id, block by block."""
     ids, points = sampled.ids, sampled.points
     column = torch.empty(ids.num_ids, dtype=ids.codes.dtype, device=ids.codes.device)
     main, helper = points.codebooks()
+    if metric is not None:
+        root = metric_root(metric, points.dim).to(main.device)
+        main, helper, centroids = main @ root, helper @ root, centroids @ root
     for start in range(0, ids.num_ids, _ASSIGN_BLOCK):
         block = torch.arange(start, min(start + _ASSIGN_BLOCK, ids.num_ids), device=column.device)
         keys, inverse = torch.unique(ids.keys(block), return_inverse=True)

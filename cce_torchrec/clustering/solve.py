@@ -16,10 +16,10 @@ from cce_torchrec.clustering.chunk import (
     find_pairs,
     finish,
 )
-from cce_torchrec.config import CCEEmbeddingBagConfig
+from cce_torchrec.codes import seen_ids
 from cce_torchrec.kmeans.backends import SKLEARN_BACKENDS, Backend, make_backend
 from cce_torchrec.kmeans.lloyd import KMeansResult, kmeans
-from cce_torchrec.kmeans.points import PairPoints
+from cce_torchrec.kmeans.points import PairPoints, metric_root
 
 SHARE_FROM = 1 << 27
 """Scores per iteration from which ranks share a chunk: below, the network costs more."""
@@ -36,7 +36,8 @@ class Options:
     tolerance: float = 0.0
     samples_per_centroid: int | None = None
     memory_limit: int | None = None
-    weights: Mapping[str, torch.Tensor] | None = None
+    weights: Mapping[str, torch.Tensor] | str | None = None
+    metric: Mapping[str, torch.Tensor] | None = None
 
     def check(self) -> None:
         """Raises ValueError if an option cannot be used."""
@@ -44,6 +45,8 @@ class Options:
             raise ValueError(f"unknown init {self.init!r}; choose one of {list(INITS)}")
         if self.iterations < 1:
             raise ValueError(f"iterations {self.iterations} must be at least 1")
+        if isinstance(self.weights, str) and self.weights != "seen":
+            raise ValueError(f"unknown weights {self.weights!r}; give 'seen' or a mapping")
         if self.samples_per_centroid is not None and self.samples_per_centroid < 1:
             raise ValueError(f"samples_per_centroid {self.samples_per_centroid} is below 1")
 
@@ -52,14 +55,17 @@ class Options:
         name = "auto" if self.backend in SKLEARN_BACKENDS else self.backend
         return make_backend(name, device)
 
-    def weights_of(
-        self, config: CCEEmbeddingBagConfig, device: torch.device
-    ) -> torch.Tensor | None:
+    def weights_of(self, state: ChunkState) -> torch.Tensor | None:
         """int64 weights [N] of a table's ids, or None for one each.
 
         Raises:
-            ValueError: weights that are not N integers, at least 0, with some above.
+            ValueError: weights that are not N integers, at least 0; "seen" without `track_seen`.
         """
+        config = state.codes.config
+        if isinstance(self.weights, str):
+            if state.codes.seen is None:
+                raise ValueError(f"{state.who}: weights='seen' needs a table with track_seen=True")
+            return seen_ids(state.codes.seen, config.num_embeddings).long()
         if self.weights is None or config.name not in self.weights:
             return None
         weights = self.weights[config.name]
@@ -70,7 +76,29 @@ class Options:
             )
         if int(weights.min()) < 0:
             raise ValueError(f"table {config.name!r}: a weight of {int(weights.min())} is negative")
-        return weights.to(device, torch.int64).contiguous()
+        return weights.to(state.weight.device, torch.int64).contiguous()
+
+    def metric_of(self, name: str, chunk: int, dim: int) -> torch.Tensor | None:
+        """The metric [s, s] of a chunk of table `name`, or None for the Euclidean one."""
+        if self.metric is None or name not in self.metric:
+            return None
+        metric = self.metric[name]
+        if metric.dim() != 3 or metric.shape[1:] != (dim, dim) or not 0 <= chunk < len(metric):
+            raise ValueError(
+                f"table {name!r}: metric must be [num_chunks, {dim}, {dim}]; got "
+                f"{tuple(metric.shape)}"
+            )
+        return metric[chunk]
+
+    def check_for(self, state: ChunkState) -> None:
+        """Raises ValueError if an option does not suit a chunk, or its weights are not finite."""
+        state.check()
+        config = state.codes.config
+        if self.weights is not None and state.column == 0:
+            self.weights_of(state)
+        metric = self.metric_of(config.name, state.chunk, config.chunk_dim)
+        if metric is not None:
+            metric_root(metric, config.chunk_dim)
 
 
 @dataclass(frozen=True)
@@ -78,6 +106,7 @@ class Task:
     """A chunk to be clustered, as every rank hears of it."""
 
     path: str
+    table: str
     chunk: int
     num_rows: int
     num_helper_rows: int
@@ -99,10 +128,11 @@ class Task:
 
 def alone(state: ChunkState, task: Task, options: Options) -> ChunkUpdate:
     """What the step will write to a chunk of this rank; no collective."""
-    weights = options.weights_of(state.codes.config, state.weight.device)
+    weights = options.weights_of(state)
     sampled = find_pairs(state, task.budget, weights)
     result = _kmeans(sampled.points, task, options, None)
-    return finish(state, sampled, result, options.make_backend(state.weight.device))
+    metric = options.metric_of(task.table, task.chunk, task.dim)
+    return finish(state, sampled, result, options.make_backend(state.weight.device), metric)
 
 
 def together(
@@ -116,13 +146,14 @@ def together(
     """The same, collectively: `owner` sends pairs and counts, all ranks score, it finishes."""
     sampled: Sampled | None = None
     if state is not None:
-        weights = options.weights_of(state.codes.config, state.weight.device)
+        weights = options.weights_of(state)
         sampled = find_pairs(state, task.budget, weights)
     points = _broadcast(sampled.points if sampled else None, task, owner, device, group)
     result = _kmeans(points, task, options, group)
     if state is None or sampled is None:
         return None
-    return finish(state, sampled, result, options.make_backend(device))
+    metric = options.metric_of(task.table, task.chunk, task.dim)
+    return finish(state, sampled, result, options.make_backend(device), metric)
 
 
 def _kmeans(
@@ -136,6 +167,7 @@ def _kmeans(
         backend=options.backend,
         init=init,
         tolerance=options.tolerance,
+        metric=options.metric_of(task.table, task.chunk, task.dim),
         process_group=group,
     )
 

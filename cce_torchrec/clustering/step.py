@@ -63,7 +63,8 @@ def cluster(
     tolerance: float = 0.0,
     samples_per_centroid: int | None = None,
     memory_limit: int | None = None,
-    weights: Mapping[str, torch.Tensor] | None = None,
+    weights: Mapping[str, torch.Tensor] | str | None = None,
+    metric: Mapping[str, torch.Tensor] | None = None,
     optimizer: torch.optim.Optimizer | None = None,
     process_group: dist.ProcessGroup | None = None,
 ) -> ClusteringReport:
@@ -87,7 +88,12 @@ def cluster(
             distinct pairs, or 200 where those do not fit `memory_limit`.
         memory_limit: bytes beside the model per rank; by default what fits 1 GiB or a tenth of
             the rank's codes, whichever is larger, aside from new codes that wait to be written.
-        weights: per table name, int64 [num_embeddings]: how much each id counts in K-means.
+        weights: how much each id counts in K-means: per table name int64 [num_embeddings], or
+            "seen": ids that were looked up in training since the last clustering count once,
+            others not (tables with `track_seen`). All ids get new codes.
+        metric: per table name [num_chunks, s, s], symmetric and positive semi-definite: K-means
+            measures (x - y)^T A (x - y). With the second moment of the loss gradient with respect
+            to the chunk this is the Fisher metric: errors that the loss feels count.
         optimizer: the dense optimizer of unsharded tables, whose state then follows.
         process_group: the ranks that share the tables.
 
@@ -97,7 +103,7 @@ def cluster(
     """
     began = time.perf_counter()
     options = Options(
-        iterations, backend, init, tolerance, samples_per_centroid, memory_limit, weights
+        iterations, backend, init, tolerance, samples_per_centroid, memory_limit, weights, metric
     )
     group = _group(process_group)
     states: list[tuple[str, ChunkState]] = []
@@ -108,8 +114,7 @@ def cluster(
         options.check()
         states = list(_local_chunks(model, optimizer))
         for _, state in states:
-            state.check()
-            options.weights_of(state.codes.config, state.weight.device)
+            options.check_for(state)
         tasks = _plan(states, options)
         peak_bytes = _peak_bytes(tasks, memory_limit)
         options.make_backend(_device(states))
@@ -123,6 +128,8 @@ def cluster(
         commit(mine[key], update)
     for codes in {id(state.codes): state.codes for state in mine.values()}.values():
         codes.set_rounds(codes.rounds + 1)
+        if codes.seen is not None:
+            codes.seen.zero_()
     reports = {key: _report(key, mine[key], *result) for key, result in done.items()}
     everyone = {key: r for part in reversed(_gathered(reports, group)) for key, r in part.items()}
     chunks = [everyone[key] for key in sorted(everyone)]
@@ -228,9 +235,11 @@ def _plan(states: list[tuple[str, ChunkState]], options: Options) -> list[Task]:
     for path, state in states:
         config = state.codes.config
         shape = (config.num_embeddings, config.num_rows, config.helper_rows, config.chunk_dim)
-        plan = budget(*shape, limit, options.samples_per_centroid)
+        plan = budget(*shape, limit, options.samples_per_centroid, options.weights is not None)
         pairs = min(config.num_embeddings, config.num_rows * config.helper_rows)
-        tasks.append(Task(path, state.chunk, *shape[1:], config.num_rows * pairs, plan))
+        tasks.append(
+            Task(path, config.name, state.chunk, *shape[1:], config.num_rows * pairs, plan)
+        )
     return tasks
 
 

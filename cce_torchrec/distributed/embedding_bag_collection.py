@@ -280,6 +280,8 @@ def _local_codes(codes: ChunkCodes, chunks: list[int], device: torch.device) -> 
         local.set_rounds(codes.rounds)
         if local.codes is not None and codes.codes is not None:
             local.codes.copy_(codes.codes[:, chunks])
+        if local.seen is not None and codes.seen is not None:
+            local.seen.copy_(codes.seen)
     return local
 
 

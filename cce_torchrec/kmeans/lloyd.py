@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.distributed as dist
 
 from cce_torchrec.kmeans.backends import SKLEARN_BACKENDS, Backend, make_backend, optional_module
-from cce_torchrec.kmeans.points import BLOCK, Points, TensorPoints
+from cce_torchrec.kmeans.points import BLOCK, Points, TensorPoints, metric_root
 
 _SPLIT = 1 / 1024
 _PLUS_PLUS_SAMPLE = 32
@@ -63,6 +63,7 @@ def kmeans(
     backend: str = "auto",
     init: str | torch.Tensor = "random",
     tolerance: float = 0.0,
+    metric: torch.Tensor | None = None,
     process_group: dist.ProcessGroup | None = None,
 ) -> KMeansResult:
     """Weighted K-means with `num_clusters` clusters.
@@ -80,6 +81,8 @@ def kmeans(
             two fit centroids by scikit-learn on one process; auto scores the final assignment.
         init: "random" (points drawn by hash), "k-means++" (Arthur and Vassilvitskii 2007, over a
             sample of 32 points per cluster), or starting centroids [k, s].
+        metric: [s, s], positive semi-definite: distances are (x - y)^T metric (x - y), the
+            objective too; centroids are means all the same.
         tolerance: also end when an iteration lowers the objective by less than this share.
 
     Raises:
@@ -95,6 +98,19 @@ def kmeans(
             f"K-means needs points, clusters and iterations: {points.num_points} points, "
             f"num_clusters {num_clusters}, iterations {iterations}"
         )
+    if metric is not None:
+        root = metric_root(metric, points.dim).to(points.device)
+        start = init.float().to(points.device) @ root if isinstance(init, torch.Tensor) else init
+        result = kmeans(
+            points.transformed(root),
+            num_clusters,
+            iterations,
+            backend=backend,
+            init=start,
+            tolerance=tolerance,
+            process_group=process_group,
+        )
+        return replace(result, centroids=_means(points, result))
     share = _Share(points, num_clusters, process_group)
     centroids = _start(points, num_clusters, init)
     if backend in SKLEARN_BACKENDS:
@@ -125,6 +141,18 @@ def kmeans(
     seconds = time.perf_counter() - began
     stats.append(IterationStats(objective, seconds, _imbalance(sizes), 0))
     return KMeansResult(centroids, assignment, sizes, stats)
+
+
+def _means(points: Points, result: KMeansResult) -> torch.Tensor:
+    """Mean of the points of each cluster of `result`; of all points where it has none."""
+    k = len(result.sizes)
+    sums = torch.zeros(k, points.dim, dtype=torch.int64, device=points.device)
+    sizes, errors = torch.zeros_like(result.sizes), torch.zeros_like(result.sizes)
+    origin = torch.zeros(k, points.dim, device=points.device)
+    points.accumulate(0, result.assignment, origin, 0.0, (sums, sizes, errors))
+    overall = sums.double().sum(0) / sizes.sum()
+    means = torch.where(sizes[:, None] > 0, sums.double() / sizes.clamp(min=1)[:, None], overall)
+    return (means / points.scale).float()
 
 
 class _Share:

@@ -41,6 +41,10 @@ class Points(ABC):
     def starts(self, count: int) -> torch.Tensor:
         """Indices of up to `count` different points, drawn by hash; int64."""
 
+    @abstractmethod
+    def transformed(self, matrix: torch.Tensor) -> Points:
+        """The same points times `matrix` [dim, dim] (float32), with their weights and starts."""
+
     def vectors(self, at: slice | torch.Tensor) -> torch.Tensor:
         """Coordinates of the points `at`, float32 [., dim]."""
         return (self.integers(at).double() / self.scale).float()
@@ -69,6 +73,22 @@ class Points(ABC):
             sums.index_add_(0, cluster, x * weights[:, None])
             sizes.index_add_(0, cluster, weights)
             errors.index_add_(0, cluster, (off * error_scale).round().long() * weights)
+
+
+def metric_root(metric: torch.Tensor, dim: int) -> torch.Tensor:
+    """The symmetric root R of `metric`: |x R|^2 = x^T metric x; float32 [dim, dim].
+
+    Raises:
+        ValueError: not finite, symmetric, positive semi-definite and [dim, dim].
+    """
+    values = metric.double().cpu()
+    if values.shape != (dim, dim) or not bool(torch.isfinite(values).all()):
+        raise ValueError(f"metric must be finite and [{dim}, {dim}]; got {tuple(values.shape)}")
+    eigenvalues, vectors = torch.linalg.eigh((values + values.t()) / 2)
+    tiny = 1e-6 * float(eigenvalues.abs().max())
+    if not torch.allclose(values, values.t(), atol=tiny) or float(eigenvalues.min()) < -tiny:
+        raise ValueError("metric must be symmetric and positive semi-definite")
+    return ((vectors * eigenvalues.clamp(min=0).sqrt()) @ vectors.t()).float()
 
 
 def check_finite(*parts: torch.Tensor) -> float:
@@ -145,6 +165,10 @@ class PairPoints(Points):
     def starts(self, count: int) -> torch.Tensor:
         return self._starts[:count]
 
+    def transformed(self, matrix: torch.Tensor) -> PairPoints:
+        main, helper = (book @ matrix for book in self.codebooks())
+        return PairPoints(main, helper, self.a, self.b, self.weights, self._starts)
+
     def codebooks(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Main and helper as the points have them, float32."""
         return tuple((t.double() / self.scale).float() for t in (self.main, self.helper))  # type: ignore[return-value]  # two in, two out
@@ -196,6 +220,9 @@ class TensorPoints(Points):
 
     def integers(self, at: slice | torch.Tensor) -> torch.Tensor:
         return self._integers[at].long()
+
+    def transformed(self, matrix: torch.Tensor) -> TensorPoints:
+        return TensorPoints(self.vectors(slice(None)) @ matrix, self.weights)
 
     def starts(self, count: int) -> torch.Tensor:
         generator = torch.Generator().manual_seed(self.num_points)

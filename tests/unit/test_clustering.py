@@ -11,7 +11,7 @@ from torchrec.optim.apply_optimizer_in_backward import apply_optimizer_in_backwa
 from cce_torchrec import CCEEmbeddingBagCollection, CCEEmbeddingBagConfig
 from cce_torchrec.clustering import ClusteringSchedule, cluster
 from cce_torchrec.clustering.chunk import budget
-from cce_torchrec.codes import widen
+from cce_torchrec.codes import seen_ids, widen
 from cce_torchrec.hashing import helper_hash
 from cce_torchrec.kmeans import native
 
@@ -199,6 +199,53 @@ def test_weights_decide_where_centroids_go():
         cluster(grouped(), weights={"t": seen - 1})
 
 
+def lookup(m, ids):
+    lengths = torch.ones(len(ids), dtype=torch.long)
+    return m(KeyedJaggedTensor(keys=["f"], values=ids, lengths=lengths))
+
+
+def test_seen_ids_are_those_of_training_lookups():
+    m = grouped(track_seen=True)
+    plain = grouped()
+    ids = torch.randint(0, 2000, (5000,), generator=torch.Generator().manual_seed(0))
+    lookup(m, ids)
+    lookup(m.eval(), torch.arange(10_000, 20_000))  # evaluation leaves no trace
+    expected = torch.zeros(20_000, dtype=torch.uint8)
+    expected[ids] = 1
+    assert torch.equal(seen_ids(m.codes["t"].seen, 20_000), expected)
+    assert m.embedding_bag_configs()[0].table_bytes == 2502 + (
+        plain.embedding_bag_configs()[0].table_bytes
+    )
+    cluster(m, weights="seen")
+    cluster(plain, weights={"t": expected.long()})
+    assert torch.equal(m.codes["t"].codes, plain.codes["t"].codes)
+    assert not m.codes["t"].seen.any()
+    cluster(m, weights="seen")  # nothing was seen: uniform
+    with pytest.raises(ValueError, match=r"weights='seen' needs a table with track_seen=True"):
+        cluster(plain, weights="seen")
+
+
+def test_metric_spends_precision_where_it_counts():
+    """A metric that only sees column 0 of each chunk: column 0 is represented better."""
+    only_first = torch.zeros(4, 4, 4)
+    only_first[:, 0, 0] = 1
+    before = embeddings(grouped())[:, ::4].double()
+
+    def error_of_first(**options):
+        m = grouped()
+        cluster(m, **options)
+        rows = widen(m.codes["t"].codes)
+        main = [m.embedding_bag_collection.embedding_bags[f"t#{j}"].weight[:64] for j in range(4)]
+        reached = torch.stack([main[j][rows[:, j], 0] for j in range(4)], 1).detach().double()
+        return float((before - reached).square().sum())
+
+    by_list = {"samples_per_centroid": 10**6}
+    assert error_of_first(metric={"t": only_first}) < 0.1 * error_of_first()
+    assert error_of_first(metric={"t": only_first}, **by_list) < 0.1 * error_of_first()
+    with pytest.raises(ValueError, match=r"table 't': metric must be \[num_chunks, 4, 4\]"):
+        cluster(grouped(), metric={"t": torch.eye(4)})
+
+
 @pytest.mark.parametrize("backend", ["faiss", "sklearn", "sklearn-minibatch", "torch"])
 @pytest.mark.parametrize("init", ["random", "k-means++", "main"])
 def test_backends_and_starts(backend, init):
@@ -217,6 +264,7 @@ def test_backends_and_starts(backend, init):
         ({"init": "zeros"}, "unknown init 'zeros'"),
         ({"iterations": 0}, "iterations 0"),
         ({"samples_per_centroid": 0}, "samples_per_centroid 0"),
+        ({"weights": "recent"}, "unknown weights 'recent'"),
         ({"memory_limit": 10}, "memory_limit is 10"),
     ],
 )

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from cce_torchrec.kmeans import PairPoints, TensorPoints, kmeans, native
 from cce_torchrec.kmeans.backends import make_backend, optional_module
 from cce_torchrec.kmeans.lloyd import refill_empty
-from cce_torchrec.kmeans.points import BLOCK
+from cce_torchrec.kmeans.points import BLOCK, metric_root
 
 CPU = torch.device("cpu")
 ENGINES = ["torch", "faiss", *(["native"] if native.available() else [])]
@@ -230,3 +230,27 @@ def test_bad_input(call, message):
 def test_missing_dependency_says_how_to_install_it():
     with pytest.raises(ValueError, match=r"pip install 'cce-torchrec\[faiss\]'"):
         optional_module("no_such_faiss", "faiss")
+
+
+@pytest.mark.parametrize("as_pairs", [True, False])
+def test_metric_equals_kmeans_of_transformed_points(as_pairs):
+    """Distances by A are Euclidean ones after the root of A; centroids stay in the old space."""
+    g = torch.Generator().manual_seed(3)
+    half = torch.randn(4, 4, generator=g)
+    metric = half @ half.t()
+    root = metric_root(metric, 4)
+    torch.testing.assert_close(root @ root.t(), metric, rtol=1e-4, atol=1e-5)
+    points, vectors, inverse = pairs(300)
+    if not as_pairs:
+        points, inverse = TensorPoints(vectors), torch.arange(300)
+    start = vectors[:6]
+    result = kmeans(points, 6, 4, init=start, metric=metric)
+    plain = kmeans(vectors @ root, 6, 4, init=start @ root)
+    assert result.objective == pytest.approx(plain.objective, rel=1e-4)
+    for c in range(6):
+        own = vectors[result.assignment[inverse] == c]
+        torch.testing.assert_close(result.centroids[c], own.mean(0), rtol=1e-4, atol=1e-5)
+    assert not torch.equal(result.assignment, kmeans(points, 6, 4, init=start).assignment)
+    for bad in (-metric, half, torch.eye(5)):
+        with pytest.raises(ValueError, match="metric must be"):
+            kmeans(points, 6, metric=bad)
