@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import os
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from typing import Any
@@ -17,7 +18,7 @@ Nearest = Callable[[int, int], torch.Tensor]
 """Nearest centroid of points [start, end), int32; ties go to the lowest index."""
 
 SKLEARN_BACKENDS = ("sklearn", "sklearn-minibatch")
-BACKENDS = ("auto", "native", "torch", "faiss", *SKLEARN_BACKENDS)
+BACKENDS = ("auto", "native", "torch", "triton", "faiss", *SKLEARN_BACKENDS)
 
 
 def optional_module(module: str, extra: str) -> Any:
@@ -138,6 +139,22 @@ class FaissBackend(Backend):
         )
 
 
+class TritonBackend(Backend):
+    """One tile kernel on CUDA; never holds the scores of a block."""
+
+    name = "triton"
+
+    def __init__(self) -> None:
+        optional_module("triton", "gpu")
+        self._nearest = importlib.import_module("cce_torchrec.kmeans.triton_kernel").nearest
+
+    def _block(
+        self, points: Points, centroids: torch.Tensor
+    ) -> Callable[[torch.Tensor], torch.Tensor]:
+        half_norms = -0.5 * (centroids * centroids).sum(1)
+        return lambda x: self._nearest(x, centroids, half_norms)
+
+
 def make_backend(name: str, device: torch.device) -> Backend:
     """The backend `name`; "auto" is native, FAISS or torch, the first that is there.
 
@@ -154,9 +171,12 @@ def make_backend(name: str, device: torch.device) -> Backend:
         "native": NativeBackend,
         "torch": TorchBackend,
         "faiss": FaissBackend,
+        "triton": TritonBackend,
     }
     if name not in made:
         raise ValueError(f"unknown K-means backend {name!r}; choose one of {list(BACKENDS)}")
+    if name == "triton" and device.type != "cuda" and not os.environ.get("TRITON_INTERPRET"):
+        raise ValueError(f"backend 'triton' runs on CUDA, not on {device}; use native or torch")
     if name == "native" and device.type != "cpu":
         raise ValueError(f"backend 'native' runs on the CPU, not on {device}; use torch or faiss")
     return made[name]()

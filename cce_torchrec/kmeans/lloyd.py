@@ -77,8 +77,9 @@ def kmeans(
         points: a matrix [n, s], or any `Points`.
         iterations: at most so many Lloyd iterations; they end early when no sum changes.
         weights: int64 [n], with a matrix only.
-        backend: auto, native (compiled), torch, faiss, sklearn or sklearn-minibatch. The last
-            two fit centroids by scikit-learn on one process; auto scores the final assignment.
+        backend: auto, native (compiled, CPU), torch, triton (CUDA), faiss, sklearn or
+            sklearn-minibatch. The last two fit centroids by scikit-learn on one process; auto
+            scores the final assignment.
         init: "random" (points drawn by hash), "k-means++" (Arthur and Vassilvitskii 2007, over a
             sample of 32 points per cluster), or starting centroids [k, s].
         metric: [s, s], positive semi-definite: distances are (x - y)^T metric (x - y), the
