@@ -43,6 +43,7 @@ from torchrec.sparse.jagged_tensor import KeyedJaggedTensor, KeyedTensor
 
 from cce_torchrec.config import CCEEmbeddingBagConfig
 from cce_torchrec.distributed.plan import SUPPORTED, chunk_owners, fan_out
+from cce_torchrec.distributed.state_dict import CodesState
 from cce_torchrec.expand import (
     Block,
     BoundsCheck,
@@ -102,6 +103,12 @@ class ShardedCCEEmbeddingBagCollection(
                 assert codes is not None
                 local[config.name] = _local_codes(codes, chunks, device)
         self.codes = nn.ModuleDict(local)
+        compressed = [c for c in self._configs if isinstance(c, CCEEmbeddingBagConfig)]
+        state = CodesState(
+            self.codes, compressed, self.chunk_owners, rank, device, env.process_group
+        )
+        self._register_state_dict_hook(state.save)
+        self._register_load_state_dict_pre_hook(state.load)
         self.embedding_bag_collection: ShardedEmbeddingBagCollection = ebc_sharder.shard(
             module.embedding_bag_collection,
             physical,
