@@ -5,6 +5,7 @@ from cce_torchrec.versions import check_versions
 check_versions()
 
 from cce_torchrec.config import CCEEmbeddingBagConfig  # noqa: E402
+from cce_torchrec.modules.compress import compress_model  # noqa: E402
 from cce_torchrec.modules.embedding_bag_collection import CCEEmbeddingBagCollection  # noqa: E402
 
-__all__ = ["CCEEmbeddingBagCollection", "CCEEmbeddingBagConfig"]
+__all__ = ["CCEEmbeddingBagCollection", "CCEEmbeddingBagConfig", "compress_model"]

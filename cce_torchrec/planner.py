@@ -1,20 +1,141 @@
-"""Plans of logical tables by TorchRec's planner."""
+"""Plans of logical tables by TorchRec's planner, with codes counted."""
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import nn
 from torchrec.distributed.planner import EmbeddingShardingPlanner, Topology
-from torchrec.distributed.planner.types import ParameterConstraints
+from torchrec.distributed.planner import types as planner_types
+from torchrec.distributed.planner.enumerators import EmbeddingEnumerator
+from torchrec.distributed.planner.shard_estimators import (
+    EmbeddingPerfEstimator,
+    EmbeddingStorageEstimator,
+)
+from torchrec.distributed.planner.storage_reservations import HeuristicalStorageReservation
+from torchrec.distributed.planner.types import (
+    ParameterConstraints,
+    ShardEstimator,
+    ShardingOption,
+    Storage,
+)
 from torchrec.distributed.types import ShardingPlan, ShardingType
 from torchrec.modules.embedding_configs import EmbeddingBagConfig
 
 from cce_torchrec.config import CCEEmbeddingBagConfig
 from cce_torchrec.distributed.embedding_bag_collection import get_default_sharders
+
+_RESERVED = 0.15
+"""Share of a device's memory that plans leave to everything but tables (TorchRec's default)."""
+
+
+class CodeStorageEstimator(ShardEstimator):
+    """Adds the codes of CCE tables to the storage of their shards.
+
+    TorchRec's own estimator sees the proxy of the codebooks [k + k', D]; a shard of some columns
+    holds the codes of the chunks in them.
+    """
+
+    def __init__(self, topology: Topology, tables: Sequence[EmbeddingBagConfig]) -> None:
+        self._on_gpu = topology.compute_device == "cuda"
+        self._tables = {t.name: t for t in tables if isinstance(t, CCEEmbeddingBagConfig)}
+
+    def estimate(
+        self, sharding_options: list[ShardingOption], sharder_data_map: Any = None, **_: Any
+    ) -> None:
+        """Adds to the storage of each shard in place."""
+        for option in sharding_options:
+            table = self._tables.get(option.name)
+            if table is None:
+                continue
+            for shard in option.shards:
+                codes = (table.code_bytes + table.seen_bytes) * shard.size[1]
+                added = -(-codes // table.embedding_dim)
+                assert shard.storage is not None
+                shard.storage += Storage(
+                    hbm=added if self._on_gpu else 0, ddr=0 if self._on_gpu else added
+                )
+
+
+def _topology(world_size: int, device: torch.device, memory_bytes: int | None) -> Topology:
+    """The machine as it is: the GPU's own memory, or the CPU's share per rank."""
+    on_gpu = device.type == "cuda"
+    if memory_bytes is None and on_gpu:
+        memory_bytes = torch.cuda.get_device_properties(device).total_memory
+    caps = {"hbm_cap_bytes" if on_gpu else "ddr_cap_bytes": memory_bytes}
+    caps = {name: value for name, value in caps.items() if value is not None}
+    factory = getattr(planner_types, "TopologyFactory", None)
+    if factory is None:  # torchrec before 1.8
+        names = {"hbm_cap_bytes": "hbm_cap", "ddr_cap_bytes": "ddr_cap"}
+        return Topology(
+            world_size, device.type, **{names[name]: value for name, value in caps.items()}
+        )
+    return factory.create_topology(
+        planner_types.TrainerConfig(world_size=world_size, **caps),
+        kernel_config=planner_types.KernelConfig(compute_device=device.type),
+    )
+
+
+def make_planner(
+    tables: Sequence[EmbeddingBagConfig],
+    world_size: int,
+    device: torch.device,
+    kind: str = "auto",
+    batch_size: int = 512,
+    memory_bytes: int | None = None,
+    dense_bytes: int = 1,
+) -> EmbeddingShardingPlanner:
+    """TorchRec's planner for these logical tables.
+
+    Args:
+        kind: "tw" (chunks together), "cw" (chunks of a table spread over ranks) or "auto"
+            (chosen table by table).
+        batch_size: global.
+        memory_bytes: per rank; by default the GPU's own, on a CPU TorchRec's default.
+        dense_bytes: of the parameters that are no tables, with their optimizer state.
+
+    Raises:
+        ValueError: an unknown kind.
+    """
+    kinds = {
+        "tw": [ShardingType.TABLE_WISE.value],
+        "cw": [ShardingType.COLUMN_WISE.value],
+        "auto": [ShardingType.TABLE_WISE.value, ShardingType.COLUMN_WISE.value],
+    }
+    if kind not in kinds:
+        raise ValueError(f"unknown plan {kind!r}; choose one of {list(kinds)}")
+    constraints = {
+        table.name: ParameterConstraints(
+            sharding_types=kinds[kind], min_partition=table.chunk_dim,
+            pooling_factors=[float(table.rows_per_id)] * len(table.feature_names),
+        )
+        if isinstance(table, CCEEmbeddingBagConfig)
+        else ParameterConstraints(sharding_types=kinds["tw"])
+        for table in tables
+    }  # fmt: skip
+    topology = _topology(world_size, device, memory_bytes)
+    per_rank = max(1, batch_size // world_size)
+    return EmbeddingShardingPlanner(
+        topology=topology,
+        batch_size=per_rank,
+        enumerator=EmbeddingEnumerator(
+            topology=topology,
+            batch_size=per_rank,
+            constraints=constraints,
+            estimator=[
+                EmbeddingPerfEstimator(topology=topology, constraints=constraints),
+                EmbeddingStorageEstimator(topology=topology, constraints=constraints),
+                CodeStorageEstimator(topology, tables),
+            ],
+        ),
+        storage_reservation=HeuristicalStorageReservation(
+            percentage=_RESERVED, dense_tensor_estimate=dense_bytes
+        ),
+        constraints=constraints,
+    )
 
 
 def make_plan(
@@ -23,35 +144,26 @@ def make_plan(
     device: torch.device,
     kind: str = "auto",
     batch_size: int = 512,
+    memory_bytes: int | None = None,
 ) -> ShardingPlan:
     """A collective plan of `model`: every rank of the default group calls it, all get the same.
 
-    Args:
-        kind: "tw" (chunks together), "cw" (chunks of a table spread over ranks) or "auto"
-            (TorchRec's planner chooses table by table).
-        batch_size: global.
+    See `make_planner` for the arguments.
     """
-    world_size = dist.get_world_size()
-    types = {
-        "tw": [ShardingType.TABLE_WISE.value],
-        "cw": [ShardingType.COLUMN_WISE.value],
-        "auto": [ShardingType.TABLE_WISE.value, ShardingType.COLUMN_WISE.value],
-    }[kind]
-    constraints = {
-        table.name: ParameterConstraints(
-            sharding_types=types
-            if isinstance(table, CCEEmbeddingBagConfig)
-            else [ShardingType.TABLE_WISE.value],
-            min_partition=table.chunk_dim if isinstance(table, CCEEmbeddingBagConfig) else None,
-        )
-        for table in tables
-    }
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # advice on topology and reservation, see planner notes
-        planner = EmbeddingShardingPlanner(
-            topology=Topology(world_size=world_size, compute_device=device.type),
-            batch_size=max(1, batch_size // world_size),
-            constraints=constraints,
-        )
-        assert dist.group.WORLD is not None
-        return planner.collective_plan(model, get_default_sharders(), dist.group.WORLD)
+    names = {table.name for table in tables}
+    dense = sum(
+        parameter.numel() * parameter.element_size()
+        for name, parameter in model.named_parameters()
+        if not names & {part.split("#")[0] for part in name.split(".")}
+    )
+    planner = make_planner(
+        tables,
+        dist.get_world_size(),
+        device,
+        kind,
+        batch_size,
+        memory_bytes,
+        dense_bytes=max(1, 6 * dense),  # gradients and Adam's moments, with room
+    )
+    assert dist.group.WORLD is not None
+    return planner.collective_plan(model, get_default_sharders(), dist.group.WORLD)

@@ -25,7 +25,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     budget.add_argument("--num-rows", type=int, help="main rows of each table; 3x helper beside")
     budget.add_argument("--compression", type=float, help="full over compressed parameters (20)")
     add("--epochs", type=int, default=10)
-    add("--batch-size", type=int, help="global; default 4096 for gmf, 1024 for dlrm")
+    add("--batch-size", type=int, help="global; default 4096 for gmf, 256 for dlrm")
     add("--optimizer", choices=["rowwise_adagrad", "adagrad", "sgd"], default="rowwise_adagrad")
     add("--lr", type=float, help="of the tables; default 0.1 at compression 10 or more, else 0.03")
     add("--dense-lr", type=float, default=1e-3, help="Adam, of everything but the tables")
@@ -36,7 +36,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     add("--out", type=Path, default=Path("runs/last"))
     args = parser.parse_args(argv)
     if args.batch_size is None:
-        args.batch_size = 4096 if args.model == "gmf" else 1024
+        args.batch_size = 4096 if args.model == "gmf" else 256
     for name in ("embedding_dim", "num_chunks", "epochs", "batch_size"):
         if getattr(args, name) < 1:
             parser.error(f"--{name.replace('_', '-')} {getattr(args, name)} must be at least 1")

@@ -1,0 +1,115 @@
+"""compress_model: what it replaces, what it keeps, and what it refuses."""
+
+from functools import partial
+
+import pytest
+import torch
+from torch import nn
+from torchrec import EmbeddingBagCollection, EmbeddingBagConfig, KeyedJaggedTensor
+from torchrec.models.dlrm import DLRM
+from torchrec.modules.embedding_configs import PoolingType
+from torchrec.optim.apply_optimizer_in_backward import apply_optimizer_in_backward
+
+from cce_torchrec import CCEEmbeddingBagCollection, CCEEmbeddingBagConfig, compress_model
+
+SIZES = {"user": 50_000, "item": 20_000, "country": 200}
+
+
+def dlrm(dim=32, **kwargs):
+    tables = [
+        EmbeddingBagConfig(
+            name=name, num_embeddings=size, embedding_dim=dim, feature_names=[f"f_{name}"], **kwargs
+        )
+        for name, size in SIZES.items()
+    ]
+    return DLRM(EmbeddingBagCollection(tables=tables), 4, [8, dim], [8, 1])
+
+
+def batch():
+    ids = torch.tensor([49_999, 3, 19_999, 4, 199, 0])
+    keys = [f"f_{name}" for name in SIZES]
+    return torch.randn(2, 4), KeyedJaggedTensor(keys=keys, values=ids, lengths=torch.ones(6).int())
+
+
+def test_large_tables_are_replaced_and_the_model_still_runs():
+    model = dlrm()
+    country = model.sparse_arch.embedding_bag_collection.embedding_bags["country"].weight.clone()
+    report = compress_model(model, compression=50)
+    made = model.sparse_arch.embedding_bag_collection
+    assert isinstance(made, CCEEmbeddingBagCollection)
+    configs = {c.name: c for c in made.embedding_bag_configs()}
+    assert list(configs) == list(SIZES)
+    assert isinstance(configs["user"], CCEEmbeddingBagConfig)
+    assert configs["user"].rows_per_chunk == 1000
+    assert type(configs["country"]) is EmbeddingBagConfig
+    kept = made.embedding_bag_collection.embedding_bags["country"].weight
+    assert torch.equal(kept, country)
+    assert model(*batch()).shape == (2, 1)
+    assert report.full_bytes == sum(SIZES.values()) * 32 * 4
+    # 250 main rows: one byte a code; 100 and 300 rows for items.
+    expected = 1000 * 32 * 4 + 50_000 * 4 + 400 * 32 * 4 + 20_000 * 4 + 200 * 32 * 4
+    assert report.bytes == expected
+    assert "country" in str(report) and "times fewer" in str(report)
+
+
+@pytest.mark.parametrize("budget", [400_000, 1_000_000, 5_000_000])
+def test_byte_budget_is_kept_and_used(budget):
+    report = compress_model(dlrm(), tables=["user", "item"], table_bytes=budget)
+    used = sum(t.bytes for t in report.tables if t.num_rows)
+    assert 0.9 * budget <= used <= budget  # the step from one to two bytes a code is the rest
+
+
+def test_rows_pooling_init_and_width_are_kept():
+    model = dlrm(20, pooling=PoolingType.MEAN, init_fn=partial(nn.init.constant_, val=0.5))
+    report = compress_model(model, num_rows=16, tables=["item"])
+    by_name = {t.name: t for t in report.tables}
+    assert by_name["item"].num_chunks == 1  # 20 over 4 chunks would be 5 wide; 4 x 5 = 20 by 1
+    assert by_name["user"].reason == "not chosen"
+    config = model.sparse_arch.embedding_bag_collection.embedding_bag_configs()[1]
+    assert config.pooling == PoolingType.MEAN and config.num_rows == 16
+    out = model.sparse_arch(batch()[1])
+    assert torch.allclose(out[:, 1], torch.full((2, 20), 0.5))
+
+
+def test_tables_that_would_grow_stay_full():
+    report = compress_model(dlrm(8), tables=["user", "country"], num_rows=100)
+    reasons = {t.name: t.reason for t in report.tables}
+    assert not reasons["user"] and "would take" in reasons["country"]
+
+
+class Wrapped(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.dlrm = dlrm()
+
+
+def applied():
+    model = dlrm()
+    apply_optimizer_in_backward(torch.optim.SGD, list(model.parameters()), {"lr": 0.1})
+    return model
+
+
+@pytest.mark.parametrize(
+    "call, message",
+    [
+        (lambda: compress_model(dlrm()), "exactly one of"),
+        (lambda: compress_model(dlrm(), compression=5, num_rows=5), "exactly one of"),
+        (lambda: compress_model(dlrm(), compression=5, tables=["usr"]), r"no tables \['usr'\]"),
+        (lambda: compress_model(nn.Linear(2, 2), compression=5), "nothing to compress"),
+        (lambda: compress_model(dlrm(), compression=5, min_bytes=10**9), "nothing to compress"),
+        (lambda: compress_model(dlrm(), table_bytes=1000), "does not hold the codes"),
+        (lambda: compress_model(applied(), compression=50), "call compress_model first"),
+        (
+            lambda: compress_model(dlrm().sparse_arch.embedding_bag_collection, compression=50),
+            "EmbeddingBagCollection itself",
+        ),
+    ],
+)
+def test_bad_calls(call, message):
+    with pytest.raises(ValueError, match=message):
+        call()
+
+
+def test_paths_in_the_report():
+    report = compress_model(Wrapped(), compression=50)
+    assert report.tables[0].collection == "dlrm.sparse_arch.embedding_bag_collection"

@@ -1,0 +1,62 @@
+"""Plans count codes."""
+
+import pytest
+import torch
+from torch import nn
+from torchrec.distributed.planner.types import PlannerError
+from torchrec.modules.embedding_configs import EmbeddingBagConfig
+from torchrec.optim.apply_optimizer_in_backward import apply_optimizer_in_backward
+
+from cce_torchrec import CCEEmbeddingBagCollection, CCEEmbeddingBagConfig
+from cce_torchrec.distributed.embedding_bag_collection import get_default_sharders
+from cce_torchrec.planner import make_planner
+
+CPU = torch.device("cpu")
+
+
+def model(tables):
+    made = CCEEmbeddingBagCollection(tables=tables, device="meta")
+    apply_optimizer_in_backward(torch.optim.SGD, list(made.parameters()), {"lr": 0.1})
+    return nn.ModuleDict({"sparse": made})
+
+
+def tables():
+    return [
+        CCEEmbeddingBagConfig(
+            name="t", num_embeddings=50_000_000, embedding_dim=64, feature_names=["f"], num_rows=500
+        ),
+        EmbeddingBagConfig(name="p", num_embeddings=100, embedding_dim=64, feature_names=["g"]),
+    ]
+
+
+@pytest.mark.parametrize("kind", ["tw", "cw", "auto"])
+def test_codes_count_against_memory(kind):
+    """400 MB of codes beside 0.5 MB of codebooks; spread, half of them on each of two ranks."""
+    configs = tables()
+    enough = make_planner(configs, 2, CPU, kind, memory_bytes=1 << 30)
+    plan = enough.plan(model(configs), get_default_sharders())
+    entry = plan.plan["sparse"]["t"]
+    assert entry.compute_kernel == "fused"
+    share = len(set(entry.ranks)) if kind == "cw" else 1
+    stored = max(
+        sum(shard.storage.ddr for shard in option.shards if shard.rank == rank)
+        for option in enough._best_plan
+        if option.name == "t"
+        for rank in range(2)
+    )
+    expected = configs[0].table_bytes / share
+    assert stored == pytest.approx(expected, rel=0.02)
+    with pytest.raises(PlannerError):
+        little = make_planner(configs, 2, CPU, kind, memory_bytes=150 << 20)
+        little.plan(model(configs), get_default_sharders())
+
+
+def test_no_warnings(caplog):
+    configs = tables()
+    make_planner(configs, 2, CPU, memory_bytes=1 << 30).plan(model(configs), get_default_sharders())
+    assert not [record for record in caplog.records if record.levelname == "WARNING"]
+
+
+def test_unknown_kind():
+    with pytest.raises(ValueError, match="unknown plan 'rw'"):
+        make_planner(tables(), 2, CPU, "rw")
