@@ -93,27 +93,40 @@ class NativeBackend(Backend):
 
     name = "native"
 
-    def __init__(self) -> None:
+    def __init__(self, products: str = "native") -> None:
         if not native.available():
             raise ValueError(
                 "the compiled K-means kernels were not built; install a C++ compiler and then "
                 "this package again, or choose backend torch or faiss"
             )
 
+        self._held: dict[str, torch.Tensor] = {}
+        # FAISS multiplies long vectors somewhat faster than our simpler kernel.
+        self._products = FaissBackend() if products == "faiss" else None
+
     def prepare(self, points: Points, centroids: torch.Tensor) -> Nearest:
-        # Two scores cost two loads per centroid whatever the width; with few pairs per codebook
-        # row those loads miss the cache, and short vectors are cheaper to multiply.
-        if isinstance(points, PairPoints):
-            cells = len(points.main) * len(points.helper)
-            if points.dim > 8 or cells <= 4 * points.num_points:
-                by_pair = native.pair_scorer(*points.codebooks(), centroids)
-                return lambda start, end: by_pair(points.a[start:end], points.b[start:end])
+        if isinstance(points, PairPoints) and _two_scores_pay(points, len(centroids)):
+            by_pair = native.pair_scorer(*points.codebooks(), centroids, self._held)
+            return lambda start, end: by_pair(points.a[start:end], points.b[start:end])
         return super().prepare(points, centroids)
 
     def _block(
         self, points: Points, centroids: torch.Tensor
     ) -> Callable[[torch.Tensor], torch.Tensor]:
+        if self._products is not None and points.dim > 8:
+            return self._products._block(points, centroids)
         return native.point_scorer(centroids)
+
+
+def _two_scores_pay(points: PairPoints, k: int) -> bool:
+    """Whether sums of two scores are cheaper than products with the points.
+
+    Nanoseconds measured on one AVX-512 core (benchmarks/README.md): two scores cost the making of
+    their tables and two loads a centroid whatever the width, products rise with the width.
+    """
+    rows, n, dim = len(points.main) + len(points.helper), points.num_points, points.dim
+    tables = rows * k * (0.9 + 0.01 * dim)
+    return tables + n * k * (0.07 if k <= 2048 else 0.15) < n * k * 0.0215 * dim
 
 
 class FaissBackend(Backend):
@@ -156,15 +169,16 @@ class TritonBackend(Backend):
 
 
 def make_backend(name: str, device: torch.device) -> Backend:
-    """The backend `name`; "auto" is native, FAISS or torch, the first that is there.
+    """The backend `name`; "auto" is native (with FAISS for long products), FAISS or torch.
 
     Raises:
         ValueError: an unknown name, or a missing optional dependency and how to install it.
     """
     if name == "auto":
+        has_faiss = importlib.util.find_spec("faiss") is not None
         if device.type == "cpu" and native.available():
-            return NativeBackend()
-        if device.type == "cpu" and importlib.util.find_spec("faiss"):
+            return NativeBackend("faiss" if has_faiss else "native")
+        if device.type == "cpu" and has_faiss:
             return FaissBackend()
         return TorchBackend()
     made: dict[str, type[Backend]] = {

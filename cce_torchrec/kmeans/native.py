@@ -54,28 +54,27 @@ def _call(function: str, *args: torch.Tensor | int | float | None) -> int:
     return int(kernel(*converted))
 
 
-def _padded(scores: torch.Tensor, fill: float) -> torch.Tensor:
-    """`scores` [., k] with columns up to a multiple of GROUP."""
-    rows, k = scores.shape
-    width = -(-k // GROUP) * GROUP
-    if width == k:
-        return scores.contiguous()
-    out = torch.full((rows, width), fill)
-    out[:, :k] = scores
-    return out
-
-
 def pair_scorer(
-    main: torch.Tensor, helper: torch.Tensor, centroids: torch.Tensor
+    main: torch.Tensor,
+    helper: torch.Tensor,
+    centroids: torch.Tensor,
+    held: dict[str, torch.Tensor],
 ) -> Callable[[torch.Tensor, torch.Tensor], torch.Tensor]:
     """A function (a, b) -> nearest centroid of main[a] + helper[b], by sums of two scores.
 
     With P = M C^T - |C|^2 / 2 and Q = H C^T, centroid c scores P[a, c] + Q[b, c]: the width of
     the vectors no longer counts. Rows: a, b int32 [n], sorted by (a, b); result int32 [n].
+    `held` keeps the scores [k + k', k] between calls, which spares their allocation.
     """
     half_norms = -0.5 * (centroids * centroids).sum(1)
-    p = _padded(torch.addmm(half_norms, main, centroids.t()), LOWEST)
-    q = _padded(helper @ centroids.t(), 0.0)
+    k, rows = len(centroids), len(main) + len(helper)
+    width = -(-k // GROUP) * GROUP
+    if held.get("scores") is None or held["scores"].shape != (rows, width):
+        held["scores"] = torch.zeros(rows, width)
+        held["scores"][: len(main), k:] = LOWEST
+    p, q = held["scores"].split([len(main), len(helper)])
+    torch.addmm(half_norms, main, centroids.t(), out=p[:, :k])
+    torch.mm(helper, centroids.t(), out=q[:, :k])
     cursor = torch.empty(main.shape[0] + 1, dtype=torch.int64)
 
     def nearest(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:

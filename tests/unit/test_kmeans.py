@@ -13,7 +13,7 @@ from cce_torchrec.kmeans.lloyd import refill_empty
 from cce_torchrec.kmeans.points import BLOCK, metric_root
 
 CPU = torch.device("cpu")
-ENGINES = ["torch", "faiss", *(["native"] if native.available() else [])]
+ENGINES = ["auto", "torch", "faiss", *(["native"] if native.available() else [])]
 
 
 def pairs(num_ids=500, k=7, k_helper=11, dim=4, seed=0, main=None, helper=None):
@@ -160,7 +160,7 @@ def test_results_do_not_depend_on_the_cut(backend):
     assert torch.equal(whole[:BLOCK], nearest(0, BLOCK))
 
 
-@pytest.mark.parametrize("k", [1, 15, 16, 127, 128, 129, 300])
+@pytest.mark.parametrize("k", [1, 15, 16, 33, 127, 128, 129, 300])
 @pytest.mark.parametrize("dim", [4, 8, 16])
 @pytest.mark.skipif(not native.available(), reason="the compiled kernels were not built")
 def test_compiled_kernels_find_the_nearest(k, dim):
@@ -169,7 +169,7 @@ def test_compiled_kernels_find_the_nearest(k, dim):
     centroids = torch.randn(k, dim, generator=g)
     x = points.vectors(slice(None))
     main, helper = points.codebooks()
-    by_pair = native.pair_scorer(main, helper, centroids)(points.a, points.b)
+    by_pair = native.pair_scorer(main, helper, centroids, {})(points.a, points.b)
     by_point = native.point_scorer(centroids)(x)
     best = torch.cdist(x.double(), centroids.double()).min(1).values
     for got in (by_pair, by_point):
