@@ -11,7 +11,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import statistics
 import subprocess
 import sys
@@ -24,9 +23,10 @@ from pathlib import Path
 import faiss
 import torch
 
+from benchmarks.machine import device_name
 from benchmarks.plots import ratio_plot
 from cce_torchrec import CCEEmbeddingBagConfig
-from cce_torchrec.clustering.chunk import ChunkState, assign_ids, budget, find_pairs
+from cce_torchrec.clustering.chunk import ChunkState, budget, find_pairs, new_codes_of
 from cce_torchrec.clustering.ids import PairTable
 from cce_torchrec.clustering.solve import Options
 from cce_torchrec.expand import ChunkCodes
@@ -130,10 +130,7 @@ class Problem:
         result = kmeans(
             sampled.points, self.shape.k, self.shape.iterations, backend=backend, init=self.start
         )
-        if self.plan.by_pair:
-            PairTable(sampled.ids, sampled.keys, result.assignment).write()
-        else:
-            assign_ids(sampled, result.centroids, engine).write()
+        new_codes_of(sampled, result, engine).write()
         return result.centroids
 
     def objective(self, x: torch.Tensor, centroids: torch.Tensor) -> float:
@@ -318,7 +315,7 @@ def main() -> None:
     if share:
         print(f"MovieLens-1M, 18 clusterings: {share['share']:.1%} of the run")
     report = {
-        "device": platform.processor() or platform.machine(),
+        "device": device_name(CPU),
         "cpus": os.cpu_count(),
         "threads": 1,
         "versions": {**installed_versions(), "faiss": faiss.__version__},

@@ -12,7 +12,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import statistics
 import time
 from collections.abc import Callable
@@ -28,6 +27,7 @@ from torchrec import EmbeddingBagConfig, KeyedJaggedTensor
 from torchrec.distributed import DistributedModelParallel
 from torchrec.optim.apply_optimizer_in_backward import apply_optimizer_in_backward
 
+from benchmarks.machine import device_name
 from benchmarks.plots import ratio_plot
 from cce_torchrec import CCEEmbeddingBagCollection, CCEEmbeddingBagConfig
 from cce_torchrec.distributed.embedding_bag_collection import get_default_sharders
@@ -155,13 +155,20 @@ def tables(setting: Setting, kind: str) -> list[EmbeddingBagConfig]:
     return out
 
 
-def build(setting: Setting, kind: str, device: torch.device) -> DistributedModelParallel:
+OPTIMIZERS: dict[str, type[torch.optim.Optimizer]] = {
+    "rowwise_adagrad": torchrec.optim.RowWiseAdagrad,
+    "adagrad": torch.optim.Adagrad,
+    "sgd": torch.optim.SGD,
+}
+
+
+def build(
+    setting: Setting, kind: str, device: torch.device, optimizer: str
+) -> DistributedModelParallel:
     """A contender under DistributedModelParallel."""
     configs = tables(setting, kind)
     collection = CCEEmbeddingBagCollection(configs, device=torch.device("meta"))
-    apply_optimizer_in_backward(
-        torchrec.optim.RowWiseAdagrad, list(collection.parameters()), {"lr": 0.01}
-    )
+    apply_optimizer_in_backward(OPTIMIZERS[optimizer], list(collection.parameters()), {"lr": 0.01})
     model = Sparse(collection)
     plan = make_plan(model, configs, device, "tw", setting.batch)
     return DistributedModelParallel(
@@ -239,10 +246,14 @@ def median(rows: list[dict[str, float]]) -> dict[str, float]:
     return {key: statistics.median(row[key] for row in rows) for key in rows[0]}
 
 
-def measure(setting: Setting, device: torch.device, repeats: int) -> dict[str, Any]:
+def measure(
+    setting: Setting, device: torch.device, repeats: int, optimizer_name: str
+) -> dict[str, Any]:
     """One row of the table."""
     kinds = ["cce", "plain", "hash", "finalised"]
-    models: dict[str, nn.Module] = {kind: build(setting, kind, device) for kind in kinds}
+    models: dict[str, nn.Module] = {
+        kind: build(setting, kind, device, optimizer_name) for kind in kinds
+    }
     calls: dict[str, Callable[[KeyedJaggedTensor, Clock], dict[str, float]]] = {
         kind: (lambda ids, clock, m=model: step(m, ids, clock)) for kind, model in models.items()
     }
@@ -293,6 +304,7 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="small tables, under a minute")
     parser.add_argument("--json", type=Path, default=Path("runs/step_time.json"))
     parser.add_argument("--repeats", type=int, default=25)
+    parser.add_argument("--optimizer", choices=list(OPTIMIZERS), default="rowwise_adagrad")
     args = parser.parse_args()
     torch.set_num_threads(1)
     on_gpu = torch.cuda.is_available()
@@ -304,7 +316,7 @@ def main() -> None:
     print(f"{'milliseconds a step':72}{'CCE':>8}{'plain':>8}{'hash':>8}{'dense':>9}{'ratio':>7}")
     settings = QUICK if args.quick else GPU_SETTINGS if on_gpu else CPU_SETTINGS
     for setting in settings:
-        row = measure(setting, device, 5 if args.quick else args.repeats)
+        row = measure(setting, device, 5 if args.quick else args.repeats, args.optimizer)
         rows.append(row)
         ms = {kind: values["step"] for kind, values in row["milliseconds"].items()}
         dense = f"{ms['dense PyTorch']:9.1f}" if "dense PyTorch" in ms else f"{'-':>9}"
@@ -316,11 +328,12 @@ def main() -> None:
             flush=True,
         )
     report = {
-        "device": torch.cuda.get_device_name() if on_gpu else platform.processor(),
+        "device": device_name(device),
         "cpus": os.cpu_count(),
         "threads": 1,
         "versions": installed_versions(),
         "repeats": args.repeats,
+        "optimizer": args.optimizer,
         "rows": rows,
     }
     args.json.parent.mkdir(parents=True, exist_ok=True)

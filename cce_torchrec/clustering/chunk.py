@@ -125,12 +125,15 @@ class Sampled:
     """int64 [P], rising."""
     points: PairPoints
     plan: Budget
+    pair_of_id: torch.Tensor | None = None
+    """int32 [N], where the pairs of all ids were listed: position in `keys`."""
 
 
 def find_pairs(state: ChunkState, plan: Budget, weights: torch.Tensor | None = None) -> Sampled:
     """Distinct pairs of the chunk's ids (or of a sample of them, drawn by hash)."""
     ids, config = state.ids, state.codes.config
     sample = hash_function(config.seed, config.name, state.chunk, SAMPLE_ROLE, state.codes.rounds)
+    pair_of_id = None
     if plan.by_pair:
         grid = ids.count_pairs()
         keys = grid.nonzero().view(-1)
@@ -150,6 +153,8 @@ def find_pairs(state: ChunkState, plan: Budget, weights: torch.Tensor | None = N
         keys, inverse = torch.unique(ids.keys(taken), return_inverse=True)
         one = torch.ones_like(taken) if weights is None else weights[taken]
         counts = torch.zeros_like(keys).index_add_(0, inverse, one)
+        if len(taken) == ids.num_ids:
+            pair_of_id = inverse.int()
     if not bool(counts.any()):
         counts = torch.ones_like(counts)  # nothing was seen: uniform, as without weights
     starts = ids.starts(
@@ -167,7 +172,19 @@ def find_pairs(state: ChunkState, plan: Budget, weights: torch.Tensor | None = N
         counts,
         starts,
     )
-    return Sampled(ids, keys, points, plan)
+    return Sampled(ids, keys, points, plan, pair_of_id)
+
+
+def new_codes_of(
+    sampled: Sampled, result: KMeansResult, backend: Backend, metric: torch.Tensor | None = None
+) -> NewCodes:
+    """New codes of all ids: by lookup where K-means saw all their pairs, otherwise by scoring."""
+    if sampled.plan.by_pair:
+        return PairTable(sampled.ids, sampled.keys, result.assignment)
+    if sampled.pair_of_id is not None:
+        column = pack(result.assignment[sampled.pair_of_id], sampled.ids.codes.dtype)
+        return CodeColumn(sampled.ids, column)
+    return assign_ids(sampled, result.centroids, backend, metric)
 
 
 def finish(
@@ -180,11 +197,7 @@ def finish(
     """What the step will write, from the K-means `result` over the chunk's pairs."""
     config, points, ids = state.codes.config, sampled.points, sampled.ids
     k = config.num_rows
-    new_codes: NewCodes
-    if sampled.plan.by_pair:
-        new_codes = PairTable(ids, sampled.keys, result.assignment)
-    else:
-        new_codes = assign_ids(sampled, result.centroids, backend, metric)
+    new_codes = new_codes_of(sampled, result, backend, metric)
     new_hash = helper_hash(config.seed, config.name, state.chunk, state.codes.rounds + 1)
     centroids = (result.centroids.double() * points.scale).round().int()
     sums, sizes = new_codes.residuals(points, centroids, new_hash)

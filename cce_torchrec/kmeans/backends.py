@@ -125,8 +125,10 @@ def _two_scores_pay(points: PairPoints, k: int) -> bool:
     their tables and two loads a centroid whatever the width, products rise with the width.
     """
     rows, n, dim = len(points.main) + len(points.helper), points.num_points, points.dim
-    tables = rows * k * (0.9 + 0.01 * dim)
-    return tables + n * k * (0.07 if k <= 2048 else 0.15) < n * k * 0.0215 * dim
+    tables = rows * k * (1.05 + 0.01 * dim)
+    two_scores = n * k * (0.07 if k <= 2048 else 0.15)
+    products = n * k * dim * (0.0215 if dim <= 8 else 0.0165)
+    return tables + two_scores < products
 
 
 class FaissBackend(Backend):

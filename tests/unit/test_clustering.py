@@ -239,7 +239,7 @@ def test_metric_spends_precision_where_it_counts():
         reached = torch.stack([main[j][rows[:, j], 0] for j in range(4)], 1).detach().double()
         return float((before - reached).square().sum())
 
-    by_list = {"samples_per_centroid": 10**6}
+    by_list = {"samples_per_centroid": 300}  # of 312 ids a centroid: scored again at the end
     assert error_of_first(metric={"t": only_first}) < 0.1 * error_of_first()
     assert error_of_first(metric={"t": only_first}, **by_list) < 0.1 * error_of_first()
     with pytest.raises(ValueError, match=r"table 't': metric must be \[num_chunks, 4, 4\]"):

@@ -1,0 +1,98 @@
+"""TrainPipelineSparseDist equals the plain loop, clustering between steps included."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import pytest
+import torch
+from torch import nn
+from torchrec import KeyedJaggedTensor
+from torchrec.distributed import DistributedModelParallel
+from torchrec.distributed.train_pipeline import TrainPipelineBase, TrainPipelineSparseDist
+from torchrec.modules.embedding_configs import PoolingType
+from torchrec.streamable import Pipelineable
+
+from cce_torchrec.clustering import cluster
+from cce_torchrec.clustering.step import _fused_rows
+from cce_torchrec.distributed.embedding_bag_collection import get_default_sharders
+from cce_torchrec.planner import make_plan
+from tests.distributed.ranks import run_ranks
+from tests.distributed.test_sharded import CPU, batch, collection, tables
+
+STEPS = 7
+
+
+@dataclass
+class Batch(Pipelineable):
+    ids: KeyedJaggedTensor
+
+    def to(self, device, non_blocking=False):
+        return Batch(self.ids.to(device, non_blocking=non_blocking))
+
+    def record_stream(self, stream):
+        self.ids.record_stream(stream)
+
+    def pin_memory(self):
+        return Batch(self.ids.pin_memory())
+
+
+class Loss(nn.Module):
+    """A dense layer over the embeddings, as pipelines expect it: (loss, output)."""
+
+    def __init__(self):
+        super().__init__()
+        self.collection = collection(PoolingType.MEAN, False, "rowwise")
+        self.over = nn.Linear(16 + 16 + 8 + 8 + 8, 1)
+
+    def forward(self, data):
+        out = self.over(self.collection(data.ids).values())
+        return out.square().mean(), out.detach()
+
+
+def build(kind):
+    torch.manual_seed(0)
+    model = Loss()
+    plan = make_plan(model, tables(PoolingType.MEAN), CPU, kind)
+    torch.manual_seed(1)
+    model = DistributedModelParallel(model, device=CPU, plan=plan, sharders=get_default_sharders())
+    dense = [p for name, p in model.named_parameters() if "over" in name]
+    return model, torch.optim.SGD(dense, lr=0.1)
+
+
+def run(kind, rank, pipeline_class):
+    """Outputs of every step, and the tables at the end."""
+    model, optimizer = build(kind)
+    data = [Batch(batch(10 * step + rank, False)) for step in range(STEPS)]
+    outputs = []
+    pipeline = pipeline_class and pipeline_class(model, optimizer, CPU)
+    source = iter(data)
+    for step in range(STEPS):
+        if pipeline:
+            outputs.append(pipeline.progress(source))
+        else:
+            optimizer.zero_grad()
+            loss, out = model(data[step])
+            loss.backward()
+            optimizer.step()
+            outputs.append(out)
+        if step in (2, 4):
+            cluster(model)
+    rows = {n: w.clone() for n, (w, _) in _fused_rows(model.module.collection).items()}
+    return outputs, rows
+
+
+def equal_to_the_loop(rank, world_size):
+    for kind in ("tw", "cw"):
+        outputs, rows = run(kind, rank, None)
+        for pipeline in (TrainPipelineSparseDist, TrainPipelineBase):
+            piped, piped_rows = run(kind, rank, pipeline)
+            for step, (a, b) in enumerate(zip(outputs, piped, strict=True)):
+                assert torch.equal(a, b), (kind, pipeline, step)
+            for name in rows:
+                assert torch.equal(rows[name], piped_rows[name]), (kind, pipeline, name)
+
+
+@pytest.mark.parametrize("world_size", [2])
+def test_pipelines_equal_the_plain_loop(world_size):
+    run_ranks(world_size, equal_to_the_loop)
