@@ -143,12 +143,24 @@ def together(
     device: torch.device,
     group: dist.ProcessGroup,
 ) -> ChunkUpdate | None:
-    """The same, collectively: `owner` sends pairs and counts, all ranks score, it finishes."""
+    """The same, collectively: `owner` sends pairs and counts, all ranks score, it finishes.
+
+    Raises:
+        ValueError: on every rank, if the owner cannot list the pairs.
+    """
     sampled: Sampled | None = None
+    failure: Exception | None = None
     if state is not None:
-        weights = options.weights_of(state)
-        sampled = find_pairs(state, task.budget, weights)
+        try:
+            sampled = find_pairs(state, task.budget, options.weights_of(state))
+        except Exception as error:  # the others wait for this rank's message
+            failure = error
     points = _broadcast(sampled.points if sampled else None, task, owner, device, group)
+    if points is None:
+        raise ValueError(
+            f"table {task.table!r}, chunk {task.chunk}: rank {owner} of the group could not list "
+            f"its pairs{f': {failure}' if failure else ''}; nothing was clustered"
+        ) from failure
     result = _kmeans(points, task, options, group)
     if state is None or sampled is None:
         return None
@@ -178,14 +190,19 @@ def _broadcast(
     owner: int,
     device: torch.device,
     group: dist.ProcessGroup,
-) -> PairPoints:
-    """The owner's points on every rank, bit for bit: codebooks, pairs and counts, no codes."""
+) -> PairPoints | None:
+    """The owner's points on every rank, bit for bit: codebooks, pairs and counts, no codes.
+
+    None on every rank where the owner has none.
+    """
     source = dist.get_global_rank(group, owner)
     header = torch.zeros(2, dtype=torch.int64, device=device)
     if points is not None:
         header = torch.tensor([points.num_points, len(points.starts(1 << 40))], device=device)
     dist.broadcast(header, source, group=group)
     num_points, num_starts = header.tolist()
+    if num_points == 0:
+        return None
     rows = task.num_rows + task.num_helper_rows
     sizes = [rows * task.dim, num_points, num_points]
     ints = torch.empty(sum(sizes), dtype=torch.int32, device=device)

@@ -326,9 +326,30 @@ def several_collections_and_groups(rank, world_size):
         assert len(cluster(plain, process_group=alone).chunks) == 6
 
 
+def owner_fails(rank, world_size):
+    """An owner that runs out of memory before it shares its pairs: an error everywhere."""
+    model = Model(collection(PoolingType.SUM, False, "rowwise"))
+    plan = make_plan(model, tables(PoolingType.SUM), CPU, "tw")
+    model = DistributedModelParallel(model, device=CPU, plan=plan, sharders=get_default_sharders())
+    usual, find_pairs = solve.SHARE_FROM, solve.find_pairs
+
+    def fails(*_):
+        raise MemoryError("no memory")
+
+    solve.SHARE_FROM, solve.find_pairs = 0, fails
+    before = {n: w.clone() for n, (w, _) in _fused_rows(model.module.collection).items()}
+    with pytest.raises(ValueError, match=r"rank [01] of the group could not list its pairs"):
+        cluster(model)
+    solve.SHARE_FROM, solve.find_pairs = usual, find_pairs
+    for name, (weight, _) in _fused_rows(model.module.collection).items():
+        assert torch.equal(weight, before[name])
+    cluster(model)  # the group still works
+
+
 def matrix_and_failure(rank, world_size):
     failing_step(rank, world_size)
     bad_collectives(rank, world_size)
+    owner_fails(rank, world_size)
     from_meta(rank, world_size)
     save_and_load(rank, world_size)
     several_collections_and_groups(rank, world_size)
