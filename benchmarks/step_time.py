@@ -66,7 +66,7 @@ CPU_SETTINGS = [
     Setting(2 * 10**7, goal=1.0),
     Setting(2 * 10**7, main_rows=2048, helper_rows=6144),
     Setting(2 * 10**7, zipf=True, goal=1.3),
-    Setting(10**6, tables=26, bag=1, batch=4096, goal=1.2),
+    Setting(5 * 10**5, tables=26, bag=1, batch=4096, goal=1.2),
     Setting(10**5),
     Setting(10**5, dim=16),
     Setting(10**6, dim=128, bag=20, batch=1024),
