@@ -78,8 +78,8 @@ def kmeans(
         iterations: at most so many Lloyd iterations; they end early when no sum changes.
         weights: int64 [n], with a matrix only.
         backend: auto, native (compiled, CPU), torch, triton (CUDA), faiss, sklearn or
-            sklearn-minibatch. The last two fit centroids by scikit-learn on one process; auto
-            scores the final assignment.
+            sklearn-minibatch. The last two fit centroids by scikit-learn (the first rank's count);
+            auto scores the final assignment.
         init: "random" (points drawn by hash), "k-means++" (Arthur and Vassilvitskii 2007, over a
             sample of 32 points per cluster), or starting centroids [k, s].
         metric: [s, s], positive semi-definite: distances are (x - y)^T metric (x - y), the
@@ -88,7 +88,8 @@ def kmeans(
 
     Raises:
         ValueError: no points, `num_clusters` or `iterations` below 1, values that are not
-            finite, starting centroids of another shape, ranks that disagree about shapes.
+            finite, starting centroids of another shape, ranks that disagree about shapes,
+            weights that sum to more than 2^33.
     """
     if not isinstance(points, Points):
         points = TensorPoints(points, weights)
@@ -99,6 +100,7 @@ def kmeans(
             f"K-means needs points, clusters and iterations: {points.num_points} points, "
             f"num_clusters {num_clusters}, iterations {iterations}"
         )
+    points.check_weights()
     if metric is not None:
         root = metric_root(metric, points.dim).to(points.device)
         start = init.float().to(points.device) @ root if isinstance(init, torch.Tensor) else init
@@ -115,10 +117,28 @@ def kmeans(
     share = _Share(points, num_clusters, process_group)
     centroids = _start(points, num_clusters, init)
     if backend in SKLEARN_BACKENDS:
-        centroids = _sklearn_fit(points, centroids, iterations, backend)
+        centroids = share.from_first_rank(_sklearn_fit(points, centroids, iterations, backend))
         iterations, backend = 0, "auto"
     engine = make_backend(backend, points.device)
+    centroids, stats = _lloyd(points, centroids, iterations, tolerance, engine, share)
+    began = time.perf_counter()
+    _sums, sizes, errors, assigned = share.scan(points, centroids, engine)
+    assignment = share.gather(assigned)
+    objective = float(errors.sum()) / points.error_scale()
+    seconds = time.perf_counter() - began
+    stats.append(IterationStats(objective, seconds, _imbalance(sizes), 0))
+    return KMeansResult(centroids, assignment, sizes, stats)
 
+
+def _lloyd(
+    points: Points,
+    centroids: torch.Tensor,
+    iterations: int,
+    tolerance: float,
+    engine: Backend,
+    share: _Share,
+) -> tuple[torch.Tensor, list[IterationStats]]:
+    """Centroids after at most `iterations` assignments and updates."""
     stats: list[IterationStats] = []
     before: torch.Tensor | None = None
     for _ in range(iterations):
@@ -130,18 +150,13 @@ def kmeans(
         centroids, splits = refill_empty(centroids, sizes, errors)
         seconds = time.perf_counter() - began
         stats.append(IterationStats(objective, seconds, _imbalance(sizes), splits))
-        settled = before is not None and torch.equal(before, sums) and splits == 0
-        slow = len(stats) > 1 and stats[-2].objective - objective < tolerance * stats[-2].objective
-        if settled or (slow and splits == 0):
+        settled = before is not None and torch.equal(before, sums)
+        least = tolerance * stats[-2].objective if tolerance and len(stats) > 1 else None
+        slow = least is not None and stats[-2].objective - objective < least
+        if (settled or slow) and not splits:
             break
         before = sums
-    began = time.perf_counter()
-    _sums, sizes, errors, assigned = share.scan(points, centroids, engine)
-    assignment = share.gather(assigned)
-    objective = float(errors.sum()) / points.error_scale()
-    seconds = time.perf_counter() - began
-    stats.append(IterationStats(objective, seconds, _imbalance(sizes), 0))
-    return KMeansResult(centroids, assignment, sizes, stats)
+    return centroids, stats
 
 
 def _means(points: Points, result: KMeansResult) -> torch.Tensor:
@@ -188,6 +203,13 @@ class _Share:
         if not self._alone:
             dist.all_reduce(flat, group=self._group)
         return sums, sizes, errors, assigned
+
+    def from_first_rank(self, centroids: torch.Tensor) -> torch.Tensor:
+        """The first rank's centroids, on every rank."""
+        if not self._alone:
+            assert self._group is not None
+            dist.broadcast(centroids, dist.get_global_rank(self._group, 0), group=self._group)
+        return centroids
 
     def gather(self, assigned: torch.Tensor) -> torch.Tensor:
         """The assignment of all points, from every rank's."""
@@ -271,4 +293,4 @@ def _sklearn_fit(points: Points, start: torch.Tensor, iterations: int, name: str
     kind = cluster.KMeans if name == "sklearn" else cluster.MiniBatchKMeans
     model = kind(k, init=start.cpu().numpy(), n_init=1, max_iter=iterations, random_state=0)
     model.fit(x, sample_weight=weights)
-    return torch.from_numpy(model.cluster_centers_).float().to(points.device)
+    return torch.from_numpy(model.cluster_centers_).float().contiguous().to(points.device)

@@ -15,6 +15,10 @@ import torch
 from cce_torchrec.kmeans import native
 
 _FIXED_POINT_BITS = 28
+MAX_WEIGHT = 1 << 33
+"""Most that all weights may sum to: coordinates have 29 bits, sums of them 63."""
+Sums = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
+"""Per cluster, int64: summed coordinates [k, s], sizes [k], errors [k]."""
 BLOCK = 1 << 16
 """Points scored at once; a fixed cut, because the bits of a product depend on its shape."""
 
@@ -49,6 +53,15 @@ class Points(ABC):
         """Coordinates of the points `at`, float32 [., dim]."""
         return (self.integers(at).double() / self.scale).float()
 
+    def check_weights(self) -> None:
+        """Raises ValueError if sums of the weighted coordinates could overflow."""
+        total = float(self.weights.double().sum())
+        if total > MAX_WEIGHT:
+            raise ValueError(
+                f"weights sum to {total:.3g}, more than {MAX_WEIGHT} (2^33), beyond which exact "
+                "sums would overflow; divide them"
+            )
+
     def error_scale(self) -> float:
         """The power of two at which summed squared distances still fit 62 bits."""
         reach = 2.0 ** (_FIXED_POINT_BITS + 2) / self.scale
@@ -61,7 +74,7 @@ class Points(ABC):
         nearest: torch.Tensor,
         centroids: torch.Tensor,
         error_scale: float,
-        stats: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
+        stats: Sums,
     ) -> None:
         """Adds points from `start` on to their clusters' sums, sizes and errors (all int64)."""
         sums, sizes, errors = stats
@@ -179,7 +192,7 @@ class PairPoints(Points):
         nearest: torch.Tensor,
         centroids: torch.Tensor,
         error_scale: float,
-        stats: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
+        stats: Sums,
     ) -> None:
         if self.device.type != "cpu" or not native.available() or self.dim % 4:
             super().accumulate(start, nearest, centroids, error_scale, stats)

@@ -217,6 +217,7 @@ def test_plus_plus_starts_lower_than_random():
         (lambda x: kmeans(x, 3, init=x[:2]), r"starting centroids must be finite and \[3, 4\]"),
         (lambda x: kmeans(x, 3, weights=torch.ones(3)), "weights must be integers"),
         (lambda x: kmeans(x, 3, weights=-torch.ones(9).long()), "at least 0"),
+        (lambda x: kmeans(x, 3, weights=torch.full((9,), 2**31)), "divide them"),
         (lambda x: kmeans(TensorPoints(x), 3, weights=torch.ones(9).long()), "have their own"),
         (lambda x: kmeans(x, 30, backend="sklearn"), "at least as many points"),
         (lambda x: pairs(main=x * float("inf")), "not finite"),
@@ -254,3 +255,12 @@ def test_metric_equals_kmeans_of_transformed_points(as_pairs):
     for bad in (-metric, half, torch.eye(5)):
         with pytest.raises(ValueError, match="metric must be"):
             kmeans(points, 6, metric=bad)
+
+
+@pytest.mark.parametrize("backend", ["auto", "torch"])
+def test_the_largest_weights_are_exact(backend):
+    """Weights that sum to 2^33: integer sums must not wrap."""
+    x = torch.tensor([[1.0, -1, 3, 2], [1, -1, 3, 2], [5, 4, -7, 0], [5, 4, -7, 0]])
+    result = kmeans(x, 2, 3, weights=torch.full((4,), 2**31), init=x[1:3] + 0.1, backend=backend)
+    torch.testing.assert_close(result.centroids, x[1:3])
+    assert result.sizes.tolist() == [2**32, 2**32]
