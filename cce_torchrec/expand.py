@@ -18,9 +18,10 @@ from torch import nn
 from torchrec.modules.embedding_configs import EmbeddingBagConfig
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
-from cce_torchrec.codes import hashed_codes, mark_seen, widen
+from cce_torchrec.codes import hashed_codes, mark_seen, read_codes
 from cce_torchrec.config import CCEEmbeddingBagConfig
-from cce_torchrec.hashing import code_hash, helper_hash
+from cce_torchrec.fused import native
+from cce_torchrec.hashing import code_hash, hash_rows, helper_hash
 
 logger = logging.getLogger(__name__)
 
@@ -65,6 +66,7 @@ class ChunkCodes(nn.Module):
         bits = torch.zeros(config.seen_bytes, dtype=torch.uint8, device=device)
         self.register_buffer("seen", bits if config.track_seen else None)
         self._rounds = 0
+        self._hashes: dict[tuple[int, torch.device], torch.Tensor] = {}
 
     def sync_rounds(self) -> None:
         """Reads `clusterings` back to the host; called after it was loaded or changed."""
@@ -89,23 +91,31 @@ class ChunkCodes(nn.Module):
         if self.seen is not None:
             self.seen.zero_()
 
+    def hashes(self, device: torch.device) -> torch.Tensor:
+        """int64 [chunks, 5]: column, multiplier and addend of the main hash, of the helper hash."""
+        key = (self._rounds, device)
+        if key not in self._hashes:
+            config, rows = self.config, []
+            for column, chunk in enumerate(self.chunks):
+                main = code_hash(config.seed, config.name, chunk)
+                helper = helper_hash(config.seed, config.name, chunk, self._rounds)
+                rows.append(
+                    [column, main.multiplier, main.addend, helper.multiplier, helper.addend]
+                )
+            self._hashes = {key: torch.tensor(rows, device=device)}
+        return self._hashes[key]
+
     def main_rows(self, ids: torch.Tensor) -> torch.Tensor:
         """Main rows of `ids` [V], int64 [chunks, V]."""
-        config = self.config
-        if self.seen is not None and self.training:
-            mark_seen(self.seen, ids.long())
         if self.codes is not None:
-            return widen(self.codes.index_select(0, ids)).t()
-        hashes = [code_hash(config.seed, config.name, chunk) for chunk in self.chunks]
-        return torch.stack([h(ids, config.num_rows) for h in hashes])
+            return read_codes(self.codes, ids).t()
+        hashes = self.hashes(ids.device)
+        return hash_rows(ids, hashes[:, 1:2], hashes[:, 2:3], self.config.num_rows)
 
     def helper_rows(self, ids: torch.Tensor) -> torch.Tensor:
         """Helper rows of `ids` [V], counted from 0, int64 [chunks, V]."""
-        config = self.config
-        hashes = [
-            helper_hash(config.seed, config.name, chunk, self._rounds) for chunk in self.chunks
-        ]
-        return torch.stack([h(ids, config.helper_rows) for h in hashes])
+        hashes = self.hashes(ids.device)
+        return hash_rows(ids, hashes[:, 3:4], hashes[:, 4:5], self.config.helper_rows)
 
     def _load_from_state_dict(self, *args: object, **kwargs: object) -> None:
         super()._load_from_state_dict(*args, **kwargs)  # type: ignore[arg-type]  # torch's signature
@@ -124,12 +134,23 @@ class BoundsCheck:
 
     def __init__(self, mode: BoundsCheckMode) -> None:
         self.mode = mode
-        self.num_invalid = 0
-        """Ids out of bounds seen so far in WARNING mode."""
+        self._found = 0
+        self._on_device: dict[str, torch.Tensor] = {}
         self._warned: set[str] = set()
 
-    def __call__(self, slot_names: str, ids: torch.Tensor, num_embeddings: int) -> torch.Tensor:
+    @property
+    def num_invalid(self) -> int:
+        """Ids out of bounds seen so far in WARNING mode; on CUDA asking waits for the device."""
+        counts = {who: int(count) for who, count in self._on_device.items()}
+        for who, count in counts.items():
+            if count:
+                self._warn(who, f"{who}: {count} ids were out of bounds")
+        return self._found + sum(counts.values())
+
+    def __call__(self, who: str, ids: torch.Tensor, num_embeddings: int) -> torch.Tensor:
         """`ids` with those out of bounds read as 0.
+
+        In WARNING mode on CUDA they are counted on the device, which is not waited for.
 
         Raises:
             ValueError: in FATAL mode, naming table, feature and the first bad value.
@@ -137,22 +158,37 @@ class BoundsCheck:
         if self.mode == BoundsCheckMode.NONE or ids.numel() == 0:
             return ids
         invalid = (ids < 0) | (ids >= num_embeddings)
-        if self.mode == BoundsCheckMode.IGNORE:
-            return ids.masked_fill(invalid, 0)
-        count = int(invalid.sum())
-        if count == 0:
-            return ids
+        if self.mode == BoundsCheckMode.WARNING and ids.is_cuda:
+            self.count(who, ids.device).add_(invalid.sum())
+        elif self.mode != BoundsCheckMode.IGNORE:
+            count = int(invalid.sum())
+            if count == 0:
+                return ids
+            self.found(who, count, int(ids[invalid][0]), num_embeddings)
+        return ids.masked_fill(invalid, 0)
+
+    def count(self, who: str, device: torch.device) -> torch.Tensor:
+        """Where a device counts the bad ids of `who`, int64 []."""
+        if who not in self._on_device:
+            self._on_device[who] = torch.zeros((), dtype=torch.int64, device=device)
+        return self._on_device[who]
+
+    def found(self, who: str, count: int, first: int, num_embeddings: int) -> None:
+        """Treats `count` bad ids, the first of which is `first`, as the mode says."""
+        if self.mode not in (BoundsCheckMode.FATAL, BoundsCheckMode.WARNING):
+            return
         message = (
-            f"{slot_names}: id {int(ids[invalid][0])} is outside [0, {num_embeddings}) "
-            f"({count} such ids in this batch)"
+            f"{who}: id {first} is outside [0, {num_embeddings}) ({count} such ids in this batch)"
         )
         if self.mode == BoundsCheckMode.FATAL:
             raise ValueError(f"{message}; raise num_embeddings or map the ids into range")
-        self.num_invalid += count
-        if slot_names not in self._warned:
-            self._warned.add(slot_names)
+        self._found += count
+        self._warn(who, message)
+
+    def _warn(self, who: str, message: str) -> None:
+        if who not in self._warned:
+            self._warned.add(who)
             logger.warning("%s; reading id 0 instead, further ones are only counted", message)
-        return ids.masked_fill(invalid, 0)
 
 
 @dataclass
@@ -177,7 +213,7 @@ class Block:
         return self.config.rows_per_id if isinstance(self.config, CCEEmbeddingBagConfig) else 1
 
     def rows(self, ids: torch.Tensor) -> torch.Tensor:
-        """Codebook rows of `ids` [V], int64 [chunks, V, rows per id]."""
+        """Codebook rows of `ids` [V], all in bounds, int64 [chunks, V, rows per id]."""
         if self.codes is None:
             return ids.view(1, -1, 1)
         whole = len(self.columns) == len(self.codes.chunks)
@@ -188,54 +224,91 @@ class Block:
             parts.append((helper if whole else helper[self.columns]) + self.codes.config.num_rows)
         return torch.stack(parts, dim=-1)
 
+    def write_rows(
+        self, who: str, ids: torch.Tensor, check: BoundsCheck, out: torch.Tensor
+    ) -> None:
+        """Writes the codebook rows of `ids` [V] into `out`, int64 [chunks * V * rows per id]."""
+        num_embeddings, codes = self.config.num_embeddings, self.codes
+        if codes is not None and codes.seen is not None and codes.training:
+            ids = check(who, ids, num_embeddings)
+            mark_seen(codes.seen, ids.long())
+        if not native.takes(ids):
+            rows = self.rows(check(who, ids, num_embeddings))
+            out.view(rows.shape).copy_(rows)
+            return
+        if codes is None:
+            count, first = native.check_ids(ids, num_embeddings, out)
+        else:
+            hashes = codes.hashes(ids.device)
+            count, first = native.expand(
+                *(ids, num_embeddings, codes.codes),
+                hashes if len(self.columns) == len(codes.chunks) else hashes[self.columns],
+                *(codes.config.num_rows, codes.config.helper_rows, out),
+            )
+        if count:
+            check.found(who, count, int(ids[first]), num_embeddings)
+
 
 class Expansion:
     """Turns a KJT over logical slots into the KJT over physical features of one lookup."""
 
     def __init__(self, blocks: list[Block], slots: list[Slot], keys: list[str]) -> None:
         self._blocks = blocks
-        self._slots = slots
         self._keys = keys
-        self._identity = all(b.codes is None for b in blocks) and [
-            s for b in blocks for s in b.slots
-        ] == list(range(len(slots)))
+        self._num_slots = len(slots)
+        self._who = []
+        for block in blocks:
+            features = ", ".join(f"feature {slots[s].feature!r}" for s in block.slots)
+            self._who.append(f"table {block.config.name!r}, {features}")
+        # Per physical feature: the slot it comes from, and rows per id.
+        sources = [(s, b.rows_per_id) for b in blocks for _ in range(b.copies) for s in b.slots]
+        self._sources = [slot for slot, _ in sources]
+        self._rows_per_id = [rows for _, rows in sources]
+        self._length_maps: dict[torch.device, tuple[torch.Tensor, torch.Tensor]] = {}
 
     def __call__(self, features: KeyedJaggedTensor, check: BoundsCheck) -> KeyedJaggedTensor:
-        """Codebook rows of `features`, whose keys are the logical slots in order.
+        """Codebook rows of `features`, whose keys are the logical slots in order; int64.
 
         Nothing of `features` is written to.
         """
         per_key = features.length_per_key()
-        starts = [0]
-        for count in per_key:
-            starts.append(starts[-1] + count)
+        starts = [0, *itertools.accumulate(per_key)]
+        out_per_key = [
+            per_key[slot] * rows
+            for slot, rows in zip(self._sources, self._rows_per_id, strict=True)
+        ]
         ids, weights = features.values(), features.weights_or_none()
-        stride = features.stride()
-        lengths = features.lengths().view(len(self._slots), stride)
-        out_values, out_lengths, out_weights = [], [], []
-        out_per_key: list[int] = []
-        for block in self._blocks:
+        values = torch.empty(sum(out_per_key), dtype=torch.int64, device=ids.device)
+        out_weights = weights.new_empty(len(values)) if weights is not None else None
+        end = 0
+        for who, block in zip(self._who, self._blocks, strict=True):
             pieces = [(starts[s], starts[s + 1]) for s in block.slots]
-            own = _gather(ids, pieces)
-            who = ", ".join(f"feature {self._slots[s].feature!r}" for s in block.slots)
-            own = check(f"table {block.config.name!r}, {who}", own, block.config.num_embeddings)
-            out_values.append(block.rows(own).to(ids.dtype).reshape(-1))
-            r, c = block.rows_per_id, block.copies
-            block_lengths = lengths[block.slots] * r
-            out_lengths.append(block_lengths.repeat(c, 1))
-            out_per_key += [per_key[s] * r for s in block.slots] * c
-            if weights is not None:
-                out_weights.append(_gather(weights, pieces).repeat_interleave(r).repeat(c))
+            own, shape = _gather(ids, pieces), (block.copies, -1, block.rows_per_id)
+            start, end = end, end + len(own) * block.copies * block.rows_per_id
+            block.write_rows(who, own, check, values[start:end])
+            if weights is not None and out_weights is not None and end > start:
+                own = _gather(weights, pieces).view(1, -1, 1)
+                out_weights[start:end].view(shape).copy_(own)
         return KeyedJaggedTensor(
             keys=self._keys,
-            values=torch.cat(out_values) if out_values else ids.new_empty(0),
-            weights=(torch.cat(out_weights) if out_weights else weights)
-            if weights is not None
-            else None,
-            lengths=torch.cat(out_lengths).view(-1) if out_lengths else lengths.new_empty(0),
-            stride=stride,
+            values=values,
+            weights=out_weights,
+            lengths=self._lengths(features),
+            stride=features.stride(),
             length_per_key=out_per_key,
         )
+
+    def _lengths(self, features: KeyedJaggedTensor) -> torch.Tensor:
+        """Rows per bag of every physical feature, [features * B]."""
+        lengths = features.lengths()
+        if lengths.device not in self._length_maps:
+            self._length_maps[lengths.device] = (
+                torch.tensor(self._sources, device=lengths.device, dtype=torch.int64),
+                torch.tensor(self._rows_per_id, device=lengths.device, dtype=lengths.dtype),
+            )
+        sources, rows = self._length_maps[lengths.device]
+        by_slot = lengths.view(self._num_slots, features.stride())
+        return by_slot.index_select(0, sources).mul_(rows[:, None]).view(-1)
 
 
 def _gather(values: torch.Tensor, pieces: list[tuple[int, int]]) -> torch.Tensor:

@@ -47,6 +47,14 @@ class HashFunction:
         return ((ids.long() * self.multiplier + self.addend) >> 33) & 0x7FFFFFFF
 
 
+def hash_rows(
+    ids: torch.Tensor, multipliers: torch.Tensor, addends: torch.Tensor, num_rows: int
+) -> torch.Tensor:
+    """Rows in [0, num_rows) of `ids` [V] under several functions [F, 1], int64 [F, V]."""
+    bits = (ids.long() * multipliers).add_(addends).bitwise_right_shift_(33)
+    return bits.bitwise_and_(0x7FFFFFFF).mul_(num_rows).bitwise_right_shift_(31)
+
+
 def hash_function(seed: int, table: str, chunk: int, role: int, round_: int = 0) -> HashFunction:
     """The hash of one chunk of one table; `round_` counts the clusterings of the table."""
     state = _splitmix64((seed & _MASK) ^ zlib.crc32(table.encode()))

@@ -8,10 +8,12 @@ codes live.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
 import torch
+from fbgemm_gpu.split_table_batched_embeddings_ops_common import BoundsCheckMode
 from torch import nn
 from torchrec.distributed.embedding_sharding import EmbeddingShardingContext, KJTListSplitsAwaitable
 from torchrec.distributed.embedding_types import (
@@ -102,6 +104,11 @@ class ShardedCCEEmbeddingBagCollection(
                 codes = codes_of(module.codes, config.name)
                 assert codes is not None
                 local[config.name] = _local_codes(codes, chunks, device)
+        # Ids were checked before expansion; FBGEMM would pass over all rows once more.
+        physical = {
+            name: replace(sharding, bounds_check_mode=BoundsCheckMode.NONE)
+            for name, sharding in physical.items()
+        }
         self.codes = nn.ModuleDict(local)
         compressed = [c for c in self._configs if isinstance(c, CCEEmbeddingBagConfig)]
         state = CodesState(
