@@ -53,6 +53,14 @@ def pack(rows: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     return rows.to(dtype)
 
 
+def converted(codes: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """A copy of `codes` in storage type `dtype`, made in blocks."""
+    out = torch.empty_like(codes, dtype=dtype)
+    for start in range(0, len(codes), _BLOCK):
+        out[start : start + _BLOCK] = pack(widen(codes[start : start + _BLOCK]), dtype)
+    return out
+
+
 def mark_seen(seen: torch.Tensor, ids: torch.Tensor) -> None:
     """Sets the bits of `ids` (int64, in range) in `seen`, uint8 [N // 8 + 2].
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from dataclasses import dataclass, fields
 from typing import Any
@@ -178,6 +179,12 @@ class CCEEmbeddingBagConfig(EmbeddingBagConfig):
     def table_bytes(self) -> int:
         """Bytes of codebooks, codes and bits of seen ids; optimizer state is not counted."""
         return self.codebook_bytes + self.code_bytes + self.seen_bytes
+
+    def finalised(self) -> CCEEmbeddingBagConfig:
+        """This table after `finalize`: main has the helper's rows, and there is no helper."""
+        out = copy.copy(self)
+        out.num_rows, out.num_helper_rows = self.rows_per_chunk, 0
+        return out
 
     @classmethod
     def from_params_per_dim(

@@ -260,11 +260,22 @@ class Expansion:
         for block in blocks:
             features = ", ".join(f"feature {slots[s].feature!r}" for s in block.slots)
             self._who.append(f"table {block.config.name!r}, {features}")
+        self._count_rows()
+
+    def _count_rows(self) -> None:
         # Per physical feature: the slot it comes from, and rows per id.
+        blocks = self._blocks
         sources = [(s, b.rows_per_id) for b in blocks for _ in range(b.copies) for s in b.slots]
         self._sources = [slot for slot, _ in sources]
         self._rows_per_id = [rows for _, rows in sources]
         self._length_maps: dict[torch.device, tuple[torch.Tensor, torch.Tensor]] = {}
+
+    def set_configs(self, configs: Sequence[EmbeddingBagConfig]) -> None:
+        """Reads tables as `configs` say, by name; their ids, chunks and features are the same."""
+        by_name = {config.name: config for config in configs}
+        for block in self._blocks:
+            block.config = by_name[block.config.name]
+        self._count_rows()
 
     def __call__(self, features: KeyedJaggedTensor, check: BoundsCheck) -> KeyedJaggedTensor:
         """Codebook rows of `features`, whose keys are the logical slots in order; int64.

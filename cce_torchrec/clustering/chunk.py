@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 
 from cce_torchrec.clustering.ids import ChunkIds, CodeColumn, NewCodes, PairTable
-from cce_torchrec.codes import code_dtype, pack
+from cce_torchrec.codes import code_dtype, converted, pack
 from cce_torchrec.expand import ChunkCodes
 from cce_torchrec.hashing import SAMPLE_ROLE, hash_function, helper_hash
 from cce_torchrec.kmeans.backends import Backend
@@ -31,6 +31,19 @@ class ChunkState:
     """[k + k', s]: main, then helper."""
     optimizer_state: dict[str, torch.Tensor]
     """Tensors whose first dimension is k + k'."""
+    finalise: bool = False
+    """Whether main is given the helper's rows: k + k' clusters, and no helper after the step."""
+
+    @property
+    def num_clusters(self) -> int:
+        """Rows of main after the step."""
+        config = self.codes.config
+        return config.rows_per_chunk if self.finalise else config.num_rows
+
+    @property
+    def new_dtype(self) -> torch.dtype:
+        """Storage type of codes after the step."""
+        return code_dtype(self.num_clusters)
 
     @property
     def chunk(self) -> int:
@@ -96,24 +109,27 @@ def budget(
     memory_limit: int,
     samples_per_centroid: int | None = None,
     weighted: bool = False,
+    finalise: bool = False,
 ) -> Budget:
     """How a chunk of this shape is clustered within `memory_limit` bytes."""
     cells = num_rows * helper_rows
     pairs = min(num_ids, cells)
-    scores = 4 * (num_rows + helper_rows) * (num_rows + 128)
+    clusters = num_rows + helper_rows * finalise
+    scores = 4 * (num_rows + helper_rows) * (clusters + 128)
     books = 24 * (num_rows + helper_rows) * dim + (10 * num_ids + 8 * pairs) * weighted
-    column = num_ids * code_dtype(num_rows).itemsize
+    column = num_ids * code_dtype(clusters).itemsize
+    wider = column * (code_dtype(clusters) != code_dtype(num_rows))
     # Counts and keys of pairs, then a, b, weight, nearest and distance per pair, and the table.
     by_pair = 8 * cells + 48 * pairs + 4 * cells + scores + books
     pairs_repeat = cells <= max(2 * num_ids, 1 << 20)
     if samples_per_centroid is None and pairs_repeat and by_pair <= memory_limit:
-        return Budget(True, None, by_pair, 4 * cells)
+        return Budget(True, None, by_pair, 4 * cells + wider)
     block = 64 * min(num_ids, _ASSIGN_BLOCK) + scores + books
     if samples_per_centroid is None and 64 * num_ids + column + block <= memory_limit:
-        return Budget(False, None, 64 * num_ids + column + block, column)
+        return Budget(False, None, 64 * num_ids + column + block, column + wider)
     samples = samples_per_centroid or SAMPLES_PER_CENTROID
-    sampled = 64 * min(num_ids, samples * num_rows) + column + block
-    return Budget(False, samples, sampled, column)
+    sampled = 64 * min(num_ids, samples * clusters) + column + block
+    return Budget(False, samples, sampled, column + wider)
 
 
 @dataclass
@@ -143,13 +159,13 @@ def find_pairs(state: ChunkState, plan: Budget, weights: torch.Tensor | None = N
         kept = []
         share = 1.0
         if plan.samples_per_centroid is not None:
-            share = min(1.0, plan.samples_per_centroid * ids.num_rows / ids.num_ids)
+            share = min(1.0, plan.samples_per_centroid * state.num_clusters / ids.num_ids)
         threshold = round(share * 2**31)
         for block in ids.blocks():
             kept.append(block[sample.bits31(block) < threshold])
         taken = torch.cat(kept)
         if not len(taken):  # a handful of ids, all hashed above the threshold
-            taken = torch.arange(min(ids.num_ids, ids.num_rows), device=taken.device)
+            taken = torch.arange(min(ids.num_ids, state.num_clusters), device=taken.device)
         keys, inverse = torch.unique(ids.keys(taken), return_inverse=True)
         one = torch.ones_like(taken) if weights is None else weights[taken]
         counts = torch.zeros_like(keys).index_add_(0, inverse, one)
@@ -157,9 +173,7 @@ def find_pairs(state: ChunkState, plan: Budget, weights: torch.Tensor | None = N
             pair_of_id = inverse.int()
     if not bool(counts.any()):
         counts = torch.ones_like(counts)  # nothing was seen: uniform, as without weights
-    starts = ids.starts(
-        sample, 4 * config.num_rows if weights is not None else config.num_rows, keys
-    )
+    starts = ids.starts(sample, state.num_clusters * (4 if weights is not None else 1), keys)
     if weights is not None:
         starts = starts[counts[starts] > 0]
     k = config.num_rows
@@ -176,15 +190,19 @@ def find_pairs(state: ChunkState, plan: Budget, weights: torch.Tensor | None = N
 
 
 def new_codes_of(
-    sampled: Sampled, result: KMeansResult, backend: Backend, metric: torch.Tensor | None = None
+    sampled: Sampled,
+    result: KMeansResult,
+    backend: Backend,
+    dtype: torch.dtype,
+    metric: torch.Tensor | None = None,
 ) -> NewCodes:
     """New codes of all ids: by lookup where K-means saw all their pairs, otherwise by scoring."""
     if sampled.plan.by_pair:
         return PairTable(sampled.ids, sampled.keys, result.assignment)
     if sampled.pair_of_id is not None:
-        column = pack(result.assignment[sampled.pair_of_id], sampled.ids.codes.dtype)
+        column = pack(result.assignment[sampled.pair_of_id], dtype)
         return CodeColumn(sampled.ids, column)
-    return assign_ids(sampled, result.centroids, backend, metric)
+    return assign_ids(sampled, result.centroids, backend, dtype, metric)
 
 
 def finish(
@@ -196,20 +214,21 @@ def finish(
 ) -> ChunkUpdate:
     """What the step will write, from the K-means `result` over the chunk's pairs."""
     config, points, ids = state.codes.config, sampled.points, sampled.ids
-    k = config.num_rows
-    new_codes = new_codes_of(sampled, result, backend, metric)
-    new_hash = helper_hash(config.seed, config.name, state.chunk, state.codes.rounds + 1)
-    centroids = (result.centroids.double() * points.scale).round().int()
-    sums, sizes = new_codes.residuals(points, centroids, new_hash)
+    k = state.num_clusters
+    new_codes = new_codes_of(sampled, result, backend, state.new_dtype, metric)
     new_weight = torch.empty_like(state.weight, dtype=torch.float32)
     new_weight[:k] = result.centroids
-    new_weight[k:] = (sums.double() / sizes.clamp(min=1)[:, None] / points.scale).float()
+    if not state.finalise:
+        new_hash = helper_hash(config.seed, config.name, state.chunk, state.codes.rounds + 1)
+        centroids = (result.centroids.double() * points.scale).round().int()
+        sums, sizes = new_codes.residuals(points, centroids, new_hash)
+        new_weight[k:] = (sums.double() / sizes.clamp(min=1)[:, None] / points.scale).float()
     before = (points.helper.double() / points.scale).square().sum(1)[points.b.long()]
     return ChunkUpdate(
         codes=new_codes,
         weight=new_weight,
         optimizer_state={
-            key: _new_optimizer_state(key, value, points, result, k)
+            key: _new_optimizer_state(key, value, points, result)
             for key, value in state.optimizer_state.items()
         },
         objective_before=float((before * points.weights).sum()),
@@ -220,11 +239,15 @@ def finish(
 
 
 def assign_ids(
-    sampled: Sampled, centroids: torch.Tensor, backend: Backend, metric: torch.Tensor | None = None
+    sampled: Sampled,
+    centroids: torch.Tensor,
+    backend: Backend,
+    dtype: torch.dtype,
+    metric: torch.Tensor | None = None,
 ) -> CodeColumn:
     """Nearest centroid of every id, block by block."""
     ids, points = sampled.ids, sampled.points
-    column = torch.empty(ids.num_ids, dtype=ids.codes.dtype, device=ids.codes.device)
+    column = torch.empty(ids.num_ids, dtype=dtype, device=ids.codes.device)
     main, helper = points.codebooks()
     if metric is not None:
         root = metric_root(metric, points.dim).to(main.device)
@@ -242,14 +265,17 @@ def assign_ids(
 def commit(state: ChunkState, new: ChunkUpdate) -> None:
     """Writes `new` in place; the caller then counts the clustering in `ChunkCodes`."""
     with torch.no_grad():
-        new.codes.write()
+        assert state.codes.codes is not None
+        if state.codes.codes.dtype != state.new_dtype:
+            state.codes.codes = converted(state.codes.codes, state.new_dtype)
+        new.codes.write(state.codes.codes)
         state.weight.copy_(new.weight)
         for key, value in new.optimizer_state.items():
             state.optimizer_state[key].copy_(value)
 
 
 def _new_optimizer_state(
-    name: str, old: torch.Tensor, points: PairPoints, result: KMeansResult, num_rows: int
+    name: str, old: torch.Tensor, points: PairPoints, result: KMeansResult
 ) -> torch.Tensor:
     """Main: mean over the ids of the cluster. Helper: zero, for Adam's second moment its mean.
 
@@ -260,12 +286,14 @@ def _new_optimizer_state(
     new = torch.zeros_like(old)
     if name in _FIRST_MOMENTS:
         return new
-    main = old[:num_rows].double().reshape(num_rows, -1)
+    old_rows, new_rows = len(points.main), len(result.centroids)
+    main = old[:old_rows].double().reshape(old_rows, -1)
     weighted = main[points.a.long()] * points.weights[:, None]
-    sums = torch.zeros_like(main).index_add_(0, result.assignment.long(), weighted)
+    sums = main.new_zeros(new_rows, main.shape[1])
+    sums.index_add_(0, result.assignment.long(), weighted)
     sizes = result.sizes[:, None]
     means = torch.where(sizes > 0, sums / sizes.clamp(min=1), main.mean(0))
-    new[:num_rows] = means.reshape(new[:num_rows].shape).to(old.dtype)
-    if name == "exp_avg_sq":
-        new[num_rows:] = old[num_rows:].double().mean(0).to(old.dtype)
+    new[:new_rows] = means.reshape(new[:new_rows].shape).to(old.dtype)
+    if name == "exp_avg_sq" and new_rows < len(new):
+        new[new_rows:] = old[old_rows:].double().mean(0).to(old.dtype)
     return new

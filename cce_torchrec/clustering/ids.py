@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -116,9 +116,9 @@ class PairTable:
             )
         return _residuals(own, self, points, centroids, new_hash)
 
-    def write(self) -> None:
-        """Rewrites the codes in place."""
-        own = self._ids
+    def write(self, codes: torch.Tensor) -> None:
+        """Rewrites this chunk in `codes`, which hold the present ones, perhaps in a wider type."""
+        own = self._ids = replace(self._ids, codes=codes)
         if own._native:
             native.relabel(own.codes, own.column, own.hash, own.helper_rows, self._table, True)
             return
@@ -147,9 +147,9 @@ class CodeColumn:
         """Integer sums [k', s] and numbers [k'] of x_i - centroid by new helper row."""
         return _residuals(self._ids, self, points, centroids, new_hash)
 
-    def write(self) -> None:
-        """Rewrites the codes in place."""
-        self._ids.codes[:, self._ids.column] = self._column
+    def write(self, codes: torch.Tensor) -> None:
+        """Rewrites this chunk in `codes`."""
+        codes[:, self._ids.column] = self._column
 
 
 NewCodes = PairTable | CodeColumn

@@ -38,11 +38,17 @@ class Options:
     memory_limit: int | None = None
     weights: Mapping[str, torch.Tensor] | str | None = None
     metric: Mapping[str, torch.Tensor] | None = None
+    finalise: bool = False
 
     def check(self) -> None:
         """Raises ValueError if an option cannot be used."""
         if self.init not in INITS:
             raise ValueError(f"unknown init {self.init!r}; choose one of {list(INITS)}")
+        if self.finalise and self.init == "main":
+            raise ValueError(
+                "init 'main' has no start for the helper's rows that finalize gives to main; use "
+                "'random' or 'k-means++'"
+            )
         if self.iterations < 1:
             raise ValueError(f"iterations {self.iterations} must be at least 1")
         if isinstance(self.weights, str) and self.weights != "seen":
@@ -111,6 +117,7 @@ class Task:
     num_rows: int
     num_helper_rows: int
     dim: int
+    num_clusters: int
     scores: int
     """Per K-means iteration, at most."""
     budget: Budget
@@ -174,7 +181,7 @@ def _kmeans(
     init = points.codebooks()[0] if options.init == "main" else options.init
     return kmeans(
         points,
-        task.num_rows,
+        task.num_clusters,
         options.iterations,
         backend=options.backend,
         init=init,

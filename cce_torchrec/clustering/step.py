@@ -101,10 +101,20 @@ def cluster(
         ValueError: on every rank, naming table, chunk and rank: weights that are not finite,
             unusable options, more memory needed than a `memory_limit` that was given.
     """
-    began = time.perf_counter()
     options = Options(
         iterations, backend, init, tolerance, samples_per_centroid, memory_limit, weights, metric
     )
+    return run(model, options, optimizer, process_group)[0]
+
+
+def run(
+    model: nn.Module,
+    options: Options,
+    optimizer: torch.optim.Optimizer | None,
+    process_group: dist.ProcessGroup | None,
+) -> tuple[ClusteringReport, set[str]]:
+    """The step; also the paths of all tables that any rank clustered."""
+    began = time.perf_counter()
     group = _group(process_group)
     states: list[tuple[str, ChunkState]] = []
     tasks: list[Task] = []
@@ -112,11 +122,11 @@ def cluster(
     peak_bytes = 0
     try:
         options.check()
-        states = list(_local_chunks(model, optimizer))
+        states = list(_local_chunks(model, optimizer, options.finalise))
         for _, state in states:
             options.check_for(state)
         tasks = _plan(states, options)
-        peak_bytes = _peak_bytes(tasks, memory_limit)
+        peak_bytes = _peak_bytes(tasks, options.memory_limit)
         options.make_backend(_device(states))
     except Exception as error:  # told to every rank below, then raised there
         failure = str(error)
@@ -133,7 +143,8 @@ def cluster(
     reports = {key: _report(key, mine[key], *result) for key, result in done.items()}
     everyone = {key: r for part in reversed(_gathered(reports, group)) for key, r in part.items()}
     chunks = [everyone[key] for key in sorted(everyone)]
-    return ClusteringReport(chunks, time.perf_counter() - began, peak_bytes)
+    paths = {task.path for _, theirs in plans for task in theirs}
+    return ClusteringReport(chunks, time.perf_counter() - began, peak_bytes), paths
 
 
 Key = tuple[str, int]
@@ -235,11 +246,10 @@ def _plan(states: list[tuple[str, ChunkState]], options: Options) -> list[Task]:
     for path, state in states:
         config = state.codes.config
         shape = (config.num_embeddings, config.num_rows, config.helper_rows, config.chunk_dim)
-        plan = budget(*shape, limit, options.samples_per_centroid, options.weights is not None)
-        pairs = min(config.num_embeddings, config.num_rows * config.helper_rows)
-        tasks.append(
-            Task(path, config.name, state.chunk, *shape[1:], config.num_rows * pairs, plan)
-        )
+        weighted, clusters = options.weights is not None, state.num_clusters
+        plan = budget(*shape, limit, options.samples_per_centroid, weighted, options.finalise)
+        scores = clusters * min(config.num_embeddings, config.num_rows * config.helper_rows)
+        tasks.append(Task(path, config.name, state.chunk, *shape[1:], clusters, scores, plan))
     return tasks
 
 
@@ -261,7 +271,7 @@ def _peak_bytes(tasks: list[Task], memory_limit: int | None) -> int:
 
 
 def _local_chunks(
-    model: nn.Module, optimizer: torch.optim.Optimizer | None
+    model: nn.Module, optimizer: torch.optim.Optimizer | None, finalise: bool
 ) -> Iterator[tuple[str, ChunkState]]:
     """Chunks that this rank owns and that cluster, in the order of the model."""
     for path, module in model.named_modules():
@@ -280,7 +290,7 @@ def _local_chunks(
                 kept = {k: v for k, v in state.items() if v.ndim and len(v) == len(weight)}
                 yield (
                     f"{path}.{name}" if path else name,
-                    ChunkState(codes, column, weight, kept),
+                    ChunkState(codes, column, weight, kept, finalise),
                 )
 
 

@@ -7,7 +7,7 @@ codes live.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -57,6 +57,7 @@ from cce_torchrec.expand import (
 )
 from cce_torchrec.modules.embedding_bag_collection import (
     CCEEmbeddingBagCollection,
+    finalised_configs,
     select_slots,
     without_weights,
 )
@@ -111,7 +112,7 @@ class ShardedCCEEmbeddingBagCollection(
         }
         self.codes = nn.ModuleDict(local)
         compressed = [c for c in self._configs if isinstance(c, CCEEmbeddingBagConfig)]
-        state = CodesState(
+        self._codes_state = state = CodesState(
             self.codes, compressed, self.chunk_owners, rank, device, env.process_group
         )
         self._register_state_dict_hook(state.save)
@@ -261,8 +262,15 @@ class ShardedCCEEmbeddingBagCollection(
         return EmbeddingBagCollectionContext()
 
     def embedding_bag_configs(self) -> list[Any]:
-        """The tables as configured, one entry per logical table."""
+        """The tables as configured (or finalised), one entry per logical table."""
         return self._configs
+
+    def drop_helpers(self, names: Sequence[str]) -> None:
+        """Reads the tables `names` as finalised ones; `clustering.finalize` wrote them so."""
+        self._configs = finalised_configs(self._configs, names, self.codes)
+        for expansion in self._expansions:
+            expansion.set_configs(self._configs)
+        self._codes_state.set_configs(self._configs)
 
     def is_weighted(self) -> bool:
         """Whether bags are pooled by per-sample weights."""

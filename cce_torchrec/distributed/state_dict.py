@@ -8,6 +8,7 @@ as the plain tensor of the unsharded module.
 from __future__ import annotations
 
 import itertools
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ from torch import nn
 from torch.distributed._shard.metadata import ShardMetadata
 from torch.distributed._shard.sharded_tensor import Shard, ShardedTensor
 from torch.distributed._shard.sharded_tensor.metadata import ShardedTensorMetadata, TensorProperties
+from torchrec.modules.embedding_configs import EmbeddingBagConfig
 
 from cce_torchrec.codes import code_dtype
 from cce_torchrec.config import CCEEmbeddingBagConfig
@@ -43,15 +45,20 @@ class CodesState:
     def __init__(
         self,
         codes: nn.ModuleDict,
-        configs: list[CCEEmbeddingBagConfig],
+        configs: Sequence[EmbeddingBagConfig],
         owners: dict[str, list[int]],
         rank: int,
         device: torch.device,
         group: dist.ProcessGroup | None,
     ) -> None:
         self._codes, self._owners, self._rank = codes, owners, rank
-        self._configs = [config for config in configs if config.learned_codes]
+        self.set_configs(configs)
         self._device, self._group = device, group
+
+    def set_configs(self, configs: Sequence[EmbeddingBagConfig]) -> None:
+        """The collection's tables, as they are now."""
+        compressed = [c for c in configs if isinstance(c, CCEEmbeddingBagConfig)]
+        self._configs = [config for config in compressed if config.learned_codes]
 
     def save(
         self, module: nn.Module, state: dict[str, Any], prefix: str, metadata: dict[str, Any]

@@ -103,8 +103,13 @@ class CCEEmbeddingBagCollection(EmbeddingBagCollectionInterface):
         return self._output.assemble(pooled, self._slices, divisor)
 
     def embedding_bag_configs(self) -> list[EmbeddingBagConfig]:
-        """The tables as configured, one entry per logical table."""
+        """The tables as configured (or finalised), one entry per logical table."""
         return self._configs
+
+    def drop_helpers(self, names: Sequence[str]) -> None:
+        """Reads the tables `names` as finalised ones; `clustering.finalize` wrote them so."""
+        self._configs = finalised_configs(self._configs, names, self.codes)
+        self._expansion.set_configs(self._configs)
 
     def is_weighted(self) -> bool:
         """Whether bags are pooled by per-sample weights."""
@@ -152,6 +157,22 @@ def physical_configs(config: EmbeddingBagConfig, is_weighted: bool) -> list[Embe
         )
         for chunk in range(config.num_chunks)
     ]
+
+
+def finalised_configs(
+    configs: Sequence[EmbeddingBagConfig], names: Sequence[str], codes: nn.ModuleDict
+) -> list[EmbeddingBagConfig]:
+    """`configs` with the tables `names` finalised, also in `codes`."""
+    out = []
+    for config in configs:
+        if config.name in names:
+            assert isinstance(config, CCEEmbeddingBagConfig)
+            config = config.finalised()
+            held = codes_of(codes, config.name)
+            if held is not None:
+                held.config = config
+        out.append(config)
+    return out
 
 
 def select_slots(features: KeyedJaggedTensor, names: list[str]) -> KeyedJaggedTensor:

@@ -18,9 +18,12 @@ from torchrec.distributed import DistributedModelParallel
 from torchrec.optim.apply_optimizer_in_backward import apply_optimizer_in_backward
 from tqdm import tqdm
 
-from cce_torchrec.clustering import ClusteringReport, ClusteringSchedule, cluster
+from cce_torchrec.clustering import ClusteringReport, ClusteringSchedule, cluster, finalize
 from cce_torchrec.config import CCEEmbeddingBagConfig
-from cce_torchrec.distributed.embedding_bag_collection import get_default_sharders
+from cce_torchrec.distributed.embedding_bag_collection import (
+    ShardedCCEEmbeddingBagCollection,
+    get_default_sharders,
+)
 from cce_torchrec.metrics import auc, log_loss
 from cce_torchrec.modules.embedding_bag_collection import CCEEmbeddingBagCollection
 from cce_torchrec.planner import make_plan
@@ -139,6 +142,11 @@ class Trainer:
             self._say_epoch(history[-1])
         if self.rank == 0:
             examples = steps * min(args.batch_size, len(train)) * args.epochs
+            self.configs = next(
+                m.embedding_bag_configs()
+                for m in self.model.modules()
+                if isinstance(m, ShardedCCEEmbeddingBagCollection)
+            )
             self._write_summary(history, examples / train_seconds)
 
     def _train_epoch(self, epoch: int, steps: int, schedule: ClusteringSchedule) -> float:
@@ -167,7 +175,8 @@ class Trainer:
             total += loss.detach()
             bar.update()
             if schedule.due((epoch - 1) * steps + step + 1):
-                self.clustering = cluster(self.model)
+                last = (epoch - 1) * steps + step + 1 == max(schedule.steps)
+                self.clustering = (finalize if args.finalize and last else cluster)(self.model)
                 self.clustering_seconds += self.clustering.seconds
         bar.close()
         dist.all_reduce(total)

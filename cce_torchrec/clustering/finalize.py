@@ -1,0 +1,53 @@
+"""The last clustering: main takes over the helper's rows, and lookups read one row per chunk."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from cce_torchrec.clustering.solve import Options
+from cce_torchrec.clustering.step import ClusteringReport, run
+from cce_torchrec.distributed.embedding_bag_collection import ShardedCCEEmbeddingBagCollection
+from cce_torchrec.modules.embedding_bag_collection import CCEEmbeddingBagCollection
+
+
+def finalize(
+    model: nn.Module,
+    *,
+    iterations: int = 6,
+    backend: str = "auto",
+    init: str = "random",
+    tolerance: float = 0.0,
+    samples_per_centroid: int | None = None,
+    memory_limit: int | None = None,
+    weights: Mapping[str, torch.Tensor] | str | None = None,
+    metric: Mapping[str, torch.Tensor] | None = None,
+    optimizer: torch.optim.Optimizer | None = None,
+    process_group: dist.ProcessGroup | None = None,
+) -> ClusteringReport:
+    """Clusters every CCE table of `model` a last time, with k + k' clusters, and drops its helper.
+
+    Collective, between optimizer steps, with the arguments and errors of `cluster`; only init
+    "main" is refused. Parameters and optimizer state keep their tensors and shapes, and training
+    may go on, best for the last tenth of it. Codes become wider where k + k' rows need it. The
+    tables' configurations (`embedding_bag_configs()`) become those of
+    `CCEEmbeddingBagConfig.finalised()`; a model configured so loads the finalised one's
+    checkpoints. A plan made before stays valid.
+
+    Tables without learned codes or without a helper are left alone, so a second call does
+    nothing. If any chunk of any rank fails, nothing is written anywhere.
+    """
+    options = Options(
+        *(iterations, backend, init, tolerance, samples_per_centroid, memory_limit),
+        *(weights, metric, True),
+    )
+    report, paths = run(model, options, optimizer, process_group)
+    for path, module in model.named_modules():
+        if isinstance(module, CCEEmbeddingBagCollection | ShardedCCEEmbeddingBagCollection):
+            prefix = f"{path}." if path else ""
+            names = [c.name for c in module.embedding_bag_configs() if prefix + c.name in paths]
+            module.drop_helpers(names)
+    return report
