@@ -8,9 +8,9 @@ its rows are written straight into their place in the output, [chunks, ids, rows
 from __future__ import annotations
 
 import itertools
-import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from fbgemm_gpu.split_table_batched_embeddings_ops_common import BoundsCheckMode
@@ -18,12 +18,14 @@ from torch import nn
 from torchrec.modules.embedding_configs import EmbeddingBagConfig
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
+from cce_torchrec.bounds import BoundsCheck
 from cce_torchrec.codes import hashed_codes, mark_seen, read_codes
 from cce_torchrec.config import CCEEmbeddingBagConfig
-from cce_torchrec.fused import native
+from cce_torchrec.fused import device, native
 from cce_torchrec.hashing import code_hash, hash_rows, helper_hash
 
-logger = logging.getLogger(__name__)
+_ID = ((0, 0, 0, 0, 0),)
+"""A plain table has one chunk, and hashes nothing."""
 
 
 @dataclass(frozen=True)
@@ -51,6 +53,9 @@ class ChunkCodes(nn.Module):
     int64 scalar from which the helper's hash follows, and with `track_seen` the bits `seen`.
     """
 
+    version = 0
+    """Changes whenever the buffers or hashes of any table may have."""
+
     def __init__(
         self, config: CCEEmbeddingBagConfig, chunks: Sequence[int], device: torch.device
     ) -> None:
@@ -72,6 +77,7 @@ class ChunkCodes(nn.Module):
         """Reads `clusterings` back to the host; called after it was loaded or changed."""
         if self.clusterings.device.type != "meta":
             self._rounds = int(self.clusterings)
+        ChunkCodes.version += 1
 
     @property
     def rounds(self) -> int:
@@ -82,6 +88,7 @@ class ChunkCodes(nn.Module):
         """Sets the number of clusterings, and so the helper's hash."""
         self.clusterings.fill_(rounds)
         self._rounds = rounds
+        ChunkCodes.version += 1
 
     def reset_parameters(self) -> None:
         """Codes back to the initial hash."""
@@ -117,8 +124,12 @@ class ChunkCodes(nn.Module):
         hashes = self.hashes(ids.device)
         return hash_rows(ids, hashes[:, 3:4], hashes[:, 4:5], self.config.helper_rows)
 
-    def _load_from_state_dict(self, *args: object, **kwargs: object) -> None:
-        super()._load_from_state_dict(*args, **kwargs)  # type: ignore[arg-type]  # torch's signature
+    def _apply(self, *args: Any, **kwargs: Any) -> ChunkCodes:
+        ChunkCodes.version += 1
+        return super()._apply(*args, **kwargs)
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        super()._load_from_state_dict(*args, **kwargs)
         self.sync_rounds()
 
 
@@ -127,68 +138,6 @@ def codes_of(codes: nn.ModuleDict, table: str) -> ChunkCodes | None:
     found = codes[table] if table in codes else None  # noqa: SIM401  # ModuleDict.get is untyped
     assert found is None or isinstance(found, ChunkCodes)
     return found
-
-
-class BoundsCheck:
-    """Guarantee 5: ids outside [0, num_embeddings), found before expansion, in a copy."""
-
-    def __init__(self, mode: BoundsCheckMode) -> None:
-        self.mode = mode
-        self._found = 0
-        self._on_device: dict[str, torch.Tensor] = {}
-        self._warned: set[str] = set()
-
-    @property
-    def num_invalid(self) -> int:
-        """Ids out of bounds seen so far in WARNING mode; on CUDA asking waits for the device."""
-        counts = {who: int(count) for who, count in self._on_device.items()}
-        for who, count in counts.items():
-            if count:
-                self._warn(who, f"{who}: {count} ids were out of bounds")
-        return self._found + sum(counts.values())
-
-    def __call__(self, who: str, ids: torch.Tensor, num_embeddings: int) -> torch.Tensor:
-        """`ids` with those out of bounds read as 0.
-
-        In WARNING mode on CUDA they are counted on the device, which is not waited for.
-
-        Raises:
-            ValueError: in FATAL mode, naming table, feature and the first bad value.
-        """
-        if self.mode == BoundsCheckMode.NONE or ids.numel() == 0:
-            return ids
-        invalid = (ids < 0) | (ids >= num_embeddings)
-        if self.mode == BoundsCheckMode.WARNING and ids.is_cuda:
-            self.count(who, ids.device).add_(invalid.sum())
-        elif self.mode != BoundsCheckMode.IGNORE:
-            count = int(invalid.sum())
-            if count == 0:
-                return ids
-            self.found(who, count, int(ids[invalid][0]), num_embeddings)
-        return ids.masked_fill(invalid, 0)
-
-    def count(self, who: str, device: torch.device) -> torch.Tensor:
-        """Where a device counts the bad ids of `who`, int64 []."""
-        if who not in self._on_device:
-            self._on_device[who] = torch.zeros((), dtype=torch.int64, device=device)
-        return self._on_device[who]
-
-    def found(self, who: str, count: int, first: int, num_embeddings: int) -> None:
-        """Treats `count` bad ids, the first of which is `first`, as the mode says."""
-        if self.mode not in (BoundsCheckMode.FATAL, BoundsCheckMode.WARNING):
-            return
-        message = (
-            f"{who}: id {first} is outside [0, {num_embeddings}) ({count} such ids in this batch)"
-        )
-        if self.mode == BoundsCheckMode.FATAL:
-            raise ValueError(f"{message}; raise num_embeddings or map the ids into range")
-        self._found += count
-        self._warn(who, message)
-
-    def _warn(self, who: str, message: str) -> None:
-        if who not in self._warned:
-            self._warned.add(who)
-            logger.warning("%s; reading id 0 instead, further ones are only counted", message)
 
 
 @dataclass
@@ -248,6 +197,18 @@ class Block:
         if count:
             check.found(who, count, int(ids[first]), num_embeddings)
 
+    def on_device(self) -> device.Table:
+        """The block as the Triton kernel reads it."""
+        if self.codes is None:
+            return device.Table(self.config.num_embeddings, None, True, 0, 0, len(self.slots), _ID)
+        config = self.codes.config
+        hashes = self.codes.hashes(torch.device("cpu")).tolist()
+        chunks = tuple(tuple(hashes[column]) for column in self.columns)
+        return device.Table(
+            *(config.num_embeddings, self.codes.codes, False, config.num_rows),
+            *(config.helper_rows, len(self.slots), chunks),
+        )
+
 
 class Expansion:
     """Turns a KJT over logical slots into the KJT over physical features of one lookup."""
@@ -260,6 +221,13 @@ class Expansion:
         for block in blocks:
             features = ", ".join(f"feature {slots[s].feature!r}" for s in block.slots)
             self._who.append(f"table {block.config.name!r}, {features}")
+        # The kernel takes the ids as they come, and does not mark them as seen.
+        self._kernel_takes = len(blocks) > 0 and [s for b in blocks for s in b.slots] == list(
+            range(len(slots))
+        )
+        self._tracked = [
+            b.codes for b in blocks if b.codes is not None and b.codes.seen is not None
+        ]
         self._count_rows()
 
     def _count_rows(self) -> None:
@@ -269,6 +237,7 @@ class Expansion:
         self._sources = [slot for slot, _ in sources]
         self._rows_per_id = [rows for _, rows in sources]
         self._length_maps: dict[torch.device, tuple[torch.Tensor, torch.Tensor]] = {}
+        self._described: tuple[object, device.DeviceTables] | None = None
 
     def set_configs(self, configs: Sequence[EmbeddingBagConfig]) -> None:
         """Reads tables as `configs` say, by name; their ids, chunks and features are the same."""
@@ -282,6 +251,8 @@ class Expansion:
 
         Nothing of `features` is written to.
         """
+        if self._fits_device(features, check):
+            return self._on_device(features, check)
         per_key = features.length_per_key()
         starts = [0, *itertools.accumulate(per_key)]
         out_per_key = [
@@ -308,6 +279,49 @@ class Expansion:
             stride=features.stride(),
             length_per_key=out_per_key,
         )
+
+    def _fits_device(self, features: KeyedJaggedTensor, check: BoundsCheck) -> bool:
+        return (
+            device.takes(features.values())
+            and self._kernel_takes
+            and check.mode != BoundsCheckMode.FATAL  # its message needs the first bad id
+            and features.stride() > 0
+            and not any(codes.training for codes in self._tracked)
+        )
+
+    def _on_device(self, features: KeyedJaggedTensor, check: BoundsCheck) -> KeyedJaggedTensor:
+        """All blocks in one kernel, without waiting for the device.
+
+        Only where tables differ in rows per id, all chunks together, do sizes depend on each
+        table's ids; `length_per_key` is then asked, which may wait.
+        """
+        ids, tables = features.values(), self._device_tables(features.device(), check)
+        per_key = features.length_per_key_or_none()
+        if tables.copies is None:
+            per_key = features.length_per_key()
+        sources = zip(self._sources, self._rows_per_id, strict=True)
+        out_per_key = [per_key[slot] * rows for slot, rows in sources] if per_key else None
+        num_out = sum(out_per_key) if out_per_key else ids.numel() * (tables.copies or 0)
+        starts = features.offsets()[:: features.stride()].long()
+        values, weights = tables.expand(ids, features.weights_or_none(), starts, num_out)
+        return KeyedJaggedTensor(
+            keys=self._keys,
+            values=values,
+            weights=weights,
+            lengths=self._lengths(features),
+            stride=features.stride(),
+            length_per_key=out_per_key,
+        )
+
+    def _device_tables(self, where: torch.device, check: BoundsCheck) -> device.DeviceTables:
+        """The blocks as the kernel reads them; described again only when codes were rewritten."""
+        key = (where, ChunkCodes.version)
+        if self._described is None or self._described[0] != key:
+            tables = device.DeviceTables([block.on_device() for block in self._blocks], where)
+            for who, count in zip(self._who, tables.invalid, strict=True):
+                check.watch(who, count)
+            self._described = (key, tables)
+        return self._described[1]
 
     def _lengths(self, features: KeyedJaggedTensor) -> torch.Tensor:
         """Rows per bag of every physical feature, [features * B]."""

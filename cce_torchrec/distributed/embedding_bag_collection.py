@@ -43,12 +43,12 @@ from torchrec.distributed.utils import append_prefix
 from torchrec.modules.embedding_configs import data_type_to_dtype
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor, KeyedTensor
 
+from cce_torchrec.bounds import BoundsCheck
 from cce_torchrec.config import CCEEmbeddingBagConfig
 from cce_torchrec.distributed.plan import SUPPORTED, chunk_owners, fan_out
 from cce_torchrec.distributed.state_dict import CodesState
 from cce_torchrec.expand import (
     Block,
-    BoundsCheck,
     ChunkCodes,
     Expansion,
     Slot,

@@ -16,17 +16,22 @@ from torchrec.modules.embedding_modules import (
 )
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor, KeyedTensor
 
+from cce_torchrec.bounds import BoundsCheck
 from cce_torchrec.config import CCEEmbeddingBagConfig, CodebookInit
 from cce_torchrec.expand import (
     Block,
-    BoundsCheck,
     ChunkCodes,
     Expansion,
     codes_of,
     physical_feature,
     physical_table,
 )
-from cce_torchrec.modules.output import LogicalOutput, check_features, divides_by_length
+from cce_torchrec.modules.output import (
+    LogicalOutput,
+    check_features,
+    divides_by_length,
+    tensor_of,
+)
 
 
 class CCEEmbeddingBagCollection(EmbeddingBagCollectionInterface):
@@ -181,7 +186,8 @@ def select_slots(features: KeyedJaggedTensor, names: list[str]) -> KeyedJaggedTe
     if keys == names:
         return features
     position = {key: i for i, key in enumerate(keys)}
-    return features.permute([position[name] for name in names])
+    order = [position[name] for name in names]
+    return features.permute(order, tensor_of(tuple(order), features.device()))
 
 
 def without_weights(features: KeyedJaggedTensor) -> KeyedJaggedTensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -19,6 +20,12 @@ def divides_by_length(config: EmbeddingBagConfig, is_weighted: bool) -> bool:
     return config.pooling == PoolingType.MEAN and (
         is_weighted or isinstance(config, CCEEmbeddingBagConfig)
     )
+
+
+@functools.lru_cache(maxsize=256)
+def tensor_of(values: tuple[int, ...], device: torch.device) -> torch.Tensor:
+    """`values` as int32 on `device`, kept, so that a batch does not wait for the copy."""
+    return torch.tensor(values, dtype=torch.int32, device=device)
 
 
 @dataclass(frozen=True)
@@ -79,9 +86,8 @@ class LogicalOutput:
             lengths[position[slot.feature]] if mean else torch.ones_like(lengths[0])
             for slot, mean in zip(self.slots, self.mean, strict=True)
         ]
-        dims = torch.tensor(self.dims, device=lengths.device)
         return torch.stack(columns, dim=1).repeat_interleave(
-            dims, dim=1, output_size=sum(self.dims)
+            tensor_of(tuple(self.dims), lengths.device), dim=1, output_size=sum(self.dims)
         )
 
     def assemble(

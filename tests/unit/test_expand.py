@@ -6,7 +6,8 @@ from fbgemm_gpu.split_table_batched_embeddings_ops_common import BoundsCheckMode
 from torchrec import EmbeddingBagConfig, KeyedJaggedTensor
 
 from cce_torchrec import CCEEmbeddingBagConfig
-from cce_torchrec.expand import Block, BoundsCheck, ChunkCodes, Expansion, Slot
+from cce_torchrec.bounds import BoundsCheck
+from cce_torchrec.expand import Block, ChunkCodes, Expansion, Slot
 from cce_torchrec.fused import native
 from cce_torchrec.hashing import code_hash, hash_rows
 

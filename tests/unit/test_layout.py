@@ -10,7 +10,7 @@ LAYERS = [
     {"versions"},
     {"config"},
     {"hashing"},
-    {"codes", "fused"},
+    {"bounds", "codes", "fused"},
     {"expand", "kmeans", "metrics"},
     {"modules"},
     {"distributed"},

@@ -1,0 +1,78 @@
+"""Ids out of bounds: found before expansion, treated as FBGEMM's bounds_check_mode says."""
+
+from __future__ import annotations
+
+import logging
+
+import torch
+from fbgemm_gpu.split_table_batched_embeddings_ops_common import BoundsCheckMode
+
+logger = logging.getLogger(__name__)
+
+
+class BoundsCheck:
+    """Guarantee 5: ids outside [0, num_embeddings), found before expansion, in a copy."""
+
+    def __init__(self, mode: BoundsCheckMode) -> None:
+        self.mode = mode
+        self._found = 0
+        self._on_device: dict[str, torch.Tensor] = {}
+        self._warned: set[str] = set()
+
+    @property
+    def num_invalid(self) -> int:
+        """Ids out of bounds seen so far in WARNING mode.
+
+        On CUDA they are counted there; asking waits for the device and logs the warnings.
+        """
+        counts = {who: int(count) for who, count in self._on_device.items()}
+        for who, count in counts.items():
+            if count:
+                self._warn(who, f"{who}: {count} ids were out of bounds")
+        return self._found + sum(counts.values())
+
+    def __call__(self, who: str, ids: torch.Tensor, num_embeddings: int) -> torch.Tensor:
+        """`ids` with those out of bounds read as 0.
+
+        In WARNING mode on CUDA they are counted on the device, which is not waited for.
+
+        Raises:
+            ValueError: in FATAL mode, naming table, feature and the first bad value.
+        """
+        if self.mode == BoundsCheckMode.NONE or ids.numel() == 0:
+            return ids
+        invalid = (ids < 0) | (ids >= num_embeddings)
+        if self.mode == BoundsCheckMode.WARNING and ids.is_cuda:
+            if who not in self._on_device:
+                self._on_device[who] = torch.zeros((), dtype=torch.int64, device=ids.device)
+            self._on_device[who].add_(invalid.sum())
+        elif self.mode != BoundsCheckMode.IGNORE:
+            count = int(invalid.sum())
+            if count == 0:
+                return ids
+            self.found(who, count, int(ids[invalid][0]), num_embeddings)
+        return ids.masked_fill(invalid, 0)
+
+    def watch(self, who: str, count: torch.Tensor) -> None:
+        """Takes `count`, int64 [], for where a kernel counts the bad ids of `who`."""
+        if self.mode == BoundsCheckMode.WARNING:
+            if who in self._on_device:
+                count += self._on_device[who].to(count.device)
+            self._on_device[who] = count
+
+    def found(self, who: str, count: int, first: int, num_embeddings: int) -> None:
+        """Treats `count` bad ids, the first of which is `first`, as the mode says."""
+        if self.mode not in (BoundsCheckMode.FATAL, BoundsCheckMode.WARNING):
+            return
+        message = (
+            f"{who}: id {first} is outside [0, {num_embeddings}) ({count} such ids in this batch)"
+        )
+        if self.mode == BoundsCheckMode.FATAL:
+            raise ValueError(f"{message}; raise num_embeddings or map the ids into range")
+        self._found += count
+        self._warn(who, message)
+
+    def _warn(self, who: str, message: str) -> None:
+        if who not in self._warned:
+            self._warned.add(who)
+            logger.warning("%s; reading id 0 instead, further ones are only counted", message)

@@ -1,0 +1,112 @@
+"""Expansion on a CUDA device: the Triton kernel against the CPU, and no wait for the device."""
+
+import pytest
+import torch
+import torch.distributed as dist
+import torchrec
+from torch import nn
+from torchrec import KeyedJaggedTensor
+from torchrec.distributed import DistributedModelParallel
+from torchrec.modules.embedding_configs import PoolingType
+from torchrec.optim.apply_optimizer_in_backward import apply_optimizer_in_backward
+
+from cce_torchrec import CCEEmbeddingBagCollection, CCEEmbeddingBagConfig
+from cce_torchrec.clustering import cluster, finalize
+from cce_torchrec.distributed.embedding_bag_collection import get_default_sharders
+from cce_torchrec.planner import make_plan
+from tests.distributed.ranks import free_port
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device"),
+]
+N, B = 20_000, 64
+
+
+def tables():
+    return [
+        CCEEmbeddingBagConfig(
+            name=name, num_embeddings=N, embedding_dim=64, feature_names=[feature],
+            num_rows=rows, pooling=pooling,
+        )
+        for name, feature, rows, pooling in (
+            ("t", "f", 100, PoolingType.SUM),
+            ("u", "g", 3000, PoolingType.MEAN),
+        )
+    ]  # fmt: skip
+
+
+def batch(bad=None):
+    g = torch.Generator().manual_seed(0)
+    lengths = torch.randint(0, 6, (2 * B,), generator=g)
+    ids = torch.randint(N, (int(lengths.sum()),), generator=g)
+    if bad is not None:
+        ids[::5] = bad
+    return KeyedJaggedTensor(["f", "g"], ids, lengths=lengths)
+
+
+class Model(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.collection = CCEEmbeddingBagCollection(tables=tables())
+        parameters = list(self.collection.parameters())
+        apply_optimizer_in_backward(torchrec.optim.RowWiseAdagrad, parameters, {"lr": 0.1})
+
+    def forward(self, features):
+        return self.collection(features)
+
+
+@pytest.fixture(scope="module")
+def sharded():
+    dist.init_process_group(
+        "nccl", init_method=f"tcp://127.0.0.1:{free_port()}", rank=0, world_size=1
+    )
+    torch.manual_seed(0)
+    device, model = torch.device("cuda", 0), Model()
+    plan = make_plan(model, tables(), device, "tw")
+    yield DistributedModelParallel(model, device=device, plan=plan, sharders=get_default_sharders())
+    dist.destroy_process_group()
+
+
+def rows_of(model, features):
+    module = model.module.collection
+    context = module.create_context()
+    arrived = module.input_dist(context, features).wait().wait()
+    return module._expand(arrived)[0]
+
+
+@pytest.mark.parametrize("bad", [None, -1, 2**40])
+@pytest.mark.parametrize("change", [None, cluster, finalize])
+def test_kernel_equals_the_cpu(sharded, bad, change):
+    if change is not None:
+        change(sharded)
+    found = sharded.module.collection.num_invalid_ids
+    got = rows_of(sharded, batch(bad).to(torch.device("cuda")))
+    cpu = CCEEmbeddingBagCollection(tables=sharded.module.collection.embedding_bag_configs())
+    for name, codes in cpu.codes.items():
+        own = sharded.module.collection.codes[name]
+        codes.codes.copy_(own.codes)
+        codes.set_rounds(own.rounds)
+    expected = cpu._expansion(batch(bad), cpu._bounds_check)
+    by_key = expected.to_dict()
+    for key, rows in got.to_dict().items():
+        assert torch.equal(rows.values().cpu(), by_key[key].values()), key
+        assert torch.equal(rows.lengths().cpu().long(), by_key[key].lengths().long()), key
+    more = 0 if bad is None else len(batch().values()[::5])
+    assert sharded.module.collection.num_invalid_ids - found == more
+
+
+def test_no_wait_for_the_device(sharded):
+    """Input distribution is left out: TorchRec's own reads lengths back to the host."""
+    module = sharded.module.collection
+    features = batch(-1).to(torch.device("cuda"))
+    for _ in range(2):  # the first call compiles and copies what it keeps
+        context = module.create_context()
+        arrived = module.input_dist(context, features).wait().wait()
+        torch.cuda.synchronize()
+        torch.cuda.set_sync_debug_mode("error" if _ else "default")
+        try:
+            out = module.compute_and_output_dist(context, arrived).wait().values()
+            out.backward(torch.ones_like(out))
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
