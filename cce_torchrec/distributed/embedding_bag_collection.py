@@ -24,11 +24,6 @@ from torchrec.distributed.embeddingbag import (
     EmbeddingBagCollectionSharder,
     ShardedEmbeddingBagCollection,
 )
-from torchrec.distributed.sharding.dp_sharding import (
-    DpPooledEmbeddingSharding,
-    DpSparseFeaturesDist,
-)
-from torchrec.distributed.sharding.tw_sharding import TwSparseFeaturesDist
 from torchrec.distributed.types import (
     Awaitable,
     LazyAwaitable,
@@ -42,17 +37,10 @@ from torchrec.modules.embedding_configs import data_type_to_dtype
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor, KeyedTensor
 
 from cce_torchrec.config import CCEEmbeddingBagConfig
+from cce_torchrec.distributed.input_dist import sharding_inputs
 from cce_torchrec.distributed.plan import SUPPORTED, chunk_owners, fan_out
 from cce_torchrec.distributed.state_dict import CodesState
-from cce_torchrec.expand import (
-    Block,
-    BoundsCheck,
-    ChunkCodes,
-    Expansion,
-    Slot,
-    codes_of,
-    physical_feature,
-)
+from cce_torchrec.expand import BoundsCheck, ChunkCodes, codes_of
 from cce_torchrec.modules.embedding_bag_collection import (
     CCEEmbeddingBagCollection,
     select_slots,
@@ -122,71 +110,9 @@ class ShardedCCEEmbeddingBagCollection(
         self._has_uninitialized_input_dist = False
         self._lookups = inner._lookups
         self._slices = self._output.column_slices(inner._embedding_names, inner._embedding_dims)
-        self._create_input_dists(rank)
-
-    def _create_input_dists(self, rank: int) -> None:
-        inner = self.embedding_bag_collection
-        slot_of: dict[str, Slot] = {
-            name: slot
-            for slot, names in zip(self._output.slots, self._output.physical, strict=True)
-            for name in names
-        }
-        self._feature_order: list[str] = []
-        self._splits: list[int] = []
-        self._pre_a2a: list[list[Slot]] = []
-        self._expansions: list[Expansion] = []
-        for sharding in inner._embedding_shardings:
-            data_parallel = isinstance(sharding, DpPooledEmbeddingSharding)
-            per_rank = (
-                [sharding.feature_names()] if data_parallel else sharding.feature_names_per_rank()
-            )
-            slots_per_rank = [list(dict.fromkeys(slot_of[n] for n in names)) for names in per_rank]
-            counts = [len(slots) for slots in slots_per_rank]
-            self._input_dists.append(
-                DpSparseFeaturesDist()
-                if data_parallel
-                else TwSparseFeaturesDist(sharding._pg, counts)
-            )
-            self._feature_order += [s.feature for slots in slots_per_rank for s in slots]
-            self._splits.append(sum(counts))
-            self._pre_a2a.append([slot_of[name] for names in per_rank for name in names])
-            mine = 0 if data_parallel else rank
-            self._expansions.append(
-                Expansion(
-                    self._blocks(per_rank[mine], slots_per_rank[mine]),
-                    slots_per_rank[mine],
-                    list(per_rank[mine]),
-                )
-            )
-
-    def _blocks(self, names: list[str], slots: list[Slot]) -> list[Block]:
-        """Blocks that produce the physical features `names`, in order, from `slots`."""
-        position = {slot: i for i, slot in enumerate(slots)}
-        by_first: dict[str, tuple[Any, list[str], int | None]] = {}
-        for config in self._configs:
-            is_cce = isinstance(config, CCEEmbeddingBagConfig)
-            for chunk in range(config.num_chunks) if is_cce else [None]:
-                features = [physical_feature(config.name, f, chunk) for f in config.feature_names]
-                by_first[features[0]] = (config, features, chunk)
-        blocks: list[Block] = []
-        at = 0
-        while at < len(names):
-            config, features, chunk = by_first[names[at]]
-            assert names[at : at + len(features)] == features, "TorchRec tore a table apart"
-            at += len(features)
-            if chunk is None:
-                own = [position[Slot(config.name, f)] for f in config.feature_names]
-                blocks.append(Block(config, own, None, []))
-                continue
-            codes = codes_of(self.codes, config.name)
-            assert codes is not None
-            column = codes.chunks.index(chunk)
-            if blocks and blocks[-1].config is config:
-                blocks[-1].columns.append(column)
-            else:
-                own = [position[Slot(config.name, f)] for f in config.feature_names]
-                blocks.append(Block(config, own, codes, [column]))
-        return blocks
+        self._inputs = sharding_inputs(inner, self._configs, self._output, self.codes, rank)
+        self._input_dists += [sharded.dist for sharded in self._inputs]
+        self._feature_order = [slot.feature for sharded in self._inputs for slot in sharded.slots]
 
     def input_dist(  # type: ignore[override]  # TorchRec's own modules narrow *input likewise
         self, ctx: EmbeddingBagCollectionContext, features: KeyedJaggedTensor
@@ -203,12 +129,12 @@ class ShardedCCEEmbeddingBagCollection(
                 features = without_weights(features)
             awaitables = []
             ordered = select_slots(features, self._feature_order)
-            pieces = ordered.split(self._splits)
-            for dist, piece, slots in zip(self._input_dists, pieces, self._pre_a2a, strict=True):
-                awaitables.append(dist(piece))
+            pieces = ordered.split([len(sharded.slots) for sharded in self._inputs])
+            for sharded, piece in zip(self._inputs, pieces, strict=True):
+                awaitables.append(sharded.dist(piece))
                 ctx.sharding_contexts.append(
                     EmbeddingShardingContext(
-                        batch_size_per_feature_pre_a2a=[features.stride()] * len(slots)
+                        batch_size_per_feature_pre_a2a=[features.stride()] * len(sharded.looked_up)
                     )
                 )
             return KJTListSplitsAwaitable(awaitables, ctx)
@@ -236,8 +162,8 @@ class ShardedCCEEmbeddingBagCollection(
         with torch.no_grad():
             return KJTList(
                 [
-                    expansion(features, self._bounds_check)
-                    for expansion, features in zip(self._expansions, dist_input, strict=True)
+                    sharded.expansion(features, self._bounds_check)
+                    for sharded, features in zip(self._inputs, dist_input, strict=True)
                 ]
             )
 
