@@ -11,6 +11,7 @@ import itertools
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from fbgemm_gpu.split_table_batched_embeddings_ops_common import BoundsCheckMode
@@ -200,19 +201,23 @@ class Expansion:
             s for b in blocks for s in b.slots
         ] == list(range(len(slots)))
 
-    def __call__(self, features: KeyedJaggedTensor, check: BoundsCheck) -> KeyedJaggedTensor:
+    def __call__(
+        self,
+        features: KeyedJaggedTensor,
+        check: BoundsCheck,
+        inverse_indices: tuple[list[str], torch.Tensor] | None = None,
+    ) -> KeyedJaggedTensor:
         """Codebook rows of `features`, whose keys are the logical slots in order.
 
-        Nothing of `features` is written to.
+        Nothing of `features` is written to. With a batch size per feature, `inverse_indices` of
+        logical features become those of the physical ones.
         """
-        per_key = features.length_per_key()
-        starts = [0]
-        for count in per_key:
-            starts.append(starts[-1] + count)
-        ids, weights = features.values(), features.weights_or_none()
-        stride = features.stride()
-        lengths = features.lengths().view(len(self._slots), stride)
+        per_key, strides = features.length_per_key(), features.stride_per_key()
+        starts = list(itertools.accumulate(per_key, initial=0))
+        bag_starts = list(itertools.accumulate(strides, initial=0))
+        ids, weights, lengths = features.values(), features.weights_or_none(), features.lengths()
         out_values, out_lengths, out_weights = [], [], []
+        out_slots: list[int] = []
         out_per_key: list[int] = []
         for block in self._blocks:
             pieces = [(starts[s], starts[s + 1]) for s in block.slots]
@@ -221,8 +226,9 @@ class Expansion:
             own = check(f"table {block.config.name!r}, {who}", own, block.config.num_embeddings)
             out_values.append(block.rows(own).to(ids.dtype).reshape(-1))
             r, c = block.rows_per_id, block.copies
-            block_lengths = lengths[block.slots] * r
-            out_lengths.append(block_lengths.repeat(c, 1))
+            bags = _gather(lengths, [(bag_starts[s], bag_starts[s + 1]) for s in block.slots])
+            out_lengths.append((bags * r).repeat(c))
+            out_slots += block.slots * c
             out_per_key += [per_key[s] * r for s in block.slots] * c
             if weights is not None:
                 out_weights.append(_gather(weights, pieces).repeat_interleave(r).repeat(c))
@@ -232,10 +238,26 @@ class Expansion:
             weights=(torch.cat(out_weights) if out_weights else weights)
             if weights is not None
             else None,
-            lengths=torch.cat(out_lengths).view(-1) if out_lengths else lengths.new_empty(0),
-            stride=stride,
+            lengths=torch.cat(out_lengths) if out_lengths else lengths.new_empty(0),
             length_per_key=out_per_key,
+            **self._batch_sizes(features, out_slots, inverse_indices),
         )
+
+    def _batch_sizes(
+        self,
+        features: KeyedJaggedTensor,
+        slots: list[int],
+        inverse: tuple[list[str], torch.Tensor] | None,
+    ) -> dict[str, Any]:
+        """Batch size of the expanded KJT: one, or by physical feature where it varies."""
+        if not features.variable_stride_per_key():
+            return {"stride": features.stride()}
+        per_rank = features.stride_per_key_per_rank()
+        sizes: dict[str, Any] = {"stride_per_key_per_rank": [list(per_rank[s]) for s in slots]}
+        if inverse is not None:
+            order = [inverse[0].index(self._slots[s].feature) for s in slots]
+            sizes["inverse_indices"] = (self._keys, inverse[1][order])
+        return sizes
 
 
 def _gather(values: torch.Tensor, pieces: list[tuple[int, int]]) -> torch.Tensor:

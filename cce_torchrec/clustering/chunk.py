@@ -15,6 +15,7 @@ from cce_torchrec.kmeans.lloyd import KMeansResult
 from cce_torchrec.kmeans.points import PairPoints, check_finite, metric_root
 
 _FIRST_MOMENTS = ("exp_avg", "momentum_buffer", "momentum")
+_SECOND_MOMENTS = ("exp_avg_sq", "max_exp_avg_sq")
 _ASSIGN_BLOCK = 1 << 20
 SAMPLES_PER_CENTROID = 200
 """Ids per cluster that K-means sees where all distinct pairs would not fit (kmeans-notes)."""
@@ -31,6 +32,8 @@ class ChunkState:
     """[k + k', s]: main, then helper."""
     optimizer_state: dict[str, torch.Tensor]
     """Tensors whose first dimension is k + k'."""
+    replicated: bool = False
+    """Whether every rank holds this chunk (data-parallel)."""
 
     @property
     def chunk(self) -> int:
@@ -266,6 +269,6 @@ def _new_optimizer_state(
     sizes = result.sizes[:, None]
     means = torch.where(sizes > 0, sums / sizes.clamp(min=1), main.mean(0))
     new[:num_rows] = means.reshape(new[:num_rows].shape).to(old.dtype)
-    if name == "exp_avg_sq":
+    if name in _SECOND_MOMENTS:
         new[num_rows:] = old[num_rows:].double().mean(0).to(old.dtype)
     return new

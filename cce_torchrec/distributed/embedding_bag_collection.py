@@ -37,8 +37,8 @@ from torchrec.modules.embedding_configs import data_type_to_dtype
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor, KeyedTensor
 
 from cce_torchrec.config import CCEEmbeddingBagConfig
-from cce_torchrec.distributed.input_dist import sharding_inputs
-from cce_torchrec.distributed.plan import SUPPORTED, chunk_owners, fan_out
+from cce_torchrec.distributed.input_dist import batch_sizes, sharding_inputs
+from cce_torchrec.distributed.plan import SUPPORTED, chunk_owners, fan_out, is_data_parallel
 from cce_torchrec.distributed.state_dict import CodesState
 from cce_torchrec.expand import BoundsCheck, ChunkCodes, codes_of
 from cce_torchrec.modules.embedding_bag_collection import (
@@ -75,23 +75,27 @@ class ShardedCCEEmbeddingBagCollection(
             raise ValueError(f"the plan has no entry for tables {missing}; it has {sorted(params)}")
 
         rank = env.rank
+        self.data_parallel = {c.name for c in self._configs if is_data_parallel(params[c.name])}
+        """Tables that are whole on every rank."""
         physical: dict[str, ParameterSharding] = {}
         local: dict[str, ChunkCodes] = {}
         self.chunk_owners: dict[str, list[int]] = {}
+        """Rank of each chunk, per CCE table that is not data-parallel."""
         for config in self._configs:
-            if not isinstance(config, CCEEmbeddingBagConfig):
-                physical[config.name] = params[config.name]
-                continue
-            owners = chunk_owners(config, params[config.name])
-            self.chunk_owners[config.name] = owners
             physical |= fan_out(config, params[config.name])
-            chunks = [j for j, owner in enumerate(owners) if owner == rank]
+            if not isinstance(config, CCEEmbeddingBagConfig):
+                continue
+            chunks = list(range(config.num_chunks))
+            if config.name not in self.data_parallel:
+                owners = chunk_owners(config, params[config.name])
+                self.chunk_owners[config.name] = owners
+                chunks = [j for j in chunks if owners[j] == rank]
             if chunks:
                 codes = codes_of(module.codes, config.name)
                 assert codes is not None
                 local[config.name] = _local_codes(codes, chunks, device)
         self.codes = nn.ModuleDict(local)
-        compressed = [c for c in self._configs if isinstance(c, CCEEmbeddingBagConfig)]
+        compressed = [c for c in self._configs if c.name in self.chunk_owners]
         state = CodesState(
             self.codes, compressed, self.chunk_owners, rank, device, env.process_group
         )
@@ -120,13 +124,24 @@ class ShardedCCEEmbeddingBagCollection(
         """Sends each id once to every rank that owns a chunk of its table.
 
         Raises:
-            ValueError: a missing feature, or missing weights.
+            ValueError: a missing feature, missing weights or inverse indices, or a batch size per
+            feature where a table is data-parallel.
         """
         check_features(features, self._output.slots, self._is_weighted)
+        if features.variable_stride_per_key() and self.data_parallel:
+            raise ValueError(
+                f"tables {sorted(self.data_parallel)} are data-parallel, for which TorchRec has no "
+                "variable batch size per feature; plan them table-wise or column-wise, or give "
+                "every feature the same batch size"
+            )
         with torch.no_grad():
             ctx.divisor = self._output.divisor(features)
+            ctx.variable_batch_per_feature = features.variable_stride_per_key()
+            if ctx.variable_batch_per_feature:
+                ctx.inverse_indices = self._inverse_indices(*features.inverse_indices())
             if not self._is_weighted:
                 features = without_weights(features)
+            bags = dict(zip(features.keys(), features.stride_per_key(), strict=True))
             awaitables = []
             ordered = select_slots(features, self._feature_order)
             pieces = ordered.split([len(sharded.slots) for sharded in self._inputs])
@@ -134,16 +149,24 @@ class ShardedCCEEmbeddingBagCollection(
                 awaitables.append(sharded.dist(piece))
                 ctx.sharding_contexts.append(
                     EmbeddingShardingContext(
-                        batch_size_per_feature_pre_a2a=[features.stride()] * len(sharded.looked_up)
+                        batch_size_per_feature_pre_a2a=[bags[s.feature] for s in sharded.looked_up],
+                        variable_batch_per_feature=ctx.variable_batch_per_feature,
                     )
                 )
             return KJTListSplitsAwaitable(awaitables, ctx)
+
+    def _inverse_indices(
+        self, names: list[str], inverse: torch.Tensor
+    ) -> tuple[list[str], torch.Tensor]:
+        """Rows of `inverse` in the order in which TorchRec gathers the physical features."""
+        looked_up = [slot.feature for sharded in self._inputs for slot in sharded.looked_up]
+        return looked_up, inverse[[names.index(feature) for feature in looked_up]]
 
     def compute(
         self, ctx: EmbeddingBagCollectionContext, dist_input: KJTList
     ) -> list[torch.Tensor]:
         """Expands the received ids against the local codes and looks the rows up."""
-        return self.embedding_bag_collection.compute(ctx, self._expand(dist_input))
+        return self.embedding_bag_collection.compute(ctx, self._expand(ctx, dist_input))
 
     def output_dist(
         self, ctx: EmbeddingBagCollectionContext, output: list[torch.Tensor]
@@ -156,16 +179,17 @@ class ShardedCCEEmbeddingBagCollection(
     ) -> LazyAwaitable[KeyedTensor]:
         """`compute` and `output_dist` in one, as the train pipelines call it."""
         inner = self.embedding_bag_collection
-        return self._assembled(ctx, inner.compute_and_output_dist(ctx, self._expand(input)))
+        return self._assembled(ctx, inner.compute_and_output_dist(ctx, self._expand(ctx, input)))
 
-    def _expand(self, dist_input: KJTList) -> KJTList:
-        with torch.no_grad():
-            return KJTList(
-                [
-                    sharded.expansion(features, self._bounds_check)
-                    for sharded, features in zip(self._inputs, dist_input, strict=True)
-                ]
-            )
+    def _expand(self, ctx: EmbeddingBagCollectionContext, dist_input: KJTList) -> KJTList:
+        expanded = [
+            sharded.expansion(features, self._bounds_check)
+            for sharded, features in zip(self._inputs, dist_input, strict=True)
+        ]
+        if ctx.variable_batch_per_feature:
+            for context, rows in zip(ctx.sharding_contexts, expanded, strict=True):
+                context.batch_size_per_rank_per_feature = batch_sizes(rows, self._env.world_size)
+        return KJTList(expanded)
 
     def _assembled(
         self, ctx: EmbeddingBagCollectionContext, awaitable: LazyAwaitable[KeyedTensor]
@@ -221,7 +245,10 @@ def _local_codes(codes: ChunkCodes, chunks: list[int], device: torch.device) -> 
 class CCEEmbeddingBagCollectionSharder(BaseEmbeddingSharder[CCEEmbeddingBagCollection]):
     """Shards `CCEEmbeddingBagCollection` by plans of logical tables.
 
-    TABLE_WISE keeps the chunks of a table on one rank; COLUMN_WISE spreads them over ranks.
+    TABLE_WISE keeps the chunks of a table on one rank; COLUMN_WISE spreads them over ranks, and
+    TABLE_COLUMN_WISE over those of one host. DATA_PARALLEL keeps all on every rank: such tables
+    train by an optimizer of the user's, over `data_parallel_parameters`.
+
     Apply the fused optimizer before the plan is made, as for any TorchRec module.
     """
 
@@ -277,7 +304,7 @@ class CCEEmbeddingBagCollectionSharder(BaseEmbeddingSharder[CCEEmbeddingBagColle
         return out
 
     def sharding_types(self, compute_device_type: str) -> list[str]:
-        """TABLE_WISE and COLUMN_WISE."""
+        """Those that place whole chunks."""
         types = super().sharding_types(compute_device_type)
         return [kind for kind in types if kind in (ShardingType(t).value for t in SUPPORTED)]
 
@@ -294,8 +321,12 @@ class CCEEmbeddingBagCollectionSharder(BaseEmbeddingSharder[CCEEmbeddingBagColle
 
 def get_default_sharders(
     fused_params: dict[str, Any] | None = None,
+    qcomm_codecs_registry: dict[str, QuantizedCommCodecs] | None = None,
 ) -> list[Any]:
     """TorchRec's default sharders with `CCEEmbeddingBagCollectionSharder` in front."""
     from torchrec.distributed.sharding_plan import get_default_sharders as torchrec_default
 
-    return [CCEEmbeddingBagCollectionSharder(fused_params=fused_params), *torchrec_default()]
+    return [
+        CCEEmbeddingBagCollectionSharder(fused_params, qcomm_codecs_registry),
+        *torchrec_default(),
+    ]

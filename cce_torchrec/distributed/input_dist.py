@@ -14,6 +14,7 @@ from torchrec.distributed.sharding.dp_sharding import (
 )
 from torchrec.distributed.sharding.tw_sharding import TwSparseFeaturesDist
 from torchrec.modules.embedding_configs import EmbeddingBagConfig
+from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
 from cce_torchrec.config import CCEEmbeddingBagConfig
 from cce_torchrec.expand import Block, Expansion, Slot, codes_of, physical_feature
@@ -72,6 +73,12 @@ def sharding_inputs(
             )
         )
     return inputs
+
+
+def batch_sizes(rows: KeyedJaggedTensor, world_size: int) -> list[list[int]]:
+    """Bags per rank and physical feature of `rows`, received with a batch size per feature."""
+    per_feature = rows.stride_per_key_per_rank() if rows.keys() else []
+    return [[int(sizes[rank]) for sizes in per_feature] for rank in range(world_size)]
 
 
 def _blocks(
