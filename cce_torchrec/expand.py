@@ -216,7 +216,7 @@ class Expansion:
     def __init__(self, blocks: list[Block], slots: list[Slot], keys: list[str]) -> None:
         self._blocks = blocks
         self._keys = keys
-        self._num_slots = len(slots)
+        self._slots = slots
         self._who = []
         for block in blocks:
             features = ", ".join(f"feature {slots[s].feature!r}" for s in block.slots)
@@ -246,15 +246,21 @@ class Expansion:
             block.config = by_name[block.config.name]
         self._count_rows()
 
-    def __call__(self, features: KeyedJaggedTensor, check: BoundsCheck) -> KeyedJaggedTensor:
+    def __call__(
+        self,
+        features: KeyedJaggedTensor,
+        check: BoundsCheck,
+        inverse_indices: tuple[list[str], torch.Tensor] | None = None,
+    ) -> KeyedJaggedTensor:
         """Codebook rows of `features`, whose keys are the logical slots in order; int64.
 
-        Nothing of `features` is written to.
+        Nothing of `features` is written to. With a batch size per feature, `inverse_indices` of
+        logical features become those of the physical ones.
         """
         if self._fits_device(features, check):
             return self._on_device(features, check)
         per_key = features.length_per_key()
-        starts = [0, *itertools.accumulate(per_key)]
+        starts = list(itertools.accumulate(per_key, initial=0))
         out_per_key = [
             per_key[slot] * rows
             for slot, rows in zip(self._sources, self._rows_per_id, strict=True)
@@ -276,8 +282,8 @@ class Expansion:
             values=values,
             weights=out_weights,
             lengths=self._lengths(features),
-            stride=features.stride(),
             length_per_key=out_per_key,
+            **self._batch_sizes(features, inverse_indices),
         )
 
     def _fits_device(self, features: KeyedJaggedTensor, check: BoundsCheck) -> bool:
@@ -285,6 +291,7 @@ class Expansion:
             device.takes(features.values())
             and self._kernel_takes
             and check.mode != BoundsCheckMode.FATAL  # its message needs the first bad id
+            and not features.variable_stride_per_key()
             and features.stride() > 0
             and not any(codes.training for codes in self._tracked)
         )
@@ -324,16 +331,37 @@ class Expansion:
         return self._described[1]
 
     def _lengths(self, features: KeyedJaggedTensor) -> torch.Tensor:
-        """Rows per bag of every physical feature, [features * B]."""
+        """Rows per bag of every physical feature, one after the other."""
         lengths = features.lengths()
+        if features.variable_stride_per_key() and self._sources:
+            bags = lengths.split(features.stride_per_key())
+            rows_per_id = zip(self._sources, self._rows_per_id, strict=True)
+            return torch.cat([bags[slot] * rows for slot, rows in rows_per_id])
         if lengths.device not in self._length_maps:
             self._length_maps[lengths.device] = (
                 torch.tensor(self._sources, device=lengths.device, dtype=torch.int64),
                 torch.tensor(self._rows_per_id, device=lengths.device, dtype=lengths.dtype),
             )
         sources, rows = self._length_maps[lengths.device]
-        by_slot = lengths.view(self._num_slots, features.stride())
+        by_slot = lengths.view(len(self._slots), features.stride())
         return by_slot.index_select(0, sources).mul_(rows[:, None]).view(-1)
+
+    def _batch_sizes(
+        self,
+        features: KeyedJaggedTensor,
+        inverse: tuple[list[str], torch.Tensor] | None,
+    ) -> dict[str, Any]:
+        """Batch size of the expanded KJT: one, or by physical feature where it varies."""
+        if not features.variable_stride_per_key():
+            return {"stride": features.stride()}
+        per_rank = features.stride_per_key_per_rank()
+        sizes: dict[str, Any] = {
+            "stride_per_key_per_rank": [list(per_rank[s]) for s in self._sources]
+        }
+        if inverse is not None:
+            order = [inverse[0].index(self._slots[s].feature) for s in self._sources]
+            sizes["inverse_indices"] = (self._keys, inverse[1][order])
+        return sizes
 
 
 def _gather(values: torch.Tensor, pieces: list[tuple[int, int]]) -> torch.Tensor:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import torch
@@ -87,6 +87,7 @@ def make_planner(
     batch_size: int = 512,
     memory_bytes: int | None = None,
     dense_bytes: int = 1,
+    data_parallel: Collection[str] = (),
 ) -> EmbeddingShardingPlanner:
     """TorchRec's planner for these logical tables.
 
@@ -96,9 +97,11 @@ def make_planner(
         batch_size: global.
         memory_bytes: per rank; by default the GPU's own, on a CPU TorchRec's default.
         dense_bytes: of the parameters that are no tables, with their optimizer state.
+        data_parallel: names of tables to keep whole on every rank, whatever `kind` says; they
+            train by an optimizer over `data_parallel_parameters`.
 
     Raises:
-        ValueError: an unknown kind.
+        ValueError: an unknown kind, or an unknown table.
     """
     kinds = {
         "tw": [ShardingType.TABLE_WISE.value],
@@ -107,8 +110,17 @@ def make_planner(
     }
     if kind not in kinds:
         raise ValueError(f"unknown plan {kind!r}; choose one of {list(kinds)}")
+    unknown = set(data_parallel) - {table.name for table in tables}
+    if unknown:
+        raise ValueError(
+            f"data_parallel names {sorted(unknown)}, which are no tables of the model; choose "
+            f"among {[table.name for table in tables]}"
+        )
+    replicated = [ShardingType.DATA_PARALLEL.value]
     constraints = {
-        table.name: ParameterConstraints(
+        table.name: ParameterConstraints(sharding_types=replicated)
+        if table.name in data_parallel
+        else ParameterConstraints(
             sharding_types=kinds[kind], min_partition=table.chunk_dim,
             pooling_factors=[float(table.rows_per_id)] * len(table.feature_names),
         )
@@ -145,6 +157,7 @@ def make_plan(
     kind: str = "auto",
     batch_size: int = 512,
     memory_bytes: int | None = None,
+    data_parallel: Collection[str] = (),
 ) -> ShardingPlan:
     """A collective plan of `model`: every rank of the default group calls it, all get the same.
 
@@ -164,6 +177,7 @@ def make_plan(
         batch_size,
         memory_bytes,
         dense_bytes=max(1, 6 * dense),  # gradients and Adam's moments, with room
+        data_parallel=data_parallel,
     )
     assert dist.group.WORLD is not None
     return planner.collective_plan(model, get_default_sharders(), dist.group.WORLD)

@@ -15,6 +15,7 @@ from cce_torchrec.kmeans.lloyd import KMeansResult
 from cce_torchrec.kmeans.points import PairPoints, check_finite, metric_root
 
 _FIRST_MOMENTS = ("exp_avg", "momentum_buffer", "momentum")
+_SECOND_MOMENTS = ("exp_avg_sq", "max_exp_avg_sq")
 _ASSIGN_BLOCK = 1 << 20
 SAMPLES_PER_CENTROID = 200
 """Ids per cluster that K-means sees where all distinct pairs would not fit (kmeans-notes)."""
@@ -33,6 +34,8 @@ class ChunkState:
     """Tensors whose first dimension is k + k'."""
     finalise: bool = False
     """Whether main is given the helper's rows: k + k' clusters, and no helper after the step."""
+    replicated: bool = False
+    """Whether every rank holds this chunk (data-parallel)."""
 
     @property
     def num_clusters(self) -> int:
@@ -294,6 +297,6 @@ def _new_optimizer_state(
     sizes = result.sizes[:, None]
     means = torch.where(sizes > 0, sums / sizes.clamp(min=1), main.mean(0))
     new[:new_rows] = means.reshape(new[:new_rows].shape).to(old.dtype)
-    if name == "exp_avg_sq" and new_rows < len(new):
+    if name in _SECOND_MOMENTS and new_rows < len(new):
         new[new_rows:] = old[old_rows:].double().mean(0).to(old.dtype)
     return new

@@ -12,6 +12,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
+from cce_torchrec.clustering import replicas
 from cce_torchrec.clustering.chunk import ChunkState, ChunkUpdate, budget, commit
 from cce_torchrec.clustering.solve import Options, Task, alone, together
 from cce_torchrec.distributed.embedding_bag_collection import ShardedCCEEmbeddingBagCollection
@@ -94,12 +95,14 @@ def cluster(
         metric: per table name [num_chunks, s, s], symmetric and positive semi-definite: K-means
             measures (x - y)^T A (x - y). With the second moment of the loss gradient with respect
             to the chunk this is the Fisher metric: errors that the loss feels count.
-        optimizer: the dense optimizer of unsharded tables, whose state then follows.
+        optimizer: the optimizer of unsharded and data-parallel tables, whose state then follows;
+            data-parallel tables are refused without it.
         process_group: the ranks that share the tables.
 
     Raises:
-        ValueError: on every rank, naming table, chunk and rank: weights that are not finite,
-            unusable options, more memory needed than a `memory_limit` that was given.
+        ValueError: on every rank, naming table, chunk and rank: weights that are not finite, a
+            data-parallel table that is not in `optimizer` or differs between ranks, unusable
+            options, more memory needed than a `memory_limit` that was given.
     """
     options = Options(
         iterations, backend, init, tolerance, samples_per_centroid, memory_limit, weights, metric
@@ -130,10 +133,12 @@ def run(
         options.make_backend(_device(states))
     except Exception as error:  # told to every rank below, then raised there
         failure = str(error)
-    plans = _gathered((failure, tasks), group)
-    _raise_failures([f for f, _ in plans])
+    plans = _gathered((failure, tasks, replicas.digests(states)), group)
+    _raise_failures([f for f, _, _ in plans])
+    replicas.check_equal([d for _, _, d in plans])
+    replicas.share_seen(states, group)
     mine = {task.key: state for task, (_, state) in zip(tasks, states, strict=True)}
-    done = _solve(mine, [theirs for _, theirs in plans], options, _device(states), group)
+    done = _solve(mine, [theirs for _, theirs, _ in plans], options, _device(states), group)
     for key, (update, _) in done.items():
         commit(mine[key], update)
     for codes in {id(state.codes): state.codes for state in mine.values()}.values():
@@ -143,7 +148,7 @@ def run(
     reports = {key: _report(key, mine[key], *result) for key, result in done.items()}
     everyone = {key: r for part in reversed(_gathered(reports, group)) for key, r in part.items()}
     chunks = [everyone[key] for key in sorted(everyone)]
-    paths = {task.path for _, theirs in plans for task in theirs}
+    paths = {task.path for _, theirs, _ in plans for task in theirs}
     return ClusteringReport(chunks, time.perf_counter() - began, peak_bytes), paths
 
 
@@ -273,10 +278,16 @@ def _peak_bytes(tasks: list[Task], memory_limit: int | None) -> int:
 def _local_chunks(
     model: nn.Module, optimizer: torch.optim.Optimizer | None, finalise: bool
 ) -> Iterator[tuple[str, ChunkState]]:
-    """Chunks that this rank owns and that cluster, in the order of the model."""
+    """Chunks that this rank owns and that cluster, in the order of the model.
+
+    Raises:
+        ValueError: a data-parallel table whose parameters `optimizer` does not hold.
+    """
     for path, module in model.named_modules():
+        replicated: set[str] = set()
         if isinstance(module, ShardedCCEEmbeddingBagCollection):
-            rows = _fused_rows(module)
+            rows = _fused_rows(module, optimizer)
+            replicated = module.data_parallel
         elif isinstance(module, CCEEmbeddingBagCollection):
             rows = _unsharded_rows(module, optimizer)
         else:
@@ -285,12 +296,14 @@ def _local_chunks(
             assert isinstance(codes, ChunkCodes)
             if codes.codes is None or codes.config.helper_rows == 0:
                 continue
+            if name in replicated:
+                replicas.check_optimizer(module, codes.config, optimizer)
             for column, chunk in enumerate(codes.chunks):
                 weight, state = rows[physical_table(name, chunk)]
                 kept = {k: v for k, v in state.items() if v.ndim and len(v) == len(weight)}
                 yield (
                     f"{path}.{name}" if path else name,
-                    ChunkState(codes, column, weight, kept, finalise),
+                    ChunkState(codes, column, weight, kept, finalise, name in replicated),
                 )
 
 
@@ -304,28 +317,36 @@ def _unsharded_rows(
         optimizers = list(getattr(weight, "_in_backward_optimizers", []))
         if optimizer is not None:
             optimizers.append(optimizer)
-        state = {
-            key: value
-            for opt in optimizers
-            for key, value in opt.state.get(weight, {}).items()
-            if isinstance(value, torch.Tensor)
-        }
+        state = {k: v for opt in optimizers for k, v in _state_of(weight, opt).items()}
         out[name] = (weight.data, state)
     return out
 
 
 def _fused_rows(
-    module: ShardedCCEEmbeddingBagCollection,
+    module: ShardedCCEEmbeddingBagCollection, optimizer: torch.optim.Optimizer | None = None
 ) -> dict[str, tuple[torch.Tensor, dict[str, torch.Tensor]]]:
-    """Live views of weight and optimizer state of each physical table in the fused kernels."""
+    """Live views of weight and optimizer state of each physical table in TorchRec's kernels.
+
+    The state of data-parallel tables, whose kernels have none, is in `optimizer`.
+    """
+    inner = module.embedding_bag_collection
     out = {}
-    for lookup in module.embedding_bag_collection._lookups:
+    for lookup in inner._lookups:
         while isinstance(lookup, DistributedDataParallel):
             lookup = lookup.module
         for kernel in lookup._emb_modules:
             tbe = kernel.emb_module
-            states = tbe.get_optimizer_state() if hasattr(tbe, "get_optimizer_state") else []
+            fused = hasattr(tbe, "get_optimizer_state")
+            states = tbe.get_optimizer_state() if fused else []
             for i, table in enumerate(kernel._config.embedding_tables):
                 state = states[i] if i < len(states) else {}
+                if not fused and optimizer is not None:
+                    state = _state_of(inner.embedding_bags[table.name].weight, optimizer)
                 out[table.name] = (tbe.split_embedding_weights()[i], state)
     return out
+
+
+def _state_of(parameter: torch.Tensor, optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
+    """What `optimizer` keeps of `parameter`, tensors only."""
+    found = optimizer.state.get(parameter, {})
+    return {key: value for key, value in found.items() if isinstance(value, torch.Tensor)}

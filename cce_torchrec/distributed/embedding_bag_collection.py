@@ -26,11 +26,6 @@ from torchrec.distributed.embeddingbag import (
     EmbeddingBagCollectionSharder,
     ShardedEmbeddingBagCollection,
 )
-from torchrec.distributed.sharding.dp_sharding import (
-    DpPooledEmbeddingSharding,
-    DpSparseFeaturesDist,
-)
-from torchrec.distributed.sharding.tw_sharding import TwSparseFeaturesDist
 from torchrec.distributed.types import (
     Awaitable,
     LazyAwaitable,
@@ -45,16 +40,10 @@ from torchrec.sparse.jagged_tensor import KeyedJaggedTensor, KeyedTensor
 
 from cce_torchrec.bounds import BoundsCheck
 from cce_torchrec.config import CCEEmbeddingBagConfig
-from cce_torchrec.distributed.plan import SUPPORTED, chunk_owners, fan_out
+from cce_torchrec.distributed.input_dist import batch_sizes, sharding_inputs
+from cce_torchrec.distributed.plan import SUPPORTED, chunk_owners, fan_out, is_data_parallel
 from cce_torchrec.distributed.state_dict import CodesState
-from cce_torchrec.expand import (
-    Block,
-    ChunkCodes,
-    Expansion,
-    Slot,
-    codes_of,
-    physical_feature,
-)
+from cce_torchrec.expand import ChunkCodes, codes_of
 from cce_torchrec.modules.embedding_bag_collection import (
     CCEEmbeddingBagCollection,
     finalised_configs,
@@ -90,17 +79,21 @@ class ShardedCCEEmbeddingBagCollection(
             raise ValueError(f"the plan has no entry for tables {missing}; it has {sorted(params)}")
 
         rank = env.rank
+        self.data_parallel = {c.name for c in self._configs if is_data_parallel(params[c.name])}
+        """Tables that are whole on every rank."""
         physical: dict[str, ParameterSharding] = {}
         local: dict[str, ChunkCodes] = {}
         self.chunk_owners: dict[str, list[int]] = {}
+        """Rank of each chunk, per CCE table that is not data-parallel."""
         for config in self._configs:
-            if not isinstance(config, CCEEmbeddingBagConfig):
-                physical[config.name] = params[config.name]
-                continue
-            owners = chunk_owners(config, params[config.name])
-            self.chunk_owners[config.name] = owners
             physical |= fan_out(config, params[config.name])
-            chunks = [j for j, owner in enumerate(owners) if owner == rank]
+            if not isinstance(config, CCEEmbeddingBagConfig):
+                continue
+            chunks = list(range(config.num_chunks))
+            if config.name not in self.data_parallel:
+                owners = chunk_owners(config, params[config.name])
+                self.chunk_owners[config.name] = owners
+                chunks = [j for j in chunks if owners[j] == rank]
             if chunks:
                 codes = codes_of(module.codes, config.name)
                 assert codes is not None
@@ -111,7 +104,7 @@ class ShardedCCEEmbeddingBagCollection(
             for name, sharding in physical.items()
         }
         self.codes = nn.ModuleDict(local)
-        compressed = [c for c in self._configs if isinstance(c, CCEEmbeddingBagConfig)]
+        compressed = [c for c in self._configs if c.name in self.chunk_owners]
         self._codes_state = state = CodesState(
             self.codes, compressed, self.chunk_owners, rank, device, env.process_group
         )
@@ -130,71 +123,9 @@ class ShardedCCEEmbeddingBagCollection(
         self._has_uninitialized_input_dist = False
         self._lookups = inner._lookups
         self._slices = self._output.column_slices(inner._embedding_names, inner._embedding_dims)
-        self._create_input_dists(rank)
-
-    def _create_input_dists(self, rank: int) -> None:
-        inner = self.embedding_bag_collection
-        slot_of: dict[str, Slot] = {
-            name: slot
-            for slot, names in zip(self._output.slots, self._output.physical, strict=True)
-            for name in names
-        }
-        self._feature_order: list[str] = []
-        self._splits: list[int] = []
-        self._pre_a2a: list[list[Slot]] = []
-        self._expansions: list[Expansion] = []
-        for sharding in inner._embedding_shardings:
-            data_parallel = isinstance(sharding, DpPooledEmbeddingSharding)
-            per_rank = (
-                [sharding.feature_names()] if data_parallel else sharding.feature_names_per_rank()
-            )
-            slots_per_rank = [list(dict.fromkeys(slot_of[n] for n in names)) for names in per_rank]
-            counts = [len(slots) for slots in slots_per_rank]
-            self._input_dists.append(
-                DpSparseFeaturesDist()
-                if data_parallel
-                else TwSparseFeaturesDist(sharding._pg, counts)
-            )
-            self._feature_order += [s.feature for slots in slots_per_rank for s in slots]
-            self._splits.append(sum(counts))
-            self._pre_a2a.append([slot_of[name] for names in per_rank for name in names])
-            mine = 0 if data_parallel else rank
-            self._expansions.append(
-                Expansion(
-                    self._blocks(per_rank[mine], slots_per_rank[mine]),
-                    slots_per_rank[mine],
-                    list(per_rank[mine]),
-                )
-            )
-
-    def _blocks(self, names: list[str], slots: list[Slot]) -> list[Block]:
-        """Blocks that produce the physical features `names`, in order, from `slots`."""
-        position = {slot: i for i, slot in enumerate(slots)}
-        by_first: dict[str, tuple[Any, list[str], int | None]] = {}
-        for config in self._configs:
-            is_cce = isinstance(config, CCEEmbeddingBagConfig)
-            for chunk in range(config.num_chunks) if is_cce else [None]:
-                features = [physical_feature(config.name, f, chunk) for f in config.feature_names]
-                by_first[features[0]] = (config, features, chunk)
-        blocks: list[Block] = []
-        at = 0
-        while at < len(names):
-            config, features, chunk = by_first[names[at]]
-            assert names[at : at + len(features)] == features, "TorchRec tore a table apart"
-            at += len(features)
-            if chunk is None:
-                own = [position[Slot(config.name, f)] for f in config.feature_names]
-                blocks.append(Block(config, own, None, []))
-                continue
-            codes = codes_of(self.codes, config.name)
-            assert codes is not None
-            column = codes.chunks.index(chunk)
-            if blocks and blocks[-1].config is config:
-                blocks[-1].columns.append(column)
-            else:
-                own = [position[Slot(config.name, f)] for f in config.feature_names]
-                blocks.append(Block(config, own, codes, [column]))
-        return blocks
+        self._inputs = sharding_inputs(inner, self._configs, self._output, self.codes, rank)
+        self._input_dists += [sharded.dist for sharded in self._inputs]
+        self._feature_order = [slot.feature for sharded in self._inputs for slot in sharded.slots]
 
     def input_dist(  # type: ignore[override]  # TorchRec's own modules narrow *input likewise
         self, ctx: EmbeddingBagCollectionContext, features: KeyedJaggedTensor
@@ -202,30 +133,49 @@ class ShardedCCEEmbeddingBagCollection(
         """Sends each id once to every rank that owns a chunk of its table.
 
         Raises:
-            ValueError: a missing feature, or missing weights.
+            ValueError: a missing feature, missing weights or inverse indices, or a batch size per
+            feature where a table is data-parallel.
         """
         check_features(features, self._output.slots, self._is_weighted)
+        if features.variable_stride_per_key() and self.data_parallel:
+            raise ValueError(
+                f"tables {sorted(self.data_parallel)} are data-parallel, for which TorchRec has no "
+                "variable batch size per feature; plan them table-wise or column-wise, or give "
+                "every feature the same batch size"
+            )
         with torch.no_grad():
             ctx.divisor = self._output.divisor(features)
+            ctx.variable_batch_per_feature = features.variable_stride_per_key()
+            if ctx.variable_batch_per_feature:
+                ctx.inverse_indices = self._inverse_indices(*features.inverse_indices())
             if not self._is_weighted:
                 features = without_weights(features)
+            bags = dict(zip(features.keys(), features.stride_per_key(), strict=True))
             awaitables = []
             ordered = select_slots(features, self._feature_order)
-            pieces = ordered.split(self._splits)
-            for dist, piece, slots in zip(self._input_dists, pieces, self._pre_a2a, strict=True):
-                awaitables.append(dist(piece))
+            pieces = ordered.split([len(sharded.slots) for sharded in self._inputs])
+            for sharded, piece in zip(self._inputs, pieces, strict=True):
+                awaitables.append(sharded.dist(piece))
                 ctx.sharding_contexts.append(
                     EmbeddingShardingContext(
-                        batch_size_per_feature_pre_a2a=[features.stride()] * len(slots)
+                        batch_size_per_feature_pre_a2a=[bags[s.feature] for s in sharded.looked_up],
+                        variable_batch_per_feature=ctx.variable_batch_per_feature,
                     )
                 )
             return KJTListSplitsAwaitable(awaitables, ctx)
+
+    def _inverse_indices(
+        self, names: list[str], inverse: torch.Tensor
+    ) -> tuple[list[str], torch.Tensor]:
+        """Rows of `inverse` in the order in which TorchRec gathers the physical features."""
+        looked_up = [slot.feature for sharded in self._inputs for slot in sharded.looked_up]
+        return looked_up, inverse[[names.index(feature) for feature in looked_up]]
 
     def compute(
         self, ctx: EmbeddingBagCollectionContext, dist_input: KJTList
     ) -> list[torch.Tensor]:
         """Expands the received ids against the local codes and looks the rows up."""
-        return self.embedding_bag_collection.compute(ctx, self._expand(dist_input))
+        return self.embedding_bag_collection.compute(ctx, self._expand(ctx, dist_input))
 
     def output_dist(
         self, ctx: EmbeddingBagCollectionContext, output: list[torch.Tensor]
@@ -238,16 +188,17 @@ class ShardedCCEEmbeddingBagCollection(
     ) -> LazyAwaitable[KeyedTensor]:
         """`compute` and `output_dist` in one, as the train pipelines call it."""
         inner = self.embedding_bag_collection
-        return self._assembled(ctx, inner.compute_and_output_dist(ctx, self._expand(input)))
+        return self._assembled(ctx, inner.compute_and_output_dist(ctx, self._expand(ctx, input)))
 
-    def _expand(self, dist_input: KJTList) -> KJTList:
-        with torch.no_grad():
-            return KJTList(
-                [
-                    expansion(features, self._bounds_check)
-                    for expansion, features in zip(self._expansions, dist_input, strict=True)
-                ]
-            )
+    def _expand(self, ctx: EmbeddingBagCollectionContext, dist_input: KJTList) -> KJTList:
+        expanded = [
+            sharded.expansion(features, self._bounds_check)
+            for sharded, features in zip(self._inputs, dist_input, strict=True)
+        ]
+        if ctx.variable_batch_per_feature:
+            for context, rows in zip(ctx.sharding_contexts, expanded, strict=True):
+                context.batch_size_per_rank_per_feature = batch_sizes(rows, self._env.world_size)
+        return KJTList(expanded)
 
     def _assembled(
         self, ctx: EmbeddingBagCollectionContext, awaitable: LazyAwaitable[KeyedTensor]
@@ -268,8 +219,8 @@ class ShardedCCEEmbeddingBagCollection(
     def drop_helpers(self, names: Sequence[str]) -> None:
         """Reads the tables `names` as finalised ones; `clustering.finalize` wrote them so."""
         self._configs = finalised_configs(self._configs, names, self.codes)
-        for expansion in self._expansions:
-            expansion.set_configs(self._configs)
+        for sharded in self._inputs:
+            sharded.expansion.set_configs(self._configs)
         self._codes_state.set_configs(self._configs)
 
     def is_weighted(self) -> bool:
@@ -310,7 +261,10 @@ def _local_codes(codes: ChunkCodes, chunks: list[int], device: torch.device) -> 
 class CCEEmbeddingBagCollectionSharder(BaseEmbeddingSharder[CCEEmbeddingBagCollection]):
     """Shards `CCEEmbeddingBagCollection` by plans of logical tables.
 
-    TABLE_WISE keeps the chunks of a table on one rank; COLUMN_WISE spreads them over ranks.
+    TABLE_WISE keeps the chunks of a table on one rank; COLUMN_WISE spreads them over ranks, and
+    TABLE_COLUMN_WISE over those of one host. DATA_PARALLEL keeps all on every rank: such tables
+    train by an optimizer of the user's, over `data_parallel_parameters`.
+
     Apply the fused optimizer before the plan is made, as for any TorchRec module.
     """
 
@@ -366,7 +320,7 @@ class CCEEmbeddingBagCollectionSharder(BaseEmbeddingSharder[CCEEmbeddingBagColle
         return out
 
     def sharding_types(self, compute_device_type: str) -> list[str]:
-        """TABLE_WISE and COLUMN_WISE."""
+        """Those that place whole chunks."""
         types = super().sharding_types(compute_device_type)
         return [kind for kind in types if kind in (ShardingType(t).value for t in SUPPORTED)]
 
@@ -383,8 +337,12 @@ class CCEEmbeddingBagCollectionSharder(BaseEmbeddingSharder[CCEEmbeddingBagColle
 
 def get_default_sharders(
     fused_params: dict[str, Any] | None = None,
+    qcomm_codecs_registry: dict[str, QuantizedCommCodecs] | None = None,
 ) -> list[Any]:
     """TorchRec's default sharders with `CCEEmbeddingBagCollectionSharder` in front."""
     from torchrec.distributed.sharding_plan import get_default_sharders as torchrec_default
 
-    return [CCEEmbeddingBagCollectionSharder(fused_params=fused_params), *torchrec_default()]
+    return [
+        CCEEmbeddingBagCollectionSharder(fused_params, qcomm_codecs_registry),
+        *torchrec_default(),
+    ]

@@ -6,11 +6,22 @@ from dataclasses import replace
 
 from torch.distributed._shard.sharding_spec import EnumerableShardingSpec, ShardMetadata
 from torchrec.distributed.types import ParameterSharding, ShardingType
+from torchrec.modules.embedding_configs import EmbeddingBagConfig
 
 from cce_torchrec.config import CCEEmbeddingBagConfig
 from cce_torchrec.expand import physical_table
 
-SUPPORTED = (ShardingType.TABLE_WISE.value, ShardingType.COLUMN_WISE.value)
+SUPPORTED = (
+    ShardingType.TABLE_WISE.value,
+    ShardingType.COLUMN_WISE.value,
+    ShardingType.TABLE_COLUMN_WISE.value,
+    ShardingType.DATA_PARALLEL.value,
+)
+
+
+def is_data_parallel(sharding: ParameterSharding) -> bool:
+    """Whether a table is whole on every rank."""
+    return sharding.sharding_type == ShardingType.DATA_PARALLEL.value
 
 
 def _rank(shard: ShardMetadata) -> int:
@@ -24,14 +35,9 @@ def chunk_owners(config: CCEEmbeddingBagConfig, sharding: ParameterSharding) -> 
     """Rank that owns each chunk under a logical table's sharding.
 
     Raises:
-        ValueError: another sharding type, or column shards that cut a chunk in two.
+        ValueError: column shards that cut a chunk in two.
     """
     who = f"table {config.name!r}"
-    if sharding.sharding_type not in SUPPORTED:
-        raise ValueError(
-            f"{who}: sharding_type {sharding.sharding_type!r} is not supported for CCE tables; "
-            f"use one of {list(SUPPORTED)}"
-        )
     spec = sharding.sharding_spec
     shards = spec.shards if isinstance(spec, EnumerableShardingSpec) else None
     if not shards:
@@ -52,14 +58,29 @@ def chunk_owners(config: CCEEmbeddingBagConfig, sharding: ParameterSharding) -> 
 
 
 def fan_out(
-    config: CCEEmbeddingBagConfig, sharding: ParameterSharding
+    config: EmbeddingBagConfig, sharding: ParameterSharding
 ) -> dict[str, ParameterSharding]:
-    """One table-wise ParameterSharding per chunk of `config`."""
+    """The plan of TorchRec's tables behind `config`: its chunks, or the plain table itself.
+
+    Raises:
+        ValueError: a sharding type that places rows, not chunks.
+    """
+    if sharding.sharding_type not in SUPPORTED:
+        raise ValueError(
+            f"table {config.name!r}: sharding_type {sharding.sharding_type!r} splits rows over "
+            "ranks, and a CCE collection sends ids to the ranks that own whole chunks; use one of "
+            f"{list(SUPPORTED)}"
+        )
+    if not isinstance(config, CCEEmbeddingBagConfig):
+        return {config.name: sharding}
+    tables = [physical_table(config.name, chunk) for chunk in range(config.num_chunks)]
+    if is_data_parallel(sharding):
+        return dict.fromkeys(tables, sharding)
     owners = chunk_owners(config, sharding)
     assert isinstance(sharding.sharding_spec, EnumerableShardingSpec)
     placements = {_rank(s): s.placement for s in sharding.sharding_spec.shards}
     return {
-        physical_table(config.name, chunk): replace(
+        table: replace(
             sharding,
             sharding_type=ShardingType.TABLE_WISE.value,
             ranks=[owner],
@@ -73,5 +94,5 @@ def fan_out(
                 ]
             ),
         )
-        for chunk, owner in enumerate(owners)
+        for table, owner in zip(tables, owners, strict=True)
     }

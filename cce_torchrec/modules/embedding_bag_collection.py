@@ -104,7 +104,8 @@ class CCEEmbeddingBagCollection(EmbeddingBagCollectionInterface):
         slots = select_slots(features, [slot.feature for slot in self._output.slots])
         if not self._is_weighted:
             slots = without_weights(slots)
-        pooled = self.embedding_bag_collection(self._expansion(slots, self._bounds_check))
+        rows = self._expansion(slots, self._bounds_check, features.inverse_indices_or_none())
+        pooled = self.embedding_bag_collection(rows)
         return self._output.assemble(pooled, self._slices, divisor)
 
     def embedding_bag_configs(self) -> list[EmbeddingBagConfig]:
@@ -194,11 +195,13 @@ def without_weights(features: KeyedJaggedTensor) -> KeyedJaggedTensor:
     """`features` without its weights, sharing everything else."""
     if features.weights_or_none() is None:
         return features
+    variable = features.variable_stride_per_key()
     return KeyedJaggedTensor(
         keys=features.keys(),
         values=features.values(),
         lengths=features.lengths(),
-        stride=features.stride(),
+        stride=None if variable else features.stride(),
+        stride_per_key_per_rank=features.stride_per_key_per_rank() if variable else None,
     )
 
 

@@ -80,14 +80,19 @@ class LogicalOutput:
         """Bag lengths [B, sum of dims], 1 where nothing is divided; None without MEAN tables."""
         if not any(self.mean):
             return None
-        lengths = features.lengths().view(len(features.keys()), -1).clamp(min=1)
         position = {key: i for i, key in enumerate(features.keys())}
+        bags = features.lengths().clamp(min=1).split(features.stride_per_key())
+        found = [bags[position[slot.feature]] for slot in self.slots]
+        if features.variable_stride_per_key():
+            names, inverse = features.inverse_indices()
+            rows = [inverse[names.index(slot.feature)] for slot in self.slots]
+            found = [bag[row] for bag, row in zip(found, rows, strict=True)]
         columns = [
-            lengths[position[slot.feature]] if mean else torch.ones_like(lengths[0])
-            for slot, mean in zip(self.slots, self.mean, strict=True)
+            own if mean else torch.ones_like(own)
+            for own, mean in zip(found, self.mean, strict=True)
         ]
         return torch.stack(columns, dim=1).repeat_interleave(
-            tensor_of(tuple(self.dims), lengths.device), dim=1, output_size=sum(self.dims)
+            tensor_of(tuple(self.dims), features.device()), dim=1, output_size=sum(self.dims)
         )
 
     def assemble(
@@ -106,10 +111,11 @@ class LogicalOutput:
 
 
 def check_features(features: KeyedJaggedTensor, slots: Sequence[Slot], is_weighted: bool) -> None:
-    """Refuses a KJT that lacks a configured feature or the weights the collection pools by.
+    """Refuses a KJT that lacks a configured feature or what the collection pools it by.
 
     Raises:
-        ValueError: naming the missing features, or the missing or superfluous weights.
+        ValueError: naming the features that are missing, or that lack inverse indices where the
+            batch size varies by feature, or the missing weights.
     """
     keys = set(features.keys())
     missing = [slot for slot in slots if slot.feature not in keys]
@@ -122,7 +128,10 @@ def check_features(features: KeyedJaggedTensor, slots: Sequence[Slot], is_weight
             "is_weighted=True, but the KeyedJaggedTensor has no weights"
         )
     if features.variable_stride_per_key():
-        raise ValueError(
-            "a variable batch size per feature is not supported; give every feature the same "
-            "batch size"
-        )
+        inverse = features.inverse_indices_or_none()
+        lacking = sorted({slot.feature for slot in slots} - set(inverse[0] if inverse else ()))
+        if lacking:
+            raise ValueError(
+                "the KeyedJaggedTensor has a batch size per feature, but no inverse_indices for "
+                f"{lacking}; give (names, [features, batch size]), the bag of each example"
+            )

@@ -1,0 +1,112 @@
+"""Input distribution over logical slots: where each id goes, and what it becomes there."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+from torchrec.distributed.embeddingbag import ShardedEmbeddingBagCollection
+from torchrec.distributed.sharding.dp_sharding import (
+    DpPooledEmbeddingSharding,
+    DpSparseFeaturesDist,
+)
+from torchrec.distributed.sharding.tw_sharding import TwSparseFeaturesDist
+from torchrec.modules.embedding_configs import EmbeddingBagConfig
+from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
+
+from cce_torchrec.config import CCEEmbeddingBagConfig
+from cce_torchrec.expand import Block, Expansion, Slot, codes_of, physical_feature
+from cce_torchrec.modules.output import LogicalOutput
+
+
+@dataclass(frozen=True)
+class ShardingInput:
+    """How ids reach the lookup of one of TorchRec's shardings, and are expanded there."""
+
+    dist: nn.Module
+    """Takes a KJT of `slots` to the ranks that own their tables' chunks."""
+    slots: list[Slot]
+    """Per rank in turn, each slot once."""
+    looked_up: list[Slot]
+    """Slot of each physical feature of all ranks, in the order of the lookups' outputs."""
+    expansion: Expansion
+    """Of the slots that this rank receives."""
+
+
+def sharding_inputs(
+    inner: ShardedEmbeddingBagCollection,
+    configs: Sequence[EmbeddingBagConfig],
+    output: LogicalOutput,
+    codes: nn.ModuleDict,
+    rank: int,
+) -> list[ShardingInput]:
+    """One entry per sharding of `inner`, whose tables are the chunks of `configs`.
+
+    Args:
+        codes: of the chunks that `rank` owns.
+    """
+    slot_of = {
+        name: slot
+        for slot, names in zip(output.slots, output.physical, strict=True)
+        for name in names
+    }
+    inputs = []
+    for sharding in inner._embedding_shardings:
+        data_parallel = isinstance(sharding, DpPooledEmbeddingSharding)
+        per_rank = (
+            [sharding.feature_names()] if data_parallel else sharding.feature_names_per_rank()
+        )
+        slots_per_rank = [list(dict.fromkeys(slot_of[n] for n in names)) for names in per_rank]
+        counts = [len(slots) for slots in slots_per_rank]
+        mine = 0 if data_parallel else rank
+        names, slots = list(per_rank[mine]), slots_per_rank[mine]
+        inputs.append(
+            ShardingInput(
+                dist=DpSparseFeaturesDist()
+                if data_parallel
+                else TwSparseFeaturesDist(sharding._pg, counts),
+                slots=[slot for slots in slots_per_rank for slot in slots],
+                looked_up=[slot_of[name] for names in per_rank for name in names],
+                expansion=Expansion(_blocks(configs, codes, names, slots), slots, names),
+            )
+        )
+    return inputs
+
+
+def batch_sizes(rows: KeyedJaggedTensor, world_size: int) -> list[list[int]]:
+    """Bags per rank and physical feature of `rows`, received with a batch size per feature."""
+    per_feature = rows.stride_per_key_per_rank() if rows.keys() else []
+    return [[int(sizes[rank]) for sizes in per_feature] for rank in range(world_size)]
+
+
+def _blocks(
+    configs: Sequence[EmbeddingBagConfig], codes: nn.ModuleDict, names: list[str], slots: list[Slot]
+) -> list[Block]:
+    """Blocks that produce the physical features `names`, in order, from `slots`."""
+    position = {slot: i for i, slot in enumerate(slots)}
+    by_first: dict[str, tuple[Any, list[str], int | None]] = {}
+    for config in configs:
+        is_cce = isinstance(config, CCEEmbeddingBagConfig)
+        for chunk in range(config.num_chunks) if is_cce else [None]:
+            features = [physical_feature(config.name, f, chunk) for f in config.feature_names]
+            by_first[features[0]] = (config, features, chunk)
+    blocks: list[Block] = []
+    at = 0
+    while at < len(names):
+        config, features, chunk = by_first[names[at]]
+        assert names[at : at + len(features)] == features, "TorchRec tore a table apart"
+        at += len(features)
+        own = [position[Slot(config.name, f)] for f in config.feature_names]
+        if chunk is None:
+            blocks.append(Block(config, own, None, []))
+            continue
+        held = codes_of(codes, config.name)
+        assert held is not None
+        column = held.chunks.index(chunk)
+        if blocks and blocks[-1].config is config:
+            blocks[-1].columns.append(column)
+        else:
+            blocks.append(Block(config, own, held, [column]))
+    return blocks

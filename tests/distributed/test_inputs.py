@@ -1,0 +1,195 @@
+"""Variable batch per feature and data-parallel tables: equal to the unsharded module."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+import torch.distributed as dist
+import torchrec
+from torchrec import KeyedJaggedTensor
+from torchrec.distributed import DistributedModelParallel
+from torchrec.modules.embedding_configs import PoolingType
+from torchrec.optim.apply_optimizer_in_backward import apply_optimizer_in_backward
+from torchrec.optim.keyed import CombinedOptimizer, KeyedOptimizerWrapper
+
+from cce_torchrec import CCEEmbeddingBagCollection
+from cce_torchrec.clustering import cluster
+from cce_torchrec.clustering.step import _fused_rows, _unsharded_rows
+from cce_torchrec.distributed.data_parallel import data_parallel_parameters
+from cce_torchrec.distributed.embedding_bag_collection import get_default_sharders
+from cce_torchrec.planner import make_plan
+from tests.distributed.ranks import run_ranks
+from tests.distributed.test_sharded import CPU, KEYS, Model, batch, tables
+
+SUM, MEAN = PoolingType.SUM, PoolingType.MEAN
+SIZE = 5
+ROWWISE = (torchrec.optim.RowWiseAdagrad, {"lr": 0.1, "eps": 1e-8})
+
+
+def vbe_batch(seed, weighted):
+    """Bags of each feature, fewer or more than the examples; KEYS in another order inside."""
+    g = torch.Generator().manual_seed(seed)
+    keys = KEYS[::-1]
+    sizes = [int(n) for n in torch.randint(1, 2 * SIZE, (len(keys),), generator=g)]
+    lengths = torch.randint(0, 4, (sum(sizes),), generator=g)
+    total = int(lengths.sum())
+    rows = torch.stack([torch.randint(0, n, (SIZE,), generator=g) for n in sizes])
+    return KeyedJaggedTensor(
+        keys=keys,
+        values=torch.randint(0, 40, (total,), generator=g),
+        lengths=lengths,
+        weights=torch.rand(total, generator=g) if weighted else None,
+        stride_per_key_per_rank=[[n] for n in sizes],
+        inverse_indices=(KEYS, rows.flip(0)),
+    )
+
+
+def every_example(kjt):
+    """The same batch with each example's bag written out."""
+    names, inverse = kjt.inverse_indices()
+    values, lengths, weights = [], [], []
+    for key, jagged in kjt.to_dict().items():
+        for bag in inverse[names.index(key)].tolist():
+            start, end = jagged.offsets()[bag : bag + 2].tolist()
+            values.append(jagged.values()[start:end])
+            lengths.append(end - start)
+            if jagged.weights_or_none() is not None:
+                weights.append(jagged.weights()[start:end])
+    return KeyedJaggedTensor(
+        keys=kjt.keys(),
+        values=torch.cat(values),
+        lengths=torch.tensor(lengths),
+        weights=torch.cat(weights) if weights else None,
+        stride=SIZE,
+    )
+
+
+class Pair:
+    """A sharded model and its unsharded twin, with the optimizers of both."""
+
+    def __init__(self, kind, data_parallel, pooling, weighted, optimizer=ROWWISE, dense=None):
+        torch.manual_seed(1)
+        self.weighted, self.rank = weighted, dist.get_rank()
+        self.world_size = dist.get_world_size()
+        made = [
+            CCEEmbeddingBagCollection(tables=tables(pooling), is_weighted=weighted)
+            for _ in range(2)
+        ]
+        dense = dense or (lambda ps: optimizer[0](ps, **optimizer[1]))
+        for one in made:
+            fused = [p for n, p in one.named_parameters() if not _of(n, data_parallel)]
+            apply_optimizer_in_backward(optimizer[0], fused, dict(optimizer[1]))
+        self.plain = made[0]
+        replicated = {n: p for n, p in made[0].named_parameters() if _of(n, data_parallel)}
+        self.plain_optimizer = dense(replicated.values()) if replicated else None
+        model = Model(made[1])
+        plan = make_plan(model, tables(pooling), CPU, kind, data_parallel=data_parallel)
+        self.model = DistributedModelParallel(
+            model, device=CPU, plan=plan, sharders=get_default_sharders()
+        )
+        self.sharded = self.model.module.collection
+        own = data_parallel_parameters(self.model)
+        assert {n.split(".")[-2] for n in own} == {n.split(".")[-2] for n in replicated}
+        optimizers = [("fused", self.model.fused_optimizer)]
+        if own:
+            optimizers.append(("own", KeyedOptimizerWrapper(own, dense)))
+        self.optimizer = CombinedOptimizer(optimizers) if own else None
+
+    def train(self, make, seeds):
+        """Compares outputs on the way."""
+        for seed in seeds:
+            batches = [make(seed * 10 + r, self.weighted) for r in range(self.world_size)]
+            expected = [self.plain(b).values() for b in batches]
+            out = self.model(batches[self.rank]).wait()
+            assert out.keys() == ["f@t", "g", "h@p", "f@p", "h@u"]
+            torch.testing.assert_close(out.values(), expected[self.rank], rtol=1e-5, atol=1e-6)
+            for optimizer in (self.optimizer, self.plain_optimizer):
+                if optimizer is not None:
+                    optimizer.zero_grad()
+            out.values().square().sum().backward()
+            torch.stack([e.square().sum() for e in expected]).mean().backward()
+            for optimizer in (self.optimizer, self.plain_optimizer):
+                if optimizer is not None:
+                    optimizer.step()
+
+    def copy(self):
+        """State of the sharded model into its twin on every rank, bit for bit."""
+        rows = {
+            n: (w.clone(), {k: v.clone() for k, v in state.items()})
+            for n, (w, state) in _fused_rows(self.sharded, self.optimizer).items()
+        }
+        codes = {
+            (name, chunk): part.codes[:, i].long()
+            for name, part in self.sharded.codes.items()
+            for i, chunk in enumerate(part.chunks)
+        }
+        gathered = [None] * self.world_size
+        dist.all_gather_object(gathered, (rows, codes))
+        own = _unsharded_rows(self.plain, self.plain_optimizer)
+        for theirs, columns in gathered:
+            for name, (weight, state) in theirs.items():
+                own[name][0].copy_(weight)
+                for key in state.keys() & own[name][1].keys():
+                    own[name][1][key].copy_(state[key].view_as(own[name][1][key]))
+            for (name, chunk), column in columns.items():
+                held = self.plain.codes[name].codes
+                held[:, chunk] = column.to(held.dtype)
+
+    def compare(self, exact):
+        check = torch.equal if exact else lambda a, b: torch.allclose(a, b, rtol=1e-5, atol=1e-6)
+        own = _unsharded_rows(self.plain, self.plain_optimizer)
+        for name, (weight, state) in _fused_rows(self.sharded, self.optimizer).items():
+            assert check(weight, own[name][0]), name
+            for key in state.keys() & own[name][1].keys():
+                assert check(state[key], own[name][1][key].view_as(state[key])), (name, key)
+        for name, part in self.sharded.codes.items():
+            assert torch.equal(part.codes, self.plain.codes[name].codes[:, part.chunks]), name
+
+    def check(self, make):
+        """Two steps, a clustering step from equal state, one more step."""
+        self.copy()
+        self.train(make, (0, 1))
+        self.compare(exact=False)
+        self.copy()
+        sharded = cluster(self.model, optimizer=self.optimizer)
+        plain = cluster(self.plain, optimizer=self.plain_optimizer)
+        assert [(c.chunk, c.objective_after) for c in sharded.chunks] == [
+            (c.chunk, c.objective_after) for c in plain.chunks
+        ]
+        self.compare(exact=True)
+        self.train(make, (2,))
+        self.compare(exact=False)
+
+
+def _of(name, table_names):
+    return name.split(".")[-2].split("#")[0] in table_names
+
+
+def matrix(rank, world_size, cases):
+    for kind, data_parallel, pooling, weighted, make in cases:
+        pair = Pair(kind, data_parallel, pooling, weighted)
+        try:
+            pair.check(make)
+        except Exception as error:
+            case = f"{kind} dp={data_parallel} {pooling} weighted={weighted} {make.__name__}"
+            raise AssertionError(case) from error
+
+
+ALL = [
+    *itertools.product(["tw", "cw"], [()], [SUM, MEAN], [False, True], [vbe_batch]),
+    *itertools.product(["tw"], [("t", "u")], [SUM, MEAN], [False, True], [batch]),
+    ("cw", ("u", "p"), MEAN, True, batch),
+    ("tw", ("t", "u", "p"), SUM, False, batch),
+]
+SOME = [
+    ("cw", (), MEAN, True, vbe_batch),
+    ("tw", (), SUM, False, vbe_batch),
+    ("cw", ("u",), MEAN, True, batch),
+]
+
+
+@pytest.mark.parametrize(("world_size", "cases"), [(2, ALL), (3, SOME), (4, SOME)])
+def test_sharded_equals_unsharded(world_size, cases):
+    run_ranks(world_size, matrix, cases)
