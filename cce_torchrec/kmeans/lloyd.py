@@ -41,7 +41,7 @@ class KMeansResult:
     assignment: torch.Tensor
     sizes: torch.Tensor
     iterations: list[IterationStats]
-    """One per Lloyd iteration, and one for the final assignment."""
+    """One per assignment: of every Lloyd iteration, and of the final centroids."""
 
     @property
     def objective(self) -> list[float]:

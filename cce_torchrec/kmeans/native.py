@@ -17,6 +17,10 @@ from cce_torchrec.hashing import HashFunction
 
 GROUP = 128
 """Columns of scores are padded to a multiple of this (GROUP in _native.cpp)."""
+TILE = 1 << 19
+"""Bytes of helper scores that are kept in cache (TILE in _native.cpp)."""
+PANEL = 32
+"""Centroids that direct products take at once (PANEL in _native.cpp); divides GROUP."""
 LOWEST = -3.0e38
 """Score of a padding column; finite, so that adding to it is not NaN."""
 
@@ -89,22 +93,38 @@ def pair_scorer(
     return nearest
 
 
-def point_scorer(centroids: torch.Tensor) -> Callable[[torch.Tensor], torch.Tensor]:
-    """A function x -> nearest centroid; x float32 [n, s], result int32 [n]."""
-    k, dim = centroids.shape
-    width = -(-k // 16) * 16
-    transposed = torch.zeros(dim, width)
-    transposed[:, :k] = centroids.t()
-    half_norms = torch.full((width,), LOWEST)
-    half_norms[:k] = -0.5 * (centroids * centroids).sum(1)
+class PointScorer:
+    """Nearest of `centroids` [k, s] by direct products, int32 [n]."""
 
-    def nearest(x: torch.Tensor) -> torch.Tensor:
-        x = x.contiguous()
-        out = torch.empty(len(x), dtype=torch.int32)
-        _call("cce_nearest_points", x, transposed, half_norms, width, dim, len(x), out)
+    def __init__(self, centroids: torch.Tensor) -> None:
+        k, dim = centroids.shape
+        padded = torch.zeros(-(-k // GROUP) * GROUP, dim)
+        padded[:k] = centroids
+        half_norms = torch.full((len(padded),), LOWEST)
+        half_norms[:k] = -0.5 * (centroids * centroids).sum(1)
+        panels = padded.view(-1, PANEL, dim).transpose(1, 2).contiguous()
+        self._centroids = (panels, half_norms, len(padded), dim)
+        self._scratch = torch.empty(8 * dim)
+
+    def of_vectors(self, x: torch.Tensor) -> torch.Tensor:
+        """Of the rows of x, float32 [n, s]."""
+        return self._run((x.contiguous(), None, None, None, None, 1.0), len(x))
+
+    def of_sums(
+        self,
+        main: torch.Tensor,
+        helper: torch.Tensor | None,
+        a: torch.Tensor | None,
+        b: torch.Tensor | None,
+        scale: float,
+    ) -> torch.Tensor:
+        """Of (main[a] + helper[b]) / scale, int32 codebooks; of main's rows without the others."""
+        return self._run((None, main, helper, a, b, 1 / scale), len(main if a is None else a))
+
+    def _run(self, points: tuple[torch.Tensor | float | None, ...], n: int) -> torch.Tensor:
+        out = torch.empty(n, dtype=torch.int32)
+        _call("cce_nearest_points", *points, *self._centroids, n, self._scratch, out)
         return out
-
-    return nearest
 
 
 def accumulate(
