@@ -5,21 +5,22 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from cce_torchrec.clustering.chunk import ChunkState, ChunkUpdate, budget, commit
-from cce_torchrec.clustering.solve import Options, Task, alone, together
+from cce_torchrec.clustering.chunk import ChunkState, ChunkUpdate, commit
+from cce_torchrec.clustering.options import Options
+from cce_torchrec.clustering.plan import DEFAULT_MEMORY_LIMIT, Key, Plan, Task, task_of
+from cce_torchrec.clustering.solve import Solver
 from cce_torchrec.distributed.embedding_bag_collection import ShardedCCEEmbeddingBagCollection
 from cce_torchrec.expand import ChunkCodes, physical_table
+from cce_torchrec.kmeans.backends import make_backend
+from cce_torchrec.kmeans.share import gathered, raise_failures
 from cce_torchrec.modules.embedding_bag_collection import CCEEmbeddingBagCollection
-
-T = TypeVar("T")
-DEFAULT_MEMORY_LIMIT = 1 << 30
 
 
 @dataclass(frozen=True)
@@ -77,6 +78,10 @@ def cluster(
     written anywhere. Ranks share the scoring of large chunks; small ones are done by their owner.
     Codes never cross the network.
 
+    Memory beside the model is computed in advance and stays under a limit. New codes that do not
+    fit it until all chunks are solved are found once more when they are written, from centroids
+    that are final by then: that half is deterministic and repeats what has succeeded.
+
     Args:
         model: unsharded, or under DistributedModelParallel.
         iterations: Lloyd iterations.
@@ -86,8 +91,8 @@ def cluster(
         tolerance: see `cce_torchrec.kmeans.kmeans`.
         samples_per_centroid: ids per cluster that K-means sees, drawn by hash; by default all
             distinct pairs, or 200 where those do not fit `memory_limit`.
-        memory_limit: bytes beside the model per rank; by default what fits 1 GiB or a tenth of
-            the rank's codes, whichever is larger, aside from new codes that wait to be written.
+        memory_limit: bytes beside the model per rank, by default 1 GiB or a tenth of the rank's
+            codes, whichever is larger.
         weights: how much each id counts in K-means: per table name int64 [num_embeddings], or
             "seen": ids that were looked up in training since the last clustering count once,
             others not (tables with `track_seen`). All ids get new codes.
@@ -99,7 +104,7 @@ def cluster(
 
     Raises:
         ValueError: on every rank, naming table, chunk and rank: weights that are not finite,
-            unusable options, more memory needed than a `memory_limit` that was given.
+            unusable options, more memory needed than the limit.
     """
     began = time.perf_counter()
     options = Options(
@@ -109,75 +114,120 @@ def cluster(
     states: list[tuple[str, ChunkState]] = []
     tasks: list[Task] = []
     failure: str | None = None
-    peak_bytes = 0
     try:
         options.check()
         states = list(_local_chunks(model, optimizer))
-        for _, state in states:
+        for path, state in states:
             options.check_for(state)
-        tasks = _plan(states, options)
-        peak_bytes = _peak_bytes(tasks, memory_limit)
-        options.make_backend(_device(states))
+            tasks.append(task_of(path, state, options))
+        make_backend(options.scorer, _device(states))
     except Exception as error:  # told to every rank below, then raised there
         failure = str(error)
-    plans = _gathered((failure, tasks), group)
-    _raise_failures([f for f, _ in plans])
+    told = gathered((failure, tasks), group)
+    raise_failures([f for f, _ in told])
+    plan = Plan([theirs for _, theirs in told], 0 if group is None else dist.get_rank(group))
+    peak_bytes, kept = _memory(plan, states, memory_limit, group)
     mine = {task.key: state for task, (_, state) in zip(tasks, states, strict=True)}
-    done = _solve(mine, [theirs for _, theirs in plans], options, _device(states), group)
-    for key, (update, _) in done.items():
-        commit(mine[key], update)
+    work = _Work(mine, plan, kept, options, _device(states), group)
+    done = work.solve()
+    work.commit(done)
     for codes in {id(state.codes): state.codes for state in mine.values()}.values():
         codes.set_rounds(codes.rounds + 1)
         if codes.seen is not None:
             codes.seen.zero_()
     reports = {key: _report(key, mine[key], *result) for key, result in done.items()}
-    everyone = {key: r for part in reversed(_gathered(reports, group)) for key, r in part.items()}
+    everyone = {key: r for part in reversed(gathered(reports, group)) for key, r in part.items()}
     chunks = [everyone[key] for key in sorted(everyone)]
     return ClusteringReport(chunks, time.perf_counter() - began, peak_bytes)
 
 
-Key = tuple[str, int]
+Done = dict[Key, tuple[ChunkUpdate, float]]
+"""Updates of this rank's chunks, and their seconds."""
 
 
-def _solve(
-    mine: dict[Key, ChunkState],
-    plans: list[list[Task]],
-    options: Options,
-    device: torch.device,
-    group: dist.ProcessGroup | None,
-) -> dict[Key, tuple[ChunkUpdate, float]]:
-    """Updates of this rank's chunks, and their seconds; writes nothing.
+@dataclass
+class _Work:
+    """The two halves of a step: all that can fail, then the writes."""
 
-    Chunks that one rank alone owns and that are large are scored by all ranks, in one order; the
-    others by their owners, side by side.
-    """
-    tasks = {task.key: task for theirs in plans for task in theirs}
-    owners: dict[Key, list[int]] = {}
-    for rank, theirs in enumerate(plans):
-        for task in theirs:
-            owners.setdefault(task.key, []).append(rank)
-    common = [
-        key
-        for key in sorted(tasks)
-        if len(plans) > 1 and tasks[key].shared and len(owners[key]) == 1
-    ]
-    done: dict[Key, tuple[ChunkUpdate, float]] = {}
-    failure: str | None = None
-    try:
-        for key in sorted(set(mine) - set(common)):
+    mine: dict[Key, ChunkState]
+    plan: Plan
+    kept: set[Key]
+    options: Options
+    device: torch.device
+    group: dist.ProcessGroup | None
+
+    def _solver(self, key: Key) -> Solver:
+        alone = key not in self.plan.common
+        return Solver(
+            self.mine.get(key),
+            self.plan.tasks[key],
+            self.options,
+            self.device,
+            None if alone else self.group,
+            self.plan.owner[key],
+        )
+
+    def solve(self) -> Done:
+        """Writes nothing."""
+        done: Done = {}
+
+        def solve(key: Key) -> None:
             started = time.perf_counter()
-            update = alone(mine[key], tasks[key], options)
-            done[key] = (update, time.perf_counter() - started)
-    except Exception as error:
-        failure = str(error)
-    _raise_failures(_gathered(failure, group))
-    for key in common:
-        assert group is not None
-        started = time.perf_counter()
-        result = together(mine.get(key), tasks[key], owners[key][0], options, device, group)
-        if result is not None:
-            done[key] = (result, time.perf_counter() - started)
-    return done
+            update = self._solver(key).solve(key in self.kept)
+            if update is not None:
+                done[key] = (update, time.perf_counter() - started)
+
+        failure: str | None = None
+        try:
+            for key in self.plan.alone:
+                solve(key)
+        except Exception as error:
+            failure = str(error)
+        raise_failures(gathered(failure, self.group))
+        for key in self.plan.common:
+            solve(key)
+        return done
+
+    def commit(self, done: Done) -> None:
+        """Writes codes that were not kept as they are found again, then all the rest."""
+        for key in [*self.plan.alone, *self.plan.common]:
+            update = done[key][0] if key in done else None
+            if key not in self.kept:
+                try:
+                    self._solver(key).write_codes(update)
+                except Exception as error:
+                    raise RuntimeError(
+                        f"{self.plan.tasks[key].who}: clustering failed while it was writing "
+                        f"({error}); some chunks are new, others old: restore the last checkpoint"
+                    ) from error
+            if update is not None:
+                commit(self.mine[key], update)
+
+
+def _memory(
+    plan: Plan,
+    states: list[tuple[str, ChunkState]],
+    memory_limit: int | None,
+    group: dist.ProcessGroup | None,
+) -> tuple[int, set[Key]]:
+    """Most bytes beside the model on this rank, and the chunks of all ranks whose codes wait.
+
+    Raises:
+        ValueError: on every rank, if a rank needs more than its limit.
+    """
+    codes = {id(s.codes): s.codes.codes for _, s in states}
+    code_bytes = sum(c.numel() * c.element_size() for c in codes.values() if c is not None)
+    limit = memory_limit or max(DEFAULT_MEMORY_LIMIT, code_bytes // 10)
+    peak, kept = plan.memory(limit)
+    failure = None
+    if peak > limit:
+        failure = (
+            f"clustering needs up to {peak} bytes beside the model and memory_limit is {limit}; "
+            "raise it, or lower samples_per_centroid"
+        )
+    told = gathered((failure, kept), group)
+    raise_failures([f for f, _ in told])
+    return peak, {key for _, keys in told for key in keys}
 
 
 def _report(key: Key, state: ChunkState, update: ChunkUpdate, seconds: float) -> ChunkReport:
@@ -187,7 +237,7 @@ def _report(key: Key, state: ChunkState, update: ChunkUpdate, seconds: float) ->
         ids=state.codes.config.num_embeddings,
         objective_before=update.objective_before,
         objective_after=update.objective_after,
-        changed=update.changed,
+        changed=update.changed / state.codes.config.num_embeddings,
         empty_clusters=update.empty_clusters,
         seconds=seconds,
     )
@@ -206,58 +256,6 @@ def _device(states: list[tuple[str, ChunkState]]) -> torch.device:
         return states[0][1].weight.device
     on_cuda = dist.is_initialized() and dist.get_backend() == "nccl"
     return torch.device("cuda", torch.cuda.current_device()) if on_cuda else torch.device("cpu")
-
-
-def _gathered(own: T, group: dist.ProcessGroup | None) -> list[T]:
-    """Every rank's object, by rank."""
-    if group is None:
-        return [own]
-    out: list[T] = [own] * dist.get_world_size(group)
-    dist.all_gather_object(out, own, group=group)
-    return out
-
-
-def _raise_failures(failures: list[str | None]) -> None:
-    """Raises on every rank what failed on any."""
-    named = [f"rank {rank}: {f}" for rank, f in enumerate(failures) if f is not None]
-    if named:
-        raise ValueError("; ".join(named))
-
-
-def _plan(states: list[tuple[str, ChunkState]], options: Options) -> list[Task]:
-    """How each chunk of this rank is clustered."""
-    codes = {id(s.codes): s.codes.codes for _, s in states}
-    code_bytes = sum(c.numel() * c.element_size() for c in codes.values() if c is not None)
-    limit = options.memory_limit
-    if limit is None:
-        limit = max(DEFAULT_MEMORY_LIMIT, code_bytes // 10)
-    tasks = []
-    for path, state in states:
-        config = state.codes.config
-        shape = (config.num_embeddings, config.num_rows, config.helper_rows, config.chunk_dim)
-        plan = budget(*shape, limit, options.samples_per_centroid, options.weights is not None)
-        pairs = min(config.num_embeddings, config.num_rows * config.helper_rows)
-        tasks.append(
-            Task(path, config.name, state.chunk, *shape[1:], config.num_rows * pairs, plan)
-        )
-    return tasks
-
-
-def _peak_bytes(tasks: list[Task], memory_limit: int | None) -> int:
-    """Most bytes that the step takes on this rank beside the model, computed in advance.
-
-    Raises:
-        ValueError: if that is more than a limit that was given.
-    """
-    working = max((task.budget.working_bytes for task in tasks), default=0)
-    peak = working + sum(task.budget.pending_bytes for task in tasks)
-    if memory_limit is not None and peak > memory_limit:
-        raise ValueError(
-            f"clustering needs up to {peak} bytes beside the model ({working} for its largest "
-            f"chunk, {peak - working} for new codes until all are written) and memory_limit is "
-            f"{memory_limit}; raise it, or lower samples_per_centroid"
-        )
-    return peak
 
 
 def _local_chunks(

@@ -8,6 +8,7 @@ from __future__ import annotations
 import ctypes
 import functools
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -146,60 +147,62 @@ def accumulate(
     )
 
 
-def _column(codes: torch.Tensor, column: int) -> tuple[torch.Tensor, int, int]:
-    assert codes.is_contiguous()
-    return codes.view(-1)[column:], codes.element_size(), codes.shape[1]
+@dataclass(frozen=True)
+class Column:
+    """Ids [first, last) of one chunk: their codes are a column of `codes` [N, c]."""
 
+    codes: torch.Tensor
+    column: int
+    first: int
+    last: int
 
-def count_pairs(
-    codes: torch.Tensor,
-    column: int,
-    hash_: HashFunction,
-    num_helper: int,
-    weights: torch.Tensor | None,
-    counts: torch.Tensor,
-) -> None:
-    """Adds the weight of every id to its pair in `counts` [k * k'], int64."""
-    _call(
-        "cce_count_pairs",
-        *(*_column(codes, column), 0, codes.shape[0], hash_.multiplier, hash_.addend),
-        *(num_helper, weights, counts),
-    )
+    @property
+    def _args(self) -> tuple[torch.Tensor | int, ...]:
+        codes = self.codes
+        assert codes.is_contiguous()
+        start = codes.view(-1)[self.column :]
+        return start, codes.element_size(), codes.shape[1], self.first, self.last
 
+    def count_pairs(
+        self,
+        hash_: HashFunction,
+        num_helper: int,
+        weights: torch.Tensor | None,
+        counts: torch.Tensor,
+    ) -> None:
+        """Adds the ids, or their int64 `weights`, to their pairs in `counts` int64 [k * k']."""
+        hashed = (hash_.multiplier, hash_.addend, num_helper)
+        _call("cce_count_pairs", *self._args, *hashed, weights, counts)
 
-def residuals(
-    codes: torch.Tensor,
-    column: int,
-    hashes: tuple[HashFunction, HashFunction],
-    main: torch.Tensor,
-    helper: torch.Tensor,
-    centroids: torch.Tensor,
-    table: torch.Tensor,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Sums [k', s] and numbers [k'] of x_i - centroid by new helper row; points are int32."""
-    sums = torch.zeros(helper.shape, dtype=torch.int64)
-    sizes = torch.zeros(len(helper), dtype=torch.int64)
-    old, new = hashes
-    _call(
-        "cce_residuals",
-        *(*_column(codes, column), 0, codes.shape[0]),
-        *(old.multiplier, old.addend, new.multiplier, new.addend, len(helper), main.shape[1]),
-        *(main, helper, centroids, table, sums, sizes),
-    )
-    return sums, sizes
+    def residuals(
+        self,
+        new_codes: torch.Tensor,
+        by_pair: bool,
+        hashes: tuple[HashFunction, HashFunction],
+        books: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
+        stats: tuple[torch.Tensor, torch.Tensor],
+    ) -> None:
+        """Adds x_i - new centroid to (sums [k', s], sizes [k']) of the ids' new helper rows.
 
+        `new_codes`: of every pair, or of these ids; `hashes`: old and new; `books`: main, helper
+        and centroids, int32.
+        """
+        old, new = hashes
+        _call(
+            "cce_residuals",
+            *(*self._args, new_codes, int(by_pair)),
+            *(old.multiplier, old.addend, new.multiplier, new.addend, len(books[1])),
+            *(books[0].shape[1], *books, *stats),
+        )
 
-def relabel(
-    codes: torch.Tensor,
-    column: int,
-    hash_: HashFunction,
-    num_helper: int,
-    table: torch.Tensor,
-    write: bool,
-) -> int:
-    """Number of ids whose code `table` changes; writes the new codes if `write`."""
-    return _call(
-        "cce_relabel",
-        *(*_column(codes, column), 0, codes.shape[0], hash_.multiplier, hash_.addend),
-        *(num_helper, table, int(write)),
-    )
+    def relabel(
+        self,
+        new_codes: torch.Tensor,
+        by_pair: bool,
+        hash_: HashFunction,
+        num_helper: int,
+        write: bool,
+    ) -> int:
+        """Number of ids whose code is another one; writes the new codes if `write`."""
+        hashed = (hash_.multiplier, hash_.addend, num_helper)
+        return _call("cce_relabel", *self._args, new_codes, int(by_pair), *hashed, int(write))

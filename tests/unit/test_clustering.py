@@ -10,7 +10,7 @@ from torchrec.optim.apply_optimizer_in_backward import apply_optimizer_in_backwa
 
 from cce_torchrec import CCEEmbeddingBagCollection, CCEEmbeddingBagConfig
 from cce_torchrec.clustering import ClusteringSchedule, cluster
-from cce_torchrec.clustering.chunk import budget
+from cce_torchrec.clustering.budget import budget
 from cce_torchrec.clustering.ids import ChunkIds
 from cce_torchrec.codes import seen_ids, widen
 from cce_torchrec.hashing import helper_hash
@@ -158,8 +158,8 @@ def test_pair_table_and_id_list_agree():
     chosen = budget(*shape, 1 << 30)
     smaller = budget(*shape, chosen.working_bytes - 1)
     assert chosen.by_pair and not smaller.by_pair
-    every = budget(40, 8, 8, 4, 1 << 30, samples_per_centroid=5)
-    assert not every.by_pair and every.samples_per_centroid == 5
+    every = budget(40, 8, 8, 4, 1 << 30, samples_per_centroid=4)
+    assert not every.by_pair and every.samples_per_centroid == 4
     report = cluster(by_pair)
     other = cluster(by_list, samples_per_centroid=10**6)  # all ids, as a list
     assert states_equal(by_pair, by_list)
