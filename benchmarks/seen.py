@@ -32,18 +32,19 @@ from cce_torchrec.versions import installed_versions
 class Setting:
     """Size of the problem and of the model."""
 
-    num_ids: int = 200_000
+    num_ids: int = 50_000
     seen_share: float = 0.1
-    contexts: int = 200
-    groups: int = 256
+    contexts: int = 50
+    groups: int = 64
     """Latent groups of ids; an id's taste is its group's plus noise."""
-    noise: float = 0.5
-    rows: int = 64
+    noise: float = 0.3
+    rows: int = 128
     dim: int = 16
     batch: int = 4096
-    steps: int = 500
+    steps: int = 1000
     clusterings: int = 8
     lr: float = 0.1
+    initial_std: float = 0.2
 
 
 class Clicks:
@@ -55,6 +56,7 @@ class Clicks:
         tastes = torch.randn(s.groups, s.dim, generator=self._g)[group]
         self._tastes = tastes + s.noise * torch.randn(s.num_ids, s.dim, generator=self._g)
         self._contexts = torch.randn(s.contexts, s.dim, generator=self._g)
+        self._contexts[:, 0] = 2  # some ids are liked more, whatever the context
         order = torch.randperm(s.num_ids, generator=self._g)
         self._occurring = order[: int(s.num_ids * s.seen_share)]
 
@@ -87,7 +89,7 @@ class Factors(nn.Module):
         )  # fmt: skip
         with torch.no_grad():
             for bag in self.tables.embedding_bag_collection.embedding_bags.values():
-                bag.weight.normal_(std=0.1)
+                bag.weight.normal_(std=s.initial_std)
         parameters = list(self.tables.parameters())
         apply_optimizer_in_backward(RowWiseAdagrad, parameters, {"lr": s.lr})
 
@@ -135,26 +137,38 @@ def main() -> None:
     parser.add_argument("--json", type=Path, default=Path("runs/seen.json"))
     args = parser.parse_args()
     torch.set_num_threads(1)
-    setting = Setting(num_ids=20_000, steps=80) if args.quick else Setting()
+    settings = [Setting(rows=128), Setting(rows=1024)]
+    if args.quick:
+        settings = [Setting(steps=80)]
     seeds = range(1 if args.quick else 5)
-    runs = {
-        name: [train(setting, seed, weights) for seed in seeds]
-        for name, weights in (("all ids", None), ("seen ids", "seen"))
-    }
-    for name, results in runs.items():
+    measured = []
+    for setting in settings:
+        runs = {
+            name: [train(setting, seed, weights) for seed in seeds]
+            for name, weights in (("all ids", None), ("seen ids", "seen"))
+        }
+        measured.append({"setting": asdict(setting), "runs": runs})
+        print(f"{setting.rows} main rows; {setting.num_ids} ids, {setting.seen_share:.0%} seen")
+        pairs = list(zip(runs["seen ids"], runs["all ids"], strict=True))
         for key in ("loss", "rise"):
-            values = [r[key] for r in results]
-            spread = statistics.stdev(values) if len(values) > 1 else 0.0
-            print(f"{name:10}{key:6}{statistics.mean(values):9.4f} +- {spread:.4f}")
+            for name, results in runs.items():
+                show(f"{name}, {key}", [r[key] for r in results])
+            show(f"difference per seed, {key}", [a[key] - b[key] for a, b in pairs])
     report = {
         "device": device_name(torch.device("cpu")),
+        "threads": 1,
         "versions": installed_versions(),
-        "setting": asdict(setting),
-        "runs": runs,
+        "rows": measured,
     }
     args.json.parent.mkdir(parents=True, exist_ok=True)
     args.json.write_text(json.dumps(report, indent=1) + "\n")
     print(args.json)
+
+
+def show(name: str, values: list[float]) -> None:
+    """Prints mean and standard deviation."""
+    spread = statistics.stdev(values) if len(values) > 1 else 0.0
+    print(f"  {name:30}{statistics.mean(values):9.4f} +- {spread:.4f}", flush=True)
 
 
 if __name__ == "__main__":

@@ -245,6 +245,33 @@ def test_seen_ids_are_those_of_training_lookups():
         cluster(plain, weights="seen")
 
 
+def test_seen_weights_keep_what_training_has_learned():
+    """90% of ids are never seen: the loss after a step, helper rows included, is lower."""
+
+    def loss_after_clustering(weights):
+        m = module(num_embeddings=4000, num_rows=100, track_seen=True)
+        optimizer = torch.optim.Adam(m.parameters(), lr=0.02)
+        g = torch.Generator().manual_seed(1)
+        ids = torch.randperm(4000, generator=g)[:400]
+        target = torch.randn(12, 16, generator=g)[torch.randint(0, 12, (400,), generator=g)]
+
+        def loss():
+            return (lookup(m, ids).values() - target).square().mean()
+
+        for step in range(120):
+            optimizer.zero_grad()
+            value = loss()
+            value.backward()
+            optimizer.step()
+            if step in (39, 79):
+                cluster(m, weights=weights, optimizer=optimizer)
+        cluster(m, weights=weights, optimizer=optimizer)
+        return float(loss())
+
+    seen, uniform = map(loss_after_clustering, ("seen", None))
+    assert seen < 0.95 * uniform
+
+
 def test_metric_spends_precision_where_it_counts():
     """A metric that only sees column 0 of each chunk: column 0 is represented better."""
     only_first = torch.zeros(4, 4, 4)
