@@ -32,7 +32,8 @@ class ChunkReport:
     chunk: int
     ids: int
     objective_before: float
-    """Sum over ids of the squared distance between embedding and main row."""
+    """Sum of the squared distance between embedding and main row, over the ids (weighted) that
+    K-means saw."""
     objective_after: float
     """The same with the new codes and the new main rows."""
     changed: float

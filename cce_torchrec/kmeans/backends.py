@@ -73,8 +73,9 @@ class TorchBackend(Backend):
         self, points: Points, centroids: torch.Tensor
     ) -> Callable[[torch.Tensor], torch.Tensor]:
         half_norms = -0.5 * (centroids * centroids).sum(1)
-        # The temporary [rows, k] stays near 16 MiB on a CPU.
-        rows = BLOCK if points.device.type == "cuda" else max(64, (1 << 22) // len(centroids))
+        # The temporary [rows, k] stays near 16 MiB on a CPU, 256 MiB elsewhere.
+        most = (1 << 22 if points.device.type == "cpu" else 1 << 26) // len(centroids)
+        rows = min(BLOCK, max(64, most))
 
         def block(x: torch.Tensor) -> torch.Tensor:
             out = torch.empty(len(x), dtype=torch.int32, device=x.device)

@@ -213,6 +213,15 @@ def bad_collectives(rank, world_size):
     points = torch.randn(10 + rank, 4)
     with pytest.raises(ValueError, match="ranks disagree"):
         kmeans(points, 3, process_group=dist.group.WORLD)
+    with pytest.raises(ValueError, match="ranks disagree"):
+        kmeans(points[:10], 3 + rank, process_group=dist.group.WORLD)
+    for number, message in ((float("nan"), "rank 1: .*not finite"), (0.0, "rank 1: .*clusters 0")):
+        k = 0 if rank == 1 and number == 0.0 else 3
+        points[0, 0] = number if rank == 1 else 1.0
+        with pytest.raises(ValueError, match=message):
+            kmeans(points[:10], k, process_group=dist.group.WORLD)
+    with pytest.raises(ValueError, match=r"rank 1: .*non-empty"):
+        kmeans(points[:0] if rank == 1 else points, 3, process_group=dist.group.WORLD)
     model = Model(collection(PoolingType.SUM, False, "rowwise"))
     plan = make_plan(model, tables(PoolingType.SUM), CPU, "tw")
     model = DistributedModelParallel(model, device=CPU, plan=plan, sharders=get_default_sharders())

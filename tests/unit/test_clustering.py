@@ -219,6 +219,26 @@ def test_weights_decide_where_centroids_go():
         cluster(grouped(), weights={"t": seen - 1})
 
 
+@pytest.mark.parametrize("main, helper", [(1.0, 0.0), (0.0, 1.0), (0.0, 0.0), (1e-15, 1e12)])
+@pytest.mark.parametrize("options", [{}, {"samples_per_centroid": 2}])
+def test_degenerate_codebooks(main, helper, options):
+    """No helper, no main, all ids equal, scales far apart: finite, and never worse than before."""
+    m = module(num_embeddings=500, num_rows=40)
+    with torch.no_grad():
+        for bag in m.embedding_bag_collection.embedding_bags.values():
+            bag.weight[:40] *= main
+            bag.weight[40:] *= helper
+    before = embeddings(m)
+    report = cluster(m, **options)
+    after = embeddings(m)
+    assert torch.isfinite(after).all()
+    assert (after - before).norm() <= 1.001 * (before - before.mean(0)).norm() + 1e-30
+    for chunk in report.chunks:
+        assert chunk.objective_after <= 1.001 * chunk.objective_before or helper == 0.0
+    if main == helper == 0.0:
+        assert not after.any()
+
+
 def lookup(m, ids):
     lengths = torch.ones(len(ids), dtype=torch.long)
     return m(KeyedJaggedTensor(keys=["f"], values=ids, lengths=lengths))
