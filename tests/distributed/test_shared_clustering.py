@@ -97,20 +97,28 @@ def digests(model, sharded, **options):
 
 
 def all_cases(rank, world_size):
-    """Digests by case."""
-    out = {}
-    for case in CASES:
-        way, plan_kind, share_from, keep_codes = case
-        model, sharded = build(plan_kind)
-        chosen = {**WAYS[way], "metric": metric() if way == "sample" else None}
-        with small_blocks(share_from, keep_codes):
-            out[case] = digests(model, sharded, **chosen)
-    return out
+    """By case: digests, and the most points that this rank scored in one pass."""
+    out, scored = {}, {}
+    first = share.Share.__init__
+
+    def noted(self, points, k, group):
+        first(self, points, k, group)
+        if group is not None:
+            scored[case] = max(scored.get(case, 0), self.end - self.start)
+
+    with mock.patch.object(share.Share, "__init__", noted):
+        for case in CASES:
+            way, plan_kind, share_from, keep_codes = case
+            model, sharded = build(plan_kind)
+            chosen = {**WAYS[way], "metric": metric() if way == "sample" else None}
+            with small_blocks(share_from, keep_codes):
+                out[case] = digests(model, sharded, **chosen)
+    return out, scored
 
 
 @pytest.fixture(scope="module")
 def one_rank():
-    return run_ranks(1, all_cases)[0]
+    return run_ranks(1, all_cases)[0][0]
 
 
 def test_codes_that_wait_and_codes_found_again_agree(one_rank):
@@ -123,5 +131,9 @@ def test_codes_that_wait_and_codes_found_again_agree(one_rank):
 
 @pytest.mark.parametrize("world_size", [2, 3])
 def test_same_bytes_for_every_number_of_ranks_and_plan(world_size, one_rank):
-    for case, got in run_ranks(world_size, all_cases)[0].items():
+    ranks = run_ranks(world_size, all_cases)
+    for case, got in ranks[0][0].items():
         assert got == one_rank[case], case
+    for case in CASES:  # whoever owns a chunk, every rank scores some of it
+        sharing = case[2] == 0
+        assert all((scored.get(case, 0) > 0) == sharing for _, scored in ranks), case
