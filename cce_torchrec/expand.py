@@ -90,6 +90,11 @@ class ChunkCodes(nn.Module):
         self._rounds = rounds
         ChunkCodes.version += 1
 
+    def set_codes(self, codes: torch.Tensor) -> None:
+        """Takes `codes` [N, len(chunks)] for its own."""
+        self.codes = codes
+        ChunkCodes.version += 1
+
     def reset_parameters(self) -> None:
         """Codes back to the initial hash."""
         if self.codes is not None:

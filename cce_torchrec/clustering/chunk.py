@@ -6,19 +6,16 @@ from dataclasses import dataclass
 
 import torch
 
-from cce_torchrec.clustering.ids import ChunkIds, CodeColumn, NewCodes, PairTable
-from cce_torchrec.codes import code_dtype, converted, pack
+from cce_torchrec.clustering.ids import ChunkIds, NewCodes
+from cce_torchrec.codes import code_dtype
 from cce_torchrec.expand import ChunkCodes
-from cce_torchrec.hashing import SAMPLE_ROLE, hash_function, helper_hash
-from cce_torchrec.kmeans.backends import Backend
+from cce_torchrec.hashing import helper_hash
 from cce_torchrec.kmeans.lloyd import KMeansResult
-from cce_torchrec.kmeans.points import PairPoints, check_finite, metric_root
+from cce_torchrec.kmeans.points import PairPoints, check_finite
 
 _FIRST_MOMENTS = ("exp_avg", "momentum_buffer", "momentum")
 _SECOND_MOMENTS = ("exp_avg_sq", "max_exp_avg_sq")
-_ASSIGN_BLOCK = 1 << 20
-SAMPLES_PER_CENTROID = 200
-"""Ids per cluster that K-means sees where all distinct pairs would not fit (kmeans-notes)."""
+_STATE_BLOCK = 1 << 13
 
 
 @dataclass
@@ -79,199 +76,76 @@ class ChunkState:
 
 @dataclass
 class ChunkUpdate:
-    """What a clustering step will write."""
+    """What a clustering step will write; `codes` is None where they are found at the commit."""
 
-    codes: NewCodes
     weight: torch.Tensor
+    """float32 [k + k', s]."""
     optimizer_state: dict[str, torch.Tensor]
     objective_before: float
     objective_after: float
-    changed: float
     empty_clusters: int
+    scored: torch.Tensor
+    """[k, s]: what the nearest of is an id's new code, in the space of the metric."""
+    codes: list[NewCodes] | None = None
+    changed: int = 0
 
 
-@dataclass(frozen=True)
-class Budget:
-    """How the pairs of a chunk are found, known from its shape alone, and the memory it takes."""
-
-    by_pair: bool
-    """A table over all k * k' pairs; otherwise a list of the pairs of (sampled) ids."""
-    samples_per_centroid: int | None
-    """None: all ids."""
-    working_bytes: int
-    """Peak beside the model while the chunk is clustered."""
-    pending_bytes: int
-    """Kept until all chunks commit."""
-
-
-def budget(
-    num_ids: int,
-    num_rows: int,
-    helper_rows: int,
-    dim: int,
-    memory_limit: int,
-    samples_per_centroid: int | None = None,
-    weighted: bool = False,
-    finalise: bool = False,
-) -> Budget:
-    """How a chunk of this shape is clustered within `memory_limit` bytes."""
-    cells = num_rows * helper_rows
-    pairs = min(num_ids, cells)
-    clusters = num_rows + helper_rows * finalise
-    scores = 4 * (num_rows + helper_rows) * (clusters + 128)
-    books = 24 * (num_rows + helper_rows) * dim + (10 * num_ids + 8 * pairs) * weighted
-    column = num_ids * code_dtype(clusters).itemsize
-    wider = column * (code_dtype(clusters) != code_dtype(num_rows))
-    # Counts and keys of pairs, then a, b, weight, nearest and distance per pair, and the table.
-    by_pair = 8 * cells + 48 * pairs + 4 * cells + scores + books
-    pairs_repeat = cells <= max(2 * num_ids, 1 << 20)
-    if samples_per_centroid is None and pairs_repeat and by_pair <= memory_limit:
-        return Budget(True, None, by_pair, 4 * cells + wider)
-    block = 64 * min(num_ids, _ASSIGN_BLOCK) + scores + books
-    if samples_per_centroid is None and 64 * num_ids + column + block <= memory_limit:
-        return Budget(False, None, 64 * num_ids + column + block, column + wider)
-    samples = samples_per_centroid or SAMPLES_PER_CENTROID
-    sampled = 64 * min(num_ids, samples * clusters) + column + block
-    return Budget(False, samples, sampled, column + wider)
-
-
-@dataclass
-class Sampled:
-    """The pairs of a chunk that K-means runs over, and where they come from."""
-
-    ids: ChunkIds
-    keys: torch.Tensor
-    """int64 [P], rising."""
-    points: PairPoints
-    plan: Budget
-    pair_of_id: torch.Tensor | None = None
-    """int32 [N], where the pairs of all ids were listed: position in `keys`."""
-
-
-def find_pairs(state: ChunkState, plan: Budget, weights: torch.Tensor | None = None) -> Sampled:
-    """Distinct pairs of the chunk's ids (or of a sample of them, drawn by hash)."""
-    ids, config = state.ids, state.codes.config
-    sample = hash_function(config.seed, config.name, state.chunk, SAMPLE_ROLE, state.codes.rounds)
-    pair_of_id = None
-    if plan.by_pair:
-        grid = ids.count_pairs()
-        keys = grid.nonzero().view(-1)
-        counts = (grid if weights is None else ids.count_pairs(weights))[keys]
-        del grid
-    else:
-        kept = []
-        share = 1.0
-        if plan.samples_per_centroid is not None:
-            share = min(1.0, plan.samples_per_centroid * state.num_clusters / ids.num_ids)
-        threshold = round(share * 2**31)
-        for block in ids.blocks():
-            kept.append(block[sample.bits31(block) < threshold])
-        taken = torch.cat(kept)
-        if not len(taken):  # a handful of ids, all hashed above the threshold
-            taken = torch.arange(min(ids.num_ids, state.num_clusters), device=taken.device)
-        keys, inverse = torch.unique(ids.keys(taken), return_inverse=True)
-        one = torch.ones_like(taken) if weights is None else weights[taken]
-        counts = torch.zeros_like(keys).index_add_(0, inverse, one)
-        if len(taken) == ids.num_ids:
-            pair_of_id = inverse.int()
-    if not bool(counts.any()):
-        counts = torch.ones_like(counts)  # nothing was seen: uniform, as without weights
-    starts = ids.starts(sample, state.num_clusters * (4 if weights is not None else 1), keys)
-    if weights is not None:
-        starts = starts[counts[starts] > 0]
-    k = config.num_rows
-    weight = state.weight.detach()
-    points = PairPoints(
-        weight[:k],
-        weight[k:],
-        (keys // config.helper_rows).int(),
-        (keys % config.helper_rows).int(),
-        counts,
-        starts,
-    )
-    return Sampled(ids, keys, points, plan, pair_of_id)
-
-
-def new_codes_of(
-    sampled: Sampled,
-    result: KMeansResult,
-    backend: Backend,
-    dtype: torch.dtype,
-    metric: torch.Tensor | None = None,
-) -> NewCodes:
-    """New codes of all ids: by lookup where K-means saw all their pairs, otherwise by scoring."""
-    if sampled.plan.by_pair:
-        return PairTable(sampled.ids, sampled.keys, result.assignment)
-    if sampled.pair_of_id is not None:
-        column = pack(result.assignment[sampled.pair_of_id], dtype)
-        return CodeColumn(sampled.ids, column)
-    return assign_ids(sampled, result.centroids, backend, dtype, metric)
-
-
-def finish(
-    state: ChunkState,
-    sampled: Sampled,
-    result: KMeansResult,
-    backend: Backend,
-    metric: torch.Tensor | None = None,
-) -> ChunkUpdate:
-    """What the step will write, from the K-means `result` over the chunk's pairs."""
-    config, points, ids = state.codes.config, sampled.points, sampled.ids
+def settle(state: ChunkState, points: PairPoints, result: KMeansResult) -> ChunkUpdate:
+    """New main rows and optimizer state, from the K-means `result` over the chunk's pairs."""
     k = state.num_clusters
-    new_codes = new_codes_of(sampled, result, backend, state.new_dtype, metric)
-    new_weight = torch.empty_like(state.weight, dtype=torch.float32)
-    new_weight[:k] = result.centroids
-    if not state.finalise:
-        new_hash = helper_hash(config.seed, config.name, state.chunk, state.codes.rounds + 1)
-        centroids = (result.centroids.double() * points.scale).round().int()
-        sums, sizes = new_codes.residuals(points, centroids, new_hash)
-        new_weight[k:] = (sums.double() / sizes.clamp(min=1)[:, None] / points.scale).float()
-    before = (points.helper.double() / points.scale).square().sum(1)[points.b.long()]
+    weight = torch.zeros_like(state.weight, dtype=torch.float32)
+    weight[:k] = result.centroids
+    norms = (points.helper.double() / points.scale).square().sum(1)
+    counts = torch.zeros_like(norms).index_add_(0, points.b, points.weights.double())
     return ChunkUpdate(
-        codes=new_codes,
-        weight=new_weight,
+        weight=weight,
         optimizer_state={
             key: _new_optimizer_state(key, value, points, result)
             for key, value in state.optimizer_state.items()
         },
-        objective_before=float((before * points.weights).sum()),
+        objective_before=float((norms * counts).sum()),
         objective_after=result.objective[-1],
-        changed=new_codes.changed() / ids.num_ids,
         empty_clusters=result.empty_clusters,
+        scored=result.scored,
     )
 
 
-def assign_ids(
-    sampled: Sampled,
-    centroids: torch.Tensor,
-    backend: Backend,
-    dtype: torch.dtype,
-    metric: torch.Tensor | None = None,
-) -> CodeColumn:
-    """Nearest centroid of every id, block by block."""
-    ids, points = sampled.ids, sampled.points
-    column = torch.empty(ids.num_ids, dtype=dtype, device=ids.codes.device)
-    main, helper = points.codebooks()
-    if metric is not None:
-        root = metric_root(metric, points.dim).to(main.device)
-        main, helper, centroids = main @ root, helper @ root, centroids @ root
-    for start in range(0, ids.num_ids, _ASSIGN_BLOCK):
-        block = torch.arange(start, min(start + _ASSIGN_BLOCK, ids.num_ids), device=column.device)
-        keys, inverse = torch.unique(ids.keys(block), return_inverse=True)
-        a, b = (keys // ids.helper_rows).int(), (keys % ids.helper_rows).int()
-        pairs = PairPoints(main, helper, a, b, torch.ones_like(keys), keys[:0])
-        nearest = backend.prepare(pairs, centroids)(0, pairs.num_points)
-        column[block] = pack(nearest[inverse], column.dtype)
-    return CodeColumn(ids, column)
+class Relabelling:
+    """Takes the new codes of a chunk, part by part, before they are written.
+
+    Without a helper after the step only changed codes are counted.
+    """
+
+    def __init__(self, state: ChunkState, points: PairPoints, update: ChunkUpdate) -> None:
+        config = state.codes.config
+        self._points, self._update, self._finalise = points, update, state.finalise
+        self._hash = helper_hash(config.seed, config.name, state.chunk, state.codes.rounds + 1)
+        main = update.weight[: state.num_clusters]
+        self._centroids = (main.double() * points.scale).round().int()
+        device = points.helper.device
+        self._sums = torch.zeros(points.helper.shape, dtype=torch.int64, device=device)
+        self._sizes = torch.zeros(len(self._sums), dtype=torch.int64, device=device)
+
+    def take(self, part: NewCodes) -> None:
+        """Adds the residuals of the ids of `part`, and counts those whose code changes."""
+        if not self._finalise:
+            stats = (self._sums, self._sizes)
+            part.add_residuals(self._points, self._centroids, self._hash, stats)
+        self._update.changed += part.changed()
+
+    def finish(self) -> None:
+        """Helper rows become mean residuals under the new hash, or zero where there are none."""
+        if self._finalise:
+            return
+        means = self._sums.double() / self._sizes.clamp(min=1)[:, None] / self._points.scale
+        self._update.weight[len(self._centroids) :] = means.float()
 
 
 def commit(state: ChunkState, new: ChunkUpdate) -> None:
     """Writes `new` in place; the caller then counts the clustering in `ChunkCodes`."""
     with torch.no_grad():
-        assert state.codes.codes is not None
-        if state.codes.codes.dtype != state.new_dtype:
-            state.codes.codes = converted(state.codes.codes, state.new_dtype)
-        new.codes.write(state.codes.codes)
+        for part in new.codes or []:
+            part.write()
         state.weight.copy_(new.weight)
         for key, value in new.optimizer_state.items():
             state.optimizer_state[key].copy_(value)
@@ -291,9 +165,11 @@ def _new_optimizer_state(
         return new
     old_rows, new_rows = len(points.main), len(result.centroids)
     main = old[:old_rows].double().reshape(old_rows, -1)
-    weighted = main[points.a.long()] * points.weights[:, None]
     sums = main.new_zeros(new_rows, main.shape[1])
-    sums.index_add_(0, result.assignment.long(), weighted)
+    for first in range(0, points.num_points, _STATE_BLOCK):
+        at = slice(first, first + _STATE_BLOCK)
+        weighted = main[points.a[at].long()] * points.weights[at, None]
+        sums.index_add_(0, result.assignment[at].long(), weighted)
     sizes = result.sizes[:, None]
     means = torch.where(sizes > 0, sums / sizes.clamp(min=1), main.mean(0))
     new[:new_rows] = means.reshape(new[:new_rows].shape).to(old.dtype)

@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from cce_torchrec.clustering.solve import Options
+from cce_torchrec.clustering.options import Options
 from cce_torchrec.clustering.step import ClusteringReport, run
 from cce_torchrec.distributed.embedding_bag_collection import ShardedCCEEmbeddingBagCollection
 from cce_torchrec.modules.embedding_bag_collection import CCEEmbeddingBagCollection

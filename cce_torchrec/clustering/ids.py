@@ -3,16 +3,30 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 
-from cce_torchrec.codes import pack, widen
+from cce_torchrec.codes import pack, seen_ids, widen
 from cce_torchrec.hashing import HashFunction
 from cce_torchrec.kmeans import native
 from cce_torchrec.kmeans.points import PairPoints
 
-_BLOCK = 1 << 18
+ID_BLOCK = 1 << 16
+
+
+@dataclass(frozen=True)
+class IdWeights:
+    """How much each id counts: integers [N], or the bits of seen ids (see `codes.mark_seen`)."""
+
+    values: torch.Tensor
+    bits: bool
+
+    def of(self, first: int, last: int) -> torch.Tensor:
+        """int64 weights of ids [first, last); `first` is a multiple of 8."""
+        if not self.bits:
+            return self.values[first:last].long().contiguous()
+        return seen_ids(self.values[first // 8 : -(-last // 8)], last - first).long()
 
 
 @dataclass(frozen=True)
@@ -36,31 +50,39 @@ class ChunkIds:
         return self.num_rows * self.helper_rows
 
     @property
-    def _native(self) -> bool:
+    def compiled(self) -> bool:
+        """Whether passes run compiled."""
         return self.codes.device.type == "cpu" and native.available()
+
+    def native_column(self, first: int, last: int) -> native.Column:
+        """Ids [first, last) for the compiled kernels."""
+        return native.Column(self.codes, self.column, first, last)
 
     def keys(self, ids: torch.Tensor) -> torch.Tensor:
         """Pair of each of `ids`: code * k' + hash, int64."""
         rows = widen(self.codes[ids, self.column])
         return rows * self.helper_rows + self.hash(ids, self.helper_rows)
 
-    def blocks(self) -> Iterator[torch.Tensor]:
-        """All ids in rising order, int64, in blocks."""
-        for start in range(0, self.num_ids, _BLOCK):
-            yield torch.arange(start, min(start + _BLOCK, self.num_ids), device=self.codes.device)
+    def range(self, first: int, last: int) -> torch.Tensor:
+        """Ids [first, last), int64."""
+        return torch.arange(first, last, device=self.codes.device)
 
-    def count_pairs(self, weights: torch.Tensor | None = None) -> torch.Tensor:
-        """Ids (or their summed int64 `weights` [N]) of every pair, int64 [k * k']."""
+    def blocks(self, size: int = ID_BLOCK) -> Iterator[tuple[int, int]]:
+        """All ids in ranges [first, last) of `size` ids."""
+        for first in range(0, self.num_ids, size):
+            yield first, min(first + size, self.num_ids)
+
+    def count_pairs(self, weights: IdWeights | None = None) -> torch.Tensor:
+        """Ids (or their summed weights) of every pair, int64 [k * k']."""
         counts = torch.zeros(self.cells, dtype=torch.int64, device=self.codes.device)
-        if self._native:
-            native.count_pairs(
-                self.codes, self.column, self.hash, self.helper_rows, weights, counts
-            )
-            return counts
-        for ids in self.blocks():
-            keys = self.keys(ids)
-            one = torch.ones_like(keys) if weights is None else weights[ids]
-            counts.index_add_(0, keys, one)
+        for first, last in self.blocks():
+            weight = None if weights is None else weights.of(first, last)
+            if self.compiled:
+                column = self.native_column(first, last)
+                column.count_pairs(self.hash, self.helper_rows, weight, counts)
+                continue
+            keys = self.keys(self.range(first, last))
+            counts.index_add_(0, keys, torch.ones_like(keys) if weight is None else weight)
         return counts
 
     def starts(self, sample: HashFunction, count: int, sorted_keys: torch.Tensor) -> torch.Tensor:
@@ -83,97 +105,71 @@ class ChunkIds:
         return at[first[at] == order][:count]
 
 
-class PairTable:
-    """New code of every pair, int32 [k * k']: the final assignment of ids is a lookup."""
+@dataclass(frozen=True)
+class NewCodes:
+    """New codes of ids [first, last), in storage type: of every pair [k * k'], or of each id."""
 
-    def __init__(self, ids: ChunkIds, keys: torch.Tensor, assignment: torch.Tensor) -> None:
-        self._ids = ids
-        self._table = torch.zeros(ids.cells, dtype=torch.int32, device=keys.device)
-        self._table[keys] = assignment
+    ids: ChunkIds
+    packed: torch.Tensor
+    by_pair: bool
+    first: int
+    last: int
 
-    def of(self, ids: torch.Tensor) -> torch.Tensor:
-        """New codes of `ids`, int64."""
-        return self._table[self._ids.keys(ids)].long()
+    @classmethod
+    def of_pairs(cls, ids: ChunkIds, keys: torch.Tensor, assignment: torch.Tensor) -> NewCodes:
+        """Of all ids, by lookup of their pairs among `keys`."""
+        table = torch.zeros(ids.cells, dtype=ids.codes.dtype, device=keys.device)
+        table[keys] = pack(assignment, table.dtype)
+        return cls(ids, table, True, 0, ids.num_ids)
+
+    def of(self, first: int, last: int) -> torch.Tensor:
+        """New codes of ids [first, last), int64."""
+        if not self.by_pair:
+            return widen(self.packed[first - self.first : last - self.first])
+        return widen(self.packed[self.ids.keys(self.ids.range(first, last))])
+
+    def _blocks(self) -> Iterator[tuple[int, int]]:
+        for first in range(self.first, self.last, ID_BLOCK):
+            yield first, min(first + ID_BLOCK, self.last)
 
     def changed(self) -> int:
         """Ids whose code is another one."""
-        own = self._ids
-        if own._native:
-            return native.relabel(
-                own.codes, own.column, own.hash, own.helper_rows, self._table, False
-            )
-        return _changed(own, self)
+        own = self.ids
+        if own.compiled:
+            return self._relabel(write=False)
+        old = own.codes[:, own.column]
+        return sum(int((widen(old[i:j]) != self.of(i, j)).sum()) for i, j in self._blocks())
 
-    def residuals(
-        self, points: PairPoints, centroids: torch.Tensor, new_hash: HashFunction
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Integer sums [k', s] and numbers [k'] of x_i - centroid by new helper row."""
-        own = self._ids
-        if own._native:
-            return native.residuals(
-                *(own.codes, own.column, (own.hash, new_hash)),
-                *(points.main, points.helper, centroids, self._table),
-            )
-        return _residuals(own, self, points, centroids, new_hash)
-
-    def write(self, codes: torch.Tensor) -> None:
-        """Rewrites this chunk in `codes`, which hold the present ones, perhaps in a wider type."""
-        own = self._ids = replace(self._ids, codes=codes)
-        if own._native:
-            native.relabel(own.codes, own.column, own.hash, own.helper_rows, self._table, True)
+    def write(self) -> None:
+        """Rewrites the codes in place."""
+        own = self.ids
+        if own.compiled:
+            self._relabel(write=True)
             return
-        for ids in own.blocks():
-            own.codes[ids, own.column] = pack(self.of(ids), own.codes.dtype)
+        for first, last in self._blocks():
+            own.codes[first:last, own.column] = pack(self.of(first, last), own.codes.dtype)
 
+    def _relabel(self, write: bool) -> int:
+        column, own = self.ids.native_column(self.first, self.last), self.ids
+        return column.relabel(self.packed, self.by_pair, own.hash, own.helper_rows, write)
 
-class CodeColumn:
-    """New code of every id, in storage type [N]: for chunks whose pairs hardly repeat."""
-
-    def __init__(self, ids: ChunkIds, column: torch.Tensor) -> None:
-        self._ids = ids
-        self._column = column
-
-    def of(self, ids: torch.Tensor) -> torch.Tensor:
-        """New codes of `ids`, int64."""
-        return widen(self._column[ids])
-
-    def changed(self) -> int:
-        """Ids whose code is another one."""
-        return _changed(self._ids, self)
-
-    def residuals(
-        self, points: PairPoints, centroids: torch.Tensor, new_hash: HashFunction
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Integer sums [k', s] and numbers [k'] of x_i - centroid by new helper row."""
-        return _residuals(self._ids, self, points, centroids, new_hash)
-
-    def write(self, codes: torch.Tensor) -> None:
-        """Rewrites this chunk in `codes`."""
-        codes[:, self._ids.column] = self._column
-
-
-NewCodes = PairTable | CodeColumn
-
-
-def _changed(own: ChunkIds, new: NewCodes) -> int:
-    return sum(
-        int((widen(own.codes[ids, own.column]) != new.of(ids)).sum()) for ids in own.blocks()
-    )
-
-
-def _residuals(
-    own: ChunkIds,
-    new: NewCodes,
-    points: PairPoints,
-    centroids: torch.Tensor,
-    new_hash: HashFunction,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    sums = torch.zeros(points.helper.shape, dtype=torch.int64, device=points.helper.device)
-    sizes = torch.zeros(len(sums), dtype=torch.int64, device=sums.device)
-    for ids in own.blocks():
-        keys = own.keys(ids)
-        x = points.main[keys // own.helper_rows] + points.helper[keys % own.helper_rows]
-        rows = new_hash(ids, own.helper_rows)
-        sums.index_add_(0, rows, x.long() - centroids[new.of(ids)])
-        sizes += torch.bincount(rows, minlength=len(sizes))
-    return sums, sizes
+    def add_residuals(
+        self,
+        points: PairPoints,
+        centroids: torch.Tensor,
+        new_hash: HashFunction,
+        stats: tuple[torch.Tensor, torch.Tensor],
+    ) -> None:
+        """Adds x_i - centroid, in integers, to (sums [k', s], numbers [k']) by new helper row."""
+        own, (sums, sizes) = self.ids, stats
+        if own.compiled:
+            hashes, books = (own.hash, new_hash), (points.main, points.helper, centroids)
+            column = own.native_column(self.first, self.last)
+            column.residuals(self.packed, self.by_pair, hashes, books, stats)
+            return
+        for first, last in self._blocks():
+            ids = own.range(first, last)
+            keys, rows = own.keys(ids), new_hash(ids, own.helper_rows)
+            x = points.main[keys // own.helper_rows] + points.helper[keys % own.helper_rows]
+            sums.index_add_(0, rows, (x - centroids[self.of(first, last)]).long())
+            sizes += torch.bincount(rows, minlength=len(sizes))

@@ -1,230 +1,173 @@
-"""K-means of one chunk, by its owner alone or with its scoring shared among ranks."""
+"""One chunk, by its owner alone or with its scoring shared among ranks."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 
-from cce_torchrec.clustering.chunk import (
-    Budget,
-    ChunkState,
-    ChunkUpdate,
+from cce_torchrec.clustering.budget import ASSIGN_BLOCK
+from cce_torchrec.clustering.chunk import ChunkState, ChunkUpdate, Relabelling, settle
+from cce_torchrec.clustering.ids import NewCodes
+from cce_torchrec.clustering.options import Options
+from cce_torchrec.clustering.pairs import (
+    IdBlock,
     Sampled,
+    broadcast,
+    codebooks_only,
     find_pairs,
-    finish,
+    of_all_ids,
 )
-from cce_torchrec.codes import seen_ids
-from cce_torchrec.kmeans.backends import SKLEARN_BACKENDS, Backend, make_backend
+from cce_torchrec.clustering.plan import Task
 from cce_torchrec.kmeans.lloyd import KMeansResult, kmeans
 from cce_torchrec.kmeans.points import PairPoints, metric_root
+from cce_torchrec.kmeans.share import assign, gathered, raise_failures
 
-SHARE_FROM = 1 << 27
-"""Scores per iteration from which ranks share a chunk: below, the network costs more."""
-INITS = ("random", "k-means++", "main")
+T = TypeVar("T")
 
 
-@dataclass(frozen=True)
-class Options:
-    """How K-means runs; see the arguments of `cluster`."""
+class Solver:
+    """The steps of one chunk's clustering; with a `group`, collective: every rank calls each.
 
-    iterations: int = 6
-    backend: str = "auto"
-    init: str = "random"
-    tolerance: float = 0.0
-    samples_per_centroid: int | None = None
-    memory_limit: int | None = None
-    weights: Mapping[str, torch.Tensor] | str | None = None
-    metric: Mapping[str, torch.Tensor] | None = None
-    finalise: bool = False
+    The owner (a rank of the group) has the `state`; the other ranks score their share of what it
+    sends. Results are the same bytes however many ranks there are.
+    """
 
-    def check(self) -> None:
-        """Raises ValueError if an option cannot be used."""
-        if self.init not in INITS:
-            raise ValueError(f"unknown init {self.init!r}; choose one of {list(INITS)}")
-        if self.finalise and self.init == "main":
-            raise ValueError(
-                "init 'main' has no start for the helper's rows that finalize gives to main; use "
-                "'random' or 'k-means++'"
-            )
-        if self.iterations < 1:
-            raise ValueError(f"iterations {self.iterations} must be at least 1")
-        if isinstance(self.weights, str) and self.weights != "seen":
-            raise ValueError(f"unknown weights {self.weights!r}; give 'seen' or a mapping")
-        if self.samples_per_centroid is not None and self.samples_per_centroid < 1:
-            raise ValueError(f"samples_per_centroid {self.samples_per_centroid} is below 1")
+    def __init__(
+        self,
+        state: ChunkState | None,
+        task: Task,
+        options: Options,
+        device: torch.device,
+        group: dist.ProcessGroup | None = None,
+        owner: int = 0,
+    ) -> None:
+        self._state, self._task, self._options = state, task, options
+        self._device, self._group, self._owner = device, group, owner
+        self._metric = options.metric_of(task.table, task.chunk, task.dim)
+        self._failure: Exception | None = None
 
-    def make_backend(self, device: torch.device) -> Backend:
-        """The backend that assigns ids: scikit-learn's leave that to ours."""
-        name = "auto" if self.backend in SKLEARN_BACKENDS else self.backend
-        return make_backend(name, device)
-
-    def weights_of(self, state: ChunkState) -> torch.Tensor | None:
-        """int64 weights [N] of a table's ids, or None for one each.
+    def solve(self, keep_codes: bool) -> ChunkUpdate | None:
+        """What the step will write, for the owner; with the new codes if `keep_codes`.
 
         Raises:
-            ValueError: weights that are not N integers, at least 0; "seen" without `track_seen`.
+            ValueError: on every rank, if the owner fails.
         """
-        config = state.codes.config
-        if isinstance(self.weights, str):
-            if state.codes.seen is None:
-                raise ValueError(f"{state.who}: weights='seen' needs a table with track_seen=True")
-            return seen_ids(state.codes.seen, config.num_embeddings).long()
-        if self.weights is None or config.name not in self.weights:
+        sampled, points = self._find(for_kmeans=True)
+        result = self._kmeans(points)
+        update = self._try(settle, self._state, points, result)
+        parts: list[NewCodes] = []
+        if keep_codes:
+            parts = list(self._new_codes(sampled, points, update, result))
+        if update is not None:
+            update.codes = parts
+        self._raise_failure()
+        return update
+
+    def write_codes(self, update: ChunkUpdate | None) -> None:
+        """Finds the new codes that were not kept, and writes them part by part."""
+        everyone = self._task.budget.samples_per_centroid is None
+        sampled, points = self._find(for_kmeans=everyone)
+        for part in self._new_codes(sampled, points, update, None):
+            self._try(part.write)
+        self._raise_failure()
+
+    def _try(self, work: Callable[..., T], *args: Any) -> T | None:
+        """Work of the owner alone; what fails there is raised at the next agreement."""
+        if self._state is None or self._failure is not None:
             return None
-        weights = self.weights[config.name]
-        if weights.shape != (config.num_embeddings,) or weights.is_floating_point():
-            raise ValueError(
-                f"table {config.name!r}: weights must be integers [{config.num_embeddings}], one "
-                f"per id; got {weights.dtype} {tuple(weights.shape)}"
-            )
-        if int(weights.min()) < 0:
-            raise ValueError(f"table {config.name!r}: a weight of {int(weights.min())} is negative")
-        return weights.to(state.weight.device, torch.int64).contiguous()
-
-    def metric_of(self, name: str, chunk: int, dim: int) -> torch.Tensor | None:
-        """The metric [s, s] of a chunk of table `name`, or None for the Euclidean one."""
-        if self.metric is None or name not in self.metric:
-            return None
-        metric = self.metric[name]
-        if metric.dim() != 3 or metric.shape[1:] != (dim, dim) or not 0 <= chunk < len(metric):
-            raise ValueError(
-                f"table {name!r}: metric must be [num_chunks, {dim}, {dim}]; got "
-                f"{tuple(metric.shape)}"
-            )
-        return metric[chunk]
-
-    def check_for(self, state: ChunkState) -> None:
-        """Raises ValueError if an option does not suit a chunk, or its weights are not finite."""
-        state.check()
-        config = state.codes.config
-        if self.weights is not None and state.column == 0:
-            self.weights_of(state)
-        metric = self.metric_of(config.name, state.chunk, config.chunk_dim)
-        if metric is not None:
-            metric_root(metric, config.chunk_dim)
-
-
-@dataclass(frozen=True)
-class Task:
-    """A chunk to be clustered, as every rank hears of it."""
-
-    path: str
-    table: str
-    chunk: int
-    num_rows: int
-    num_helper_rows: int
-    dim: int
-    num_clusters: int
-    scores: int
-    """Per K-means iteration, at most."""
-    budget: Budget
-
-    @property
-    def key(self) -> tuple[str, int]:
-        """Identifies the chunk in the model."""
-        return self.path, self.chunk
-
-    @property
-    def shared(self) -> bool:
-        """Whether ranks share its scoring, if they do not all own it."""
-        return self.budget.by_pair and self.scores >= SHARE_FROM
-
-
-def alone(state: ChunkState, task: Task, options: Options) -> ChunkUpdate:
-    """What the step will write to a chunk of this rank; no collective."""
-    weights = options.weights_of(state)
-    sampled = find_pairs(state, task.budget, weights)
-    result = _kmeans(sampled.points, task, options, None)
-    metric = options.metric_of(task.table, task.chunk, task.dim)
-    return finish(state, sampled, result, options.make_backend(state.weight.device), metric)
-
-
-def together(
-    state: ChunkState | None,
-    task: Task,
-    owner: int,
-    options: Options,
-    device: torch.device,
-    group: dist.ProcessGroup,
-) -> ChunkUpdate | None:
-    """The same, collectively: `owner` sends pairs and counts, all ranks score, it finishes.
-
-    Raises:
-        ValueError: on every rank, if the owner cannot list the pairs.
-    """
-    sampled: Sampled | None = None
-    failure: Exception | None = None
-    if state is not None:
         try:
-            sampled = find_pairs(state, task.budget, options.weights_of(state))
-        except Exception as error:  # the others wait for this rank's message
-            failure = error
-    points = _broadcast(sampled.points if sampled else None, task, owner, device, group)
-    if points is None:
-        raise ValueError(
-            f"table {task.table!r}, chunk {task.chunk}: rank {owner} of the group could not list "
-            f"its pairs{f': {failure}' if failure else ''}; nothing was clustered"
-        ) from failure
-    result = _kmeans(points, task, options, group)
-    if state is None or sampled is None:
-        return None
-    metric = options.metric_of(task.table, task.chunk, task.dim)
-    return finish(state, sampled, result, options.make_backend(device), metric)
+            return work(*args)
+        except Exception as error:  # the others wait for this rank's messages
+            if self._group is None:
+                raise
+            self._failure = error
+            return None
 
+    def _raise_failure(self) -> None:
+        """Raises on every rank if the owner failed."""
+        own = f"{self._task.who}: {self._failure}" if self._failure else None
+        raise_failures(gathered(own, self._group))
 
-def _kmeans(
-    points: PairPoints, task: Task, options: Options, group: dist.ProcessGroup | None
-) -> KMeansResult:
-    init = points.codebooks()[0] if options.init == "main" else options.init
-    return kmeans(
-        points,
-        task.num_clusters,
-        options.iterations,
-        backend=options.backend,
-        init=init,
-        tolerance=options.tolerance,
-        metric=options.metric_of(task.table, task.chunk, task.dim),
-        process_group=group,
-    )
+    def _find(self, for_kmeans: bool) -> tuple[Sampled | None, PairPoints]:
+        """The chunk's pairs, where they live, and as points everywhere; else codebooks only."""
+        weights = self._options.weights_of(self._state) if self._state else None
+        find = find_pairs if for_kmeans else codebooks_only
+        sampled = self._try(find, self._state, self._task.budget, weights)
+        return sampled, self._everywhere(sampled.points if sampled else None)
 
-
-def _broadcast(
-    points: PairPoints | None,
-    task: Task,
-    owner: int,
-    device: torch.device,
-    group: dist.ProcessGroup,
-) -> PairPoints | None:
-    """The owner's points on every rank, bit for bit: codebooks, pairs and counts, no codes.
-
-    None on every rank where the owner has none.
-    """
-    source = dist.get_global_rank(group, owner)
-    header = torch.zeros(2, dtype=torch.int64, device=device)
-    if points is not None:
-        header = torch.tensor([points.num_points, len(points.starts(1 << 40))], device=device)
-    dist.broadcast(header, source, group=group)
-    num_points, num_starts = header.tolist()
-    if num_points == 0:
-        return None
-    rows = task.num_rows + task.num_helper_rows
-    sizes = [rows * task.dim, num_points, num_points]
-    ints = torch.empty(sum(sizes), dtype=torch.int32, device=device)
-    longs = torch.empty(num_points + num_starts, dtype=torch.int64, device=device)
-    scale = torch.zeros(1, dtype=torch.float64, device=device)
-    if points is not None:
-        books = torch.cat([points.main, points.helper]).view(-1)
-        ints = torch.cat([books, points.a, points.b])
-        longs = torch.cat([points.weights, points.starts(1 << 40)])
-        scale.fill_(points.scale)
-    for tensor in (ints, longs, scale):
-        dist.broadcast(tensor, source, group=group)
-    if points is not None:
+    def _everywhere(self, points: PairPoints | None) -> PairPoints:
+        """The owner's points on every rank."""
+        if self._group is not None:
+            task = self._task
+            rows = (task.num_rows, task.num_helper_rows, task.dim)
+            points = broadcast(points, rows, self._owner, self._device, self._group)
+            if points is None:
+                self._raise_failure()
+        assert points is not None
         return points
-    books, a, b = ints.split(sizes)
-    weights, starts = longs.split([num_points, num_starts])
-    main, helper = books.view(rows, task.dim).split([task.num_rows, task.num_helper_rows])
-    return PairPoints.from_integers(main, helper, float(scale), a, b, weights, starts)
+
+    def _kmeans(self, points: PairPoints) -> KMeansResult:
+        task, options = self._task, self._options
+        return kmeans(
+            points,
+            task.num_clusters,
+            options.iterations,
+            backend=options.backend,
+            init=points.codebooks()[0] if options.init == "main" else options.init,
+            tolerance=options.tolerance,
+            metric=self._metric,
+            process_group=self._group,
+            score_bytes=task.budget.score_bytes,
+        )
+
+    def _new_codes(
+        self,
+        sampled: Sampled | None,
+        points: PairPoints,
+        update: ChunkUpdate | None,
+        result: KMeansResult | None,
+    ) -> Iterator[NewCodes]:
+        """New codes in parts, on the owner, which takes them into account in `update`.
+
+        By lookup of all pairs, or scored in blocks of ids where K-means saw a sample of them.
+        """
+        relabelling = self._try(Relabelling, self._state, points, update)
+        if self._task.budget.samples_per_centroid is None:
+            assignment = self._assign(points, update) if result is None else result.assignment
+            parts = iter([self._try(of_all_ids, sampled, assignment)])
+        else:
+            parts = self._scored_blocks(sampled, points, update)
+        for part in parts:
+            if part is not None and relabelling is not None:
+                self._try(relabelling.take, part)
+                yield part
+        if relabelling is not None:
+            self._try(relabelling.finish)
+
+    def _scored_blocks(
+        self, sampled: Sampled | None, points: PairPoints, update: ChunkUpdate | None
+    ) -> Iterator[NewCodes | None]:
+        for first in range(0, self._task.num_ids, ASSIGN_BLOCK):
+            block = self._try(IdBlock.of, sampled, first)
+            shared = self._everywhere(block.points if block else None)
+            nearest = self._assign(shared, update)
+            yield self._try(block.new_codes, nearest) if block else None
+
+    def _assign(self, points: PairPoints, update: ChunkUpdate | None) -> torch.Tensor:
+        """Nearest of the centroids that K-means scored last, scored by all ranks."""
+        k, dim = self._task.num_clusters, self._task.dim
+        scored = update.scored if update else torch.empty(k, dim, device=self._device)
+        if self._group is not None:
+            dist.broadcast(scored, dist.get_global_rank(self._group, self._owner), self._group)
+        if self._metric is not None:
+            points = points.transformed(metric_root(self._metric, dim).to(self._device))
+        return assign(
+            points,
+            scored,
+            backend=self._options.scorer,
+            process_group=self._group,
+            score_bytes=self._task.budget.score_bytes,
+        )

@@ -4,23 +4,24 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import nn
-from torch.nn.parallel import DistributedDataParallel
 
 from cce_torchrec.clustering import replicas
-from cce_torchrec.clustering.chunk import ChunkState, ChunkUpdate, budget, commit
-from cce_torchrec.clustering.solve import Options, Task, alone, together
-from cce_torchrec.distributed.embedding_bag_collection import ShardedCCEEmbeddingBagCollection
-from cce_torchrec.expand import ChunkCodes, physical_table
-from cce_torchrec.modules.embedding_bag_collection import CCEEmbeddingBagCollection
-
-T = TypeVar("T")
-DEFAULT_MEMORY_LIMIT = 1 << 30
+from cce_torchrec.clustering.chunk import ChunkState, ChunkUpdate, commit
+from cce_torchrec.clustering.live import local_chunks
+from cce_torchrec.clustering.options import Options
+from cce_torchrec.clustering.plan import DEFAULT_MEMORY_LIMIT, Key, Plan, Task, task_of
+from cce_torchrec.clustering.solve import Solver
+from cce_torchrec.codes import converted
+from cce_torchrec.expand import ChunkCodes
+from cce_torchrec.kmeans.backends import make_backend
+from cce_torchrec.kmeans.share import gathered, raise_failures
 
 
 @dataclass(frozen=True)
@@ -32,7 +33,8 @@ class ChunkReport:
     chunk: int
     ids: int
     objective_before: float
-    """Sum over ids of the squared distance between embedding and main row."""
+    """Sum of the squared distance between embedding and main row, over the ids (weighted) that
+    K-means saw."""
     objective_after: float
     """The same with the new codes and the new main rows."""
     changed: float
@@ -78,6 +80,10 @@ def cluster(
     written anywhere. Ranks share the scoring of large chunks; small ones are done by their owner.
     Codes never cross the network.
 
+    Memory beside the model is computed in advance and stays under a limit. New codes that do not
+    fit it until all chunks are solved are found once more when they are written, from centroids
+    that are final by then: that half is deterministic and repeats what has succeeded.
+
     Args:
         model: unsharded, or under DistributedModelParallel.
         iterations: Lloyd iterations.
@@ -87,8 +93,8 @@ def cluster(
         tolerance: see `cce_torchrec.kmeans.kmeans`.
         samples_per_centroid: ids per cluster that K-means sees, drawn by hash; by default all
             distinct pairs, or 200 where those do not fit `memory_limit`.
-        memory_limit: bytes beside the model per rank; by default what fits 1 GiB or a tenth of
-            the rank's codes, whichever is larger, aside from new codes that wait to be written.
+        memory_limit: bytes beside the model per rank, by default 1 GiB or a tenth of the rank's
+            codes, whichever is larger.
         weights: how much each id counts in K-means: per table name int64 [num_embeddings], or
             "seen": ids that were looked up in training since the last clustering count once,
             others not (tables with `track_seen`). All ids get new codes.
@@ -102,7 +108,7 @@ def cluster(
     Raises:
         ValueError: on every rank, naming table, chunk and rank: weights that are not finite, a
             data-parallel table that is not in `optimizer` or differs between ranks, unusable
-            options, more memory needed than a `memory_limit` that was given.
+            options, more memory needed than the limit.
     """
     options = Options(
         iterations, backend, init, tolerance, samples_per_centroid, memory_limit, weights, metric
@@ -122,78 +128,142 @@ def run(
     states: list[tuple[str, ChunkState]] = []
     tasks: list[Task] = []
     failure: str | None = None
-    peak_bytes = 0
     try:
         options.check()
-        states = list(_local_chunks(model, optimizer, options.finalise))
-        for _, state in states:
+        states = list(local_chunks(model, optimizer, options.finalise))
+        for path, state in states:
             options.check_for(state)
-        tasks = _plan(states, options)
-        peak_bytes = _peak_bytes(tasks, options.memory_limit)
-        options.make_backend(_device(states))
+            tasks.append(task_of(path, state, options))
+        make_backend(options.scorer, _device(states))
     except Exception as error:  # told to every rank below, then raised there
         failure = str(error)
-    plans = _gathered((failure, tasks, replicas.digests(states)), group)
-    _raise_failures([f for f, _, _ in plans])
-    replicas.check_equal([d for _, _, d in plans])
+    told = gathered((failure, tasks, replicas.digests(states)), group)
+    raise_failures([f for f, _, _ in told])
+    replicas.check_equal([d for _, _, d in told])
+    plan = Plan([theirs for _, theirs, _ in told], 0 if group is None else dist.get_rank(group))
+    peak_bytes, kept = _memory(plan, states, options.memory_limit, group)
     replicas.share_seen(states, group)
     mine = {task.key: state for task, (_, state) in zip(tasks, states, strict=True)}
-    done = _solve(mine, [theirs for _, theirs, _ in plans], options, _device(states), group)
-    for key, (update, _) in done.items():
-        commit(mine[key], update)
+    work = _Work(mine, plan, kept, options, _device(states), group)
+    with _wider_codes(states):
+        done = work.solve()
+    work.commit(done)
     for codes in {id(state.codes): state.codes for state in mine.values()}.values():
         codes.set_rounds(codes.rounds + 1)
         if codes.seen is not None:
             codes.seen.zero_()
     reports = {key: _report(key, mine[key], *result) for key, result in done.items()}
-    everyone = {key: r for part in reversed(_gathered(reports, group)) for key, r in part.items()}
+    everyone = {key: r for part in reversed(gathered(reports, group)) for key, r in part.items()}
     chunks = [everyone[key] for key in sorted(everyone)]
-    paths = {task.path for _, theirs, _ in plans for task in theirs}
-    return ClusteringReport(chunks, time.perf_counter() - began, peak_bytes), paths
+    report = ClusteringReport(chunks, time.perf_counter() - began, peak_bytes)
+    return report, {task.path for task in plan.tasks.values()}
 
 
-Key = tuple[str, int]
-
-
-def _solve(
-    mine: dict[Key, ChunkState],
-    plans: list[list[Task]],
-    options: Options,
-    device: torch.device,
-    group: dist.ProcessGroup | None,
-) -> dict[Key, tuple[ChunkUpdate, float]]:
-    """Updates of this rank's chunks, and their seconds; writes nothing.
-
-    Chunks that one rank alone owns and that are large are scored by all ranks, in one order; the
-    others by their owners, side by side.
-    """
-    tasks = {task.key: task for theirs in plans for task in theirs}
-    owners: dict[Key, list[int]] = {}
-    for rank, theirs in enumerate(plans):
-        for task in theirs:
-            owners.setdefault(task.key, []).append(rank)
-    common = [
-        key
-        for key in sorted(tasks)
-        if len(plans) > 1 and tasks[key].shared and len(owners[key]) == 1
-    ]
-    done: dict[Key, tuple[ChunkUpdate, float]] = {}
-    failure: str | None = None
+@contextmanager
+def _wider_codes(states: list[tuple[str, ChunkState]]) -> Iterator[None]:
+    """Codes in the type they will have after the step; in their own again if it fails."""
+    before: dict[int, tuple[ChunkCodes, torch.dtype]] = {}
+    for _, state in states:
+        held = state.codes.codes
+        if held is not None and held.dtype != state.new_dtype:
+            before[id(state.codes)] = (state.codes, held.dtype)
+            state.codes.set_codes(converted(held, state.new_dtype))
     try:
-        for key in sorted(set(mine) - set(common)):
+        yield
+    except BaseException:
+        for codes, dtype in before.values():
+            assert codes.codes is not None
+            codes.set_codes(converted(codes.codes, dtype))
+        raise
+
+
+Done = dict[Key, tuple[ChunkUpdate, float]]
+"""Updates of this rank's chunks, and their seconds."""
+
+
+@dataclass
+class _Work:
+    """The two halves of a step: all that can fail, then the writes."""
+
+    mine: dict[Key, ChunkState]
+    plan: Plan
+    kept: set[Key]
+    options: Options
+    device: torch.device
+    group: dist.ProcessGroup | None
+
+    def _solver(self, key: Key) -> Solver:
+        alone = key not in self.plan.common
+        return Solver(
+            self.mine.get(key),
+            self.plan.tasks[key],
+            self.options,
+            self.device,
+            None if alone else self.group,
+            self.plan.owner[key],
+        )
+
+    def solve(self) -> Done:
+        """Writes nothing."""
+        done: Done = {}
+
+        def solve(key: Key) -> None:
             started = time.perf_counter()
-            update = alone(mine[key], tasks[key], options)
-            done[key] = (update, time.perf_counter() - started)
-    except Exception as error:
-        failure = str(error)
-    _raise_failures(_gathered(failure, group))
-    for key in common:
-        assert group is not None
-        started = time.perf_counter()
-        result = together(mine.get(key), tasks[key], owners[key][0], options, device, group)
-        if result is not None:
-            done[key] = (result, time.perf_counter() - started)
-    return done
+            update = self._solver(key).solve(key in self.kept)
+            if update is not None:
+                done[key] = (update, time.perf_counter() - started)
+
+        failure: str | None = None
+        try:
+            for key in self.plan.alone:
+                solve(key)
+        except Exception as error:
+            failure = str(error)
+        raise_failures(gathered(failure, self.group))
+        for key in self.plan.common:
+            solve(key)
+        return done
+
+    def commit(self, done: Done) -> None:
+        """Writes codes that were not kept as they are found again, then all the rest."""
+        for key in [*self.plan.alone, *self.plan.common]:
+            update = done[key][0] if key in done else None
+            if key not in self.kept:
+                try:
+                    self._solver(key).write_codes(update)
+                except Exception as error:
+                    raise RuntimeError(
+                        f"{self.plan.tasks[key].who}: clustering failed while it was writing "
+                        f"({error}); some chunks are new, others old: restore the last checkpoint"
+                    ) from error
+            if update is not None:
+                commit(self.mine[key], update)
+
+
+def _memory(
+    plan: Plan,
+    states: list[tuple[str, ChunkState]],
+    memory_limit: int | None,
+    group: dist.ProcessGroup | None,
+) -> tuple[int, set[Key]]:
+    """Most bytes beside the model on this rank, and the chunks of all ranks whose codes wait.
+
+    Raises:
+        ValueError: on every rank, if a rank needs more than its limit.
+    """
+    codes = {id(s.codes): s.codes.codes for _, s in states}
+    code_bytes = sum(c.numel() * c.element_size() for c in codes.values() if c is not None)
+    limit = memory_limit or max(DEFAULT_MEMORY_LIMIT, code_bytes // 10)
+    peak, kept = plan.memory(limit)
+    failure = None
+    if peak > limit:
+        failure = (
+            f"clustering needs up to {peak} bytes beside the model and memory_limit is {limit}; "
+            "raise it, or lower samples_per_centroid"
+        )
+    told = gathered((failure, kept), group)
+    raise_failures([f for f, _ in told])
+    return peak, {key for _, keys in told for key in keys}
 
 
 def _report(key: Key, state: ChunkState, update: ChunkUpdate, seconds: float) -> ChunkReport:
@@ -203,7 +273,7 @@ def _report(key: Key, state: ChunkState, update: ChunkUpdate, seconds: float) ->
         ids=state.codes.config.num_embeddings,
         objective_before=update.objective_before,
         objective_after=update.objective_after,
-        changed=update.changed,
+        changed=update.changed / state.codes.config.num_embeddings,
         empty_clusters=update.empty_clusters,
         seconds=seconds,
     )
@@ -222,131 +292,3 @@ def _device(states: list[tuple[str, ChunkState]]) -> torch.device:
         return states[0][1].weight.device
     on_cuda = dist.is_initialized() and dist.get_backend() == "nccl"
     return torch.device("cuda", torch.cuda.current_device()) if on_cuda else torch.device("cpu")
-
-
-def _gathered(own: T, group: dist.ProcessGroup | None) -> list[T]:
-    """Every rank's object, by rank."""
-    if group is None:
-        return [own]
-    out: list[T] = [own] * dist.get_world_size(group)
-    dist.all_gather_object(out, own, group=group)
-    return out
-
-
-def _raise_failures(failures: list[str | None]) -> None:
-    """Raises on every rank what failed on any."""
-    named = [f"rank {rank}: {f}" for rank, f in enumerate(failures) if f is not None]
-    if named:
-        raise ValueError("; ".join(named))
-
-
-def _plan(states: list[tuple[str, ChunkState]], options: Options) -> list[Task]:
-    """How each chunk of this rank is clustered."""
-    codes = {id(s.codes): s.codes.codes for _, s in states}
-    code_bytes = sum(c.numel() * c.element_size() for c in codes.values() if c is not None)
-    limit = options.memory_limit
-    if limit is None:
-        limit = max(DEFAULT_MEMORY_LIMIT, code_bytes // 10)
-    tasks = []
-    for path, state in states:
-        config = state.codes.config
-        shape = (config.num_embeddings, config.num_rows, config.helper_rows, config.chunk_dim)
-        weighted, clusters = options.weights is not None, state.num_clusters
-        plan = budget(*shape, limit, options.samples_per_centroid, weighted, options.finalise)
-        scores = clusters * min(config.num_embeddings, config.num_rows * config.helper_rows)
-        tasks.append(Task(path, config.name, state.chunk, *shape[1:], clusters, scores, plan))
-    return tasks
-
-
-def _peak_bytes(tasks: list[Task], memory_limit: int | None) -> int:
-    """Most bytes that the step takes on this rank beside the model, computed in advance.
-
-    Raises:
-        ValueError: if that is more than a limit that was given.
-    """
-    working = max((task.budget.working_bytes for task in tasks), default=0)
-    peak = working + sum(task.budget.pending_bytes for task in tasks)
-    if memory_limit is not None and peak > memory_limit:
-        raise ValueError(
-            f"clustering needs up to {peak} bytes beside the model ({working} for its largest "
-            f"chunk, {peak - working} for new codes until all are written) and memory_limit is "
-            f"{memory_limit}; raise it, or lower samples_per_centroid"
-        )
-    return peak
-
-
-def _local_chunks(
-    model: nn.Module, optimizer: torch.optim.Optimizer | None, finalise: bool
-) -> Iterator[tuple[str, ChunkState]]:
-    """Chunks that this rank owns and that cluster, in the order of the model.
-
-    Raises:
-        ValueError: a data-parallel table whose parameters `optimizer` does not hold.
-    """
-    for path, module in model.named_modules():
-        replicated: set[str] = set()
-        if isinstance(module, ShardedCCEEmbeddingBagCollection):
-            rows = _fused_rows(module, optimizer)
-            replicated = module.data_parallel
-        elif isinstance(module, CCEEmbeddingBagCollection):
-            rows = _unsharded_rows(module, optimizer)
-        else:
-            continue
-        for name, codes in module.codes.items():
-            assert isinstance(codes, ChunkCodes)
-            if codes.codes is None or codes.config.helper_rows == 0:
-                continue
-            if name in replicated:
-                replicas.check_optimizer(module, codes.config, optimizer)
-            for column, chunk in enumerate(codes.chunks):
-                weight, state = rows[physical_table(name, chunk)]
-                kept = {k: v for k, v in state.items() if v.ndim and len(v) == len(weight)}
-                yield (
-                    f"{path}.{name}" if path else name,
-                    ChunkState(codes, column, weight, kept, finalise, name in replicated),
-                )
-
-
-def _unsharded_rows(
-    module: CCEEmbeddingBagCollection, optimizer: torch.optim.Optimizer | None
-) -> dict[str, tuple[torch.Tensor, dict[str, torch.Tensor]]]:
-    """Weight and optimizer state of each physical table of an unsharded collection."""
-    out = {}
-    for name, bag in module.embedding_bag_collection.embedding_bags.items():
-        weight = bag.weight
-        optimizers = list(getattr(weight, "_in_backward_optimizers", []))
-        if optimizer is not None:
-            optimizers.append(optimizer)
-        state = {k: v for opt in optimizers for k, v in _state_of(weight, opt).items()}
-        out[name] = (weight.data, state)
-    return out
-
-
-def _fused_rows(
-    module: ShardedCCEEmbeddingBagCollection, optimizer: torch.optim.Optimizer | None = None
-) -> dict[str, tuple[torch.Tensor, dict[str, torch.Tensor]]]:
-    """Live views of weight and optimizer state of each physical table in TorchRec's kernels.
-
-    The state of data-parallel tables, whose kernels have none, is in `optimizer`.
-    """
-    inner = module.embedding_bag_collection
-    out = {}
-    for lookup in inner._lookups:
-        while isinstance(lookup, DistributedDataParallel):
-            lookup = lookup.module
-        for kernel in lookup._emb_modules:
-            tbe = kernel.emb_module
-            fused = hasattr(tbe, "get_optimizer_state")
-            states = tbe.get_optimizer_state() if fused else []
-            for i, table in enumerate(kernel._config.embedding_tables):
-                state = states[i] if i < len(states) else {}
-                if not fused and optimizer is not None:
-                    state = _state_of(inner.embedding_bags[table.name].weight, optimizer)
-                out[table.name] = (tbe.split_embedding_weights()[i], state)
-    return out
-
-
-def _state_of(parameter: torch.Tensor, optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
-    """What `optimizer` keeps of `parameter`, tensors only."""
-    found = optimizer.state.get(parameter, {})
-    return {key: value for key, value in found.items() if isinstance(value, torch.Tensor)}

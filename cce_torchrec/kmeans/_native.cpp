@@ -7,7 +7,7 @@
 #include <cstring>
 
 #if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
-#define CLONES __attribute__((target_clones("avx512f", "avx2", "default")))
+#define CLONES __attribute__((target_clones("avx512f", "arch=haswell", "default")))
 #else
 #define CLONES
 #endif
@@ -17,6 +17,7 @@ typedef float v16f __attribute__((vector_size(64)));
 typedef int32_t v16i __attribute__((vector_size(64)));
 
 static const int64_t GROUP = 128;      // centroids whose index is found by a second look
+static const int64_t PANEL = 32;       // centroids that direct products take at once
 static const int64_t TILE = 1 << 19;  // bytes of helper scores kept in the second-level cache
 
 // Candidate: the best score of each lane so far, and the group it came from.
@@ -43,10 +44,15 @@ INLINE int32_t lowest_of(v16i v) {
   return v[0] < v[1] ? v[0] : v[1];
 }
 
+INLINE void keep_larger(Best &best, v16f score, int64_t group) {
+  const v16i better = score > best.score;
+  best.score = better ? score : best.score;
+  best.group = better ? (v16i){} + (int32_t)group : best.group;
+}
+
 // Lowest c that maximises p[c] + q[c], c < padded (a multiple of GROUP).
 INLINE int32_t nearest_by_scores(const float *p, const float *q, int64_t padded) {
-  Best best;
-  for (int i = 0; i < 16; i++) { best.score[i] = -__builtin_inff(); best.group[i] = 0; }
+  Best best = {(v16f){} - __builtin_inff(), (v16i){}};
   for (int64_t g = 0; g < padded; g += GROUP) {
     v16f m0 = load(p + g) + load(q + g), m1 = load(p + g + 16) + load(q + g + 16);
     for (int64_t c = 32; c < GROUP; c += 32) {
@@ -55,11 +61,7 @@ INLINE int32_t nearest_by_scores(const float *p, const float *q, int64_t padded)
       m0 = t0 > m0 ? t0 : m0;
       m1 = t1 > m1 ? t1 : m1;
     }
-    m0 = m0 > m1 ? m0 : m1;
-    v16i better = m0 > best.score;
-    v16i group = (v16i){} + (int32_t)g;
-    best.score = better ? m0 : best.score;
-    best.group = better ? group : best.group;
+    keep_larger(best, larger(m0, m1), g);
   }
   const v16f top = (v16f){} + top_of(best.score);
   const v16i never = (v16i){} + INT32_MAX;
@@ -71,6 +73,99 @@ INLINE int32_t nearest_by_scores(const float *p, const float *q, int64_t padded)
   }
   return lowest_of(index);
 }
+
+// Points of `dim` coordinates: rows of x, or (main[a] + helper[b]) * unit in fixed point, where a
+// null `a` counts up and a null `helper` is zero.
+struct Points {
+  const float *x;
+  const int32_t *main, *helper, *a, *b;
+  double unit;
+};
+
+INLINE void fetch(const Points &from, int64_t i, int64_t dim, float *row) {
+  if (from.x) { memcpy(row, from.x + i * dim, dim * 4); return; }
+  const int32_t *m = from.main + (from.a ? from.a[i] : i) * dim;
+  const int32_t *h = from.helper ? from.helper + from.b[i] * dim : nullptr;
+  for (int64_t d = 0; d < dim; d++) row[d] = (float)((m[d] + (h ? h[d] : 0)) * from.unit);
+}
+
+// score[j][v]: half_norm + point j times the 16 centroids of vector v of one panel.
+template <int POINTS, int VECTORS>
+INLINE void panel_scores(const float *rows, int64_t dim, const float *panel, const float *half_norms,
+                         v16f score[POINTS][VECTORS]) {
+  for (int j = 0; j < POINTS; j++)
+    for (int v = 0; v < VECTORS; v++) score[j][v] = load(half_norms + 16 * v);
+  for (int64_t d = 0; d < dim; d++) {
+    v16f value[VECTORS];
+    for (int v = 0; v < VECTORS; v++) value[v] = load(panel + d * PANEL + 16 * v);
+    for (int j = 0; j < POINTS; j++)
+      for (int v = 0; v < VECTORS; v++) score[j][v] += value[v] * rows[j * dim + d];
+  }
+}
+
+// Lowest centroid of the group from g on whose score for one point is `top`.
+INLINE int32_t in_group(const float *row, int64_t dim, const float *group, const float *half_norms,
+                        int64_t g, float top) {
+  v16i index = (v16i){} + INT32_MAX;
+  for (int64_t c = GROUP - PANEL; c >= 0; c -= PANEL) {
+    v16f score[1][2];
+    panel_scores<1, 2>(row, dim, group + c * dim, half_norms + c, score);
+    for (int v = 1; v >= 0; v--)
+      index = score[0][v] == (v16f){} + top ? lanes() + (int32_t)(g + c + 16 * v) : index;
+  }
+  return lowest_of(index);
+}
+
+// POINTS * VECTORS sums are held in registers. Long rows of centroids compare the best of every
+// GROUP of them with the best so far, and find the index by a second look at the winning group;
+// short ones compare every vector.
+template <int POINTS, int VECTORS, bool LONG>
+INLINE void nearest_points(const Points &from, const float *panels, const float *half_norms,
+                           int64_t padded, int64_t dim, int64_t n, float *rows, int32_t *out) {
+  const v16f lowest = (v16f){} - __builtin_inff();
+  const v16i never = (v16i){} + INT32_MAX;
+  for (int64_t i = 0; i < n; i += POINTS) {
+    Best best[POINTS];
+    for (int j = 0; j < POINTS; j++) {
+      fetch(from, i + j < n ? i + j : n - 1, dim, rows + j * dim);
+      best[j] = {lowest, (v16i){}};
+    }
+    for (int64_t g = 0; g < padded; g += GROUP) {
+      v16f most[POINTS];
+      for (int j = 0; j < POINTS; j++) most[j] = lowest;
+      for (int64_t c = g; c < g + GROUP; c += 16 * VECTORS) {
+        v16f score[POINTS][VECTORS];
+        const float *panel = panels + c / PANEL * PANEL * dim + c % PANEL;
+        panel_scores<POINTS, VECTORS>(rows, dim, panel, half_norms + c, score);
+        for (int j = 0; j < POINTS; j++)
+          for (int v = 0; v < VECTORS; v++)
+            if (LONG) most[j] = larger(score[j][v], most[j]);
+            else keep_larger(best[j], score[j][v], c + 16 * v);
+      }
+      if (LONG)
+        for (int j = 0; j < POINTS; j++) keep_larger(best[j], most[j], g);
+    }
+    for (int j = 0; j < POINTS && i + j < n; j++) {
+      const float top = top_of(best[j].score);
+      const v16i reached = best[j].score == (v16f){} + top;
+      const int32_t g = lowest_of(reached ? best[j].group : never);
+      out[i + j] = LONG ? in_group(rows + j * dim, dim, panels + g * dim, half_norms + g, g, top)
+                        : lowest_of(reached ? best[j].group + lanes() : never);
+    }
+  }
+}
+
+#if defined(__x86_64__) && defined(__GNUC__)
+__attribute__((target("avx512f")))
+static void nearest_points_wide(const Points &from, const float *panels, const float *half_norms,
+                                int64_t padded, int64_t dim, int64_t n, float *rows,
+                                int32_t *out) {
+  if (padded < 2048)
+    nearest_points<8, 2, false>(from, panels, half_norms, padded, dim, n, rows, out);
+  else
+    nearest_points<8, 2, true>(from, panels, half_norms, padded, dim, n, rows, out);
+}
+#endif
 
 extern "C" {
 
@@ -99,39 +194,19 @@ CLONES void cce_nearest_pairs(const float *main_scores, const float *helper_scor
   }
 }
 
-// out[i]: the centroid c with the highest half_norms[c] + sum_d x[i, d] * centroids[d, c].
-// centroids: [dim, padded]; padded is a multiple of 16.
-CLONES void cce_nearest_points(const float *x, const float *centroids, const float *half_norms,
-                               int64_t padded, int64_t dim, int64_t n, int32_t *out) {
-  const int64_t POINTS = 4;
-  for (int64_t i = 0; i < n; i += POINTS) {
-    const float *row[POINTS];
-    v16f best[POINTS];
-    v16i index[POINTS];
-    for (int64_t j = 0; j < POINTS; j++) {
-      row[j] = x + (i + j < n ? i + j : n - 1) * dim;
-      best[j] = (v16f){} - __builtin_inff();
-      index[j] = (v16i){};
-    }
-    for (int64_t c = 0; c < padded; c += 16) {
-      v16f score[POINTS];
-      for (int64_t j = 0; j < POINTS; j++) score[j] = load(half_norms + c);
-      for (int64_t d = 0; d < dim; d++) {
-        v16f value = load(centroids + d * padded + c);
-        for (int64_t j = 0; j < POINTS; j++) score[j] += value * row[j][d];
-      }
-      for (int64_t j = 0; j < POINTS; j++) {
-        v16i better = score[j] > best[j];
-        best[j] = better ? score[j] : best[j];
-        index[j] = better ? (v16i){} + (int32_t)c : index[j];
-      }
-    }
-    for (int64_t j = 0; j < POINTS && i + j < n; j++) {
-      const v16f top = (v16f){} + top_of(best[j]);
-      const v16i never = (v16i){} + INT32_MAX;
-      out[i + j] = lowest_of(best[j] == top ? index[j] + lanes() : never);
-    }
-  }
+// out[i]: the centroid c with the highest half_norms[c] + sum_d x[i, d] * centroids[c, d].
+// panels: the centroids as [padded / PANEL][dim][PANEL]. `rows` is scratch of 8 * dim.
+CLONES void cce_nearest_points(const float *x, const int32_t *main_points,
+                               const int32_t *helper_points, const int32_t *a, const int32_t *b,
+                               double unit, const float *panels, const float *half_norms,
+                               int64_t padded, int64_t dim, int64_t n, float *rows,
+                               int32_t *out) {
+  const Points from = {x, main_points, helper_points, a, b, unit};
+#if defined(__x86_64__) && defined(__GNUC__)
+  if (__builtin_cpu_supports("avx512f"))
+    return nearest_points_wide(from, panels, half_norms, padded, dim, n, rows, out);
+#endif
+  nearest_points<4, 1, false>(from, panels, half_norms, padded, dim, n, rows, out);
 }
 
 // Per cluster c = nearest[i]: sums[c] += weight * x, sizes[c] += weight, and
@@ -171,49 +246,58 @@ INLINE int64_t hashed(int64_t id, int64_t multiplier, int64_t addend, int64_t ro
   return (int64_t)((bits * (uint64_t)rows) >> 31);
 }
 
-// counts[code * num_helper + hash] += weight (1 where weights is null), over ids [first, last).
+// counts[code * num_helper + hash] += weight (1 where weights is null; weights start at id first),
+// over ids [first, last).
 void cce_count_pairs(const void *codes, int64_t bytes, int64_t stride, int64_t first,
                      int64_t last, int64_t multiplier, int64_t addend, int64_t num_helper,
                      const int64_t *weights, int64_t *counts) {
   for (int64_t id = first; id < last; id++) {
     const int64_t a = code_at(codes, bytes, id * stride);
-    counts[a * num_helper + hashed(id, multiplier, addend, num_helper)] += weights ? weights[id] : 1;
+    counts[a * num_helper + hashed(id, multiplier, addend, num_helper)] += weights ? weights[id - first] : 1;
   }
 }
 
-// Over ids [first, last): sums[new hash] += main[code] + helper[old hash] - centroid[nearest],
-// sizes[new hash] += 1, where nearest is table[code, old hash].
+// New codes are of the type of the old ones: of every pair, or of ids from `first` on.
+INLINE int64_t new_code(const void *new_codes, int64_t by_pair, int64_t bytes, int64_t pair,
+                        int64_t position) {
+  return code_at(new_codes, bytes, by_pair ? pair : position);
+}
+
+// Over ids [first, last): sums[new hash] += main[code] + helper[old hash] - centroid[new code],
+// sizes[new hash] += 1.
 CLONES void cce_residuals(const void *codes, int64_t bytes, int64_t stride, int64_t first,
-                          int64_t last, int64_t old_multiplier, int64_t old_addend,
-                          int64_t new_multiplier, int64_t new_addend, int64_t num_helper,
-                          int64_t dim, const int32_t *main_points, const int32_t *helper_points,
-                          const int32_t *centroids, const int32_t *table, int64_t *sums,
-                          int64_t *sizes) {
+                          int64_t last, const void *new_codes, int64_t by_pair,
+                          int64_t old_multiplier, int64_t old_addend, int64_t new_multiplier,
+                          int64_t new_addend, int64_t num_helper, int64_t dim,
+                          const int32_t *main_points, const int32_t *helper_points,
+                          const int32_t *centroids, int64_t *sums, int64_t *sizes) {
   for (int64_t id = first; id < last; id++) {
     const int64_t a = code_at(codes, bytes, id * stride);
     const int64_t b = hashed(id, old_multiplier, old_addend, num_helper);
     const int64_t row = hashed(id, new_multiplier, new_addend, num_helper);
     const int32_t *m = main_points + a * dim, *h = helper_points + b * dim;
-    const int32_t *center = centroids + (int64_t)table[a * num_helper + b] * dim;
+    const int64_t c = new_code(new_codes, by_pair, bytes, a * num_helper + b, id - first);
+    const int32_t *center = centroids + c * dim;
     int64_t *sum = sums + row * dim;
     for (int64_t d = 0; d < dim; d++) sum[d] += (int64_t)m[d] + h[d] - center[d];
     sizes[row]++;
   }
 }
 
-// codes[id] = table[code, hash] over ids [first, last), in place; returns how many changed.
+// Writes the new codes of ids [first, last) if `write`; returns how many are others.
 int64_t cce_relabel(void *codes, int64_t bytes, int64_t stride, int64_t first, int64_t last,
-                    int64_t multiplier, int64_t addend, int64_t num_helper, const int32_t *table,
-                    int64_t write) {
+                    const void *new_codes, int64_t by_pair, int64_t multiplier, int64_t addend,
+                    int64_t num_helper, int64_t write) {
   int64_t changed = 0;
   for (int64_t id = first; id < last; id++) {
     const int64_t at = id * stride, a = code_at(codes, bytes, at);
-    const int32_t c = table[a * num_helper + hashed(id, multiplier, addend, num_helper)];
+    const int64_t pair = a * num_helper + hashed(id, multiplier, addend, num_helper);
+    const int64_t c = new_code(new_codes, by_pair, bytes, pair, id - first);
     changed += c != a;
     if (!write) continue;
     if (bytes == 1) ((uint8_t *)codes)[at] = (uint8_t)c;
     else if (bytes == 2) ((uint16_t *)codes)[at] = (uint16_t)c;
-    else ((int32_t *)codes)[at] = c;
+    else ((int32_t *)codes)[at] = (int32_t)c;
   }
   return changed;
 }

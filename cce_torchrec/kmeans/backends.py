@@ -17,6 +17,8 @@ from cce_torchrec.kmeans.points import BLOCK, PairPoints, Points
 Nearest = Callable[[int, int], torch.Tensor]
 """Nearest centroid of points [start, end), int32; ties go to the lowest index."""
 
+SCORE_BYTES = 1 << 28
+"""Most that tables of scores may take; products with the points need none."""
 SKLEARN_BACKENDS = ("sklearn", "sklearn-minibatch")
 BACKENDS = ("auto", "native", "torch", "triton", "faiss", *SKLEARN_BACKENDS)
 
@@ -71,8 +73,9 @@ class TorchBackend(Backend):
         self, points: Points, centroids: torch.Tensor
     ) -> Callable[[torch.Tensor], torch.Tensor]:
         half_norms = -0.5 * (centroids * centroids).sum(1)
-        # The temporary [rows, k] stays near 16 MiB on a CPU.
-        rows = BLOCK if points.device.type == "cuda" else max(64, (1 << 22) // len(centroids))
+        # The temporary [rows, k] stays near 16 MiB on a CPU, 256 MiB elsewhere.
+        most = (1 << 22 if points.device.type == "cpu" else 1 << 26) // len(centroids)
+        rows = min(BLOCK, max(64, most))
 
         def block(x: torch.Tensor) -> torch.Tensor:
             out = torch.empty(len(x), dtype=torch.int32, device=x.device)
@@ -93,42 +96,45 @@ class NativeBackend(Backend):
 
     name = "native"
 
-    def __init__(self, products: str = "native") -> None:
+    def __init__(self, score_bytes: int = SCORE_BYTES) -> None:
         if not native.available():
             raise ValueError(
                 "the compiled K-means kernels were not built; install a C++ compiler and then "
                 "this package again, or choose backend torch or faiss"
             )
-
+        self._score_bytes = score_bytes
         self._held: dict[str, torch.Tensor] = {}
-        # FAISS multiplies long vectors somewhat faster than our simpler kernel.
-        self._products = FaissBackend() if products == "faiss" else None
 
     def prepare(self, points: Points, centroids: torch.Tensor) -> Nearest:
-        if isinstance(points, PairPoints) and _two_scores_pay(points, len(centroids)):
-            by_pair = native.pair_scorer(*points.codebooks(), centroids, self._held)
-            return lambda start, end: by_pair(points.a[start:end], points.b[start:end])
+        if isinstance(points, PairPoints):
+            a, b, main, helper = points.a, points.b, points.main, points.helper
+            if self._two_scores_pay(points, len(centroids)):
+                by_pair = native.pair_scorer(*points.codebooks(), centroids, self._held)
+                return lambda start, end: by_pair(a[start:end], b[start:end])
+            direct = native.PointScorer(centroids)
+            return lambda start, end: direct.of_sums(
+                main, helper, a[start:end], b[start:end], points.scale
+            )
         return super().prepare(points, centroids)
 
     def _block(
         self, points: Points, centroids: torch.Tensor
     ) -> Callable[[torch.Tensor], torch.Tensor]:
-        if self._products is not None and points.dim > 8:
-            return self._products._block(points, centroids)
-        return native.point_scorer(centroids)
+        return native.PointScorer(centroids).of_vectors
 
+    def _two_scores_pay(self, points: PairPoints, k: int) -> bool:
+        """Whether sums of two scores are cheaper than products with the points.
 
-def _two_scores_pay(points: PairPoints, k: int) -> bool:
-    """Whether sums of two scores are cheaper than products with the points.
-
-    Nanoseconds measured on one AVX-512 core (benchmarks/README.md): two scores cost the making of
-    their tables and two loads a centroid whatever the width, products rise with the width.
-    """
-    rows, n, dim = len(points.main) + len(points.helper), points.num_points, points.dim
-    tables = rows * k * (1.05 + 0.01 * dim)
-    two_scores = n * k * (0.07 if k <= 2048 else 0.15)
-    products = n * k * dim * (0.0215 if dim <= 8 else 0.0165)
-    return tables + two_scores < products
+        Nanoseconds measured on AVX-512 cores: two scores cost the making of their tables, and per
+        centroid two loads whatever the width, more where the main row's scores leave the cache
+        before another pair of the row needs them; products rise with the width.
+        """
+        rows, n, dim = len(points.main) + len(points.helper), points.num_points, points.dim
+        if score_table_bytes(len(points.main), len(points.helper), k) > self._score_bytes:
+            return False
+        repeats = n * max(8, native.TILE // (4 * k)) / (len(points.main) * len(points.helper))
+        two_scores = 0.07 if k <= 1024 else 0.07 + 0.28 / max(1.0, repeats)
+        return rows * k * (1.05 + 0.01 * dim) + n * k * two_scores < n * k * (0.03 + 0.019 * dim)
 
 
 class FaissBackend(Backend):
@@ -170,8 +176,16 @@ class TritonBackend(Backend):
         return lambda x: self._nearest(x, centroids, half_norms)
 
 
-def make_backend(name: str, device: torch.device) -> Backend:
-    """The backend `name`; "auto" is native (with FAISS for long products), FAISS or torch.
+def score_table_bytes(num_rows: int, helper_rows: int, k: int) -> int:
+    """Bytes of the scores of all main and helper rows for k centroids."""
+    return 4 * (num_rows + helper_rows) * (k + native.GROUP)
+
+
+def make_backend(name: str, device: torch.device, score_bytes: int = SCORE_BYTES) -> Backend:
+    """The backend `name`; "auto" is native, FAISS (CPU) or torch, the first there is.
+
+    Args:
+        score_bytes: most that native's tables of scores may take.
 
     Raises:
         ValueError: an unknown name, or a missing optional dependency and how to install it.
@@ -179,12 +193,12 @@ def make_backend(name: str, device: torch.device) -> Backend:
     if name == "auto":
         has_faiss = importlib.util.find_spec("faiss") is not None
         if device.type == "cpu" and native.available():
-            return NativeBackend("faiss" if has_faiss else "native")
+            return NativeBackend(score_bytes)
         if device.type == "cpu" and has_faiss:
             return FaissBackend()
         return TorchBackend()
-    made: dict[str, type[Backend]] = {
-        "native": NativeBackend,
+    made: dict[str, Callable[[], Backend]] = {
+        "native": lambda: NativeBackend(score_bytes),
         "torch": TorchBackend,
         "faiss": FaissBackend,
         "triton": TritonBackend,

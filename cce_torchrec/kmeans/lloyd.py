@@ -8,8 +8,15 @@ from dataclasses import dataclass, replace
 import torch
 import torch.distributed as dist
 
-from cce_torchrec.kmeans.backends import SKLEARN_BACKENDS, Backend, make_backend, optional_module
-from cce_torchrec.kmeans.points import BLOCK, Points, TensorPoints, metric_root
+from cce_torchrec.kmeans.backends import (
+    SCORE_BYTES,
+    SKLEARN_BACKENDS,
+    Backend,
+    make_backend,
+    optional_module,
+)
+from cce_torchrec.kmeans.points import Points, TensorPoints, metric_root
+from cce_torchrec.kmeans.share import Share, check_agreement
 
 _SPLIT = 1 / 1024
 _PLUS_PLUS_SAMPLE = 32
@@ -40,8 +47,11 @@ class KMeansResult:
     centroids: torch.Tensor
     assignment: torch.Tensor
     sizes: torch.Tensor
+    scored: torch.Tensor
+    """float32 [k, s]: what `assignment` is nearest to, in the space of the metric; without one,
+    the centroids."""
     iterations: list[IterationStats]
-    """One per Lloyd iteration, and one for the final assignment."""
+    """One per assignment: of every Lloyd iteration, and of the final centroids."""
 
     @property
     def objective(self) -> list[float]:
@@ -65,6 +75,7 @@ def kmeans(
     tolerance: float = 0.0,
     metric: torch.Tensor | None = None,
     process_group: dist.ProcessGroup | None = None,
+    score_bytes: int = SCORE_BYTES,
 ) -> KMeansResult:
     """Weighted K-means with `num_clusters` clusters.
 
@@ -85,49 +96,67 @@ def kmeans(
         metric: [s, s], positive semi-definite: distances are (x - y)^T metric (x - y), the
             objective too; centroids are means all the same.
         tolerance: also end when an iteration lowers the objective by less than this share.
+        score_bytes: most that tables of scores may take (native, over pairs).
 
     Raises:
         ValueError: no points, `num_clusters` or `iterations` below 1, values that are not
             finite, starting centroids of another shape, ranks that disagree about shapes,
             weights that sum to more than 2^33.
     """
-    if not isinstance(points, Points):
-        points = TensorPoints(points, weights)
-    elif weights is not None:
-        raise ValueError("weights belong to a matrix of points; these points have their own")
-    if num_clusters < 1 or iterations < 1 or points.num_points < 1:
-        raise ValueError(
-            f"K-means needs points, clusters and iterations: {points.num_points} points, "
-            f"num_clusters {num_clusters}, iterations {iterations}"
-        )
-    points.check_weights()
-    if metric is not None:
-        root = metric_root(metric, points.dim).to(points.device)
-        start = init.float().to(points.device) @ root if isinstance(init, torch.Tensor) else init
-        result = kmeans(
-            points.transformed(root),
-            num_clusters,
-            iterations,
-            backend=backend,
-            init=start,
-            tolerance=tolerance,
-            process_group=process_group,
-        )
-        return replace(result, centroids=_means(points, result))
-    share = _Share(points, num_clusters, process_group)
-    centroids = _start(points, num_clusters, init)
+    problem: _Problem | None = None
+    failure: Exception | None = None
+    try:
+        problem = _Problem(points, weights, num_clusters, iterations, metric, init)
+        name = "auto" if backend in SKLEARN_BACKENDS else backend  # what scores at the end
+        engine = make_backend(name, problem.points.device, score_bytes)
+    except Exception as error:  # told to every rank below, then raised there
+        if process_group is None:
+            raise
+        failure = error
+    task = (problem.shape if problem else None, iterations, backend, tolerance)
+    what = "(points, dim, clusters), iterations, backend, tolerance"
+    check_agreement(failure, task, what, process_group)
+    assert problem is not None
+    points, centroids = problem.points, problem.start
+    share = Share(points, num_clusters, process_group)
     if backend in SKLEARN_BACKENDS:
         centroids = share.from_first_rank(_sklearn_fit(points, centroids, iterations, backend))
-        iterations, backend = 0, "auto"
-    engine = make_backend(backend, points.device)
-    centroids, stats = _lloyd(points, centroids, iterations, tolerance, engine, share)
-    began = time.perf_counter()
-    _sums, sizes, errors, assigned = share.scan(points, centroids, engine)
-    assignment = share.gather(assigned)
-    objective = float(errors.sum()) / points.error_scale()
-    seconds = time.perf_counter() - began
-    stats.append(IterationStats(objective, seconds, _imbalance(sizes), 0))
-    return KMeansResult(centroids, assignment, sizes, stats)
+        iterations = 0
+    result = _lloyd(points, centroids, iterations, tolerance, engine, share)
+    if metric is not None:
+        result = replace(result, centroids=_means(problem.original, result))
+    return result
+
+
+class _Problem:
+    """Checked arguments of `kmeans`: the points in the space of the metric, and the start."""
+
+    def __init__(
+        self,
+        points: Points | torch.Tensor,
+        weights: torch.Tensor | None,
+        k: int,
+        iterations: int,
+        metric: torch.Tensor | None,
+        init: str | torch.Tensor,
+    ) -> None:
+        if not isinstance(points, Points):
+            points = TensorPoints(points, weights)
+        elif weights is not None:
+            raise ValueError("weights belong to a matrix of points; these points have their own")
+        if k < 1 or iterations < 1 or points.num_points < 1:
+            raise ValueError(
+                f"K-means needs points, clusters and iterations: {points.num_points} points, "
+                f"num_clusters {k}, iterations {iterations}"
+            )
+        points.check_weights()
+        self.original = self.points = points
+        if metric is not None:
+            root = metric_root(metric, points.dim).to(points.device)
+            self.points = points.transformed(root)
+            init = init.float().to(points.device) @ root if isinstance(init, torch.Tensor) else init
+        self.start = _start(self.points, k, init)
+        self.shape = (points.num_points, points.dim, k)
 
 
 def _lloyd(
@@ -136,27 +165,27 @@ def _lloyd(
     iterations: int,
     tolerance: float,
     engine: Backend,
-    share: _Share,
-) -> tuple[torch.Tensor, list[IterationStats]]:
-    """Centroids after at most `iterations` assignments and updates."""
+    share: Share,
+) -> KMeansResult:
+    """At most `iterations` assignments and updates, and an assignment to the last centroids."""
     stats: list[IterationStats] = []
-    before: torch.Tensor | None = None
-    for _ in range(iterations):
+    while True:
         began = time.perf_counter()
-        sums, sizes, errors, _assigned = share.scan(points, centroids, engine)
+        sums, sizes, errors, assigned = share.scan(points, centroids, engine)
         objective = float(errors.sum()) / points.error_scale()
-        means = (sums.double() / sizes.clamp(min=1)[:, None] / points.scale).float()
-        centroids = torch.where(sizes[:, None] > 0, means, centroids)
-        centroids, splits = refill_empty(centroids, sizes, errors)
+        updated, splits = centroids, 0
+        if len(stats) < iterations:
+            means = (sums.double() / sizes.clamp(min=1)[:, None] / points.scale).float()
+            updated = torch.where(sizes[:, None] > 0, means, centroids)
+            updated, splits = refill_empty(updated, sizes, errors)
         seconds = time.perf_counter() - began
         stats.append(IterationStats(objective, seconds, _imbalance(sizes), splits))
-        settled = before is not None and torch.equal(before, sums)
+        if torch.equal(updated, centroids):
+            return KMeansResult(centroids, share.gather(assigned), sizes, centroids, stats)
+        centroids = updated
         least = tolerance * stats[-2].objective if tolerance and len(stats) > 1 else None
-        slow = least is not None and stats[-2].objective - objective < least
-        if (settled or slow) and not splits:
-            break
-        before = sums
-    return centroids, stats
+        if least is not None and stats[-2].objective - objective < least and not splits:
+            iterations = len(stats)
 
 
 def _means(points: Points, result: KMeansResult) -> torch.Tensor:
@@ -169,56 +198,6 @@ def _means(points: Points, result: KMeansResult) -> torch.Tensor:
     overall = sums.double().sum(0) / sizes.sum()
     means = torch.where(sizes[:, None] > 0, sums.double() / sizes.clamp(min=1)[:, None], overall)
     return (means / points.scale).float()
-
-
-class _Share:
-    """This rank's points, [start, end), cut at whole blocks, and the sums over all ranks."""
-
-    def __init__(self, points: Points, k: int, group: dist.ProcessGroup | None) -> None:
-        self._group = group
-        self._num_points, self._k, self._dim = points.num_points, k, points.dim
-        rank, world_size = 0, 1
-        if group is not None:
-            rank, world_size = dist.get_rank(group), dist.get_world_size(group)
-            shape = (points.num_points, points.dim, k)
-            shapes: list[tuple[int, ...]] = [()] * world_size
-            dist.all_gather_object(shapes, shape, group=group)
-            if len(set(shapes)) > 1:
-                raise ValueError(f"ranks disagree about (points, dim, clusters): {shapes}")
-        self._alone = world_size == 1
-        blocks = -(-points.num_points // BLOCK)
-        self.start = min(points.num_points, blocks * rank // world_size * BLOCK)
-        self.end = min(points.num_points, blocks * (rank + 1) // world_size * BLOCK)
-
-    def scan(
-        self, points: Points, centroids: torch.Tensor, engine: Backend
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Sums [k, s], sizes [k] and errors [k] over all ranks, and this rank's assignment."""
-        k, dim = self._k, self._dim
-        assigned = engine.prepare(points, centroids)(self.start, self.end)
-        flat = torch.zeros(k * (dim + 2), dtype=torch.int64, device=points.device)
-        sums, sizes, errors = flat[: k * dim].view(k, dim), flat[k * dim : -k], flat[-k:]
-        stats = (sums, sizes, errors)
-        points.accumulate(self.start, assigned, centroids, points.error_scale(), stats)
-        if not self._alone:
-            dist.all_reduce(flat, group=self._group)
-        return sums, sizes, errors, assigned
-
-    def from_first_rank(self, centroids: torch.Tensor) -> torch.Tensor:
-        """The first rank's centroids, on every rank."""
-        if not self._alone:
-            assert self._group is not None
-            dist.broadcast(centroids, dist.get_global_rank(self._group, 0), group=self._group)
-        return centroids
-
-    def gather(self, assigned: torch.Tensor) -> torch.Tensor:
-        """The assignment of all points, from every rank's."""
-        if self._alone:
-            return assigned
-        out = torch.zeros(self._num_points, dtype=torch.int32, device=assigned.device)
-        out[self.start : self.end] = assigned
-        dist.all_reduce(out, group=self._group)
-        return out
 
 
 def refill_empty(

@@ -8,6 +8,7 @@ from __future__ import annotations
 import ctypes
 import functools
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,10 @@ from cce_torchrec.hashing import HashFunction
 
 GROUP = 128
 """Columns of scores are padded to a multiple of this (GROUP in _native.cpp)."""
+TILE = 1 << 19
+"""Bytes of helper scores that are kept in cache (TILE in _native.cpp)."""
+PANEL = 32
+"""Centroids that direct products take at once (PANEL in _native.cpp); divides GROUP."""
 LOWEST = -3.0e38
 """Score of a padding column; finite, so that adding to it is not NaN."""
 
@@ -89,22 +94,38 @@ def pair_scorer(
     return nearest
 
 
-def point_scorer(centroids: torch.Tensor) -> Callable[[torch.Tensor], torch.Tensor]:
-    """A function x -> nearest centroid; x float32 [n, s], result int32 [n]."""
-    k, dim = centroids.shape
-    width = -(-k // 16) * 16
-    transposed = torch.zeros(dim, width)
-    transposed[:, :k] = centroids.t()
-    half_norms = torch.full((width,), LOWEST)
-    half_norms[:k] = -0.5 * (centroids * centroids).sum(1)
+class PointScorer:
+    """Nearest of `centroids` [k, s] by direct products, int32 [n]."""
 
-    def nearest(x: torch.Tensor) -> torch.Tensor:
-        x = x.contiguous()
-        out = torch.empty(len(x), dtype=torch.int32)
-        _call("cce_nearest_points", x, transposed, half_norms, width, dim, len(x), out)
+    def __init__(self, centroids: torch.Tensor) -> None:
+        k, dim = centroids.shape
+        padded = torch.zeros(-(-k // GROUP) * GROUP, dim)
+        padded[:k] = centroids
+        half_norms = torch.full((len(padded),), LOWEST)
+        half_norms[:k] = -0.5 * (centroids * centroids).sum(1)
+        panels = padded.view(-1, PANEL, dim).transpose(1, 2).contiguous()
+        self._centroids = (panels, half_norms, len(padded), dim)
+        self._scratch = torch.empty(8 * dim)
+
+    def of_vectors(self, x: torch.Tensor) -> torch.Tensor:
+        """Of the rows of x, float32 [n, s]."""
+        return self._run((x.contiguous(), None, None, None, None, 1.0), len(x))
+
+    def of_sums(
+        self,
+        main: torch.Tensor,
+        helper: torch.Tensor | None,
+        a: torch.Tensor | None,
+        b: torch.Tensor | None,
+        scale: float,
+    ) -> torch.Tensor:
+        """Of (main[a] + helper[b]) / scale, int32 codebooks; of main's rows without the others."""
+        return self._run((None, main, helper, a, b, 1 / scale), len(main if a is None else a))
+
+    def _run(self, points: tuple[torch.Tensor | float | None, ...], n: int) -> torch.Tensor:
+        out = torch.empty(n, dtype=torch.int32)
+        _call("cce_nearest_points", *points, *self._centroids, n, self._scratch, out)
         return out
-
-    return nearest
 
 
 def accumulate(
@@ -126,60 +147,62 @@ def accumulate(
     )
 
 
-def _column(codes: torch.Tensor, column: int) -> tuple[torch.Tensor, int, int]:
-    assert codes.is_contiguous()
-    return codes.view(-1)[column:], codes.element_size(), codes.shape[1]
+@dataclass(frozen=True)
+class Column:
+    """Ids [first, last) of one chunk: their codes are a column of `codes` [N, c]."""
 
+    codes: torch.Tensor
+    column: int
+    first: int
+    last: int
 
-def count_pairs(
-    codes: torch.Tensor,
-    column: int,
-    hash_: HashFunction,
-    num_helper: int,
-    weights: torch.Tensor | None,
-    counts: torch.Tensor,
-) -> None:
-    """Adds the weight of every id to its pair in `counts` [k * k'], int64."""
-    _call(
-        "cce_count_pairs",
-        *(*_column(codes, column), 0, codes.shape[0], hash_.multiplier, hash_.addend),
-        *(num_helper, weights, counts),
-    )
+    @property
+    def _args(self) -> tuple[torch.Tensor | int, ...]:
+        codes = self.codes
+        assert codes.is_contiguous()
+        start = codes.view(-1)[self.column :]
+        return start, codes.element_size(), codes.shape[1], self.first, self.last
 
+    def count_pairs(
+        self,
+        hash_: HashFunction,
+        num_helper: int,
+        weights: torch.Tensor | None,
+        counts: torch.Tensor,
+    ) -> None:
+        """Adds the ids, or their int64 `weights`, to their pairs in `counts` int64 [k * k']."""
+        hashed = (hash_.multiplier, hash_.addend, num_helper)
+        _call("cce_count_pairs", *self._args, *hashed, weights, counts)
 
-def residuals(
-    codes: torch.Tensor,
-    column: int,
-    hashes: tuple[HashFunction, HashFunction],
-    main: torch.Tensor,
-    helper: torch.Tensor,
-    centroids: torch.Tensor,
-    table: torch.Tensor,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Sums [k', s] and numbers [k'] of x_i - centroid by new helper row; points are int32."""
-    sums = torch.zeros(helper.shape, dtype=torch.int64)
-    sizes = torch.zeros(len(helper), dtype=torch.int64)
-    old, new = hashes
-    _call(
-        "cce_residuals",
-        *(*_column(codes, column), 0, codes.shape[0]),
-        *(old.multiplier, old.addend, new.multiplier, new.addend, len(helper), main.shape[1]),
-        *(main, helper, centroids, table, sums, sizes),
-    )
-    return sums, sizes
+    def residuals(
+        self,
+        new_codes: torch.Tensor,
+        by_pair: bool,
+        hashes: tuple[HashFunction, HashFunction],
+        books: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
+        stats: tuple[torch.Tensor, torch.Tensor],
+    ) -> None:
+        """Adds x_i - new centroid to (sums [k', s], sizes [k']) of the ids' new helper rows.
 
+        `new_codes`: of every pair, or of these ids; `hashes`: old and new; `books`: main, helper
+        and centroids, int32.
+        """
+        old, new = hashes
+        _call(
+            "cce_residuals",
+            *(*self._args, new_codes, int(by_pair)),
+            *(old.multiplier, old.addend, new.multiplier, new.addend, len(books[1])),
+            *(books[0].shape[1], *books, *stats),
+        )
 
-def relabel(
-    codes: torch.Tensor,
-    column: int,
-    hash_: HashFunction,
-    num_helper: int,
-    table: torch.Tensor,
-    write: bool,
-) -> int:
-    """Number of ids whose code `table` changes; writes the new codes if `write`."""
-    return _call(
-        "cce_relabel",
-        *(*_column(codes, column), 0, codes.shape[0], hash_.multiplier, hash_.addend),
-        *(num_helper, table, int(write)),
-    )
+    def relabel(
+        self,
+        new_codes: torch.Tensor,
+        by_pair: bool,
+        hash_: HashFunction,
+        num_helper: int,
+        write: bool,
+    ) -> int:
+        """Number of ids whose code is another one; writes the new codes if `write`."""
+        hashed = (hash_.multiplier, hash_.addend, num_helper)
+        return _call("cce_relabel", *self._args, new_codes, int(by_pair), *hashed, int(write))

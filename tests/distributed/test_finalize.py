@@ -12,8 +12,9 @@ from torchrec.distributed import DistributedModelParallel
 from torchrec.modules.embedding_configs import EmbeddingBagConfig, PoolingType
 
 from cce_torchrec import CCEEmbeddingBagConfig
-from cce_torchrec.clustering import cluster, finalize, solve
-from cce_torchrec.clustering.step import _fused_rows
+from cce_torchrec.clustering import cluster, finalize
+from cce_torchrec.clustering import plan as plans
+from cce_torchrec.clustering.live import fused_rows
 from cce_torchrec.distributed.embedding_bag_collection import get_default_sharders
 from cce_torchrec.planner import make_plan
 from tests.distributed import test_sharded as sharded_tests
@@ -60,24 +61,24 @@ def build(plan_kind, weighted=False, finalised=False):
 def digests(rank, world_size):
     """Codes, codebooks and optimizer state after a clustering and finalize."""
     out = {}
-    for plan_kind, share_from in (("tw", solve.SHARE_FROM), ("cw", solve.SHARE_FROM), ("tw", 0)):
+    for plan_kind, share_from in (("tw", plans.SHARE_FROM), ("cw", plans.SHARE_FROM), ("tw", 0)):
         model = build(plan_kind)
         sharded = model.module.collection
-        for name, (weight, state) in sorted(_fused_rows(sharded).items()):
+        for name, (weight, state) in sorted(fused_rows(sharded).items()):
             g = torch.Generator().manual_seed(sum(map(ord, name)))
             weight.copy_(torch.randn(weight.shape, generator=g))
             for value in state.values():
                 value.copy_(torch.rand(value.shape, generator=g))
-        usual, solve.SHARE_FROM = solve.SHARE_FROM, share_from
+        usual, plans.SHARE_FROM = plans.SHARE_FROM, share_from
         cluster(model)
         report = finalize(model)
-        solve.SHARE_FROM = usual
+        plans.SHARE_FROM = usual
         assert {c.table for c in report.chunks} == {
             "_dmp_wrapped_module.collection.t",
             "_dmp_wrapped_module.collection.u",
         }
         local = {}
-        for name, (weight, state) in _fused_rows(sharded).items():
+        for name, (weight, state) in fused_rows(sharded).items():
             data = [weight, *state.values()]
             local[name] = hashlib.sha256(b"".join(v.numpy().tobytes() for v in data)).hexdigest()
         for name, part in sharded.codes.items():

@@ -16,7 +16,7 @@ from torchrec.optim.keyed import CombinedOptimizer, KeyedOptimizerWrapper
 
 from cce_torchrec import CCEEmbeddingBagCollection
 from cce_torchrec.clustering import cluster
-from cce_torchrec.clustering.step import _fused_rows, _unsharded_rows
+from cce_torchrec.clustering.live import fused_rows, unsharded_rows
 from cce_torchrec.distributed.data_parallel import data_parallel_parameters
 from cce_torchrec.distributed.embedding_bag_collection import get_default_sharders
 from cce_torchrec.planner import make_plan
@@ -118,7 +118,7 @@ class Pair:
         """State of the sharded model into its twin on every rank, bit for bit."""
         rows = {
             n: (w.clone(), {k: v.clone() for k, v in state.items()})
-            for n, (w, state) in _fused_rows(self.sharded, self.optimizer).items()
+            for n, (w, state) in fused_rows(self.sharded, self.optimizer).items()
         }
         codes = {
             (name, chunk): part.codes[:, i].long()
@@ -127,7 +127,7 @@ class Pair:
         }
         gathered = [None] * self.world_size
         dist.all_gather_object(gathered, (rows, codes))
-        own = _unsharded_rows(self.plain, self.plain_optimizer)
+        own = unsharded_rows(self.plain, self.plain_optimizer)
         for theirs, columns in gathered:
             for name, (weight, state) in theirs.items():
                 own[name][0].copy_(weight)
@@ -139,8 +139,8 @@ class Pair:
 
     def compare(self, exact):
         check = torch.equal if exact else lambda a, b: torch.allclose(a, b, rtol=1e-5, atol=1e-6)
-        own = _unsharded_rows(self.plain, self.plain_optimizer)
-        for name, (weight, state) in _fused_rows(self.sharded, self.optimizer).items():
+        own = unsharded_rows(self.plain, self.plain_optimizer)
+        for name, (weight, state) in fused_rows(self.sharded, self.optimizer).items():
             assert check(weight, own[name][0]), name
             for key in state.keys() & own[name][1].keys():
                 assert check(state[key], own[name][1][key].view_as(state[key])), (name, key)

@@ -14,7 +14,7 @@ from torchrec.modules.embedding_configs import PoolingType
 from torchrec.streamable import Pipelineable
 
 from cce_torchrec.clustering import cluster
-from cce_torchrec.clustering.step import _fused_rows
+from cce_torchrec.clustering.live import fused_rows
 from cce_torchrec.distributed.embedding_bag_collection import get_default_sharders
 from cce_torchrec.planner import make_plan
 from tests.distributed.ranks import run_ranks
@@ -78,7 +78,7 @@ def run(kind, rank, pipeline_class):
             outputs.append(out)
         if step in (2, 4):
             cluster(model)
-    rows = {n: w.clone() for n, (w, _) in _fused_rows(model.module.collection).items()}
+    rows = {n: w.clone() for n, (w, _) in fused_rows(model.module.collection).items()}
     return outputs, rows
 
 

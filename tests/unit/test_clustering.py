@@ -10,7 +10,7 @@ from torchrec.optim.apply_optimizer_in_backward import apply_optimizer_in_backwa
 
 from cce_torchrec import CCEEmbeddingBagCollection, CCEEmbeddingBagConfig
 from cce_torchrec.clustering import ClusteringSchedule, cluster
-from cce_torchrec.clustering.chunk import budget
+from cce_torchrec.clustering.budget import budget
 from cce_torchrec.clustering.ids import ChunkIds
 from cce_torchrec.codes import seen_ids, widen
 from cce_torchrec.hashing import helper_hash
@@ -158,8 +158,8 @@ def test_pair_table_and_id_list_agree():
     chosen = budget(*shape, 1 << 30)
     smaller = budget(*shape, chosen.working_bytes - 1)
     assert chosen.by_pair and not smaller.by_pair
-    every = budget(40, 8, 8, 4, 1 << 30, samples_per_centroid=5)
-    assert not every.by_pair and every.samples_per_centroid == 5
+    every = budget(40, 8, 8, 4, 1 << 30, samples_per_centroid=4)
+    assert not every.by_pair and every.samples_per_centroid == 4
     report = cluster(by_pair)
     other = cluster(by_list, samples_per_centroid=10**6)  # all ids, as a list
     assert states_equal(by_pair, by_list)
@@ -219,6 +219,26 @@ def test_weights_decide_where_centroids_go():
         cluster(grouped(), weights={"t": seen - 1})
 
 
+@pytest.mark.parametrize("main, helper", [(1.0, 0.0), (0.0, 1.0), (0.0, 0.0), (1e-15, 1e12)])
+@pytest.mark.parametrize("options", [{}, {"samples_per_centroid": 2}])
+def test_degenerate_codebooks(main, helper, options):
+    """No helper, no main, all ids equal, scales far apart: finite, and never worse than before."""
+    m = module(num_embeddings=500, num_rows=40)
+    with torch.no_grad():
+        for bag in m.embedding_bag_collection.embedding_bags.values():
+            bag.weight[:40] *= main
+            bag.weight[40:] *= helper
+    before = embeddings(m)
+    report = cluster(m, **options)
+    after = embeddings(m)
+    assert torch.isfinite(after).all()
+    assert (after - before).norm() <= 1.001 * (before - before.mean(0)).norm() + 1e-30
+    for chunk in report.chunks:
+        assert chunk.objective_after <= 1.001 * chunk.objective_before or helper == 0.0
+    if main == helper == 0.0:
+        assert not after.any()
+
+
 def lookup(m, ids):
     lengths = torch.ones(len(ids), dtype=torch.long)
     return m(KeyedJaggedTensor(keys=["f"], values=ids, lengths=lengths))
@@ -243,6 +263,33 @@ def test_seen_ids_are_those_of_training_lookups():
     cluster(m, weights="seen")  # nothing was seen: uniform
     with pytest.raises(ValueError, match=r"weights='seen' needs a table with track_seen=True"):
         cluster(plain, weights="seen")
+
+
+def test_seen_weights_keep_what_training_has_learned():
+    """90% of ids are never seen: the loss after a step, helper rows included, is lower."""
+
+    def loss_after_clustering(weights):
+        m = module(num_embeddings=4000, num_rows=100, track_seen=True)
+        optimizer = torch.optim.Adam(m.parameters(), lr=0.02)
+        g = torch.Generator().manual_seed(1)
+        ids = torch.randperm(4000, generator=g)[:400]
+        target = torch.randn(12, 16, generator=g)[torch.randint(0, 12, (400,), generator=g)]
+
+        def loss():
+            return (lookup(m, ids).values() - target).square().mean()
+
+        for step in range(120):
+            optimizer.zero_grad()
+            value = loss()
+            value.backward()
+            optimizer.step()
+            if step in (39, 79):
+                cluster(m, weights=weights, optimizer=optimizer)
+        cluster(m, weights=weights, optimizer=optimizer)
+        return float(loss())
+
+    seen, uniform = map(loss_after_clustering, ("seen", None))
+    assert seen < 0.95 * uniform
 
 
 def test_metric_spends_precision_where_it_counts():

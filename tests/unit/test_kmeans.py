@@ -160,8 +160,8 @@ def test_results_do_not_depend_on_the_cut(backend):
     assert torch.equal(whole[:BLOCK], nearest(0, BLOCK))
 
 
-@pytest.mark.parametrize("k", [1, 15, 16, 33, 127, 128, 129, 300])
-@pytest.mark.parametrize("dim", [4, 8, 16])
+@pytest.mark.parametrize("k", [1, 15, 16, 33, 127, 128, 129, 300, 2100])
+@pytest.mark.parametrize("dim", [3, 4, 8, 16])
 @pytest.mark.skipif(not native.available(), reason="the compiled kernels were not built")
 def test_compiled_kernels_find_the_nearest(k, dim):
     points, _, _ = pairs(5000, 60, 90, dim, seed=k)
@@ -170,7 +170,12 @@ def test_compiled_kernels_find_the_nearest(k, dim):
     x = points.vectors(slice(None))
     main, helper = points.codebooks()
     by_pair = native.pair_scorer(main, helper, centroids, {})(points.a, points.b)
-    by_point = native.point_scorer(centroids)(x)
+    direct = native.PointScorer(centroids)
+    by_point = direct.of_vectors(x)
+    assert torch.equal(
+        by_point, direct.of_sums(points.main, points.helper, points.a, points.b, points.scale)
+    )
+    assert torch.equal(by_point[4::5], direct.of_vectors(x[4::5]))  # wherever a point stands
     best = torch.cdist(x.double(), centroids.double()).min(1).values
     for got in (by_pair, by_point):
         mine = (x.double() - centroids[got.long()].double()).norm(dim=1)
@@ -180,7 +185,7 @@ def test_compiled_kernels_find_the_nearest(k, dim):
 @pytest.mark.parametrize("backend", ENGINES)
 def test_ties_go_to_the_lowest_index(backend):
     points, _, _ = pairs(dim=12)
-    for k in (3, 200):
+    for k in (3, 200, 2100):
         nearest = make_backend(backend, CPU).prepare(points, torch.zeros(k, 12))
         assert (nearest(0, points.num_points) == 0).all()
 

@@ -1,0 +1,114 @@
+"""How the pairs of a chunk are found and what memory that takes, computed before anything is."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from cce_torchrec.config import code_dtype
+from cce_torchrec.kmeans import native
+from cce_torchrec.kmeans.backends import SCORE_BYTES, SKLEARN_BACKENDS, score_table_bytes
+from cce_torchrec.kmeans.points import BLOCK
+
+SAMPLES_PER_CENTROID = 200
+"""Ids per cluster that K-means sees where all distinct pairs would not fit (kmeans-notes)."""
+ASSIGN_BLOCK = 1 << 19
+"""Ids that get their codes at once, where K-means did not see them all."""
+_SLACK = 1 << 23
+
+
+@dataclass(frozen=True)
+class Budget:
+    """How a chunk is clustered, a function of its shape and the limit alone."""
+
+    by_pair: bool
+    """A table over all k * k' pairs; otherwise a list of the pairs of (sampled) ids."""
+    samples_per_centroid: int | None
+    """None: all ids."""
+    score_bytes: int
+    """Most that tables of scores may take."""
+    working_bytes: int
+    """Peak beside the model while the chunk is clustered, on every rank that takes part."""
+    code_bytes: int
+    """New codes, which wait until all chunks commit or are found again when they do."""
+
+
+@dataclass(frozen=True)
+class Engine:
+    """What K-means runs on, as far as memory depends on it."""
+
+    backend: str = "auto"
+    init: str = "random"
+    weighted: bool = False
+    device: str = "cpu"
+
+    @property
+    def compiled(self) -> bool:
+        """Whether points are scored and added up without temporaries."""
+        ours = self.backend in ("auto", "native", *SKLEARN_BACKENDS)
+        return ours and self.device == "cpu" and native.available()
+
+
+def budget(
+    num_ids: int,
+    num_rows: int,
+    helper_rows: int,
+    dim: int,
+    memory_limit: int,
+    samples_per_centroid: int | None = None,
+    engine: Engine = Engine(),
+    finalise: bool = False,
+) -> Budget:
+    """How a chunk of this shape is clustered within three quarters of `memory_limit` bytes.
+
+    The last quarter is for new codebooks that wait for other chunks. Where not even a sample
+    fits, the budget says how much it takes.
+    """
+    cells = num_rows * helper_rows
+    pairs = min(num_ids, cells)
+    clusters = num_rows + helper_rows * finalise
+    code = code_dtype(clusters).itemsize
+    scores = score_table_bytes(num_rows, helper_rows, clusters)
+    score_bytes = scores if scores <= min(SCORE_BYTES, memory_limit // 4) else 0
+    fixed = score_bytes + _book_bytes(clusters, helper_rows, dim, engine)
+    room = 3 * memory_limit // 4
+
+    grid = 8 * cells * (1 + engine.weighted) + code * cells
+    by_pair = grid + 48 * pairs + _point_bytes(pairs, dim, engine) + fixed
+    pairs_repeat = cells <= max(2 * num_ids, 1 << 20)
+    if samples_per_centroid is None and pairs_repeat and by_pair <= room:
+        return Budget(True, None, score_bytes, by_pair, code * cells)
+
+    def listed(ids: int) -> int:
+        return (64 + 16 * engine.weighted) * ids + _point_bytes(ids, dim, engine) + fixed
+
+    column = code * num_ids
+    every = listed(num_ids) + column
+    if samples_per_centroid is None and every <= room:
+        return Budget(False, None, score_bytes, every, column)
+    samples = samples_per_centroid or SAMPLES_PER_CENTROID
+    if samples * clusters >= num_ids:
+        return Budget(False, None, score_bytes, every, column)
+    most = min(num_ids, round(1.1 * samples * clusters) + 1024)  # drawn by hash: about as many
+    block = 100 * min(num_ids, ASSIGN_BLOCK)
+    return Budget(False, samples, score_bytes, listed(most) + block, column)
+
+
+def _point_bytes(points: int, dim: int, engine: Engine) -> int:
+    """Beside pairs and weights: assignments, and what the backend makes of the points."""
+    total = 16 * points
+    if not engine.compiled:
+        rows = min(points, BLOCK)
+        total += rows * (72 * dim + 64) + (1 << 25)
+        if engine.device != "cpu":
+            total += 1 << 29  # scores of a block
+    if engine.backend in SKLEARN_BACKENDS:
+        total += points * (16 * dim + 32) + (1 << 25)
+    return total
+
+
+def _book_bytes(clusters: int, helper_rows: int, dim: int, engine: Engine) -> int:
+    """Fixed-point codebooks, sums, centroids and their temporaries."""
+    total = (40 * (clusters + helper_rows) + 120 * clusters) * dim + _SLACK
+    if engine.init == "k-means++":
+        total += 32 * clusters * (48 * dim + 64)
+    return total

@@ -1,0 +1,92 @@
+"""Live views of the chunks that this rank holds: codes, codebooks and optimizer state."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+from cce_torchrec.clustering import replicas
+from cce_torchrec.clustering.chunk import ChunkState
+from cce_torchrec.distributed.embedding_bag_collection import ShardedCCEEmbeddingBagCollection
+from cce_torchrec.expand import ChunkCodes, physical_table
+from cce_torchrec.modules.embedding_bag_collection import CCEEmbeddingBagCollection
+
+
+def local_chunks(
+    model: nn.Module, optimizer: torch.optim.Optimizer | None, finalise: bool
+) -> Iterator[tuple[str, ChunkState]]:
+    """Chunks that this rank owns and that cluster, in the order of the model.
+
+    Raises:
+        ValueError: a data-parallel table whose parameters `optimizer` does not hold.
+    """
+    for path, module in model.named_modules():
+        replicated: set[str] = set()
+        if isinstance(module, ShardedCCEEmbeddingBagCollection):
+            rows = fused_rows(module, optimizer)
+            replicated = module.data_parallel
+        elif isinstance(module, CCEEmbeddingBagCollection):
+            rows = unsharded_rows(module, optimizer)
+        else:
+            continue
+        for name, codes in module.codes.items():
+            assert isinstance(codes, ChunkCodes)
+            if codes.codes is None or codes.config.helper_rows == 0:
+                continue
+            if name in replicated:
+                replicas.check_optimizer(module, codes.config, optimizer)
+            for column, chunk in enumerate(codes.chunks):
+                weight, state = rows[physical_table(name, chunk)]
+                kept = {k: v for k, v in state.items() if v.ndim and len(v) == len(weight)}
+                yield (
+                    f"{path}.{name}" if path else name,
+                    ChunkState(codes, column, weight, kept, finalise, name in replicated),
+                )
+
+
+def unsharded_rows(
+    module: CCEEmbeddingBagCollection, optimizer: torch.optim.Optimizer | None
+) -> dict[str, tuple[torch.Tensor, dict[str, torch.Tensor]]]:
+    """Weight and optimizer state of each physical table of an unsharded collection."""
+    out = {}
+    for name, bag in module.embedding_bag_collection.embedding_bags.items():
+        weight = bag.weight
+        optimizers = list(getattr(weight, "_in_backward_optimizers", []))
+        if optimizer is not None:
+            optimizers.append(optimizer)
+        state = {k: v for opt in optimizers for k, v in _state_of(weight, opt).items()}
+        out[name] = (weight.data, state)
+    return out
+
+
+def fused_rows(
+    module: ShardedCCEEmbeddingBagCollection, optimizer: torch.optim.Optimizer | None = None
+) -> dict[str, tuple[torch.Tensor, dict[str, torch.Tensor]]]:
+    """Live views of weight and optimizer state of each physical table in TorchRec's kernels.
+
+    The state of data-parallel tables, whose kernels have none, is in `optimizer`.
+    """
+    inner = module.embedding_bag_collection
+    out = {}
+    for lookup in inner._lookups:
+        while isinstance(lookup, DistributedDataParallel):
+            lookup = lookup.module
+        for kernel in lookup._emb_modules:
+            tbe = kernel.emb_module
+            fused = hasattr(tbe, "get_optimizer_state")
+            states = tbe.get_optimizer_state() if fused else []
+            for i, table in enumerate(kernel._config.embedding_tables):
+                state = states[i] if i < len(states) else {}
+                if not fused and optimizer is not None:
+                    state = _state_of(inner.embedding_bags[table.name].weight, optimizer)
+                out[table.name] = (tbe.split_embedding_weights()[i], state)
+    return out
+
+
+def _state_of(parameter: torch.Tensor, optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
+    """What `optimizer` keeps of `parameter`, tensors only."""
+    found = optimizer.state.get(parameter, {})
+    return {key: value for key, value in found.items() if isinstance(value, torch.Tensor)}

@@ -1,0 +1,101 @@
+"""What a caller may choose about a clustering step, checked before it starts."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+
+from cce_torchrec.clustering.budget import Engine
+from cce_torchrec.clustering.chunk import ChunkState
+from cce_torchrec.clustering.ids import IdWeights
+from cce_torchrec.kmeans.backends import SKLEARN_BACKENDS
+from cce_torchrec.kmeans.points import metric_root
+
+INITS = ("random", "k-means++", "main")
+
+
+@dataclass(frozen=True)
+class Options:
+    """How K-means runs; see the arguments of `cluster`."""
+
+    iterations: int = 6
+    backend: str = "auto"
+    init: str = "random"
+    tolerance: float = 0.0
+    samples_per_centroid: int | None = None
+    memory_limit: int | None = None
+    weights: Mapping[str, torch.Tensor] | str | None = None
+    metric: Mapping[str, torch.Tensor] | None = None
+    finalise: bool = False
+
+    def check(self) -> None:
+        """Raises ValueError if an option cannot be used."""
+        if self.init not in INITS:
+            raise ValueError(f"unknown init {self.init!r}; choose one of {list(INITS)}")
+        if self.finalise and self.init == "main":
+            raise ValueError(
+                "init 'main' has no start for the helper's rows that finalize gives to main; use "
+                "'random' or 'k-means++'"
+            )
+        if self.iterations < 1:
+            raise ValueError(f"iterations {self.iterations} must be at least 1")
+        if isinstance(self.weights, str) and self.weights != "seen":
+            raise ValueError(f"unknown weights {self.weights!r}; give 'seen' or a mapping")
+        if self.samples_per_centroid is not None and self.samples_per_centroid < 1:
+            raise ValueError(f"samples_per_centroid {self.samples_per_centroid} is below 1")
+
+    @property
+    def scorer(self) -> str:
+        """The backend that scores: scikit-learn's leave that to ours."""
+        return "auto" if self.backend in SKLEARN_BACKENDS else self.backend
+
+    def engine(self, device: torch.device) -> Engine:
+        """What the memory of a step depends on."""
+        return Engine(self.backend, self.init, self.weights is not None, device.type)
+
+    def weights_of(self, state: ChunkState) -> IdWeights | None:
+        """Weights of a table's ids, or None for one each.
+
+        Raises:
+            ValueError: weights that are not N integers, at least 0; "seen" without `track_seen`.
+        """
+        config = state.codes.config
+        if isinstance(self.weights, str):
+            if state.codes.seen is None:
+                raise ValueError(f"{state.who}: weights='seen' needs a table with track_seen=True")
+            return IdWeights(state.codes.seen, bits=True)
+        if self.weights is None or config.name not in self.weights:
+            return None
+        weights = self.weights[config.name]
+        if weights.shape != (config.num_embeddings,) or weights.is_floating_point():
+            raise ValueError(
+                f"table {config.name!r}: weights must be integers [{config.num_embeddings}], one "
+                f"per id; got {weights.dtype} {tuple(weights.shape)}"
+            )
+        if int(weights.min()) < 0:
+            raise ValueError(f"table {config.name!r}: a weight of {int(weights.min())} is negative")
+        return IdWeights(weights.to(state.weight.device), bits=False)
+
+    def metric_of(self, name: str, chunk: int, dim: int) -> torch.Tensor | None:
+        """The metric [s, s] of a chunk of table `name`, or None for the Euclidean one."""
+        if self.metric is None or name not in self.metric:
+            return None
+        metric = self.metric[name]
+        if metric.dim() != 3 or metric.shape[1:] != (dim, dim) or not 0 <= chunk < len(metric):
+            raise ValueError(
+                f"table {name!r}: metric must be [num_chunks, {dim}, {dim}]; got "
+                f"{tuple(metric.shape)}"
+            )
+        return metric[chunk]
+
+    def check_for(self, state: ChunkState) -> None:
+        """Raises ValueError if an option does not suit a chunk, or its weights are not finite."""
+        state.check()
+        config = state.codes.config
+        if self.weights is not None and state.column == 0:
+            self.weights_of(state)
+        metric = self.metric_of(config.name, state.chunk, config.chunk_dim)
+        if metric is not None:
+            metric_root(metric, config.chunk_dim)

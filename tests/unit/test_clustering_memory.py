@@ -1,0 +1,90 @@
+"""The memory of a clustering step: computed before it, and never more when it is made."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+from cce_torchrec.clustering.budget import budget
+
+CHILD = """
+import json, sys
+from pathlib import Path
+import torch
+from cce_torchrec import CCEEmbeddingBagCollection, CCEEmbeddingBagConfig
+from cce_torchrec.clustering import cluster
+from cce_torchrec.kmeans import native
+
+torch.set_num_threads(1)
+available = native.available
+
+
+def model(ids, rows):
+    torch.manual_seed(0)
+    return CCEEmbeddingBagCollection(tables=[CCEEmbeddingBagConfig(
+        name="t", num_embeddings=ids, embedding_dim=16, feature_names=["f"], num_rows=rows,
+        num_chunks=2, track_seen=True)])
+
+
+def status(field):
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(field):
+            return int(line.split()[1]) * 1024
+
+
+def measured(ids, rows, compiled=True, **options):
+    native.available = available if compiled else lambda: False
+    made = model(ids, rows)
+    made.codes["t"].seen[::3] = 7
+    Path("/proc/self/clear_refs").write_text("5")
+    before = status("VmRSS")
+    report = cluster(made, iterations=1, **options)
+    return status("VmHWM") - before, report.peak_bytes
+
+
+cluster(model(1000, 8))  # what a first step loads
+print(json.dumps({name: measured(**case) for name, case in json.loads(sys.argv[1]).items()}))
+"""
+CASES = {
+    "all pairs": {"ids": 2_000_000, "rows": 400},
+    "seen ids": {"ids": 2_000_000, "rows": 400, "weights": "seen"},
+    "a list of all ids": {"ids": 1_000_000, "rows": 2000},
+    "a sample, little memory": {"ids": 2_000_000, "rows": 200, "memory_limit": 90 << 20,
+                                "samples_per_centroid": 200},
+    "codes found again": {"ids": 8_000_000, "rows": 300, "memory_limit": 72 << 20,
+                          "samples_per_centroid": 100},
+    "torch": {"ids": 500_000, "rows": 100, "backend": "torch", "compiled": False},
+    "k-means++": {"ids": 500_000, "rows": 300, "init": "k-means++"},
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def measured():
+    """By case: bytes taken at the peak, bytes computed."""
+    done = subprocess.run(
+        [sys.executable, "-c", CHILD, json.dumps(CASES)],
+        # Freed memory goes back at once, so that resident memory is what is in use.
+        env={**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return json.loads(done.stdout)
+
+
+@pytest.mark.skipif(not os.access("/proc/self/clear_refs", os.W_OK), reason="needs Linux's /proc")
+@pytest.mark.parametrize("name", CASES)
+def test_peak_is_at_most_what_was_computed(name, measured):
+    taken, computed = measured[name]
+    assert taken <= computed <= CASES[name].get("memory_limit", 1 << 30)
+    assert taken > 1 << 20, "nothing was measured"
+
+
+def test_little_memory_leaves_no_room_for_new_codes():
+    """The case of codes found again: 2 bytes for each of 16 million codes would not have fitted."""
+    case = CASES["codes found again"]
+    rows, limit = case["rows"], case["memory_limit"]
+    plan = budget(case["ids"], rows, 3 * rows, 8, limit, case["samples_per_centroid"])
+    assert plan.working_bytes + plan.code_bytes > limit
