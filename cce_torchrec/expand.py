@@ -21,7 +21,7 @@ from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
 from cce_torchrec.codes import hashed_codes, mark_seen, widen
 from cce_torchrec.config import CCEEmbeddingBagConfig
-from cce_torchrec.hashing import code_hash, helper_hash
+from cce_torchrec.hashing import code_hash, hash_ids, helper_hash
 
 logger = logging.getLogger(__name__)
 
@@ -177,6 +177,13 @@ class Block:
         """Rows per id and chunk."""
         return self.config.rows_per_id if isinstance(self.config, CCEEmbeddingBagConfig) else 1
 
+    def hashed(self, ids: torch.Tensor) -> torch.Tensor:
+        """`ids`, or what a table with `hash_ids` makes of them."""
+        config = self.config
+        if not (isinstance(config, CCEEmbeddingBagConfig) and config.hash_ids):
+            return ids
+        return hash_ids(ids, config.seed, config.name, config.num_embeddings)
+
     def rows(self, ids: torch.Tensor) -> torch.Tensor:
         """Codebook rows of `ids` [V], int64 [chunks, V, rows per id]."""
         if self.codes is None:
@@ -223,6 +230,7 @@ class Expansion:
             pieces = [(starts[s], starts[s + 1]) for s in block.slots]
             own = _gather(ids, pieces)
             who = ", ".join(f"feature {self._slots[s].feature!r}" for s in block.slots)
+            own = block.hashed(own)
             own = check(f"table {block.config.name!r}, {who}", own, block.config.num_embeddings)
             out_values.append(block.rows(own).to(ids.dtype).reshape(-1))
             r, c = block.rows_per_id, block.copies

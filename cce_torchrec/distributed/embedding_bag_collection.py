@@ -66,6 +66,8 @@ class ShardedCCEEmbeddingBagCollection(
         super().__init__(qcomm_codecs_registry=ebc_sharder.qcomm_codecs_registry)
         self._configs = module.embedding_bag_configs()
         self._is_weighted = module.is_weighted()
+        self.weighed_later = False
+        """Whether weights are computed where the ids are looked up, by feature processors."""
         self._env = env
         self._device = device
         self._bounds_check = BoundsCheck(module.bounds_check_mode)
@@ -127,7 +129,7 @@ class ShardedCCEEmbeddingBagCollection(
             ValueError: a missing feature, missing weights or inverse indices, or a batch size per
             feature where a table is data-parallel.
         """
-        check_features(features, self._output.slots, self._is_weighted)
+        check_features(features, self._output.slots, self._is_weighted and not self.weighed_later)
         if features.variable_stride_per_key() and self.data_parallel:
             raise ValueError(
                 f"tables {sorted(self.data_parallel)} are data-parallel, for which TorchRec has no "
@@ -323,10 +325,16 @@ def get_default_sharders(
     fused_params: dict[str, Any] | None = None,
     qcomm_codecs_registry: dict[str, QuantizedCommCodecs] | None = None,
 ) -> list[Any]:
-    """TorchRec's default sharders with `CCEEmbeddingBagCollectionSharder` in front."""
+    """TorchRec's default sharders, and ours for CCE collections."""
     from torchrec.distributed.sharding_plan import get_default_sharders as torchrec_default
 
-    return [
+    from cce_torchrec.distributed.embedding_collection import CCEEmbeddingCollectionSharder
+    from cce_torchrec.distributed.feature_processed import FeatureProcessedSharder
+
+    ours: list[Any] = [
         CCEEmbeddingBagCollectionSharder(fused_params, qcomm_codecs_registry),
-        *torchrec_default(),
+        CCEEmbeddingCollectionSharder(fused_params, qcomm_codecs_registry),
+        FeatureProcessedSharder(fused_params, qcomm_codecs_registry),
     ]
+    taken = {sharder.module_type for sharder in ours}
+    return [*ours, *(s for s in torchrec_default() if s.module_type not in taken)]
