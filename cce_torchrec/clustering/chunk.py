@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+import torch.distributed as dist
 
 from cce_torchrec.clustering.ids import ChunkIds, CodeColumn, NewCodes, PairTable
 from cce_torchrec.codes import code_dtype, pack
@@ -32,8 +33,8 @@ class ChunkState:
     """[k + k', s]: main, then helper."""
     optimizer_state: dict[str, torch.Tensor]
     """Tensors whose first dimension is k + k'."""
-    replicated: bool = False
-    """Whether every rank holds this chunk (data-parallel)."""
+    replicas: dist.ProcessGroup | None = None
+    """The ranks that hold a copy of this chunk, where there are such (data-parallel, 2D)."""
 
     @property
     def chunk(self) -> int:

@@ -126,7 +126,7 @@ def cluster(
     plans = _gathered((failure, tasks, replicas.digests(states)), group)
     _raise_failures([f for f, _, _ in plans])
     replicas.check_equal([d for _, _, d in plans])
-    replicas.share_seen(states, group)
+    replicas.share_seen(states)
     mine = {task.key: state for task, (_, state) in zip(tasks, states, strict=True)}
     done = _solve(mine, [theirs for _, theirs, _ in plans], options, _device(states), group)
     for key, (update, _) in done.items():
@@ -274,10 +274,10 @@ def _local_chunks(
         ValueError: a data-parallel table whose parameters `optimizer` does not hold.
     """
     for path, module in model.named_modules():
-        replicated: set[str] = set()
+        copies: dict[str, dist.ProcessGroup] = {}
         if isinstance(module, ShardedCCEEmbeddingBagCollection):
             rows = _fused_rows(module, optimizer)
-            replicated = module.data_parallel
+            copies = module.replica_groups()
         elif isinstance(module, CCEEmbeddingBagCollection):
             rows = _unsharded_rows(module, optimizer)
         else:
@@ -286,14 +286,14 @@ def _local_chunks(
             assert isinstance(codes, ChunkCodes)
             if codes.codes is None or codes.config.helper_rows == 0:
                 continue
-            if name in replicated:
+            if isinstance(module, ShardedCCEEmbeddingBagCollection):
                 replicas.check_optimizer(module, codes.config, optimizer)
             for column, chunk in enumerate(codes.chunks):
                 weight, state = rows[physical_table(name, chunk)]
                 kept = {k: v for k, v in state.items() if v.ndim and len(v) == len(weight)}
                 yield (
                     f"{path}.{name}" if path else name,
-                    ChunkState(codes, column, weight, kept, name in replicated),
+                    ChunkState(codes, column, weight, kept, copies.get(name)),
                 )
 
 

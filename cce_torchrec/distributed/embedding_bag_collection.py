@@ -12,6 +12,7 @@ from functools import partial
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import nn
 from torchrec.distributed.embedding_sharding import EmbeddingShardingContext, KJTListSplitsAwaitable
 from torchrec.distributed.embedding_types import (
@@ -76,7 +77,8 @@ class ShardedCCEEmbeddingBagCollection(
         if missing:
             raise ValueError(f"the plan has no entry for tables {missing}; it has {sorted(params)}")
 
-        rank = env.rank
+        # Plans name global ranks, also where a sharding group is a part of them (2D parallelism).
+        rank = getattr(env, "global_rank", env.rank)
         self.data_parallel = {c.name for c in self._configs if is_data_parallel(params[c.name])}
         """Tables that are whole on every rank."""
         physical: dict[str, ParameterSharding] = {}
@@ -116,7 +118,7 @@ class ShardedCCEEmbeddingBagCollection(
         self._has_uninitialized_input_dist = False
         self._lookups = inner._lookups
         self._slices = self._output.column_slices(inner._embedding_names, inner._embedding_dims)
-        self._inputs = sharding_inputs(inner, self._configs, self._output, self.codes, rank)
+        self._inputs = sharding_inputs(inner, self._configs, self._output, self.codes, env.rank)
         self._input_dists += [sharded.dist for sharded in self._inputs]
         self._feature_order = [slot.feature for sharded in self._inputs for slot in sharded.slots]
 
@@ -217,6 +219,16 @@ class ShardedCCEEmbeddingBagCollection(
     def num_invalid_ids(self) -> int:
         """Ids out of bounds that this rank has seen so far (bounds_check_mode WARNING)."""
         return self._bounds_check.num_invalid
+
+    def replica_groups(self) -> dict[str, dist.ProcessGroup]:
+        """Ranks that hold copies of a table's chunks, per table that has copies.
+
+        All ranks for data-parallel tables; those of TorchRec's replica group in 2D parallelism.
+        """
+        of_chunks = getattr(self._env, "replica_pg", None)
+        groups = {c.name: of_chunks for c in self._configs}
+        groups |= dict.fromkeys(self.data_parallel, self._env.process_group)
+        return {name: group for name, group in groups.items() if group is not None}
 
     def sharded_parameter_names(self, prefix: str = "") -> Iterator[str]:
         """Names of everything that DDP must leave alone: parameters and codes."""
