@@ -90,6 +90,17 @@ class ChunkCodes(nn.Module):
         if self.seen is not None:
             self.seen.zero_()
 
+    def select(self, chunks: list[int], device: torch.device) -> ChunkCodes:
+        """A copy with `chunks` only, on `device`; codes are the hash if these are on meta."""
+        local = ChunkCodes(self.config, chunks, device)
+        if self.clusterings.device.type != "meta":
+            local.set_rounds(self.rounds)
+            if local.codes is not None and self.codes is not None:
+                local.codes.copy_(self.codes[:, chunks])
+            if local.seen is not None and self.seen is not None:
+                local.seen.copy_(self.seen)
+        return local
+
     def main_rows(self, ids: torch.Tensor) -> torch.Tensor:
         """Main rows of `ids` [V], int64 [chunks, V]."""
         config = self.config

@@ -39,7 +39,13 @@ from torchrec.sparse.jagged_tensor import KeyedJaggedTensor, KeyedTensor
 
 from cce_torchrec.config import CCEEmbeddingBagConfig
 from cce_torchrec.distributed.input_dist import batch_sizes, sharding_inputs
-from cce_torchrec.distributed.plan import SUPPORTED, chunk_owners, fan_out, is_data_parallel
+from cce_torchrec.distributed.plan import (
+    SUPPORTED,
+    chunk_owners,
+    fan_out,
+    is_data_parallel,
+    warn_of_ignored_optimizers,
+)
 from cce_torchrec.distributed.state_dict import CodesState
 from cce_torchrec.expand import BoundsCheck, ChunkCodes, codes_of
 from cce_torchrec.modules.embedding_bag_collection import (
@@ -81,6 +87,7 @@ class ShardedCCEEmbeddingBagCollection(
         rank = getattr(env, "global_rank", env.rank)
         self.data_parallel = {c.name for c in self._configs if is_data_parallel(params[c.name])}
         """Tables that are whole on every rank."""
+        warn_of_ignored_optimizers(module, self.data_parallel)
         physical: dict[str, ParameterSharding] = {}
         local: dict[str, ChunkCodes] = {}
         self.chunk_owners: dict[str, list[int]] = {}
@@ -97,7 +104,7 @@ class ShardedCCEEmbeddingBagCollection(
             if chunks:
                 codes = codes_of(module.codes, config.name)
                 assert codes is not None
-                local[config.name] = _local_codes(codes, chunks, device)
+                local[config.name] = codes.select(chunks, device)
         self.codes = nn.ModuleDict(local)
         compressed = [c for c in self._configs if c.name in self.chunk_owners]
         state = CodesState(
@@ -241,19 +248,6 @@ class ShardedCCEEmbeddingBagCollection(
     def unsharded_module_type(self) -> type[CCEEmbeddingBagCollection]:
         """The module this one replaces."""
         return CCEEmbeddingBagCollection
-
-
-def _local_codes(codes: ChunkCodes, chunks: list[int], device: torch.device) -> ChunkCodes:
-    """The columns of `codes` that live on this rank; fresh ones if `codes` is on meta."""
-    config = codes.config
-    local = ChunkCodes(config, chunks, device)
-    if codes.clusterings.device.type != "meta":
-        local.set_rounds(codes.rounds)
-        if local.codes is not None and codes.codes is not None:
-            local.codes.copy_(codes.codes[:, chunks])
-        if local.seen is not None and codes.seen is not None:
-            local.seen.copy_(codes.seen)
-    return local
 
 
 class CCEEmbeddingBagCollectionSharder(BaseEmbeddingSharder[CCEEmbeddingBagCollection]):

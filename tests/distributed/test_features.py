@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+
 import pytest
 import torch
 import torch.distributed as dist
@@ -153,6 +155,22 @@ def refused(rank, world_size):
         plan.plan["collection"]["p"].sharding_type = kind.value
         with pytest.raises(ValueError, match=f"table 'p': sharding_type '{kind.value}' splits"):
             DistributedModelParallel(model, device=CPU, plan=plan, sharders=get_default_sharders())
+
+
+def ignored_optimizers_are_named(rank, world_size):
+    """An in-backward optimizer on a data-parallel table, which TorchRec drops, is warned of."""
+    said = []
+    handler = logging.Handler()
+    handler.emit = lambda record: said.append(record.getMessage())
+    logger = logging.getLogger("cce_torchrec.distributed.plan")
+    logger.addHandler(handler)
+    for replicated in ((), ("u",)):
+        model = Model(collection(SUM, False, "sgd"))
+        plan = make_plan(model, tables(SUM), CPU, data_parallel=replicated)
+        DistributedModelParallel(model, device=CPU, plan=plan, sharders=get_default_sharders())
+        assert len(said) == len(replicated)
+    assert "tables ['u'] are data-parallel" in said[0]
+    logger.removeHandler(handler)
 
 
 def table_column_wise(rank, world_size):
@@ -330,7 +348,8 @@ def replicas_of_a_checkpoint(rank, world_size):
 
 
 CHECKS = [
-    sequences, optimizers, same_on_all_ranks, seen_ids_are_shared, refused, table_column_wise,
+    sequences, optimizers, same_on_all_ranks, seen_ids_are_shared, refused,
+    ignored_optimizers_are_named, table_column_wise,
     feature_processors, quantised_communication, odd_batches, learning_rates_and_collections,
     replicas_of_a_checkpoint,
 ]  # fmt: skip
