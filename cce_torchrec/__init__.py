@@ -7,5 +7,11 @@ check_versions()
 from cce_torchrec.config import CCEEmbeddingBagConfig  # noqa: E402
 from cce_torchrec.modules.compress import compress_model  # noqa: E402
 from cce_torchrec.modules.embedding_bag_collection import CCEEmbeddingBagCollection  # noqa: E402
+from cce_torchrec.modules.embedding_collection import CCEEmbeddingCollection  # noqa: E402
 
-__all__ = ["CCEEmbeddingBagCollection", "CCEEmbeddingBagConfig", "compress_model"]
+__all__ = [
+    "CCEEmbeddingBagCollection",
+    "CCEEmbeddingBagConfig",
+    "CCEEmbeddingCollection",
+    "compress_model",
+]

@@ -68,6 +68,9 @@ class CCEEmbeddingBagConfig(EmbeddingBagConfig):
     num_helper_rows=0 this is CE, and with one chunk the hashing trick)."""
     seed: int = 0
     """Seed of the table's hashes; part of its checkpoint."""
+    hash_ids: bool = False
+    """Ids are raw 64-bit values, hashed into [0, num_embeddings) by `seed` before anything else;
+    none is out of bounds, and two that meet share an embedding."""
     track_seen: bool = False
     """Keep one bit per id, set by lookups in training since the last clustering, so that
     `cluster(weights="seen")` spends centroids on ids that were trained."""

@@ -22,7 +22,7 @@ from cce_torchrec.bounds import BoundsCheck
 from cce_torchrec.codes import hashed_codes, mark_seen, read_codes
 from cce_torchrec.config import CCEEmbeddingBagConfig
 from cce_torchrec.fused import device, native
-from cce_torchrec.hashing import code_hash, hash_rows, helper_hash
+from cce_torchrec.hashing import code_hash, hash_ids, hash_rows, helper_hash
 
 _ID = ((0, 0, 0, 0, 0),)
 """A plain table has one chunk, and hashes nothing."""
@@ -103,6 +103,17 @@ class ChunkCodes(nn.Module):
         if self.seen is not None:
             self.seen.zero_()
 
+    def select(self, chunks: list[int], device: torch.device) -> ChunkCodes:
+        """A copy with `chunks` only, on `device`; codes are the hash if these are on meta."""
+        local = ChunkCodes(self.config, chunks, device)
+        if self.clusterings.device.type != "meta":
+            local.set_rounds(self.rounds)
+            if local.codes is not None and self.codes is not None:
+                local.codes.copy_(self.codes[:, chunks])
+            if local.seen is not None and self.seen is not None:
+                local.seen.copy_(self.seen)
+        return local
+
     def hashes(self, device: torch.device) -> torch.Tensor:
         """int64 [chunks, 5]: column, multiplier and addend of the main hash, of the helper hash."""
         key = (self._rounds, device)
@@ -166,6 +177,19 @@ class Block:
         """Rows per id and chunk."""
         return self.config.rows_per_id if isinstance(self.config, CCEEmbeddingBagConfig) else 1
 
+    @property
+    def hashes_ids(self) -> bool:
+        """Whether ids are raw, to be hashed into [0, num_embeddings)."""
+        return isinstance(self.config, CCEEmbeddingBagConfig) and self.config.hash_ids
+
+    def hashed(self, ids: torch.Tensor) -> torch.Tensor:
+        """`ids`, or what a table with `hash_ids` makes of them."""
+        if not self.hashes_ids:
+            return ids
+        config = self.config
+        assert isinstance(config, CCEEmbeddingBagConfig)
+        return hash_ids(ids, config.seed, config.name, config.num_embeddings)
+
     def rows(self, ids: torch.Tensor) -> torch.Tensor:
         """Codebook rows of `ids` [V], all in bounds, int64 [chunks, V, rows per id]."""
         if self.codes is None:
@@ -226,10 +250,11 @@ class Expansion:
         for block in blocks:
             features = ", ".join(f"feature {slots[s].feature!r}" for s in block.slots)
             self._who.append(f"table {block.config.name!r}, {features}")
-        # The kernel takes the ids as they come, and does not mark them as seen.
+        # The kernel takes the ids in order, not raw ones, and does not mark them as seen.
         self._kernel_takes = len(blocks) > 0 and [s for b in blocks for s in b.slots] == list(
             range(len(slots))
         )
+        self._kernel_takes &= not any(b.hashes_ids for b in blocks)
         self._tracked = [
             b.codes for b in blocks if b.codes is not None and b.codes.seen is not None
         ]
@@ -276,7 +301,8 @@ class Expansion:
         end = 0
         for who, block in zip(self._who, self._blocks, strict=True):
             pieces = [(starts[s], starts[s + 1]) for s in block.slots]
-            own, shape = _gather(ids, pieces), (block.copies, -1, block.rows_per_id)
+            own = block.hashed(_gather(ids, pieces))
+            shape = (block.copies, -1, block.rows_per_id)
             start, end = end, end + len(own) * block.copies * block.rows_per_id
             block.write_rows(who, own, check, values[start:end])
             if weights is not None and out_weights is not None and end > start:

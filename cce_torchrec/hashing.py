@@ -17,6 +17,7 @@ _MASK = 2**64 - 1
 CODE_ROLE = 0
 HELPER_ROLE = 1
 SAMPLE_ROLE = 2
+RAW_ID_ROLE = 3
 
 
 def _splitmix64(state: int) -> int:
@@ -72,3 +73,22 @@ def helper_hash(seed: int, table: str, chunk: int, clusterings: int) -> HashFunc
 def code_hash(seed: int, table: str, chunk: int) -> HashFunction:
     """Hash that is an id's code until the first clustering."""
     return hash_function(seed, table, chunk, CODE_ROLE)
+
+
+def hash_ids(ids: torch.Tensor, seed: int, table: str, num_embeddings: int) -> torch.Tensor:
+    """Ids in [0, num_embeddings) of raw `ids`: any integers, negative ones included; int64.
+
+    SplitMix64's mixing of each id, xored with a seed, then the remainder of its upper 63 bits. The
+    mixing is a bijection, so raw ids meet only in the remainder; unlike multiply-shift it leaves
+    no structure of raw ids (time stamps, packed fields) in the rows.
+    """
+    key = hash_function(seed, table, 0, RAW_ID_ROLE).addend
+    z = ids.long() ^ key
+    for shift, multiplier in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
+        z = (z ^ _shifted(z, shift)) * _signed(multiplier)
+    return _shifted(z ^ _shifted(z, 31), 1) % num_embeddings
+
+
+def _shifted(values: torch.Tensor, by: int) -> torch.Tensor:
+    """int64 shifted right as unsigned."""
+    return (values >> by) & ((1 << (64 - by)) - 1)

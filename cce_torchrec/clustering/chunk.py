@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+import torch.distributed as dist
 
 from cce_torchrec.clustering.ids import ChunkIds, NewCodes
 from cce_torchrec.codes import code_dtype
@@ -31,8 +32,8 @@ class ChunkState:
     """Tensors whose first dimension is k + k'."""
     finalise: bool = False
     """Whether main is given the helper's rows: k + k' clusters, and no helper after the step."""
-    replicated: bool = False
-    """Whether every rank holds this chunk (data-parallel)."""
+    replicas: dist.ProcessGroup | None = None
+    """The ranks that hold a copy of this chunk, where there are such (data-parallel, 2D)."""
 
     @property
     def num_clusters(self) -> int:

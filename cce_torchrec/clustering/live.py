@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import torch
+import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -24,10 +25,10 @@ def local_chunks(
         ValueError: a data-parallel table whose parameters `optimizer` does not hold.
     """
     for path, module in model.named_modules():
-        replicated: set[str] = set()
+        copies: dict[str, dist.ProcessGroup] = {}
         if isinstance(module, ShardedCCEEmbeddingBagCollection):
             rows = fused_rows(module, optimizer)
-            replicated = module.data_parallel
+            copies = module.replica_groups()
         elif isinstance(module, CCEEmbeddingBagCollection):
             rows = unsharded_rows(module, optimizer)
         else:
@@ -36,14 +37,14 @@ def local_chunks(
             assert isinstance(codes, ChunkCodes)
             if codes.codes is None or codes.config.helper_rows == 0:
                 continue
-            if name in replicated:
+            if isinstance(module, ShardedCCEEmbeddingBagCollection):
                 replicas.check_optimizer(module, codes.config, optimizer)
             for column, chunk in enumerate(codes.chunks):
                 weight, state = rows[physical_table(name, chunk)]
                 kept = {k: v for k, v in state.items() if v.ndim and len(v) == len(weight)}
                 yield (
                     f"{path}.{name}" if path else name,
-                    ChunkState(codes, column, weight, kept, finalise, name in replicated),
+                    ChunkState(codes, column, weight, kept, finalise, copies.get(name)),
                 )
 
 

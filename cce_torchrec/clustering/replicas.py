@@ -1,4 +1,4 @@
-"""Data-parallel chunks: every rank clusters its own copy, so the copies must be equal before."""
+"""Chunks with copies on other ranks: each is clustered, so the copies must be equal before."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch.distributed as dist
 from cce_torchrec.clustering.chunk import ChunkState
 from cce_torchrec.config import CCEEmbeddingBagConfig
 from cce_torchrec.distributed.embedding_bag_collection import ShardedCCEEmbeddingBagCollection
-from cce_torchrec.expand import ChunkCodes, physical_table
+from cce_torchrec.expand import physical_table
 
 Digests = dict[tuple[str, int], int]
 
@@ -25,6 +25,8 @@ def check_optimizer(
     Raises:
         ValueError: naming the table.
     """
+    if config.name not in module.data_parallel:
+        return
     bags = module.embedding_bag_collection.embedding_bags
     trained = (
         {id(p) for group in optimizer.param_groups for p in group["params"]} if optimizer else ()
@@ -45,7 +47,7 @@ def digests(states: Iterable[tuple[str, ChunkState]]) -> Digests:
     """A number per replicated chunk that differs if the codebook of a copy does."""
     out = {}
     for path, state in states:
-        if state.replicated:
+        if state.replicas is not None:
             words = state.weight.detach().contiguous().view(torch.uint8).view(-1).long()
             places = torch.arange(1, len(words) + 1, device=words.device)
             out[path, state.chunk] = int((words * places).sum())
@@ -53,29 +55,33 @@ def digests(states: Iterable[tuple[str, ChunkState]]) -> Digests:
 
 
 def check_equal(found: list[Digests]) -> None:
-    """Refuses copies that differ from those of rank 0; `found` is by rank.
+    """Refuses copies that differ from those of a lower rank; `found` is by rank.
 
     Raises:
-        ValueError: naming table, chunk and rank.
+        ValueError: naming table, chunk and ranks.
     """
+    first: dict[tuple[str, int], tuple[int, int]] = {}
     for rank, theirs in enumerate(found):
         for key, value in theirs.items():
-            if found[0].get(key, value) != value:
+            owner, expected = first.setdefault(key, (rank, value))
+            if value != expected:
                 raise ValueError(
-                    f"data-parallel table {key[0]!r}, chunk {key[1]}: the codebook of rank {rank} "
-                    "differs from that of rank 0, so their codes would too; train it on every rank "
-                    "by the same optimizer, and load the same checkpoint on every rank"
+                    f"table {key[0]!r}, chunk {key[1]}: the codebook of rank {rank} differs from "
+                    f"its copy on rank {owner}, so their codes would too; train data-parallel "
+                    "tables on every rank by the same optimizer, load the same checkpoint on "
+                    "every rank, and sync() 2D replicas before clustering"
                 )
 
 
-def share_seen(states: Iterable[tuple[str, ChunkState]], group: dist.ProcessGroup | None) -> None:
-    """Gives every copy the ids that any rank has seen."""
-    if group is None:
-        return
-    codes: dict[int, ChunkCodes] = {id(s.codes): s.codes for _, s in states if s.replicated}
-    for copy in codes.values():
-        if copy.seen is not None:
-            everyone = [torch.empty_like(copy.seen) for _ in range(dist.get_world_size(group))]
-            dist.all_gather(everyone, copy.seen, group=group)
-            for theirs in everyone:
-                copy.seen |= theirs
+def share_seen(states: Iterable[tuple[str, ChunkState]]) -> None:
+    """Gives every copy the ids that any rank that holds one has seen."""
+    shared: set[int] = set()
+    for _, state in states:
+        seen = state.codes.seen
+        if state.replicas is None or seen is None or id(state.codes) in shared:
+            continue
+        shared.add(id(state.codes))
+        everyone = [torch.empty_like(seen) for _ in range(dist.get_world_size(state.replicas))]
+        dist.all_gather(everyone, seen, group=state.replicas)
+        for theirs in everyone:
+            seen |= theirs

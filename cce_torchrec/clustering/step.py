@@ -142,7 +142,7 @@ def run(
     replicas.check_equal([d for _, _, d in told])
     plan = Plan([theirs for _, theirs, _ in told], 0 if group is None else dist.get_rank(group))
     peak_bytes, kept = _memory(plan, states, options.memory_limit, group)
-    replicas.share_seen(states, group)
+    replicas.share_seen(states)
     mine = {task.key: state for task, (_, state) in zip(tasks, states, strict=True)}
     work = _Work(mine, plan, kept, options, _device(states), group)
     with _wider_codes(states):

@@ -13,6 +13,7 @@ from functools import partial
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from fbgemm_gpu.split_table_batched_embeddings_ops_common import BoundsCheckMode
 from torch import nn
 from torchrec.distributed.embedding_sharding import EmbeddingShardingContext, KJTListSplitsAwaitable
@@ -41,7 +42,13 @@ from torchrec.sparse.jagged_tensor import KeyedJaggedTensor, KeyedTensor
 from cce_torchrec.bounds import BoundsCheck
 from cce_torchrec.config import CCEEmbeddingBagConfig
 from cce_torchrec.distributed.input_dist import batch_sizes, sharding_inputs
-from cce_torchrec.distributed.plan import SUPPORTED, chunk_owners, fan_out, is_data_parallel
+from cce_torchrec.distributed.plan import (
+    SUPPORTED,
+    chunk_owners,
+    fan_out,
+    is_data_parallel,
+    warn_of_ignored_optimizers,
+)
 from cce_torchrec.distributed.state_dict import CodesState
 from cce_torchrec.expand import ChunkCodes, codes_of
 from cce_torchrec.modules.embedding_bag_collection import (
@@ -70,6 +77,8 @@ class ShardedCCEEmbeddingBagCollection(
         super().__init__(qcomm_codecs_registry=ebc_sharder.qcomm_codecs_registry)
         self._configs = module.embedding_bag_configs()
         self._is_weighted = module.is_weighted()
+        self.weighed_later = False
+        """Whether weights are computed where the ids are looked up, by feature processors."""
         self._env = env
         self._device = device
         self._bounds_check = BoundsCheck(module.bounds_check_mode)
@@ -78,9 +87,11 @@ class ShardedCCEEmbeddingBagCollection(
         if missing:
             raise ValueError(f"the plan has no entry for tables {missing}; it has {sorted(params)}")
 
-        rank = env.rank
+        # Plans name global ranks, also where a sharding group is a part of them (2D parallelism).
+        rank = getattr(env, "global_rank", env.rank)
         self.data_parallel = {c.name for c in self._configs if is_data_parallel(params[c.name])}
         """Tables that are whole on every rank."""
+        warn_of_ignored_optimizers(module, self.data_parallel)
         physical: dict[str, ParameterSharding] = {}
         local: dict[str, ChunkCodes] = {}
         self.chunk_owners: dict[str, list[int]] = {}
@@ -97,7 +108,7 @@ class ShardedCCEEmbeddingBagCollection(
             if chunks:
                 codes = codes_of(module.codes, config.name)
                 assert codes is not None
-                local[config.name] = _local_codes(codes, chunks, device)
+                local[config.name] = codes.select(chunks, device)
         # Ids were checked before expansion; FBGEMM would pass over all rows once more.
         physical = {
             name: replace(sharding, bounds_check_mode=BoundsCheckMode.NONE)
@@ -123,7 +134,7 @@ class ShardedCCEEmbeddingBagCollection(
         self._has_uninitialized_input_dist = False
         self._lookups = inner._lookups
         self._slices = self._output.column_slices(inner._embedding_names, inner._embedding_dims)
-        self._inputs = sharding_inputs(inner, self._configs, self._output, self.codes, rank)
+        self._inputs = sharding_inputs(inner, self._configs, self._output, self.codes, env.rank)
         self._input_dists += [sharded.dist for sharded in self._inputs]
         self._feature_order = [slot.feature for sharded in self._inputs for slot in sharded.slots]
 
@@ -136,7 +147,7 @@ class ShardedCCEEmbeddingBagCollection(
             ValueError: a missing feature, missing weights or inverse indices, or a batch size per
             feature where a table is data-parallel.
         """
-        check_features(features, self._output.slots, self._is_weighted)
+        check_features(features, self._output.slots, self._is_weighted and not self.weighed_later)
         if features.variable_stride_per_key() and self.data_parallel:
             raise ValueError(
                 f"tables {sorted(self.data_parallel)} are data-parallel, for which TorchRec has no "
@@ -232,6 +243,16 @@ class ShardedCCEEmbeddingBagCollection(
         """Ids out of bounds that this rank has seen so far (bounds_check_mode WARNING)."""
         return self._bounds_check.num_invalid
 
+    def replica_groups(self) -> dict[str, dist.ProcessGroup]:
+        """Ranks that hold copies of a table's chunks, per table that has copies.
+
+        All ranks for data-parallel tables; those of TorchRec's replica group in 2D parallelism.
+        """
+        of_chunks = getattr(self._env, "replica_pg", None)
+        groups = {c.name: of_chunks for c in self._configs}
+        groups |= dict.fromkeys(self.data_parallel, self._env.process_group)
+        return {name: group for name, group in groups.items() if group is not None}
+
     def sharded_parameter_names(self, prefix: str = "") -> Iterator[str]:
         """Names of everything that DDP must leave alone: parameters and codes."""
         for name, _ in self.named_parameters():
@@ -243,19 +264,6 @@ class ShardedCCEEmbeddingBagCollection(
     def unsharded_module_type(self) -> type[CCEEmbeddingBagCollection]:
         """The module this one replaces."""
         return CCEEmbeddingBagCollection
-
-
-def _local_codes(codes: ChunkCodes, chunks: list[int], device: torch.device) -> ChunkCodes:
-    """The columns of `codes` that live on this rank; fresh ones if `codes` is on meta."""
-    config = codes.config
-    local = ChunkCodes(config, chunks, device)
-    if codes.clusterings.device.type != "meta":
-        local.set_rounds(codes.rounds)
-        if local.codes is not None and codes.codes is not None:
-            local.codes.copy_(codes.codes[:, chunks])
-        if local.seen is not None and codes.seen is not None:
-            local.seen.copy_(codes.seen)
-    return local
 
 
 class CCEEmbeddingBagCollectionSharder(BaseEmbeddingSharder[CCEEmbeddingBagCollection]):
@@ -339,10 +347,16 @@ def get_default_sharders(
     fused_params: dict[str, Any] | None = None,
     qcomm_codecs_registry: dict[str, QuantizedCommCodecs] | None = None,
 ) -> list[Any]:
-    """TorchRec's default sharders with `CCEEmbeddingBagCollectionSharder` in front."""
+    """TorchRec's default sharders, and ours for CCE collections."""
     from torchrec.distributed.sharding_plan import get_default_sharders as torchrec_default
 
-    return [
+    from cce_torchrec.distributed.embedding_collection import CCEEmbeddingCollectionSharder
+    from cce_torchrec.distributed.feature_processed import FeatureProcessedSharder
+
+    ours: list[Any] = [
         CCEEmbeddingBagCollectionSharder(fused_params, qcomm_codecs_registry),
-        *torchrec_default(),
+        CCEEmbeddingCollectionSharder(fused_params, qcomm_codecs_registry),
+        FeatureProcessedSharder(fused_params, qcomm_codecs_registry),
     ]
+    taken = {sharder.module_type for sharder in ours}
+    return [*ours, *(s for s in torchrec_default() if s.module_type not in taken)]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import replace
 
 from torch.distributed._shard.sharding_spec import EnumerableShardingSpec, ShardMetadata
@@ -10,6 +11,9 @@ from torchrec.modules.embedding_configs import EmbeddingBagConfig
 
 from cce_torchrec.config import CCEEmbeddingBagConfig
 from cce_torchrec.expand import physical_table
+from cce_torchrec.modules.embedding_bag_collection import CCEEmbeddingBagCollection
+
+logger = logging.getLogger(__name__)
 
 SUPPORTED = (
     ShardingType.TABLE_WISE.value,
@@ -96,3 +100,18 @@ def fan_out(
         )
         for table, owner in zip(tables, owners, strict=True)
     }
+
+
+def warn_of_ignored_optimizers(module: CCEEmbeddingBagCollection, tables: set[str]) -> None:
+    """Says which data-parallel `tables` have an optimizer that TorchRec will not run."""
+    bags = module.embedding_bag_collection.embedding_bags
+    ignored = {
+        name.split("#")[0] for name, bag in bags.items()
+        if name.split("#")[0] in tables and hasattr(bag.weight, "_in_backward_optimizers")
+    }  # fmt: skip
+    if ignored:
+        logger.warning(
+            "tables %s are data-parallel: TorchRec ignores their in-backward optimizer; train "
+            "data_parallel_parameters(model) by one of their own",
+            sorted(ignored),
+        )

@@ -117,6 +117,18 @@ class CCEEmbeddingBagCollection(EmbeddingBagCollectionInterface):
         self._configs = finalised_configs(self._configs, names, self.codes)
         self._expansion.set_configs(self._configs)
 
+    def embedding_configs(self) -> list[EmbeddingBagConfig]:
+        """What TorchRec's managed collision asks of a module that it cannot wrap: refused.
+
+        Raises:
+            ValueError: always, with the reason.
+        """
+        raise ValueError(
+            f"tables {[config.name for config in self._configs]}: managed collision rewrites the "
+            "rows of evicted ids, and the codebook rows of a CCE table belong to many ids; hash "
+            "raw ids with CCEEmbeddingBagConfig(hash_ids=True) instead"
+        )
+
     def is_weighted(self) -> bool:
         """Whether bags are pooled by per-sample weights."""
         return self._is_weighted
@@ -186,19 +198,27 @@ def select_slots(features: KeyedJaggedTensor, names: list[str]) -> KeyedJaggedTe
     keys = features.keys()
     if keys == names:
         return features
-    position = {key: i for i, key in enumerate(keys)}
-    order = [position[name] for name in names]
-    return features.permute(order, tensor_of(tuple(order), features.device()))
+    order = [keys.index(name) for name in names]
+    weights = features.weights_or_none()
+    if weights is None or not weights.requires_grad:
+        return features.permute(order, tensor_of(tuple(order), features.device()))
+    # FBGEMM's permute has no gradient where a feature is left out or taken twice.
+    pieces = weights.split(features.length_per_key())
+    permuted = without_weights(features).permute(order)
+    return _with_weights(permuted, torch.cat([pieces[i] for i in order]))
 
 
 def without_weights(features: KeyedJaggedTensor) -> KeyedJaggedTensor:
     """`features` without its weights, sharing everything else."""
-    if features.weights_or_none() is None:
-        return features
+    return features if features.weights_or_none() is None else _with_weights(features, None)
+
+
+def _with_weights(features: KeyedJaggedTensor, weights: torch.Tensor | None) -> KeyedJaggedTensor:
     variable = features.variable_stride_per_key()
     return KeyedJaggedTensor(
         keys=features.keys(),
         values=features.values(),
+        weights=weights,
         lengths=features.lengths(),
         stride=None if variable else features.stride(),
         stride_per_key_per_rank=features.stride_per_key_per_rank() if variable else None,

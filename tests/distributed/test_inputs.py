@@ -69,27 +69,29 @@ def every_example(kjt):
 class Pair:
     """A sharded model and its unsharded twin, with the optimizers of both."""
 
-    def __init__(self, kind, data_parallel, pooling, weighted, optimizer=ROWWISE, dense=None):
+    def __init__(
+        self, kind, data_parallel, pooling, weighted, optimizer=ROWWISE, dense=None, make=None
+    ):
         torch.manual_seed(1)
         self.weighted, self.rank = weighted, dist.get_rank()
         self.world_size = dist.get_world_size()
-        made = [
-            CCEEmbeddingBagCollection(tables=tables(pooling), is_weighted=weighted)
-            for _ in range(2)
-        ]
+        make = make or (lambda: CCEEmbeddingBagCollection(tables(pooling), is_weighted=weighted))
+        made = [make() for _ in range(2)]
         dense = dense or (lambda ps: optimizer[0](ps, **optimizer[1]))
         for one in made:
             fused = [p for n, p in one.named_parameters() if not _of(n, data_parallel)]
             apply_optimizer_in_backward(optimizer[0], fused, dict(optimizer[1]))
-        self.plain = made[0]
+        self.module, self.plain = made[0], getattr(made[0], "bags", made[0])
         replicated = {n: p for n, p in made[0].named_parameters() if _of(n, data_parallel)}
         self.plain_optimizer = dense(replicated.values()) if replicated else None
         model = Model(made[1])
-        plan = make_plan(model, tables(pooling), CPU, kind, data_parallel=data_parallel)
+        configs = self.plain.embedding_bag_configs()
+        plan = make_plan(model, configs, CPU, kind, data_parallel=data_parallel)
         self.model = DistributedModelParallel(
             model, device=CPU, plan=plan, sharders=get_default_sharders()
         )
-        self.sharded = self.model.module.collection
+        collection = self.model.module.collection
+        self.sharded = getattr(collection, "bags", collection)
         own = data_parallel_parameters(self.model)
         assert {n.split(".")[-2] for n in own} == {n.split(".")[-2] for n in replicated}
         optimizers = [("fused", self.model.fused_optimizer)]
@@ -101,14 +103,13 @@ class Pair:
         """Compares outputs on the way."""
         for seed in seeds:
             batches = [make(seed * 10 + r, self.weighted) for r in range(self.world_size)]
-            expected = [self.plain(b).values() for b in batches]
-            out = self.model(batches[self.rank]).wait()
-            assert out.keys() == ["f@t", "g", "h@p", "f@p", "h@u"]
-            torch.testing.assert_close(out.values(), expected[self.rank], rtol=1e-5, atol=1e-6)
+            expected = [flat(self.module(b)) for b in batches]
+            out = flat(self.model(batches[self.rank]).wait())
+            torch.testing.assert_close(out, expected[self.rank], rtol=1e-5, atol=1e-6)
             for optimizer in (self.optimizer, self.plain_optimizer):
                 if optimizer is not None:
                     optimizer.zero_grad()
-            out.values().square().sum().backward()
+            out.square().sum().backward()
             torch.stack([e.square().sum() for e in expected]).mean().backward()
             for optimizer in (self.optimizer, self.plain_optimizer):
                 if optimizer is not None:
@@ -125,10 +126,13 @@ class Pair:
             for name, part in self.sharded.codes.items()
             for i, chunk in enumerate(part.chunks)
         }
+        rounds = {name: part.rounds for name, part in self.sharded.codes.items()}
         gathered = [None] * self.world_size
-        dist.all_gather_object(gathered, (rows, codes))
+        dist.all_gather_object(gathered, (rows, codes, rounds))
         own = unsharded_rows(self.plain, self.plain_optimizer)
-        for theirs, columns in gathered:
+        for theirs, columns, numbers in gathered:
+            for name, number in numbers.items():
+                self.plain.codes[name].set_rounds(number)
             for name, (weight, state) in theirs.items():
                 own[name][0].copy_(weight)
                 for key in state.keys() & own[name][1].keys():
@@ -163,6 +167,14 @@ class Pair:
         self.compare(exact=False)
 
 
+def flat(out):
+    """Values of all features, in the order of their names."""
+    assert list(out.keys()) == ["f@t", "g", "h@p", "f@p", "h@u"]
+    if hasattr(out, "values") and hasattr(out, "length_per_key"):
+        return out.values()
+    return torch.cat([jagged.values().reshape(-1) for jagged in out.values()])
+
+
 def _of(name, table_names):
     return name.split(".")[-2].split("#")[0] in table_names
 
@@ -190,6 +202,6 @@ SOME = [
 ]
 
 
-@pytest.mark.parametrize(("world_size", "cases"), [(2, ALL), (3, SOME), (4, SOME)])
+@pytest.mark.parametrize(("world_size", "cases"), [(2, ALL), (3, SOME)])
 def test_sharded_equals_unsharded(world_size, cases):
     run_ranks(world_size, matrix, cases)

@@ -1,0 +1,223 @@
+"""ShardedCCEEmbeddingCollection: ids travel as in the bag form, one embedding per id returns.
+
+The network carries lengths and ids as for pooled tables; where the codes live every id becomes a
+bag of its own, and TorchRec's output distribution for a batch size per feature takes the
+embeddings back.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from torchrec.distributed.embedding_types import (
+    BaseEmbeddingSharder,
+    KJTList,
+    ShardedEmbeddingModule,
+)
+from torchrec.distributed.embeddingbag import EmbeddingBagCollectionContext
+from torchrec.distributed.types import (
+    Awaitable,
+    LazyAwaitable,
+    ParameterSharding,
+    QuantizedCommCodecs,
+    ShardingEnv,
+    ShardingType,
+)
+from torchrec.distributed.utils import append_prefix
+from torchrec.modules.embedding_configs import BaseEmbeddingConfig
+from torchrec.sparse.jagged_tensor import JaggedTensor, KeyedJaggedTensor
+
+from cce_torchrec.distributed.embedding_bag_collection import CCEEmbeddingBagCollectionSharder
+from cce_torchrec.distributed.plan import is_data_parallel
+from cce_torchrec.modules.embedding_collection import (
+    CCEEmbeddingCollection,
+    bags_of_one,
+    check_sequences,
+    sequences,
+)
+from cce_torchrec.modules.output import LogicalOutput
+
+Sequences = dict[str, JaggedTensor]
+
+
+@dataclass
+class SequenceContext(EmbeddingBagCollectionContext):
+    """The context of a batch, with the features that the rank put in."""
+
+    features: KeyedJaggedTensor | None = None
+
+    def record_stream(self, stream: torch.Stream) -> None:
+        """Keeps the tensors alive for `stream`."""
+        super().record_stream(stream)
+        if self.features is not None:
+            self.features.record_stream(stream)
+
+
+class SequencesAwaitable(LazyAwaitable[Sequences]):
+    """Waits for the embeddings of all shardings and puts the chunks of each feature together."""
+
+    def __init__(
+        self,
+        awaitables: list[Awaitable[torch.Tensor]],
+        names: list[str],
+        shapes: list[tuple[int, int]],
+        output: LogicalOutput,
+        features: KeyedJaggedTensor,
+        need_indices: bool,
+    ) -> None:
+        super().__init__()
+        self._awaitables, self._names, self._shapes = awaitables, names, shapes
+        self._output, self._features, self._need_indices = output, features, need_indices
+
+    def _wait_impl(self) -> Sequences:
+        flat = torch.cat([awaitable.wait().view(-1) for awaitable in self._awaitables])
+        parts = flat.split([ids * dim for ids, dim in self._shapes])
+        vectors = {
+            name: part.view(shape)
+            for name, part, shape in zip(self._names, parts, self._shapes, strict=True)
+        }
+        return sequences(self._output, vectors, self._features, self._need_indices)
+
+
+class ShardedCCEEmbeddingCollection(
+    ShardedEmbeddingModule[KJTList, list[torch.Tensor], Sequences, SequenceContext]
+):
+    """Sharded form of `CCEEmbeddingCollection`, made by `CCEEmbeddingCollectionSharder`."""
+
+    def __init__(
+        self,
+        module: CCEEmbeddingCollection,
+        params: dict[str, ParameterSharding],
+        bag_sharder: CCEEmbeddingBagCollectionSharder,
+        env: ShardingEnv,
+        device: torch.device,
+        module_fqn: str | None = None,
+    ) -> None:
+        super().__init__(qcomm_codecs_registry=bag_sharder.qcomm_codecs_registry)
+        replicated = [name for name, sharding in params.items() if is_data_parallel(sharding)]
+        if replicated:
+            raise ValueError(
+                f"tables {replicated}: sequence embeddings cannot be data-parallel, whose lookup "
+                "has no batch size per feature; plan them table-wise or column-wise"
+            )
+        self._configs = module.embedding_configs()
+        self._need_indices = module.need_indices()
+        self.bags = bag_sharder.shard(
+            module.bags, params, env, device, append_prefix(module_fqn or "", "bags")
+        )
+        self._lookups = self.bags._lookups
+        self._input_dists += self.bags._input_dists
+        self._has_uninitialized_input_dist = False
+
+    def input_dist(  # type: ignore[override]  # TorchRec's own modules narrow *input likewise
+        self, ctx: SequenceContext, features: KeyedJaggedTensor
+    ) -> Awaitable[Awaitable[KJTList]]:
+        """Sends each id once to every rank that owns a chunk of its table.
+
+        Raises:
+            ValueError: a missing feature, or a batch size per feature.
+        """
+        check_sequences(features, self.bags._output)
+        ctx.features = features
+        awaitable = self.bags.input_dist(ctx, features)
+        ctx.variable_batch_per_feature = True
+        ids = dict(zip(features.keys(), features.length_per_key(), strict=True))
+        for sharded, context in zip(self.bags._inputs, ctx.sharding_contexts, strict=True):
+            assert context is not None
+            context.batch_size_per_feature_pre_a2a = [ids[s.feature] for s in sharded.looked_up]
+            context.variable_batch_per_feature = True
+        return awaitable
+
+    def compute(self, ctx: SequenceContext, dist_input: KJTList) -> list[torch.Tensor]:
+        """Looks up every received id by itself."""
+        each = []
+        for features, context in zip(dist_input, ctx.sharding_contexts, strict=True):
+            assert context is not None
+            each.append(bags_of_one(features, context.batch_size_per_rank))
+        return self.bags.compute(ctx, KJTList(each))
+
+    def output_dist(
+        self, ctx: SequenceContext, output: list[torch.Tensor]
+    ) -> LazyAwaitable[Sequences]:
+        """Sends embeddings back to the ranks that asked for them."""
+        inner = self.bags.embedding_bag_collection
+        awaitables, ids = [], []
+        for dist, embeddings, context in zip(
+            inner._output_dists, output, ctx.sharding_contexts, strict=True
+        ):
+            assert context is not None
+            awaitables.append(dist(embeddings, context))
+            ids += context.batch_size_per_feature_pre_a2a
+        assert ctx.features is not None
+        return SequencesAwaitable(
+            awaitables,
+            inner._uncombined_embedding_names,
+            list(zip(ids, inner._uncombined_embedding_dims, strict=True)),
+            self.bags._output,
+            ctx.features,
+            self._need_indices,
+        )
+
+    def create_context(self) -> SequenceContext:
+        """A fresh context for one batch."""
+        return SequenceContext()
+
+    def embedding_configs(self) -> list[BaseEmbeddingConfig]:
+        """The tables as configured, one entry per logical table."""
+        return self._configs
+
+    def sharded_parameter_names(self, prefix: str = "") -> Iterator[str]:
+        """Names of everything that DDP must leave alone: parameters and codes."""
+        yield from self.bags.sharded_parameter_names(append_prefix(prefix, "bags"))
+
+    @property
+    def unsharded_module_type(self) -> type[CCEEmbeddingCollection]:
+        """The module this one replaces."""
+        return CCEEmbeddingCollection
+
+
+class CCEEmbeddingCollectionSharder(BaseEmbeddingSharder[CCEEmbeddingCollection]):
+    """Shards `CCEEmbeddingCollection` table-wise or column-wise, by plans of logical tables."""
+
+    def __init__(
+        self,
+        fused_params: dict[str, Any] | None = None,
+        qcomm_codecs_registry: dict[str, QuantizedCommCodecs] | None = None,
+    ) -> None:
+        super().__init__(fused_params=fused_params, qcomm_codecs_registry=qcomm_codecs_registry)
+        self._bags = CCEEmbeddingBagCollectionSharder(fused_params, qcomm_codecs_registry)
+
+    def shard(
+        self,
+        module: CCEEmbeddingCollection,
+        params: dict[str, ParameterSharding],
+        env: ShardingEnv,
+        device: torch.device | None = None,
+        module_fqn: str | None = None,
+    ) -> ShardedCCEEmbeddingCollection:
+        """The sharded form of `module` under the plan `params` of its logical tables."""
+        device = device if device is not None else torch.device("cpu")
+        return ShardedCCEEmbeddingCollection(module, params, self._bags, env, device, module_fqn)
+
+    def shardable_parameters(self, module: CCEEmbeddingCollection) -> dict[str, nn.Parameter]:
+        """One parameter per logical table."""
+        return self._bags.shardable_parameters(module.bags)
+
+    def sharding_types(self, compute_device_type: str) -> list[str]:
+        """Those that place whole chunks on one rank each."""
+        types = self._bags.sharding_types(compute_device_type)
+        return [kind for kind in types if kind != ShardingType.DATA_PARALLEL.value]
+
+    @property
+    def module_type(self) -> type[CCEEmbeddingCollection]:
+        """The module this sharder takes."""
+        return CCEEmbeddingCollection
+
+    @property
+    def sharded_module_type(self) -> type[ShardedCCEEmbeddingCollection]:
+        """The module this sharder makes."""
+        return ShardedCCEEmbeddingCollection

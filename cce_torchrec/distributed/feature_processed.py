@@ -1,0 +1,71 @@
+"""TorchRec's FeatureProcessedEmbeddingBagCollection around a CCE collection, sharded.
+
+Its processors compute per-sample weights where the ids are looked up; the expansion repeats the
+weights with the rows, so their gradients are those of TorchRec's kernels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import nn
+from torchrec.distributed.fp_embeddingbag import (
+    FeatureProcessedEmbeddingBagCollectionSharder,
+    ShardedFeatureProcessedEmbeddingBagCollection,
+)
+from torchrec.distributed.types import ParameterSharding, QuantizedCommCodecs, ShardingEnv
+from torchrec.distributed.utils import append_prefix
+from torchrec.modules.fp_embedding_modules import FeatureProcessedEmbeddingBagCollection
+
+from cce_torchrec.distributed.embedding_bag_collection import CCEEmbeddingBagCollectionSharder
+from cce_torchrec.modules.embedding_bag_collection import CCEEmbeddingBagCollection
+
+
+class ShardedFeatureProcessedCCE(ShardedFeatureProcessedEmbeddingBagCollection):
+    """TorchRec's module, which here also keeps DDP away from the codes."""
+
+    def sharded_parameter_names(self, prefix: str = "") -> Iterator[str]:
+        """Names of the collection's parameters and codes; the processors are left to DDP."""
+        yield from super().sharded_parameter_names(prefix)
+        for name, _ in self._embedding_bag_collection.named_buffers():
+            yield append_prefix(prefix, f"_embedding_bag_collection.{name}")
+
+
+class FeatureProcessedSharder(FeatureProcessedEmbeddingBagCollectionSharder):
+    """TorchRec's sharder, which hands CCE collections to `CCEEmbeddingBagCollectionSharder`."""
+
+    def __init__(
+        self,
+        fused_params: dict[str, Any] | None = None,
+        qcomm_codecs_registry: dict[str, QuantizedCommCodecs] | None = None,
+    ) -> None:
+        super().__init__(qcomm_codecs_registry=qcomm_codecs_registry)
+        self._cce_sharder = CCEEmbeddingBagCollectionSharder(fused_params, qcomm_codecs_registry)
+
+    def shard(
+        self,
+        module: FeatureProcessedEmbeddingBagCollection,
+        params: dict[str, ParameterSharding],
+        env: ShardingEnv,
+        device: torch.device | None = None,
+        module_fqn: str | None = None,
+    ) -> ShardedFeatureProcessedEmbeddingBagCollection:
+        """The sharded form of `module` under the plan `params` of its logical tables."""
+        if not isinstance(module._embedding_bag_collection, CCEEmbeddingBagCollection):
+            return super().shard(module, params, env, device, module_fqn)
+        device = device if device is not None else torch.device("cpu")
+        sharded = ShardedFeatureProcessedCCE(
+            module, params, self._cce_sharder, env, device, module_fqn
+        )
+        sharded._embedding_bag_collection.weighed_later = True
+        return sharded
+
+    def shardable_parameters(
+        self, module: FeatureProcessedEmbeddingBagCollection
+    ) -> dict[str, nn.Parameter]:
+        """One parameter per logical table."""
+        if not isinstance(module._embedding_bag_collection, CCEEmbeddingBagCollection):
+            return super().shardable_parameters(module)
+        return self._cce_sharder.shardable_parameters(module._embedding_bag_collection)

@@ -1,0 +1,170 @@
+"""CCEEmbeddingCollection: TorchRec's EmbeddingCollection with compressed tables in it.
+
+An id is a bag of its own in a `CCEEmbeddingBagCollection`, so that pooling adds the main and the
+helper row and nothing else: configuration, codes, lookup and clustering are those of the bag form.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import fields
+
+import torch
+from fbgemm_gpu.split_table_batched_embeddings_ops_common import BoundsCheckMode
+from torchrec.modules.embedding_configs import (
+    BaseEmbeddingConfig,
+    EmbeddingBagConfig,
+    EmbeddingConfig,
+    PoolingType,
+)
+from torchrec.modules.embedding_modules import EmbeddingCollectionInterface
+from torchrec.sparse.jagged_tensor import JaggedTensor, KeyedJaggedTensor
+
+from cce_torchrec.config import CCEEmbeddingBagConfig
+from cce_torchrec.modules.embedding_bag_collection import (
+    CCEEmbeddingBagCollection,
+    select_slots,
+    without_weights,
+)
+from cce_torchrec.modules.output import LogicalOutput, check_features
+
+
+class CCEEmbeddingCollection(EmbeddingCollectionInterface):
+    """Embeddings of every id of CCE and plain tables, as `EmbeddingCollection` returns them.
+
+    Called with a KeyedJaggedTensor, returns a dictionary from feature name (`feature@table` where
+    tables share a feature) to a JaggedTensor of embeddings [ids, embedding_dim].
+
+    Args:
+        tables: CCE tables (their pooling is not read) and plain `EmbeddingConfig`s.
+        device: where codebooks and codes live; "meta" is supported.
+        need_indices: return the ids as the weights of each JaggedTensor.
+        bounds_check_mode: see `CCEEmbeddingBagCollection`.
+
+    Raises:
+        ValueError: tables of different embedding_dim, or what `CCEEmbeddingBagCollection` refuses.
+    """
+
+    def __init__(
+        self,
+        tables: Sequence[CCEEmbeddingBagConfig | EmbeddingConfig],
+        device: torch.device | str | None = None,
+        need_indices: bool = False,
+        bounds_check_mode: BoundsCheckMode = BoundsCheckMode.WARNING,
+    ) -> None:
+        super().__init__()
+        dims = {table.name: table.embedding_dim for table in tables}
+        if len(set(dims.values())) != 1:
+            raise ValueError(
+                f"the tables of an EmbeddingCollection share one embedding_dim; got {dims}; use "
+                "a collection for each"
+            )
+        self._configs = list(tables)
+        self._need_indices = need_indices
+        self.bags = CCEEmbeddingBagCollection(
+            [_with_bags(table) for table in tables], device, False, bounds_check_mode
+        )
+
+    def forward(self, features: KeyedJaggedTensor) -> dict[str, JaggedTensor]:
+        """Embeddings of the ids of `features`; nothing of `features` is written to.
+
+        Raises:
+            ValueError: a missing feature, a batch size per feature, or an id out of bounds in
+                FATAL mode.
+        """
+        output = self.bags._output
+        check_sequences(features, output)
+        slots = select_slots(without_weights(features), [slot.feature for slot in output.slots])
+        each = bags_of_one(slots, [slots.stride()])
+        rows = self.bags._expansion(each, self.bags._bounds_check).to_dict()
+        inner = self.bags.embedding_bag_collection
+        vectors = {}
+        for config in inner.embedding_bag_configs():
+            for name in config.feature_names:
+                bag = inner.embedding_bags[config.name]
+                vectors[name] = bag(rows[name].values(), rows[name].offsets()).float()
+        return sequences(output, vectors, features, self._need_indices)
+
+    def embedding_configs(self) -> list[BaseEmbeddingConfig]:
+        """The tables as configured, one entry per logical table."""
+        return list(self._configs)
+
+    def need_indices(self) -> bool:
+        """Whether ids are returned beside their embeddings."""
+        return self._need_indices
+
+    def embedding_dim(self) -> int:
+        """Width of every embedding."""
+        return self._configs[0].embedding_dim
+
+    def embedding_names_by_table(self) -> list[list[str]]:
+        """Keys of the output, by table."""
+        names = iter(self.bags._output.names)
+        return [[next(names) for _ in config.feature_names] for config in self._configs]
+
+    @property
+    def device(self) -> torch.device:
+        """Where codebooks and codes live."""
+        return self.bags.device
+
+    def reset_parameters(self) -> None:
+        """Fresh codebooks, and codes back at their hash."""
+        self.bags.reset_parameters()
+
+
+def check_sequences(features: KeyedJaggedTensor, output: LogicalOutput) -> None:
+    """Refuses a KJT without a configured feature, or with a batch size per feature.
+
+    Raises:
+        ValueError: naming what is missing or not supported.
+    """
+    if features.variable_stride_per_key():
+        raise ValueError(
+            "sequence embeddings take one batch size for all features; a feature without ids in "
+            "an example has length 0 there"
+        )
+    check_features(features, output.slots, is_weighted=False)
+
+
+def bags_of_one(features: KeyedJaggedTensor, batch_sizes: list[int]) -> KeyedJaggedTensor:
+    """`features` with every id in a bag of its own; `batch_sizes` are by rank that it came from."""
+    ids = features.values()
+    lengths = features.lengths().view(len(features.keys()), -1)
+    counts = [part.sum(1) for part in lengths.split(batch_sizes, dim=1)]
+    return KeyedJaggedTensor(
+        keys=features.keys(),
+        values=ids,
+        lengths=torch.ones_like(ids, dtype=lengths.dtype),
+        stride_per_key_per_rank=torch.stack(counts, dim=1).tolist(),
+    )
+
+
+def sequences(
+    output: LogicalOutput,
+    vectors: dict[str, torch.Tensor],
+    features: KeyedJaggedTensor,
+    need_indices: bool,
+) -> dict[str, JaggedTensor]:
+    """Embeddings of each logical feature, from those of its chunks [ids, s]."""
+    jagged = features.to_dict()
+    out = {}
+    for name, slot, chunks in zip(output.names, output.slots, output.physical, strict=True):
+        own = jagged[slot.feature]
+        out[name] = JaggedTensor(
+            values=torch.cat([vectors[chunk] for chunk in chunks], dim=1),
+            lengths=own.lengths(),
+            weights=own.values() if need_indices else None,
+        )
+    return out
+
+
+def _with_bags(table: CCEEmbeddingBagConfig | EmbeddingConfig) -> EmbeddingBagConfig:
+    if not isinstance(table, EmbeddingBagConfig):
+        shared = {field.name for field in fields(EmbeddingBagConfig)}
+        kept = {f.name: getattr(table, f.name) for f in fields(table) if f.name in shared}
+        return EmbeddingBagConfig(**kept, pooling=PoolingType.SUM)
+    if table.pooling != PoolingType.SUM:
+        raise ValueError(
+            f"table {table.name!r}: pooling {table.pooling} has no meaning in a sequence; leave it"
+        )
+    return table
