@@ -13,6 +13,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from cce_torchrec.clustering.chunk import ChunkState, ChunkUpdate, budget, commit
+from cce_torchrec.clustering.meeting import meet
 from cce_torchrec.clustering.solve import Options, Task, alone, together
 from cce_torchrec.distributed.embedding_bag_collection import ShardedCCEEmbeddingBagCollection
 from cce_torchrec.expand import ChunkCodes, physical_table
@@ -99,13 +100,15 @@ def cluster(
 
     Raises:
         ValueError: on every rank, naming table, chunk and rank: weights that are not finite,
-            unusable options, more memory needed than a `memory_limit` that was given.
+            unusable options, more memory needed than a `memory_limit` that was given, ranks
+            that did not make the call (gloo).
     """
     began = time.perf_counter()
     options = Options(
         iterations, backend, init, tolerance, samples_per_centroid, memory_limit, weights, metric
     )
     group = _group(process_group)
+    meet(group)
     states: list[tuple[str, ChunkState]] = []
     tasks: list[Task] = []
     failure: str | None = None
