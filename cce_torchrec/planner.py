@@ -172,6 +172,9 @@ def make_plan(
     """A collective plan of `model`: every rank of the default group calls it, all get the same.
 
     See `make_planner` for the arguments.
+
+    Raises:
+        PlannerError: on every rank, if the tables do not fit.
     """
     names = {table.name for table in tables}
     dense = sum(
@@ -188,5 +191,13 @@ def make_plan(
         memory_bytes,
         dense_bytes=max(1, 6 * dense),  # gradients and Adam's moments, with room
     )
-    assert dist.group.WORLD is not None
-    return planner.collective_plan(model, get_default_sharders(), dist.group.WORLD)
+    made: list[Any] = [None, None]
+    if dist.get_rank() == 0:
+        try:
+            made[0] = planner.plan(model, get_default_sharders())
+        except Exception as error:  # TorchRec's collective_plan leaves the other ranks waiting
+            made[1] = error
+    dist.broadcast_object_list(made)
+    if made[1] is not None:
+        raise made[1]
+    return made[0]

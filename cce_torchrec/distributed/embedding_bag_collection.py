@@ -42,7 +42,7 @@ from torchrec.modules.embedding_configs import data_type_to_dtype
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor, KeyedTensor
 
 from cce_torchrec.config import CCEEmbeddingBagConfig
-from cce_torchrec.distributed.plan import SUPPORTED, chunk_owners, fan_out
+from cce_torchrec.distributed.plan import SUPPORTED, check_world_size, chunk_owners, fan_out
 from cce_torchrec.distributed.state_dict import CodesState
 from cce_torchrec.expand import (
     Block,
@@ -319,6 +319,7 @@ class CCEEmbeddingBagCollectionSharder(BaseEmbeddingSharder[CCEEmbeddingBagColle
     ) -> ShardedCCEEmbeddingBagCollection:
         """The sharded form of `module` under the plan `params` of its logical tables."""
         device = device if device is not None else torch.device("cpu")
+        check_world_size(params, env.world_size)
         return ShardedCCEEmbeddingBagCollection(
             module, params, self._ebc_sharder, env, device, module_fqn
         )
