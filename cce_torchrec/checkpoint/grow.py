@@ -11,7 +11,7 @@ from torch.distributed._shard.metadata import ShardMetadata
 from torch.distributed._shard.sharded_tensor import Shard, ShardedTensor
 from torch.distributed._shard.sharded_tensor.metadata import ShardedTensorMetadata
 
-from cce_torchrec.checkpoint.tables import Tables, unwrapped
+from cce_torchrec.checkpoint.tables import Tables, configs_of, unwrapped
 from cce_torchrec.codes import fill_hashed
 from cce_torchrec.config import CCEEmbeddingBagConfig
 
@@ -27,8 +27,7 @@ class Growth:
         }
         self._configs: dict[str, CCEEmbeddingBagConfig] = {}
         for name in self._own:
-            collection: Any = unwrapped(model).get_submodule(own[name]["collection"])
-            configs = collection.embedding_bag_configs()
+            configs = configs_of(unwrapped(model).get_submodule(own[name]["collection"]))
             self._configs[name] = next(c for c in configs if c.name == own[name]["name"])
         self._prefix = {
             name: ".".join(

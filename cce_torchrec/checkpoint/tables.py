@@ -31,7 +31,7 @@ def describe_tables(model: nn.Module) -> Tables:
     for path, module in unwrapped(model).named_modules():
         if any(path.startswith(f"{outer}.") or not outer for outer in inside):
             continue
-        configs = _configs(module)
+        configs = configs_of(module)
         if not configs:
             continue
         inside.append(path)
@@ -47,11 +47,14 @@ def describe_tables(model: nn.Module) -> Tables:
     return out
 
 
-def _configs(module: nn.Module) -> list[Any]:
+def configs_of(module: nn.Module) -> list[Any]:
+    """The tables of a collection as configured, sharded or not; empty for any other module."""
     for name in ("embedding_bag_configs", "embedding_configs"):
         if callable(getattr(module, name, None)):
             return list(getattr(module, name)())
-    return list(getattr(module, "_embedding_bag_configs", []))
+        if hasattr(module, f"_{name}"):  # TorchRec's sharded modules
+            return list(getattr(module, f"_{name}"))
+    return []
 
 
 def table_of(key: str, tables: Tables) -> str | None:

@@ -6,8 +6,9 @@ import numpy as np
 import torch
 import torchrec
 from torch import nn
+from torchrec import EmbeddingBagCollection, EmbeddingCollection
 from torchrec.distributed import DistributedModelParallel
-from torchrec.modules.embedding_configs import PoolingType
+from torchrec.modules.embedding_configs import EmbeddingBagConfig, EmbeddingConfig, PoolingType
 from torchrec.optim.apply_optimizer_in_backward import apply_optimizer_in_backward
 
 from cce_torchrec import CCEEmbeddingBagCollection
@@ -160,3 +161,44 @@ def same_job(rank, world_size, folder):
 
 def test_same_ranks_and_plan_is_bit_equal(tmp_path):
     run_ranks(2, same_job, str(tmp_path))
+
+
+class Plain(nn.Module):
+    """TorchRec's own collections, beside which CCE ones live in a model."""
+
+    def __init__(self):
+        super().__init__()
+        self.bags = EmbeddingBagCollection(tables=self.configs()[:1])
+        self.rows = EmbeddingCollection(tables=self.configs()[1:])
+
+    @staticmethod
+    def configs():
+        shape = dict(num_embeddings=50, embedding_dim=8)
+        return [
+            EmbeddingBagConfig(name="t", feature_names=["f"], **shape),
+            EmbeddingConfig(name="e", feature_names=["g"], **shape),
+        ]
+
+
+def plain_collections(rank, world_size, folder):
+    """Saved under DistributedModelParallel, loaded without it."""
+
+    def made():
+        model = Plain()
+        cls, settings = OPTIMIZERS["rowwise"]
+        apply_optimizer_in_backward(cls, list(model.parameters()), dict(settings))
+        return model
+
+    model, other = made(), made()
+    plan = make_plan(model, Plain.configs(), CPU, "tw")
+    model = DistributedModelParallel(model, device=CPU, plan=plan, sharders=get_default_sharders())
+    save_checkpoint(folder, model, step=1)
+    report = load_checkpoint(folder, other)
+    assert report.tables == ["bags.t", "rows.e"] and report.dropped == []
+    for name, value in model.state_dict().items():
+        for shard in value.local_shards():
+            assert torch.equal(shard.tensor, other.state_dict()[name])
+
+
+def test_plain_collections(tmp_path):
+    run_ranks(2, plain_collections, str(tmp_path))
