@@ -20,14 +20,20 @@ def hashed_codes(
     codes = torch.empty(
         config.num_embeddings, len(chunks), dtype=code_dtype(config.num_rows), device=device
     )
-    if codes.device.type == "meta":
-        return codes
-    for start in range(0, config.num_embeddings, _BLOCK):
-        ids = torch.arange(start, min(start + _BLOCK, config.num_embeddings), device=device)
+    if codes.device.type != "meta":
+        fill_hashed(codes, config, chunks)
+    return codes
+
+
+def fill_hashed(
+    codes: torch.Tensor, config: CCEEmbeddingBagConfig, chunks: Sequence[int], first: int = 0
+) -> None:
+    """Writes the initial codes of ids from `first` on into `codes` [N, len(chunks)]."""
+    for start in range(first, len(codes), _BLOCK):
+        ids = torch.arange(start, min(start + _BLOCK, len(codes)), device=codes.device)
         for column, chunk in enumerate(chunks):
             rows = code_hash(config.seed, config.name, chunk)(ids, config.num_rows)
             codes[start : start + len(ids), column] = rows.to(codes.dtype)
-    return codes
 
 
 def widen(codes: torch.Tensor) -> torch.Tensor:

@@ -32,11 +32,30 @@ _RESERVED = 0.15
 """Share of a device's memory that plans leave to everything but tables (TorchRec's default)."""
 
 
+def optimizer_bytes(
+    table: EmbeddingBagConfig, parameter: nn.Parameter, rows: int, width: int
+) -> int:
+    """State of FBGEMM's fused optimizer for a shard [rows, width] of `table`.
+
+    `parameter` carries the optimizer that was applied in backward; state is float32.
+    """
+    classes = getattr(parameter, "_optimizer_classes", [])
+    name = classes[0].__name__ if classes else ""
+    chunk = table.chunk_dim if isinstance(table, CCEEmbeddingBagConfig) else width
+    rowwise, whole = 4 * rows * (width // chunk), 4 * rows * width
+    return {
+        "RowWiseAdagrad": rowwise,
+        "Adagrad": whole,
+        "Adam": 2 * whole,
+        "PartialRowWiseAdam": whole + rowwise,
+    }.get(name, 0)
+
+
 class CodeStorageEstimator(ShardEstimator):
-    """Adds the codes of CCE tables to the storage of their shards.
+    """Adds codes, and what TorchRec misses of the optimizer, to the storage of CCE shards.
 
     TorchRec's own estimator sees the proxy of the codebooks [k + k', D]; a shard of some columns
-    holds the codes of the chunks in them.
+    holds the codes of the chunks in them, and row-wise state once per chunk.
     """
 
     def __init__(self, topology: Topology, tables: Sequence[EmbeddingBagConfig]) -> None:
@@ -52,8 +71,12 @@ class CodeStorageEstimator(ShardEstimator):
             if table is None:
                 continue
             for shard in option.shards:
-                codes = (table.code_bytes + table.seen_bytes) * shard.size[1]
-                added = -(-codes // table.embedding_dim)
+                rows, width = shard.size
+                added = -(-table.code_bytes * width // table.embedding_dim) + table.seen_bytes
+                kind = getattr(option.tensor, "_optimizer_classes", [None])[0]
+                if kind is not None and kind.__name__ == "RowWiseAdagrad":
+                    state = optimizer_bytes(table, option.tensor, rows, width)
+                    added += state - 4 * rows * width // table.embedding_dim
                 assert shard.storage is not None
                 shard.storage += Storage(
                     hbm=added if self._on_gpu else 0, ddr=0 if self._on_gpu else added
@@ -162,6 +185,9 @@ def make_plan(
     """A collective plan of `model`: every rank of the default group calls it, all get the same.
 
     See `make_planner` for the arguments.
+
+    Raises:
+        PlannerError: on every rank, if the tables do not fit.
     """
     names = {table.name for table in tables}
     dense = sum(
@@ -179,5 +205,13 @@ def make_plan(
         dense_bytes=max(1, 6 * dense),  # gradients and Adam's moments, with room
         data_parallel=data_parallel,
     )
-    assert dist.group.WORLD is not None
-    return planner.collective_plan(model, get_default_sharders(), dist.group.WORLD)
+    made: list[Any] = [None, None]
+    if dist.get_rank() == 0:
+        try:
+            made[0] = planner.plan(model, get_default_sharders())
+        except Exception as error:  # TorchRec's collective_plan leaves the other ranks waiting
+            made[1] = error
+    dist.broadcast_object_list(made)
+    if made[1] is not None:
+        raise made[1]
+    return made[0]

@@ -15,6 +15,7 @@ from torch import nn
 from cce_torchrec.clustering import replicas
 from cce_torchrec.clustering.chunk import ChunkState, ChunkUpdate, commit
 from cce_torchrec.clustering.live import local_chunks
+from cce_torchrec.clustering.meeting import meet
 from cce_torchrec.clustering.options import Options
 from cce_torchrec.clustering.plan import DEFAULT_MEMORY_LIMIT, Key, Plan, Task, task_of
 from cce_torchrec.clustering.solve import Solver
@@ -108,7 +109,8 @@ def cluster(
     Raises:
         ValueError: on every rank, naming table, chunk and rank: weights that are not finite, a
             data-parallel table that is not in `optimizer` or differs between ranks, unusable
-            options, more memory needed than the limit.
+            options, more memory needed than the limit, ranks that did
+            not make the call (gloo).
     """
     options = Options(
         iterations, backend, init, tolerance, samples_per_centroid, memory_limit, weights, metric
@@ -125,6 +127,7 @@ def run(
     """The step; also the paths of all tables that any rank clustered."""
     began = time.perf_counter()
     group = _group(process_group)
+    meet(group)
     states: list[tuple[str, ChunkState]] = []
     tasks: list[Task] = []
     failure: str | None = None

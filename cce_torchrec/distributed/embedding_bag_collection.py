@@ -44,6 +44,7 @@ from cce_torchrec.config import CCEEmbeddingBagConfig
 from cce_torchrec.distributed.input_dist import batch_sizes, sharding_inputs
 from cce_torchrec.distributed.plan import (
     SUPPORTED,
+    check_world_size,
     chunk_owners,
     fan_out,
     is_data_parallel,
@@ -296,6 +297,7 @@ class CCEEmbeddingBagCollectionSharder(BaseEmbeddingSharder[CCEEmbeddingBagColle
     ) -> ShardedCCEEmbeddingBagCollection:
         """The sharded form of `module` under the plan `params` of its logical tables."""
         device = device if device is not None else torch.device("cpu")
+        check_world_size(params, env.world_size)
         return ShardedCCEEmbeddingBagCollection(
             module, params, self._ebc_sharder, env, device, module_fqn
         )

@@ -35,6 +35,24 @@ def _rank(shard: ShardMetadata) -> int:
     return rank
 
 
+def check_world_size(params: dict[str, ParameterSharding], world_size: int) -> None:
+    """Refuses a plan for more ranks than there are.
+
+    Raises:
+        ValueError: naming the table and the rank.
+    """
+    for table, sharding in params.items():
+        spec = sharding.sharding_spec
+        ranks = list(sharding.ranks or [])
+        if isinstance(spec, EnumerableShardingSpec):
+            ranks += [_rank(shard) for shard in spec.shards]
+        if ranks and max(ranks) >= world_size:
+            raise ValueError(
+                f"table {table!r}: the plan puts it on rank {max(ranks)}, the job has "
+                f"{world_size} ranks; make the plan for this number of ranks"
+            )
+
+
 def chunk_owners(config: CCEEmbeddingBagConfig, sharding: ParameterSharding) -> list[int]:
     """Rank that owns each chunk under a logical table's sharding.
 

@@ -71,8 +71,17 @@ class CodesState:
         """Replaces a table's ShardedTensor by this rank's columns, where it has any.
 
         Raises:
-            ValueError: codes of another table size or number of chunks, naming both.
+            ValueError: codes of another table size or number of chunks, naming both, or of a
+                table whose codes are not learned here.
         """
+        learned = {config.name for config in self._configs}
+        for key in state:
+            table = key.removeprefix(f"{prefix}codes.").removesuffix(".codes")
+            if key == codes_key(prefix, table) and table not in learned:
+                raise ValueError(
+                    f"table {table!r}: the checkpoint has codes, the model has no learned codes "
+                    "for it; configure the table as it was saved"
+                )
         for config in self._configs:
             key = codes_key(prefix, config.name)
             if key not in state:

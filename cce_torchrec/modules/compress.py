@@ -129,7 +129,7 @@ def compress_model(
             wanted = (path, config.name) in chosen
             table, reason = config, "" if wanted else "not chosen"
             if wanted:
-                table, reason = _compressed(config, ratio, num_rows, num_chunks, seed)
+                table, reason = compressed(config, ratio, num_rows, num_chunks, seed)
             new.append(table)
             made.append(_describe(path, config, table, reason))
         if any(isinstance(table, CCEEmbeddingBagConfig) for table in new):
@@ -162,7 +162,7 @@ def _chunks(dim: int, most: int) -> int:
     return next((c for c in range(most, 0, -1) if dim % (4 * c) == 0), 0)
 
 
-def _compressed(
+def compressed(
     config: EmbeddingBagConfig, ratio: float, num_rows: int | None, num_chunks: int, seed: int
 ) -> tuple[EmbeddingBagConfig, str]:
     """The CCE form of `config`, or `config` itself and why it stays."""
@@ -197,7 +197,7 @@ def _ratio_for(configs: list[EmbeddingBagConfig], budget: int, num_chunks: int, 
     """The least compression ratio at which the tables fit `budget` bytes."""
 
     def total(ratio: float) -> int:
-        tables = [_compressed(c, ratio, None, num_chunks, seed)[0] for c in configs]
+        tables = [compressed(c, ratio, None, num_chunks, seed)[0] for c in configs]
         return sum(
             t.table_bytes if isinstance(t, CCEEmbeddingBagConfig) else full_bytes(t) for t in tables
         )

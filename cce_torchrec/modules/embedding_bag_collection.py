@@ -9,6 +9,7 @@ from dataclasses import fields
 import torch
 from fbgemm_gpu.split_table_batched_embeddings_ops_common import BoundsCheckMode
 from torch import nn
+from torchrec.distributed.types import ShardedModule
 from torchrec.modules.embedding_configs import EmbeddingBagConfig, PoolingType
 from torchrec.modules.embedding_modules import (
     EmbeddingBagCollection,
@@ -92,6 +93,16 @@ class CCEEmbeddingBagCollection(EmbeddingBagCollectionInterface):
             columns = list(range(len(codes.chunks))) if codes is not None else []
             blocks.append(Block(config, slots, codes, columns))
         return blocks
+
+    def __setattr__(self, name: str, value: object) -> None:
+        if name == "embedding_bag_collection" and isinstance(value, ShardedModule):
+            raise ValueError(
+                f"tables {[config.name for config in self._configs]}: the chunks inside a "
+                "CCEEmbeddingBagCollection were about to be sharded without their codes; give "
+                "DistributedModelParallel "
+                "sharders=cce_torchrec.distributed.embedding_bag_collection.get_default_sharders()"
+            )
+        super().__setattr__(name, value)
 
     def forward(self, features: KeyedJaggedTensor) -> KeyedTensor:
         """Pooled embeddings of `features`; nothing of `features` is written to.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
+from typing import Any
 
 from cce_torchrec.train.data import Dataset
 
@@ -35,9 +36,15 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     add("--split-seed", type=int, default=DEFAULT_SPLIT_SEED, help="of the held-out rows")
     add("--plan", choices=["tw", "cw", "auto"], default="auto")
     add("--out", type=Path, default=Path("runs/last"))
+    add("--checkpoint-every", type=int, default=0, help="optimizer steps; 0: never")
+    add("--resume", action="store_true", help="from the latest checkpoint in --out, if any")
+    add("--no-pipeline", dest="pipeline", action="store_false", help="the plain loop on all ranks")
+    add("--timeout", type=float, default=600.0, help="seconds until a rank gives up on others")
     args = parser.parse_args(argv)
     if args.batch_size is None:
         args.batch_size = 4096 if args.model == "gmf" else 256
+    if args.checkpoint_every < 0:
+        parser.error(f"--checkpoint-every {args.checkpoint_every} must be 0 or more steps")
     for name in ("embedding_dim", "num_chunks", "epochs", "batch_size"):
         if getattr(args, name) < 1:
             parser.error(f"--{name.replace('_', '-')} {getattr(args, name)} must be at least 1")
@@ -72,3 +79,26 @@ def set_defaults(args: argparse.Namespace, dataset: Dataset, rows: dict[str, int
         args.lr = 0.1 if compression >= 10 else 0.03
     if args.clusterings is None:
         args.clusterings = (18 if args.epochs > 1 else 8) if args.method == "cce" else 0
+
+
+def lasting(args: argparse.Namespace) -> dict[str, Any]:
+    """The options that a resumed run must share with the run that saved its checkpoint."""
+    free = ("out", "checkpoint_every", "resume", "pipeline", "timeout", "plan", "data")
+    return {name: value for name, value in vars(args).items() if name not in free}
+
+
+def check_same(saved: dict[str, Any], own: dict[str, Any], checkpoint: Path) -> None:
+    """Refuses to resume a run with other options.
+
+    Raises:
+        ValueError: naming each option with both values.
+    """
+    differing = [name for name in own if saved.get(name) != own[name]]
+    if differing:
+        told = ", ".join(
+            f"--{name.replace('_', '-')} was {saved.get(name)} and is {own[name]}"
+            for name in differing
+        )
+        raise ValueError(
+            f"{checkpoint}: {told}; resume with the same options, or start anew in another --out"
+        )

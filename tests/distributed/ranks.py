@@ -12,6 +12,8 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
+PRELOAD = ["torchrec.distributed", "cce_torchrec.clustering", "cce_torchrec.planner"]
+
 
 def free_port() -> int:
     with socket.socket() as s:
@@ -36,7 +38,9 @@ def _rank(rank: int, world_size: int, port: int, check: Callable, args: tuple, r
 
 def run_ranks(world_size: int, check: Callable, *args) -> list:
     """`check(rank, world_size, *args)` on every rank; its return values, by rank."""
-    context = mp.get_context("spawn")
+    # Ranks are forked from a server that has imported torch once, and runs no threads.
+    context = mp.get_context("forkserver")
+    context.set_forkserver_preload(PRELOAD)
     results = context.SimpleQueue()
     port = free_port()
     processes = [

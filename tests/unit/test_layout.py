@@ -15,6 +15,7 @@ LAYERS = [
     {"modules"},
     {"distributed"},
     {"clustering", "planner"},
+    {"checkpoint", "plan_report"},
     {"train"},
 ]
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from cce_torchrec.metrics import auc, log_loss
+from cce_torchrec.train import options
 from cce_torchrec.train.data import FLIGHTS_COLUMNS, flights, load, ml_1m, synthetic
 
 DATA = Path(os.environ.get("CCE_DATA_DIR", "/nonexistent"))
@@ -101,3 +102,12 @@ def test_flights_from_the_package_equal_the_parquet_file():
     assert torch.equal(ours.train.labels, shipped.train.labels)
     assert torch.equal(ours.train.ids, shipped.train.ids)
     torch.testing.assert_close(ours.train.dense, shipped.train.dense, rtol=1e-3, atol=1e-3)
+
+
+def test_a_run_is_resumed_with_the_same_options():
+    first = options.parse(["--lr", "0.1", "--epochs", "3", "--out", "a"])
+    again = options.parse(["--lr", "0.1", "--epochs", "3", "--out", "b", "--resume"])
+    options.check_same(options.lasting(first), options.lasting(again), Path("c"))
+    other = options.parse(["--lr", "0.2", "--epochs", "3"])
+    with pytest.raises(ValueError, match=r"c: --lr was 0.1 and is 0.2; resume with the same"):
+        options.check_same(options.lasting(first), options.lasting(other), Path("c"))

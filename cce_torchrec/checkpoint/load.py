@@ -1,0 +1,240 @@
+"""Loading a checkpoint at any world size and plan: checked first, then taken over."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from torch import nn
+from torch.distributed.checkpoint.metadata import BytesStorageMetadata, Metadata
+
+from cce_torchrec.checkpoint import folder as folders
+from cce_torchrec.checkpoint.grow import Growth
+from cce_torchrec.checkpoint.optimizers import ParameterState, dropped_state, optimizer_states
+from cce_torchrec.checkpoint.random_state import set_random_state
+from cce_torchrec.checkpoint.ranks import Ranks
+from cce_torchrec.checkpoint.save import model_state
+from cce_torchrec.checkpoint.tables import (
+    Tables,
+    choose_tables,
+    compare_tables,
+    describe_tables,
+    table_of,
+)
+from cce_torchrec.clustering.schedule import ClusteringSchedule
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class LoadReport:
+    """What `load_checkpoint` took over; the same on every rank."""
+
+    path: Path
+    step: int
+    schedule: ClusteringSchedule | None
+    extra: dict[str, Any] | None
+    world_size: int
+    """Ranks that saved it."""
+    tables: list[str]
+    """Tables that were loaded, as `collection.table`."""
+    dropped: list[str]
+    """What the checkpoint has and could not be carried over, or the model has and did not get."""
+
+
+def load_checkpoint(
+    folder: str | Path,
+    model: nn.Module,
+    *,
+    optimizers: Sequence[torch.optim.Optimizer] = (),
+    tables: Sequence[str] | None = None,
+    grow: Sequence[str] = (),
+    process_group: dist.ProcessGroup | None = None,
+) -> LoadReport:
+    """Loads what `save_checkpoint` saved, at any number of ranks and under any plan.
+
+    A collective call. Everything is checked on every rank before anything is written: a file
+    that is missing, short or changed, tables of another shape or seed, codes on one side only.
+    Optimizer state moves with its parameter where both sides use the same optimizer; otherwise
+    the report and the log name it. Random state returns at the same number of ranks.
+
+    Args:
+        folder: of the job, whose latest checkpoint is loaded, or of one checkpoint.
+        model: unsharded, or under DistributedModelParallel.
+        optimizers: those that the user steps, as in `save_checkpoint`.
+        tables: load these tables only (codebooks, codes, optimizer state), by name or as
+            `collection.table`; nothing else of the model changes, nor random state and settings.
+        grow: CCE tables that may have more ids in the model than in the checkpoint; the new ids
+            start from their hash.
+
+    Raises:
+        ValueError: on every rank, naming file or table, both values and the remedy.
+    """
+    ranks = Ranks(process_group)
+    path = ranks.first(lambda: folders.find(Path(folder)))
+    manifest = ranks.agree(lambda: folders.read_manifest(path))[0]
+    names = sorted(manifest["files"])[ranks.rank :: ranks.size]
+    ranks.agree(lambda: folders.verify(path, {n: manifest["files"][n] for n in names}))
+    job = _Load(path, manifest, model, optimizers)
+    ranks.agree(lambda: job.choose(tables, grow))
+    metadata = ranks.agree(lambda: dcp.FileSystemReader(path).read_metadata())[0]
+    keys = {key for part in ranks.agree(job.keys) for key in part}
+    ranks.agree(lambda: job.check(metadata, keys))
+    owned = {name for part in ranks.agree(lambda: list(job.states)) for name in part}
+    dropped = {d for part in ranks.agree(lambda: job.prepare(owned, ranks)) for d in part}
+    ranks.agree(lambda: job.read(process_group))
+    ranks.agree(lambda: job.take_over(ranks))
+    report = job.report(sorted(dropped))
+    if ranks.rank == 0:
+        for line in report.dropped:
+            logger.warning("%s: %s", path, line)
+    return report
+
+
+class _Load:
+    """The stages of one load on one rank; nothing is written before `read`."""
+
+    def __init__(
+        self,
+        path: Path,
+        manifest: dict[str, Any],
+        model: nn.Module,
+        optimizers: Sequence[torch.optim.Optimizer],
+    ) -> None:
+        self.path, self.manifest, self.model = path, manifest, model
+        self._optimizers = optimizers
+        self.states: dict[str, ParameterState] = {}
+        self._own: Tables = {}
+        self._wanted: set[str] | None = None
+        self._state: dict[str, Any] = {}
+        self._created: list[tuple[ParameterState, str, torch.Tensor]] = []
+
+    def choose(self, tables: Sequence[str] | None, grow: Sequence[str]) -> None:
+        """Which tables, and whether they fit."""
+        self._own = describe_tables(self.model)
+        if tables is not None:
+            self._wanted = choose_tables(tables, self._own, "tables")
+        growing = choose_tables(grow, self._own, "grow")
+        compare_tables(self.manifest["tables"], self._own, self._wanted, growing)
+        state = {key: v for key, v in model_state(self.model).items() if self._chosen(key)}
+        self._growth = Growth(self.model, self._own, self.manifest["tables"], growing)
+        self._whole, self._state = state, self._growth.targets(state)
+        states = optimizer_states(self.model, self._optimizers)
+        self.states = {n: s for n, s in states.items() if self._chosen(f"model.{n}")}
+
+    def _chosen(self, key: str) -> bool:
+        name = key.removeprefix("model.")
+        return self._wanted is None or table_of(name, self._own) in self._wanted
+
+    def keys(self) -> list[str]:
+        """Names of the model's state on this rank."""
+        return list(self._state)
+
+    def check(self, metadata: Metadata, everywhere: set[str]) -> None:
+        """Compares names and shapes of all state with the checkpoint's."""
+        stored = {
+            key: value for key, value in metadata.state_dict_metadata.items()
+            if key.startswith("model.") and self._chosen(key)
+        }  # fmt: skip
+        missing, unknown = sorted(everywhere - set(stored)), sorted(set(stored) - everywhere)
+        if missing or unknown:
+            raise ValueError(
+                f"{self.path}: the model has {_named(missing)} that the checkpoint lacks, and the "
+                f"checkpoint has {_named(unknown)} that the model lacks; pass tables=[...] to "
+                "load some tables only"
+            )
+        for key, value in self._state.items():
+            kept = stored[key]
+            if isinstance(kept, BytesStorageMetadata) or not hasattr(value, "size"):
+                continue
+            if tuple(kept.size) != tuple(value.size()):
+                raise ValueError(
+                    f"{key.removeprefix('model.')}: shape {list(kept.size)} in the checkpoint, "
+                    f"{list(value.size())} in the model; configure it as it was saved"
+                )
+
+    def prepare(self, owned: set[str], ranks: Ranks) -> list[str]:
+        """Adds the optimizer state that can be carried over; names what cannot."""
+        dropped = []
+        saved = self.manifest["optimizers"]
+        for name in sorted(set(saved) | set(self.states)):
+            if not self._chosen(f"model.{name}") or (name in owned and name not in self.states):
+                continue
+            own = self.states.get(name)
+            why = dropped_state(saved.get(name), own)
+            if why is not None:
+                table = table_of(name, self._own)
+                who = f"table {table!r}" if table else f"parameter {name!r}"
+                dropped.append(f"optimizer state of {who}: {why}")
+                continue
+            assert own is not None
+            for key, shape in saved[name]["state"].items():
+                value = own.tensors.get(key)
+                if value is None and own.create is not None:
+                    device = self._device_of(name)
+                    value = torch.empty(shape, device="cpu" if key == "step" else device)
+                    self._created.append((own, key, value))
+                if value is not None:
+                    self._state[f"optimizer.{name}.{key}"] = value
+        if self._wanted is None and ranks.size != self.manifest["world_size"]:
+            dropped.append(
+                f"random state: saved by {self.manifest['world_size']} ranks, loaded by "
+                f"{ranks.size}"
+            )
+        return dropped
+
+    def _device_of(self, name: str) -> torch.device:
+        return dict(self.model.named_parameters())[name].device
+
+    def read(self, group: dist.ProcessGroup | None) -> None:
+        """Reads into the tensors of the model, or copies of them."""
+        dcp.load(self._state, storage_reader=dcp.FileSystemReader(self.path), process_group=group)
+
+    def take_over(self, ranks: Ranks) -> None:
+        """Hands everything that was read to the model, its optimizers and the process."""
+        self._growth.finish()
+        loaded = {key.removeprefix("model."): value for key, value in self._whole.items()}
+        for key in loaded:
+            read = self._state[f"model.{key}"]
+            if not isinstance(read, torch.Tensor) and not hasattr(read, "local_shards"):
+                loaded[key] = read  # extra state of a module is replaced, not written into
+        self.model.load_state_dict(loaded, strict=self._wanted is None)
+        for own, key, value in self._created:
+            assert own.create is not None
+            own.create(key, value)
+        if self._wanted is not None:
+            return
+        for name, own in self.states.items():
+            saved = self.manifest["optimizers"].get(name)
+            if dropped_state(saved, own) is None and saved is not None:
+                own.restore(saved["settings"])
+        if ranks.size == self.manifest["world_size"]:
+            set_random_state(json.loads((self.path / f"rank-{ranks.rank}.json").read_text()))
+
+    def report(self, dropped: list[str]) -> LoadReport:
+        """What was taken over."""
+        schedule = self.manifest["schedule"]
+        return LoadReport(
+            path=self.path,
+            step=self.manifest["step"],
+            schedule=None
+            if schedule is None
+            else ClusteringSchedule(frozenset(schedule["steps"]), schedule["interval"]),
+            extra=self.manifest["extra"],
+            world_size=self.manifest["world_size"],
+            tables=sorted(self._own if self._wanted is None else self._wanted),
+            dropped=dropped,
+        )
+
+
+def _named(keys: list[str]) -> str:
+    shown = ", ".join(key.removeprefix("model.") for key in keys[:3])
+    more = f" and {len(keys) - 3} more" if len(keys) > 3 else ""
+    return f"[{shown}{more}]"

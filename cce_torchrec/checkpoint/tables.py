@@ -1,0 +1,142 @@
+"""What a checkpoint says about its tables, and how it is compared with a model's."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from typing import Any
+
+from torch import nn
+from torchrec.distributed import DistributedModelParallel
+
+from cce_torchrec.config import CCEEmbeddingBagConfig
+
+_SHAPE = ("num_embeddings", "embedding_dim", "num_chunks", "num_rows", "num_helper_rows")
+_CCE = (*_SHAPE, "seed", "learned_codes", "track_seen")
+_PLAIN = ("num_embeddings", "embedding_dim")
+_CONTAINERS = ("codes.", "embedding_bags.", "embeddings.")
+
+Tables = dict[str, dict[str, Any]]
+"""Per path of a collection and name of a table in it, `collection.table`: its description."""
+
+
+def unwrapped(model: nn.Module) -> nn.Module:
+    """The user's module inside DistributedModelParallel, whose paths name tables."""
+    return model.module if isinstance(model, DistributedModelParallel) else model
+
+
+def describe_tables(model: nn.Module) -> Tables:
+    """Every table of every collection of `model`, by its full name."""
+    out: Tables = {}
+    inside: list[str] = []
+    for path, module in unwrapped(model).named_modules():
+        if any(path.startswith(f"{outer}.") or not outer for outer in inside):
+            continue
+        configs = configs_of(module)
+        if not configs:
+            continue
+        inside.append(path)
+        for config in configs:
+            is_cce = isinstance(config, CCEEmbeddingBagConfig)
+            fields = {name: getattr(config, name) for name in (_CCE if is_cce else _PLAIN)}
+            out[f"{path}.{config.name}" if path else config.name] = {
+                "collection": path,
+                "name": config.name,
+                "kind": "CCE" if is_cce else "plain",
+                **fields,
+            }
+    return out
+
+
+def configs_of(module: nn.Module) -> list[Any]:
+    """The tables of a collection as configured, sharded or not; empty for any other module."""
+    for name in ("embedding_bag_configs", "embedding_configs"):
+        if callable(getattr(module, name, None)):
+            return list(getattr(module, name)())
+        if hasattr(module, f"_{name}"):  # TorchRec's sharded modules
+            return list(getattr(module, f"_{name}"))
+    return []
+
+
+def table_of(key: str, tables: Tables) -> str | None:
+    """The table, by its full name, that the state `key` belongs to; None for the rest."""
+    for full_name, table in tables.items():
+        prefix = f"{table['collection']}." if table["collection"] else ""
+        if not key.startswith(prefix):
+            continue
+        rest = key[len(prefix) :]
+        for container in _CONTAINERS:
+            _, found, after = f".{rest}".partition(f".{container}")
+            if found and after.startswith((f"{table['name']}.", f"{table['name']}#")):
+                return full_name
+    return None
+
+
+def choose_tables(names: Sequence[str], tables: Tables, argument: str) -> set[str]:
+    """Full names of `names`, which may leave out the collection.
+
+    Raises:
+        ValueError: naming what no table is called.
+    """
+    chosen: set[str] = set()
+    for name in names:
+        found = {full for full, t in tables.items() if name in (full, t["name"])}
+        if not found:
+            raise ValueError(f"{argument}: no table {name!r}; the model has {sorted(tables)}")
+        chosen |= found
+    return chosen
+
+
+def compare_tables(saved: Tables, own: Tables, wanted: set[str] | None, grow: set[str]) -> None:
+    """Refuses a checkpoint whose tables do not fit the model's.
+
+    Args:
+        wanted: the tables that are loaded; None is all, and then both sides have the same.
+        grow: tables that may have more ids in the model than in the checkpoint.
+
+    Raises:
+        ValueError: naming each table, what the checkpoint has and what the model has.
+    """
+    wrong: list[str] = []
+    for name in sorted((set(saved) | set(own)) if wanted is None else wanted):
+        if name not in saved:
+            wrong.append(
+                f"table {name!r}: the model has it, the checkpoint has {sorted(saved)}; pass "
+                "tables=[...] to load some of them"
+            )
+        elif name not in own:
+            wrong.append(
+                f"table {name!r}: the checkpoint has it, the model has {sorted(own)}; pass "
+                "tables=[...] to load some of them"
+            )
+        else:
+            wrong += _differences(name, saved[name], own[name], name in grow)
+    if wrong:
+        raise ValueError("; ".join(wrong))
+
+
+def _differences(
+    name: str, saved: dict[str, Any], own: dict[str, Any], may_grow: bool
+) -> list[str]:
+    who = f"table {name!r}"
+    if saved["kind"] != own["kind"]:
+        return [f"{who}: the checkpoint has a {saved['kind']} table, the model a {own['kind']} one"]
+    if may_grow and own["kind"] == "plain":
+        return [f"{who}: grow needs a CCE table, whose new ids start from their hash; it is plain"]
+    out = []
+    for field in _differing(saved, own, _CCE if own["kind"] == "CCE" else _PLAIN):
+        if field == "num_embeddings" and may_grow and own[field] > saved[field]:
+            continue
+        remedy = "configure the table as it was saved"
+        if field == "learned_codes":
+            lacks = "model" if saved[field] else "checkpoint"
+            out.append(f"{who}: the {lacks} has no codes, the other side has; {remedy}")
+            continue
+        if field == "num_embeddings" and own["kind"] == "CCE" and own[field] > saved[field]:
+            remedy += f", or pass grow=[{own['name']!r}]: new ids then start from their hash"
+        out.append(f"{who}: {field} is {saved[field]} in the checkpoint, {own[field]} in the model"
+                   f"; {remedy}")  # fmt: skip
+    return out
+
+
+def _differing(saved: dict[str, Any], own: dict[str, Any], fields: Collection[str]) -> list[str]:
+    return [field for field in fields if saved.get(field) != own[field]]

@@ -1,0 +1,217 @@
+"""The training loop: epochs, clustering, evaluation, checkpoints and their resumption."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import asdict
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torchrec.distributed.train_pipeline import TrainPipelineSparseDist
+from tqdm import tqdm
+
+from cce_torchrec.checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint
+from cce_torchrec.checkpoint.folder import read_manifest
+from cce_torchrec.clustering import ClusteringSchedule, cluster, finalize
+from cce_torchrec.config import CCEEmbeddingBagConfig
+from cce_torchrec.metrics import auc, log_loss
+from cce_torchrec.train import data, options
+from cce_torchrec.train.job import Batch, build
+from cce_torchrec.train.model import keyed_jagged, tables
+from cce_torchrec.train.records import Records
+
+
+class Trainer:
+    """One run: the model, its data, and what it writes to --out."""
+
+    def __init__(self, args: argparse.Namespace, device: torch.device) -> None:
+        self.args = args
+        self.device = device
+        self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
+        self.dataset = data.load(args.dataset, args.data, args.model, args.split_seed)
+        rows = options.rows_per_table(args, self.dataset)
+        options.set_defaults(args, self.dataset, rows)
+        torch.manual_seed(args.seed)
+        # A dot product of embeddings near zero has no gradient; DLRM's dense part has its own.
+        init_bound = args.embedding_dim**-0.5 if args.model == "gmf" else None
+        self.configs = tables(
+            self.dataset,
+            args.method,
+            args.embedding_dim,
+            args.num_chunks,
+            rows,
+            args.seed,
+            init_bound,
+        )
+        self.steps = max(1, len(self.dataset.train) // args.batch_size)
+        """Optimizer steps per epoch."""
+        self.schedule = ClusteringSchedule.evenly(self.steps * args.epochs, args.clusterings)
+        self.checkpoints = args.out / "checkpoints"
+        if args.finalize and args.resume and self._past_last_clustering():
+            self._finalise_configs()
+        dense_features = self.dataset.train.dense.shape[1]
+        self.model, self.optimizer = build(args, self.configs, dense_features, device, self.rank)
+        self.features = list(self.dataset.features)
+        self.records = Records()
+        self.step = 0
+        """Optimizer steps so far."""
+        self.loss = torch.zeros((), device=device)
+        """Sum of this rank's losses in the running epoch."""
+
+    def run(self) -> None:
+        """Trains, evaluates every epoch, and writes metrics.jsonl and summary.json."""
+        args = self.args
+        if args.resume and latest_checkpoint(self.checkpoints) is not None:
+            self._resume()
+        if self.rank == 0:
+            self.records.write_metrics(args.out)
+        for epoch in range(len(self.records.history) + 1, args.epochs + 1):
+            began = time.perf_counter() - self.records.epoch_seconds
+            self._train_epoch(epoch, began)
+            self._end_epoch(epoch, time.perf_counter() - began)
+        if self.rank == 0:
+            examples = self.steps * min(args.batch_size, len(self.dataset.train)) * args.epochs
+            self.records.write_summary(
+                args, self.configs, examples, self.world_size, str(self.device)
+            )
+
+    def _train_epoch(self, epoch: int, began: float) -> None:
+        """The steps of an epoch that are not done yet."""
+        self.model.train()
+        first = (epoch - 1) * self.steps
+        bar = tqdm(
+            total=self.steps,
+            initial=self.step - first,
+            desc=f"epoch {epoch}",
+            leave=False,
+            disable=self.rank != 0 or not sys.stderr.isatty(),
+        )
+        for loss in self._losses(epoch, self.step - first):
+            self.loss += loss
+            self.step += 1
+            bar.update()
+            if self.schedule.due(self.step):
+                self._cluster()
+            every = self.args.checkpoint_every
+            if every and self.step % every == 0:
+                self.records.epoch_seconds = time.perf_counter() - began
+                self._save()
+        bar.close()
+
+    def _cluster(self) -> None:
+        if not (self.args.finalize and self.step == max(self.schedule.steps)):
+            self.records.clustered(cluster(self.model))
+            return
+        self.records.clustered(finalize(self.model))
+        self._finalise_configs()
+
+    def _past_last_clustering(self) -> bool:
+        """Whether the checkpoint to resume from was written after the model was finalised."""
+        latest = latest_checkpoint(self.checkpoints)
+        return latest is not None and read_manifest(latest)["step"] >= max(
+            self.schedule.steps, default=0
+        )
+
+    def _finalise_configs(self) -> None:
+        self.configs = [
+            config.finalised()
+            if isinstance(config, CCEEmbeddingBagConfig) and config.learned_codes
+            else config
+            for config in self.configs
+        ]
+
+    def _losses(self, epoch: int, done: int) -> Iterator[torch.Tensor]:
+        """Trains on the batches of an epoch from the `done`-th on; yields after each step."""
+        batches = self._batches(epoch, done)
+        if self.world_size > 1 and self.args.pipeline:
+            pipeline = TrainPipelineSparseDist(self.model, self.optimizer, self.device)
+            for _ in range(done, self.steps):
+                loss, _ = pipeline.progress(batches)
+                yield loss
+            pipeline.detach()
+            return
+        for batch in batches:
+            self.optimizer.zero_grad()
+            loss, _ = self.model(batch.to(self.device))
+            loss.backward()
+            self.optimizer.step()
+            yield loss.detach()
+
+    def _batches(self, epoch: int, done: int) -> Iterator[Batch]:
+        """This rank's share of each batch of the epoch; the order depends on seed and epoch."""
+        args, train = self.args, self.dataset.train
+        generator = torch.Generator().manual_seed(args.seed * 1_000_003 + epoch)
+        order = torch.randperm(len(train), generator=generator)
+        for step in range(done, self.steps):
+            rows = order[step * args.batch_size : (step + 1) * args.batch_size]
+            yield self._batch(train, rows)
+
+    def _batch(self, rows: data.Rows, index: torch.Tensor) -> Batch:
+        mine = rows.take(index.tensor_split(self.world_size)[self.rank])
+        return Batch(mine.dense, keyed_jagged(mine, self.features), mine.labels)
+
+    def _end_epoch(self, epoch: int, seconds: float) -> None:
+        dist.all_reduce(self.loss)
+        val_log_loss, val_auc = self._evaluate()
+        self.records.history.append(
+            {
+                "epoch": epoch,
+                "train_loss": float(self.loss) / (self.steps * self.world_size),
+                "val_log_loss": val_log_loss,
+                "val_auc": val_auc,
+                "seconds": seconds,
+            }
+        )
+        self.records.epoch_seconds = 0.0
+        self.loss.zero_()
+        if self.rank == 0:
+            self.records.write_metrics(self.args.out)
+            self.records.say_epoch()
+
+    @torch.no_grad()
+    def _evaluate(self) -> tuple[float, float]:
+        self.model.eval()
+        rows = self.dataset.validation
+        outputs: list[tuple[torch.Tensor, torch.Tensor]] = []
+        for index in torch.arange(len(rows)).split(self.args.batch_size):
+            batch = self._batch(rows, index)
+            _, (_, logits) = self.model(batch.to(self.device))
+            outputs.append((logits.cpu(), batch.labels))
+        local = tuple(torch.cat(part) for part in zip(*outputs, strict=True))
+        gathered: list[Any] = [None] * self.world_size
+        dist.all_gather_object(gathered, local)
+        logits, labels = (torch.cat(part) for part in zip(*gathered, strict=True))
+        return log_loss(logits, labels), auc(logits, labels)
+
+    def _save(self) -> None:
+        losses: list[Any] = [None] * self.world_size
+        dist.all_gather_object(losses, float(self.loss))
+        save_checkpoint(
+            self.checkpoints,
+            self.model,
+            step=self.step,
+            optimizers=[self.optimizer],
+            schedule=self.schedule,
+            extra={
+                "losses": losses,
+                "records": asdict(self.records),
+                "settings": options.lasting(self.args),
+            },
+        )
+
+    def _resume(self) -> None:
+        report = load_checkpoint(self.checkpoints, self.model, optimizers=[self.optimizer])
+        assert report.extra is not None
+        options.check_same(report.extra["settings"], options.lasting(self.args), report.path)
+        self.step = report.step
+        self.records = Records(**report.extra["records"])
+        losses = report.extra["losses"]
+        same = len(losses) == self.world_size
+        mine = losses[self.rank] if same else sum(losses) if self.rank == 0 else 0.0
+        self.loss.fill_(mine)
+        if self.rank == 0:
+            print(f"resumed after step {self.step} from {report.path}", flush=True)

@@ -1,0 +1,77 @@
+"""Plans in bytes: what is predicted is what is allocated, on every rank."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.distributed as dist
+import torchrec
+from torch import nn
+from torchrec.distributed import DistributedModelParallel
+from torchrec.modules.embedding_configs import EmbeddingBagConfig
+from torchrec.optim.apply_optimizer_in_backward import apply_optimizer_in_backward
+
+from cce_torchrec import CCEEmbeddingBagCollection, CCEEmbeddingBagConfig
+from cce_torchrec.distributed.embedding_bag_collection import get_default_sharders
+from cce_torchrec.plan_report import plan_report
+from cce_torchrec.planner import make_planner
+from tests.distributed.ranks import run_ranks
+
+CPU = torch.device("cpu")
+
+
+def configs():
+    return [
+        CCEEmbeddingBagConfig(
+            name="t", num_embeddings=200_000, embedding_dim=32, feature_names=["f"], num_rows=900
+        ),
+        CCEEmbeddingBagConfig(
+            name="u", num_embeddings=100_000, embedding_dim=16, feature_names=["g"], num_rows=200,
+            num_chunks=2, track_seen=True,
+        ),
+        EmbeddingBagConfig(
+            name="p", num_embeddings=20_000, embedding_dim=8, feature_names=["h"]
+        ),
+    ]  # fmt: skip
+
+
+def allocated(sharded):
+    """Bytes of weights, optimizer state, codes and bits on this rank."""
+    tensors = [v for k, v in sharded.codes.named_buffers() if not k.endswith("clusterings")]
+    for lookup in sharded.embedding_bag_collection._lookups:
+        for kernel in lookup._emb_modules:
+            tbe = kernel.emb_module
+            tensors += list(tbe.split_embedding_weights())
+            tensors += [v for state in tbe.get_optimizer_state() for v in state.values()]
+    return sum(t.numel() * t.element_size() for t in tensors)
+
+
+def predicted_equals_allocated(rank, world_size):
+    for kind in ("tw", "cw"):
+        for optimizer in (torchrec.optim.RowWiseAdagrad, torch.optim.Adagrad):
+            made = CCEEmbeddingBagCollection(configs())
+            apply_optimizer_in_backward(optimizer, list(made.parameters()), {"lr": 0.1})
+            model = nn.ModuleDict({"sparse": made})
+            planner = make_planner(configs(), world_size, CPU, kind, batch_size=2)
+            plan = planner.collective_plan(model, get_default_sharders(), dist.group.WORLD)
+            report = plan_report(model, plan, world_size)
+            # TorchRec adds inputs and outputs of the batch, a few bytes here.
+            planned = [None]
+            if rank == 0:
+                shards = [s for option in planner._best_plan for s in option.shards]
+                planned = [
+                    [sum(s.storage.ddr for s in shards if s.rank == r) for r in range(world_size)]
+                ]
+            dist.broadcast_object_list(planned)
+            sharded = DistributedModelParallel(
+                model, device=CPU, plan=plan, sharders=get_default_sharders()
+            )
+            found = allocated(sharded.module["sparse"])
+            assert report.rank_bytes(rank) == pytest.approx(found, rel=0.02), (kind, optimizer)
+            assert planned[0][rank] == pytest.approx(found, rel=0.02), (kind, optimizer)
+            text = str(report)
+            assert "sparse.t" in text and f"rank {rank}: {report.rank_bytes(rank):,}" in text
+
+
+def test_predicted_bytes_are_allocated_bytes():
+    run_ranks(2, predicted_equals_allocated)

@@ -1,0 +1,63 @@
+"""Tables that fit a memory budget, and plans that do not fit the model."""
+
+import pytest
+import torch
+from torch import nn
+from torchrec.distributed.planner.types import PlannerError
+from torchrec.modules.embedding_configs import EmbeddingBagConfig
+from torchrec.optim.apply_optimizer_in_backward import apply_optimizer_in_backward
+
+from cce_torchrec import CCEEmbeddingBagCollection, CCEEmbeddingBagConfig
+from cce_torchrec.distributed.embedding_bag_collection import get_default_sharders
+from cce_torchrec.plan_report import plan_report, tables_for_memory
+from cce_torchrec.planner import make_planner
+
+CPU = torch.device("cpu")
+
+
+def full():
+    return [
+        EmbeddingBagConfig(name=name, num_embeddings=n, embedding_dim=32, feature_names=[name])
+        for name, n in (("t", 2_000_000), ("u", 1_000_000), ("v", 400_000), ("p", 100))
+    ]
+
+
+def planned(configs, world_size, memory):
+    made = CCEEmbeddingBagCollection(configs, device="meta")
+    apply_optimizer_in_backward(torch.optim.Adagrad, list(made.parameters()), {"lr": 0.1})
+    model = nn.ModuleDict({"sparse": made})
+    planner = make_planner(configs, world_size, CPU, "tw", 2, memory)
+    return model, planner.plan(model, get_default_sharders())
+
+
+@pytest.mark.parametrize(("world_size", "memory"), [(1, 60 << 20), (2, 60 << 20)])
+def test_tables_for_memory_fill_the_ranks(world_size, memory):
+    """The plan fits, and does not with rows for a tenth more memory."""
+    settings = dict(kind="tw", batch_size=2, optimizer=torch.optim.Adagrad)
+    made = tables_for_memory(full(), memory, world_size, **settings)
+    assert not isinstance(made[3], CCEEmbeddingBagConfig)
+    assert all(isinstance(table, CCEEmbeddingBagConfig) for table in made[:3])
+    model, plan = planned(made, world_size, memory)
+    report = plan_report(model, plan, world_size)
+    assert max(report.rank_bytes(r) for r in range(world_size)) <= memory
+    larger = tables_for_memory(full(), memory * 11 // 10, world_size, **settings)
+    with pytest.raises(PlannerError):
+        planned(larger, world_size, memory)
+
+
+def test_tables_stay_full_where_they_fit():
+    tables = full()
+    assert tables_for_memory(tables, 4 << 30, 2, batch_size=2) == tables
+
+
+def test_too_little_memory():
+    with pytest.raises(ValueError, match="do not hold 4 tables with two rows a chunk"):
+        tables_for_memory(full(), 4 << 20, 1, batch_size=2)
+
+
+def test_plan_of_another_model_or_world_size():
+    model, plan = planned(full()[2:], 2, 1 << 30)
+    with pytest.raises(ValueError, match="puts it on rank 1 of 1; make the plan for this number"):
+        plan_report(model, plan, 1)
+    with pytest.raises(ValueError, match="the plan has no entry for 'other'"):
+        plan_report(nn.ModuleDict({"other": model["sparse"]}), plan, 2)
