@@ -193,8 +193,7 @@ def by_sklearn(x: torch.Tensor, shape: Shape, start: torch.Tensor) -> torch.Tens
 def peers(shape: Shape) -> dict[str, Callable[[torch.Tensor, Shape, torch.Tensor], torch.Tensor]]:
     """Those that finish in seconds: scikit-learn is left out where it would take minutes."""
     chosen = {"faiss": by_faiss}
-    small = shape.num_ids <= 10**5
-    if small or (shape.num_ids == 10**6 and shape.k == 256 and shape.dim == 16):
+    if shape.num_ids <= 10**5:
         chosen["sklearn"] = by_sklearn
         if shape.k <= 1024:
             chosen["sklearn-minibatch"] = by_minibatch
