@@ -46,7 +46,7 @@ def measure(shape: Shape, repeats: int) -> dict[str, object]:
     others = peers(shape)
     seconds: dict[str, list[float]] = {name: [] for name in ("ours", *others)}
     objective: dict[str, float] = {}
-    for repeat in range(repeats if shape.scores < 1e10 else 1):
+    for repeat in range(repeats if shape.scores < 3e9 else 1):
         for name in seconds:
             if name.startswith("sklearn") and repeat:
                 continue

@@ -16,6 +16,7 @@ from torchrec.distributed.fbgemm_qcomm_codec import (
     get_qcomm_codecs_registry,
 )
 from torchrec.distributed.planner.types import ParameterConstraints
+from torchrec.distributed.train_pipeline import TrainPipelineSparseDist
 from torchrec.distributed.types import ShardingType
 from torchrec.modules.embedding_configs import EmbeddingConfig
 from torchrec.modules.feature_processor_ import PositionWeightedModule
@@ -30,6 +31,7 @@ from cce_torchrec.distributed.embedding_bag_collection import get_default_sharde
 from cce_torchrec.planner import make_plan, make_planner
 from tests.distributed.ranks import run_ranks
 from tests.distributed.test_inputs import MEAN, SUM, Pair, vbe_batch
+from tests.distributed.test_pipeline import Batch
 from tests.distributed.test_sharded import CPU, KEYS, STRIDE, Model, batch, collection, tables
 
 SGD = (torch.optim.SGD, {"lr": 0.1})
@@ -75,6 +77,54 @@ def sequences(rank, world_size):
         assert received == per_rank * world_size  # every rank put the same batch in
     with pytest.raises(ValueError, match="one batch size for all features"):
         pair.model(vbe_batch(rank, False))
+
+
+class SequenceLoss(nn.Module):
+    """A dense layer over every embedding, as pipelines expect it: (loss, output)."""
+
+    def __init__(self):
+        super().__init__()
+        table = CCEEmbeddingBagConfig(
+            name="t", num_embeddings=300, embedding_dim=16, feature_names=["f", "g"], num_rows=5
+        )
+        self.collection = CCEEmbeddingCollection([table])
+        apply_optimizer_in_backward(SGD[0], self.collection.parameters(), dict(SGD[1]))
+        self.over = nn.Linear(16, 1)
+
+    def forward(self, data):
+        out = self.collection(data.ids)
+        out = self.over(torch.cat([out["f"].values(), out["g"].values()]))
+        return out.square().mean(), out.detach()
+
+
+def pipelined_sequences(rank, world_size):
+    """The sparse-dist pipeline equals the plain loop, a clustering step between included."""
+    outputs = []
+    for pipelined in (False, True):
+        torch.manual_seed(0)
+        model = SequenceLoss()
+        plan = make_plan(model, model.collection.embedding_configs(), CPU, "cw")
+        torch.manual_seed(1)
+        model = DistributedModelParallel(
+            model, device=CPU, plan=plan, sharders=get_default_sharders()
+        )
+        dense = [p for name, p in model.named_parameters() if "over" in name]
+        optimizer = torch.optim.SGD(dense, lr=0.1)
+        data = [Batch(batch(10 * step + rank, False)) for step in range(5)]
+        source, pipeline = iter(data), TrainPipelineSparseDist(model, optimizer, CPU)
+        for step in range(5):
+            if pipelined:
+                outputs.append(pipeline.progress(source))
+            else:
+                optimizer.zero_grad()
+                loss, out = model(data[step])
+                loss.backward()
+                optimizer.step()
+                outputs.append(out)
+            if step == 2:
+                cluster(model)
+    for plain, piped in zip(outputs[:5], outputs[5:], strict=True):
+        assert torch.equal(plain, piped)
 
 
 def optimizers(rank, world_size):
@@ -348,7 +398,7 @@ def replicas_of_a_checkpoint(rank, world_size):
 
 
 CHECKS = [
-    sequences, optimizers, same_on_all_ranks, seen_ids_are_shared, refused,
+    sequences, pipelined_sequences, optimizers, same_on_all_ranks, seen_ids_are_shared, refused,
     ignored_optimizers_are_named, table_column_wise,
     feature_processors, quantised_communication, odd_batches, learning_rates_and_collections,
     replicas_of_a_checkpoint,

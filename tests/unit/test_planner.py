@@ -60,3 +60,16 @@ def test_no_warnings(caplog):
 def test_unknown_kind():
     with pytest.raises(ValueError, match="unknown plan 'rw'"):
         make_planner(tables(), 2, CPU, "rw")
+
+
+def test_data_parallel_tables_cost_every_rank_all_of_their_bytes():
+    configs = tables()
+    planner = make_planner(configs, 2, CPU, memory_bytes=1 << 30, data_parallel=["t"])
+    plan = planner.plan(model(configs), get_default_sharders())
+    assert plan.plan["sparse"]["t"].sharding_type == "data_parallel"
+    option = next(option for option in planner._best_plan if option.name == "t")
+    assert sorted(shard.rank for shard in option.shards) == [0, 1]
+    for shard in option.shards:
+        assert shard.storage.ddr == pytest.approx(configs[0].table_bytes, rel=0.02)
+    with pytest.raises(ValueError, match=r"data_parallel names \['x'\]"):
+        make_planner(configs, 2, CPU, data_parallel=["x"])
