@@ -116,9 +116,8 @@ class ShardedCCEEmbeddingBagCollection(
             for name, sharding in physical.items()
         }
         self.codes = nn.ModuleDict(local)
-        compressed = [c for c in self._configs if c.name in self.chunk_owners]
         self._codes_state = state = CodesState(
-            self.codes, compressed, self.chunk_owners, rank, device, env.process_group
+            self.codes, self._configs, self.chunk_owners, rank, device, env.process_group
         )
         self._register_state_dict_hook(state.save)
         self._register_load_state_dict_pre_hook(state.load)
@@ -297,7 +296,8 @@ class CCEEmbeddingBagCollectionSharder(BaseEmbeddingSharder[CCEEmbeddingBagColle
     ) -> ShardedCCEEmbeddingBagCollection:
         """The sharded form of `module` under the plan `params` of its logical tables."""
         device = device if device is not None else torch.device("cpu")
-        check_world_size(params, env.world_size)
+        # A group of the job's ranks has a plan of their numbers in the job.
+        check_world_size(params, dist.get_world_size() if dist.is_initialized() else 1)
         return ShardedCCEEmbeddingBagCollection(
             module, params, self._ebc_sharder, env, device, module_fqn
         )

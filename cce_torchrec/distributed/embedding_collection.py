@@ -35,6 +35,7 @@ from cce_torchrec.distributed.embedding_bag_collection import CCEEmbeddingBagCol
 from cce_torchrec.distributed.plan import is_data_parallel
 from cce_torchrec.modules.embedding_collection import (
     CCEEmbeddingCollection,
+    as_they_are,
     bags_of_one,
     check_sequences,
     sequences,
@@ -167,8 +168,8 @@ class ShardedCCEEmbeddingCollection(
         return SequenceContext()
 
     def embedding_configs(self) -> list[BaseEmbeddingConfig]:
-        """The tables as configured, one entry per logical table."""
-        return self._configs
+        """The tables as configured (or finalised), one entry per logical table."""
+        return as_they_are(self._configs, self.bags.embedding_bag_configs())
 
     def sharded_parameter_names(self, prefix: str = "") -> Iterator[str]:
         """Names of everything that DDP must leave alone: parameters and codes."""

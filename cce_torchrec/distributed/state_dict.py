@@ -56,9 +56,11 @@ class CodesState:
         self._device, self._group = device, group
 
     def set_configs(self, configs: Sequence[EmbeddingBagConfig]) -> None:
-        """The collection's tables, as they are now."""
+        """The collection's tables, as they are now; codes of a data-parallel one stay a tensor."""
         compressed = [c for c in configs if isinstance(c, CCEEmbeddingBagConfig)]
-        self._configs = [config for config in compressed if config.learned_codes]
+        learned = [config for config in compressed if config.learned_codes]
+        self._learned = {config.name for config in learned}
+        self._configs = [config for config in learned if config.name in self._owners]
 
     def save(
         self, module: nn.Module, state: dict[str, Any], prefix: str, metadata: dict[str, Any]
@@ -74,10 +76,9 @@ class CodesState:
             ValueError: codes of another table size or number of chunks, naming both, or of a
                 table whose codes are not learned here.
         """
-        learned = {config.name for config in self._configs}
         for key in state:
             table = key.removeprefix(f"{prefix}codes.").removesuffix(".codes")
-            if key == codes_key(prefix, table) and table not in learned:
+            if key == codes_key(prefix, table) and table not in self._learned:
                 raise ValueError(
                     f"table {table!r}: the checkpoint has codes, the model has no learned codes "
                     "for it; configure the table as it was saved"

@@ -86,8 +86,8 @@ class CCEEmbeddingCollection(EmbeddingCollectionInterface):
         return sequences(output, vectors, features, self._need_indices)
 
     def embedding_configs(self) -> list[BaseEmbeddingConfig]:
-        """The tables as configured, one entry per logical table."""
-        return list(self._configs)
+        """The tables as configured (or finalised), one entry per logical table."""
+        return as_they_are(self._configs, self.bags.embedding_bag_configs())
 
     def need_indices(self) -> bool:
         """Whether ids are returned beside their embeddings."""
@@ -110,6 +110,14 @@ class CCEEmbeddingCollection(EmbeddingCollectionInterface):
     def reset_parameters(self) -> None:
         """Fresh codebooks, and codes back at their hash."""
         self.bags.reset_parameters()
+
+
+def as_they_are(
+    configs: Sequence[BaseEmbeddingConfig], bags: Sequence[EmbeddingBagConfig]
+) -> list[BaseEmbeddingConfig]:
+    """`configs`, CCE tables as the collection of `bags` has them by now."""
+    now = {config.name: config for config in bags}
+    return [now[c.name] if isinstance(c, CCEEmbeddingBagConfig) else c for c in configs]
 
 
 def check_sequences(features: KeyedJaggedTensor, output: LogicalOutput) -> None:

@@ -24,7 +24,7 @@ from torchrec.modules.fp_embedding_modules import FeatureProcessedEmbeddingBagCo
 from torchrec.optim.apply_optimizer_in_backward import apply_optimizer_in_backward
 
 from cce_torchrec import CCEEmbeddingBagCollection, CCEEmbeddingBagConfig, CCEEmbeddingCollection
-from cce_torchrec.clustering import cluster
+from cce_torchrec.clustering import cluster, finalize
 from cce_torchrec.clustering.live import fused_rows
 from cce_torchrec.distributed.data_parallel import data_parallel_parameters
 from cce_torchrec.distributed.embedding_bag_collection import get_default_sharders
@@ -397,11 +397,39 @@ def replicas_of_a_checkpoint(rank, world_size):
     assert torch.equal(other.model(kjt).wait()["g"], pair.model(kjt).wait()["g"])
 
 
+def finalised(rank, world_size):
+    """Data-parallel tables and sequences are finalised too, save their codes, and train on."""
+    pair = Pair("tw", ("t",), SUM, False)
+    pair.copy()
+    finalize(pair.model, optimizer=pair.optimizer)
+    finalize(pair.plain, optimizer=pair.plain_optimizer)
+    pair.compare(exact=True)
+    assert pair.sharded.codes["t"].config.helper_rows == 0
+    assert pair.model.state_dict()["collection.codes.t.codes"].shape == (300, 4)
+    pair.train(batch, (0,))
+    pair.compare(exact=False)
+
+    shape = dict(embedding_dim=16, num_embeddings=300)
+    config = CCEEmbeddingBagConfig(name="t", feature_names=["f"], num_rows=100, **shape)
+    plain = CCEEmbeddingCollection([config])
+    apply_optimizer_in_backward(SGD[0], plain.parameters(), dict(SGD[1]))
+    model = Model(plain)
+    plan = make_plan(model, [config], CPU, "cw")
+    sharded = DistributedModelParallel(
+        model, device=CPU, plan=plan, sharders=get_default_sharders()
+    )
+    finalize(sharded)
+    found = sharded.module.collection.embedding_configs()
+    assert [(c.num_rows, c.helper_rows) for c in found] == [(400, 0)]
+    values = sharded(batch(rank, False)).wait()["f"].values()
+    assert values.shape[1] == 16
+
+
 CHECKS = [
     sequences, pipelined_sequences, optimizers, same_on_all_ranks, seen_ids_are_shared, refused,
     ignored_optimizers_are_named, table_column_wise,
     feature_processors, quantised_communication, odd_batches, learning_rates_and_collections,
-    replicas_of_a_checkpoint,
+    replicas_of_a_checkpoint, finalised,
 ]  # fmt: skip
 
 
