@@ -30,7 +30,7 @@ from torchrec.optim.apply_optimizer_in_backward import apply_optimizer_in_backwa
 from benchmarks.machine import device_name
 from benchmarks.plots import ratio_plot
 from cce_torchrec import CCEEmbeddingBagCollection, CCEEmbeddingBagConfig
-from cce_torchrec.distributed.embedding_bag_collection import get_default_sharders
+from cce_torchrec.distributed.sharders import get_default_sharders
 from cce_torchrec.planner import make_plan
 from cce_torchrec.versions import installed_versions
 

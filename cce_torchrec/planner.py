@@ -26,7 +26,7 @@ from torchrec.distributed.types import ShardingPlan, ShardingType
 from torchrec.modules.embedding_configs import EmbeddingBagConfig
 
 from cce_torchrec.config import CCEEmbeddingBagConfig
-from cce_torchrec.distributed.embedding_bag_collection import get_default_sharders
+from cce_torchrec.distributed.sharders import get_default_sharders
 
 _RESERVED = 0.15
 """Share of a device's memory that plans leave to everything but tables (TorchRec's default)."""

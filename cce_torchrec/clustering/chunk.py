@@ -7,9 +7,9 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 
+from cce_torchrec.chunk_codes import ChunkCodes
 from cce_torchrec.clustering.ids import ChunkIds, NewCodes
 from cce_torchrec.codes import code_dtype
-from cce_torchrec.expand import ChunkCodes
 from cce_torchrec.hashing import helper_hash
 from cce_torchrec.kmeans.lloyd import KMeansResult
 from cce_torchrec.kmeans.points import PairPoints, check_finite

@@ -9,11 +9,12 @@ import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
+from cce_torchrec.chunk_codes import ChunkCodes
 from cce_torchrec.clustering import replicas
 from cce_torchrec.clustering.chunk import ChunkState
 from cce_torchrec.distributed.embedding_bag_collection import ShardedCCEEmbeddingBagCollection
-from cce_torchrec.expand import ChunkCodes, physical_table
 from cce_torchrec.modules.embedding_bag_collection import CCEEmbeddingBagCollection
+from cce_torchrec.slots import physical_table
 
 
 def local_chunks(

@@ -10,7 +10,7 @@ import torch.distributed as dist
 from cce_torchrec.clustering.chunk import ChunkState
 from cce_torchrec.config import CCEEmbeddingBagConfig
 from cce_torchrec.distributed.embedding_bag_collection import ShardedCCEEmbeddingBagCollection
-from cce_torchrec.expand import physical_table
+from cce_torchrec.slots import physical_table
 
 Digests = dict[tuple[str, int], int]
 

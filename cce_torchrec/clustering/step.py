@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from cce_torchrec.chunk_codes import ChunkCodes
 from cce_torchrec.clustering import replicas
 from cce_torchrec.clustering.chunk import ChunkState, ChunkUpdate, commit
 from cce_torchrec.clustering.live import local_chunks
@@ -20,7 +21,6 @@ from cce_torchrec.clustering.options import Options
 from cce_torchrec.clustering.plan import DEFAULT_MEMORY_LIMIT, Key, Plan, Task, task_of
 from cce_torchrec.clustering.solve import Solver
 from cce_torchrec.codes import converted
-from cce_torchrec.expand import ChunkCodes
 from cce_torchrec.kmeans.backends import make_backend
 from cce_torchrec.kmeans.share import gathered, raise_failures
 

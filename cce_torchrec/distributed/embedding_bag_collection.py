@@ -40,6 +40,7 @@ from torchrec.modules.embedding_configs import data_type_to_dtype
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor, KeyedTensor
 
 from cce_torchrec.bounds import BoundsCheck
+from cce_torchrec.chunk_codes import ChunkCodes, codes_of
 from cce_torchrec.config import CCEEmbeddingBagConfig
 from cce_torchrec.distributed.input_dist import batch_sizes, sharding_inputs
 from cce_torchrec.distributed.plan import (
@@ -51,7 +52,6 @@ from cce_torchrec.distributed.plan import (
     warn_of_ignored_optimizers,
 )
 from cce_torchrec.distributed.state_dict import CodesState
-from cce_torchrec.expand import ChunkCodes, codes_of
 from cce_torchrec.modules.embedding_bag_collection import (
     CCEEmbeddingBagCollection,
     finalised_configs,
@@ -343,22 +343,3 @@ class CCEEmbeddingBagCollectionSharder(BaseEmbeddingSharder[CCEEmbeddingBagColle
     def sharded_module_type(self) -> type[ShardedCCEEmbeddingBagCollection]:
         """The module this sharder makes."""
         return ShardedCCEEmbeddingBagCollection
-
-
-def get_default_sharders(
-    fused_params: dict[str, Any] | None = None,
-    qcomm_codecs_registry: dict[str, QuantizedCommCodecs] | None = None,
-) -> list[Any]:
-    """TorchRec's default sharders, and ours for CCE collections."""
-    from torchrec.distributed.sharding_plan import get_default_sharders as torchrec_default
-
-    from cce_torchrec.distributed.embedding_collection import CCEEmbeddingCollectionSharder
-    from cce_torchrec.distributed.feature_processed import FeatureProcessedSharder
-
-    ours: list[Any] = [
-        CCEEmbeddingBagCollectionSharder(fused_params, qcomm_codecs_registry),
-        CCEEmbeddingCollectionSharder(fused_params, qcomm_codecs_registry),
-        FeatureProcessedSharder(fused_params, qcomm_codecs_registry),
-    ]
-    taken = {sharder.module_type for sharder in ours}
-    return [*ours, *(s for s in torchrec_default() if s.module_type not in taken)]

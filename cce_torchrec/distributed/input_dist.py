@@ -16,9 +16,11 @@ from torchrec.distributed.sharding.tw_sharding import TwSparseFeaturesDist
 from torchrec.modules.embedding_configs import EmbeddingBagConfig
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
+from cce_torchrec.chunk_codes import codes_of
 from cce_torchrec.config import CCEEmbeddingBagConfig
-from cce_torchrec.expand import Block, Expansion, Slot, codes_of, physical_feature
+from cce_torchrec.expand import Block, Expansion
 from cce_torchrec.modules.output import LogicalOutput
+from cce_torchrec.slots import Slot, physical_feature
 
 
 @dataclass(frozen=True)

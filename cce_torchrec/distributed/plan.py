@@ -10,8 +10,8 @@ from torchrec.distributed.types import ParameterSharding, ShardingType
 from torchrec.modules.embedding_configs import EmbeddingBagConfig
 
 from cce_torchrec.config import CCEEmbeddingBagConfig
-from cce_torchrec.expand import physical_table
 from cce_torchrec.modules.embedding_bag_collection import CCEEmbeddingBagCollection
+from cce_torchrec.slots import physical_table
 
 logger = logging.getLogger(__name__)
 

@@ -19,9 +19,9 @@ from torch.distributed._shard.sharded_tensor import Shard, ShardedTensor
 from torch.distributed._shard.sharded_tensor.metadata import ShardedTensorMetadata, TensorProperties
 from torchrec.modules.embedding_configs import EmbeddingBagConfig
 
+from cce_torchrec.chunk_codes import codes_of
 from cce_torchrec.codes import code_dtype
 from cce_torchrec.config import CCEEmbeddingBagConfig
-from cce_torchrec.expand import codes_of
 
 
 def _runs(owners: list[int]) -> list[tuple[int, int, int]]:

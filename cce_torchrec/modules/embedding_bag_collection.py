@@ -18,21 +18,16 @@ from torchrec.modules.embedding_modules import (
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor, KeyedTensor
 
 from cce_torchrec.bounds import BoundsCheck
+from cce_torchrec.chunk_codes import ChunkCodes, codes_of
 from cce_torchrec.config import CCEEmbeddingBagConfig, CodebookInit
-from cce_torchrec.expand import (
-    Block,
-    ChunkCodes,
-    Expansion,
-    codes_of,
-    physical_feature,
-    physical_table,
-)
+from cce_torchrec.expand import Block, Expansion
 from cce_torchrec.modules.output import (
     LogicalOutput,
     check_features,
     divides_by_length,
     tensor_of,
 )
+from cce_torchrec.slots import physical_feature, physical_table
 
 
 class CCEEmbeddingBagCollection(EmbeddingBagCollectionInterface):

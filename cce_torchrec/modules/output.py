@@ -12,7 +12,7 @@ from torchrec.modules.embedding_modules import get_embedding_names_by_table
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor, KeyedTensor
 
 from cce_torchrec.config import CCEEmbeddingBagConfig
-from cce_torchrec.expand import Slot, physical_feature
+from cce_torchrec.slots import Slot, physical_feature
 
 
 def divides_by_length(config: EmbeddingBagConfig, is_weighted: bool) -> bool:

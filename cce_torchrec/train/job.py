@@ -16,7 +16,7 @@ from torchrec.optim.keyed import CombinedOptimizer, KeyedOptimizerWrapper
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 from torchrec.streamable import Pipelineable
 
-from cce_torchrec.distributed.embedding_bag_collection import get_default_sharders
+from cce_torchrec.distributed.sharders import get_default_sharders
 from cce_torchrec.modules.embedding_bag_collection import CCEEmbeddingBagCollection
 from cce_torchrec.planner import make_plan
 from cce_torchrec.train.model import GMF, DLRMLogits

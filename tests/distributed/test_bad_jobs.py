@@ -13,7 +13,7 @@ from torchrec.distributed.sharding_plan import get_default_sharders as without_o
 from torchrec.modules.embedding_configs import PoolingType
 
 from cce_torchrec.clustering import cluster, meeting
-from cce_torchrec.distributed.embedding_bag_collection import get_default_sharders
+from cce_torchrec.distributed.sharders import get_default_sharders
 from cce_torchrec.planner import make_plan, make_planner
 from tests.distributed.ranks import run_ranks
 from tests.distributed.test_checkpoint import build

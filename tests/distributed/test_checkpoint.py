@@ -15,7 +15,7 @@ from cce_torchrec import CCEEmbeddingBagCollection
 from cce_torchrec.checkpoint import load_checkpoint, save_checkpoint
 from cce_torchrec.checkpoint.optimizers import optimizer_states
 from cce_torchrec.clustering import ClusteringSchedule, cluster
-from cce_torchrec.distributed.embedding_bag_collection import get_default_sharders
+from cce_torchrec.distributed.sharders import get_default_sharders
 from cce_torchrec.planner import make_plan
 from tests.distributed.ranks import run_ranks
 from tests.distributed.test_sharded import CPU, batch, tables

@@ -16,9 +16,7 @@ from torchrec.distributed.fbgemm_qcomm_codec import (
     get_qcomm_codecs_registry,
 )
 from torchrec.distributed.planner.types import ParameterConstraints
-from torchrec.distributed.train_pipeline import TrainPipelineSparseDist
 from torchrec.distributed.types import ShardingType
-from torchrec.modules.embedding_configs import EmbeddingConfig
 from torchrec.modules.feature_processor_ import PositionWeightedModule
 from torchrec.modules.fp_embedding_modules import FeatureProcessedEmbeddingBagCollection
 from torchrec.optim.apply_optimizer_in_backward import apply_optimizer_in_backward
@@ -27,104 +25,12 @@ from cce_torchrec import CCEEmbeddingBagCollection, CCEEmbeddingBagConfig, CCEEm
 from cce_torchrec.clustering import cluster, finalize
 from cce_torchrec.clustering.live import fused_rows
 from cce_torchrec.distributed.data_parallel import data_parallel_parameters
-from cce_torchrec.distributed.embedding_bag_collection import get_default_sharders
+from cce_torchrec.distributed.sharders import get_default_sharders
 from cce_torchrec.planner import make_plan, make_planner
 from tests.distributed.ranks import run_ranks
+from tests.distributed.sequence_checks import SGD, pipelined_sequences, sequences
 from tests.distributed.test_inputs import MEAN, SUM, Pair, vbe_batch
-from tests.distributed.test_pipeline import Batch
 from tests.distributed.test_sharded import CPU, KEYS, STRIDE, Model, batch, collection, tables
-
-SGD = (torch.optim.SGD, {"lr": 0.1})
-
-
-def sequences(rank, world_size):
-    """Embeddings of every id: the same outputs, weights and codes as unsharded."""
-    shape = dict(embedding_dim=16, num_embeddings=300)
-
-    def make():
-        return CCEEmbeddingCollection(
-            [
-                CCEEmbeddingBagConfig(name="t", feature_names=["f", "g"], num_rows=5, **shape),
-                EmbeddingConfig(name="p", feature_names=["h", "f"], **shape),
-                CCEEmbeddingBagConfig(
-                    name="u", feature_names=["h"], num_rows=9, num_chunks=2, **shape
-                ),
-            ],
-            need_indices=True,
-        )
-
-    for kind in ("tw", "cw"):
-        pair = Pair(kind, (), SUM, False, make=make)
-        pair.check(batch)
-        kjt = batch(3, False)
-        out = pair.model(kjt).wait()
-        for name, jagged in out.items():
-            own = kjt[name.split("@")[0]]
-            assert torch.equal(jagged.lengths(), own.lengths())
-            assert torch.equal(jagged.weights(), own.values())
-        if kind == "cw":
-            assert len(set(pair.sharded.chunk_owners["t"])) == world_size
-        context = pair.model.module.collection.create_context()
-        arrived = pair.model.module.collection.input_dist(context, kjt).wait().wait()
-        received = torch.tensor(sum(part.values().numel() for part in arrived))
-        dist.all_reduce(received)
-        owners = {n: len(set(ranks)) for n, ranks in pair.sharded.chunk_owners.items()}
-        per_rank = sum(
-            kjt[feature].values().numel() * owners.get(config.name, 1)
-            for config in pair.sharded.embedding_bag_configs()
-            for feature in config.feature_names
-        )
-        assert received == per_rank * world_size  # every rank put the same batch in
-    with pytest.raises(ValueError, match="one batch size for all features"):
-        pair.model(vbe_batch(rank, False))
-
-
-class SequenceLoss(nn.Module):
-    """A dense layer over every embedding, as pipelines expect it: (loss, output)."""
-
-    def __init__(self):
-        super().__init__()
-        table = CCEEmbeddingBagConfig(
-            name="t", num_embeddings=300, embedding_dim=16, feature_names=["f", "g"], num_rows=5
-        )
-        self.collection = CCEEmbeddingCollection([table])
-        apply_optimizer_in_backward(SGD[0], self.collection.parameters(), dict(SGD[1]))
-        self.over = nn.Linear(16, 1)
-
-    def forward(self, data):
-        out = self.collection(data.ids)
-        out = self.over(torch.cat([out["f"].values(), out["g"].values()]))
-        return out.square().mean(), out.detach()
-
-
-def pipelined_sequences(rank, world_size):
-    """The sparse-dist pipeline equals the plain loop, a clustering step between included."""
-    outputs = []
-    for pipelined in (False, True):
-        torch.manual_seed(0)
-        model = SequenceLoss()
-        plan = make_plan(model, model.collection.embedding_configs(), CPU, "cw")
-        torch.manual_seed(1)
-        model = DistributedModelParallel(
-            model, device=CPU, plan=plan, sharders=get_default_sharders()
-        )
-        dense = [p for name, p in model.named_parameters() if "over" in name]
-        optimizer = torch.optim.SGD(dense, lr=0.1)
-        data = [Batch(batch(10 * step + rank, False)) for step in range(5)]
-        source, pipeline = iter(data), TrainPipelineSparseDist(model, optimizer, CPU)
-        for step in range(5):
-            if pipelined:
-                outputs.append(pipeline.progress(source))
-            else:
-                optimizer.zero_grad()
-                loss, out = model(data[step])
-                loss.backward()
-                optimizer.step()
-                outputs.append(out)
-            if step == 2:
-                cluster(model)
-    for plain, piped in zip(outputs[:5], outputs[5:], strict=True):
-        assert torch.equal(plain, piped)
 
 
 def optimizers(rank, world_size):

@@ -18,7 +18,7 @@ from torchrec.distributed.types import ShardingEnv2D
 
 from cce_torchrec.clustering import cluster
 from cce_torchrec.clustering.live import fused_rows
-from cce_torchrec.distributed.embedding_bag_collection import get_default_sharders
+from cce_torchrec.distributed.sharders import get_default_sharders
 from cce_torchrec.planner import make_planner
 from tests.distributed.ranks import run_ranks
 from tests.distributed.test_inputs import SOME, SUM, matrix

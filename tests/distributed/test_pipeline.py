@@ -15,7 +15,7 @@ from torchrec.streamable import Pipelineable
 
 from cce_torchrec.clustering import cluster
 from cce_torchrec.clustering.live import fused_rows
-from cce_torchrec.distributed.embedding_bag_collection import get_default_sharders
+from cce_torchrec.distributed.sharders import get_default_sharders
 from cce_torchrec.planner import make_plan
 from tests.distributed.ranks import run_ranks
 from tests.distributed.test_sharded import CPU, batch, collection, tables

@@ -12,7 +12,7 @@ from torchrec.modules.embedding_configs import EmbeddingBagConfig
 from torchrec.optim.apply_optimizer_in_backward import apply_optimizer_in_backward
 
 from cce_torchrec import CCEEmbeddingBagCollection, CCEEmbeddingBagConfig
-from cce_torchrec.distributed.embedding_bag_collection import get_default_sharders
+from cce_torchrec.distributed.sharders import get_default_sharders
 from cce_torchrec.plan_report import plan_report
 from cce_torchrec.planner import make_planner
 from tests.distributed.ranks import run_ranks

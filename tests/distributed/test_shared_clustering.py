@@ -14,7 +14,7 @@ from torchrec.modules.embedding_configs import PoolingType
 
 from cce_torchrec.clustering import cluster, pairs, plan, solve
 from cce_torchrec.clustering.live import fused_rows
-from cce_torchrec.distributed.embedding_bag_collection import get_default_sharders
+from cce_torchrec.distributed.sharders import get_default_sharders
 from cce_torchrec.kmeans import backends, share
 from cce_torchrec.planner import make_plan
 from tests.distributed.ranks import run_ranks

@@ -7,9 +7,11 @@ from torchrec import EmbeddingBagConfig, KeyedJaggedTensor
 
 from cce_torchrec import CCEEmbeddingBagConfig
 from cce_torchrec.bounds import BoundsCheck
-from cce_torchrec.expand import Block, ChunkCodes, Expansion, Slot
+from cce_torchrec.chunk_codes import ChunkCodes
+from cce_torchrec.expand import Block, Expansion
 from cce_torchrec.fused import native
 from cce_torchrec.hashing import code_hash, hash_rows
+from cce_torchrec.slots import Slot
 
 needs_native = pytest.mark.skipif(not native.available(), reason="built without a C++ compiler")
 

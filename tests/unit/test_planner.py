@@ -8,7 +8,7 @@ from torchrec.modules.embedding_configs import EmbeddingBagConfig
 from torchrec.optim.apply_optimizer_in_backward import apply_optimizer_in_backward
 
 from cce_torchrec import CCEEmbeddingBagCollection, CCEEmbeddingBagConfig
-from cce_torchrec.distributed.embedding_bag_collection import get_default_sharders
+from cce_torchrec.distributed.sharders import get_default_sharders
 from cce_torchrec.planner import make_planner
 
 CPU = torch.device("cpu")

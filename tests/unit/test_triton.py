@@ -44,7 +44,8 @@ EXPAND = """
 import pytest, torch
 from fbgemm_gpu.split_table_batched_embeddings_ops_common import BoundsCheckMode
 from cce_torchrec.bounds import BoundsCheck
-from cce_torchrec.expand import ChunkCodes, Expansion
+from cce_torchrec.chunk_codes import ChunkCodes
+from cce_torchrec.expand import Expansion
 from cce_torchrec.fused import device, native
 from tests.unit.test_expand import batch, blocks
 

@@ -1,0 +1,123 @@
+"""Codes and hashes of some chunks of a table, as a module beside their codebooks."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from cce_torchrec.codes import hashed_codes, read_codes
+from cce_torchrec.config import CCEEmbeddingBagConfig
+from cce_torchrec.hashing import code_hash, hash_rows, helper_hash
+
+
+class ChunkCodes(nn.Module):
+    """Codes and hashes of some chunks of one CCE table, beside their codebooks.
+
+    Buffers: `codes` [N, len(chunks)] (absent where codes are not learned), `clusterings`, an
+    int64 scalar from which the helper's hash follows, and with `track_seen` the bits `seen`.
+    """
+
+    version = 0
+    """Changes whenever the buffers or hashes of any table may have."""
+
+    def __init__(
+        self, config: CCEEmbeddingBagConfig, chunks: Sequence[int], device: torch.device
+    ) -> None:
+        super().__init__()
+        self.config = config
+        self.chunks = list(chunks)
+        self.codes: torch.Tensor | None
+        self.clusterings: torch.Tensor
+        codes = hashed_codes(config, chunks, device) if config.learned_codes else None
+        self.register_buffer("codes", codes)
+        self.register_buffer("clusterings", torch.zeros((), dtype=torch.int64, device=device))
+        self.seen: torch.Tensor | None
+        bits = torch.zeros(config.seen_bytes, dtype=torch.uint8, device=device)
+        self.register_buffer("seen", bits if config.track_seen else None)
+        self._rounds = 0
+        self._hashes: dict[tuple[int, torch.device], torch.Tensor] = {}
+
+    def sync_rounds(self) -> None:
+        """Reads `clusterings` back to the host; called after it was loaded or changed."""
+        if self.clusterings.device.type != "meta":
+            self._rounds = int(self.clusterings)
+        ChunkCodes.version += 1
+
+    @property
+    def rounds(self) -> int:
+        """Clusterings so far."""
+        return self._rounds
+
+    def set_rounds(self, rounds: int) -> None:
+        """Sets the number of clusterings, and so the helper's hash."""
+        self.clusterings.fill_(rounds)
+        self._rounds = rounds
+        ChunkCodes.version += 1
+
+    def set_codes(self, codes: torch.Tensor) -> None:
+        """Takes `codes` [N, len(chunks)] for its own."""
+        self.codes = codes
+        ChunkCodes.version += 1
+
+    def reset_parameters(self) -> None:
+        """Codes back to the initial hash."""
+        if self.codes is not None:
+            self.codes.copy_(hashed_codes(self.config, self.chunks, self.codes.device))
+        self.set_rounds(0)
+        if self.seen is not None:
+            self.seen.zero_()
+
+    def select(self, chunks: list[int], device: torch.device) -> ChunkCodes:
+        """A copy with `chunks` only, on `device`; codes are the hash if these are on meta."""
+        local = ChunkCodes(self.config, chunks, device)
+        if self.clusterings.device.type != "meta":
+            local.set_rounds(self.rounds)
+            if local.codes is not None and self.codes is not None:
+                local.codes.copy_(self.codes[:, chunks])
+            if local.seen is not None and self.seen is not None:
+                local.seen.copy_(self.seen)
+        return local
+
+    def hashes(self, device: torch.device) -> torch.Tensor:
+        """int64 [chunks, 5]: column, multiplier and addend of the main hash, of the helper hash."""
+        key = (self._rounds, device)
+        if key not in self._hashes:
+            config, rows = self.config, []
+            for column, chunk in enumerate(self.chunks):
+                main = code_hash(config.seed, config.name, chunk)
+                helper = helper_hash(config.seed, config.name, chunk, self._rounds)
+                rows.append(
+                    [column, main.multiplier, main.addend, helper.multiplier, helper.addend]
+                )
+            self._hashes = {key: torch.tensor(rows, device=device)}
+        return self._hashes[key]
+
+    def main_rows(self, ids: torch.Tensor) -> torch.Tensor:
+        """Main rows of `ids` [V], int64 [chunks, V]."""
+        if self.codes is not None:
+            return read_codes(self.codes, ids).t()
+        hashes = self.hashes(ids.device)
+        return hash_rows(ids, hashes[:, 1:2], hashes[:, 2:3], self.config.num_rows)
+
+    def helper_rows(self, ids: torch.Tensor) -> torch.Tensor:
+        """Helper rows of `ids` [V], counted from 0, int64 [chunks, V]."""
+        hashes = self.hashes(ids.device)
+        return hash_rows(ids, hashes[:, 3:4], hashes[:, 4:5], self.config.helper_rows)
+
+    def _apply(self, *args: Any, **kwargs: Any) -> ChunkCodes:
+        ChunkCodes.version += 1
+        return super()._apply(*args, **kwargs)
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        super()._load_from_state_dict(*args, **kwargs)
+        self.sync_rounds()
+
+
+def codes_of(codes: nn.ModuleDict, table: str) -> ChunkCodes | None:
+    """The codes of `table` in `codes`, None for a plain table or one of another rank."""
+    found = codes[table] if table in codes else None  # noqa: SIM401  # ModuleDict.get is untyped
+    assert found is None or isinstance(found, ChunkCodes)
+    return found
