@@ -3,8 +3,9 @@
 CCE, a plain fused table of the same N and D (TorchRec's EmbeddingBagCollection), a hashed table
 of the CCE table's bytes, the CCE table after finalising, and a dense-gradient CCE in plain PyTorch
 (two nn.Embedding a chunk, stored int64 indices, AdamW: what research code does). The first four
-run through DistributedModelParallel on one rank with a fused optimizer. All are interleaved in one
-process; figures are medians, on a CPU of CPU time on one thread. Two ranks: benchmarks/network.py.
+run through DistributedModelParallel on one rank with a fused optimizer. All take turns of five
+batches in one process; figures are medians, on a CPU of CPU time on one thread. Two ranks:
+benchmarks/network.py.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch import nn
 from torchrec import KeyedJaggedTensor
 from torchrec.distributed import DistributedModelParallel
 
@@ -27,6 +29,7 @@ from benchmarks.contenders import (
     OPTIMIZERS,
     Clock,
     Setting,
+    Step,
     batches,
     build,
     dense_step,
@@ -60,7 +63,9 @@ GPU_SETTINGS = [
     Setting(10**6, tables=26, bag=1, batch=65536),
 ]
 KINDS = ("cce", "plain", "hash", "finalised")
-DENSE_REPEATS = 7
+BLOCK = 5
+"""Batches that a contender runs on end, after one that is not counted: a job runs one model, so
+that the caches are its own."""
 
 
 def breakdown(
@@ -83,14 +88,16 @@ def breakdown(
     return parts
 
 
-def serve(
-    model: DistributedModelParallel, ids: KeyedJaggedTensor, clock: Clock
-) -> dict[str, float]:
+def serving(model: nn.Module) -> Step:
     """A forward without gradients."""
-    with torch.no_grad():
-        clock.lap()
-        model(ids)
-        return {"serve": clock.lap()}
+
+    def serve(ids: KeyedJaggedTensor, clock: Clock) -> dict[str, float]:
+        with torch.no_grad():
+            clock.lap()
+            model(ids)
+            return {"serve": clock.lap()}
+
+    return serve
 
 
 def median(rows: list[dict[str, float]]) -> dict[str, float]:
@@ -101,31 +108,31 @@ def median(rows: list[dict[str, float]]) -> dict[str, float]:
 def measure(setting: Setting, device: torch.device, repeats: int, optimizer: str) -> dict[str, Any]:
     """One row of the table."""
     models = {kind: build(setting, kind, device, optimizer) for kind in KINDS}
-    calls = {kind: fused_step(model) for kind, model in models.items()}
+    calls: dict[str, Step] = {kind: fused_step(model) for kind, model in models.items()}
     index_bytes = 16 * setting.num_ids * setting.chunks * setting.tables
     if index_bytes <= 4 << 30:
         calls["dense"] = dense_step(setting, device)
+    calls |= {f"serve {kind}": serving(model) for kind, model in models.items()}
+    calls["parts"] = lambda ids, clock: breakdown(models["cce"], ids, clock)
     clock = Clock(device)
     taken: dict[str, list[dict[str, float]]] = {kind: [] for kind in calls}
-    served: dict[str, list[dict[str, float]]] = {kind: [] for kind in models}
-    parts = []
-    for i, ids in enumerate(batches(setting, device, repeats + 2)):
+    for i in range(max(2, repeats // BLOCK)):
+        kjts = batches(setting, device, BLOCK + 1, seed=i)
         for kind, call in calls.items():
-            if kind == "dense" and i >= DENSE_REPEATS + 2:
+            if kind == "dense" and i >= 2:
                 continue
-            taken[kind].append(call(ids, clock))
-        for kind, model in models.items():
-            served[kind].append(serve(model, ids, clock))
-        parts.append(breakdown(models["cce"], ids, clock))
-    ms = {kind: median(rows[2:]) for kind, rows in taken.items()}
-    for kind, rows in served.items():
-        ms[kind] |= median(rows[2:])
+            block = [call(ids, clock) for ids in kjts]
+            taken[kind] += block[1:]
+    ms = {kind: median(rows) for kind, rows in taken.items()}
+    parts = ms.pop("parts")
+    for kind in models:
+        ms[kind] |= ms.pop(f"serve {kind}")
     steps = {kind: values["step"] for kind, values in ms.items()}
     return {
         "setting": asdict(setting),
         "name": setting.name,
         "milliseconds": ms,
-        "cce_parts": median(parts[2:]),
+        "cce_parts": parts,
         "cce_over_plain": steps["cce"] / steps["plain"],
         "cce_over_hash": steps["cce"] / steps["hash"],
         "finalised_over_plain": steps["finalised"] / steps["plain"],
