@@ -88,6 +88,7 @@ def main() -> None:
     found = measure(int(sys.argv[2]))
     if dist.get_rank() == 0:
         Path(sys.argv[1]).write_text(json.dumps(found))
+    dist.barrier()
     dist.destroy_process_group()
 
 

@@ -191,6 +191,7 @@ def main() -> None:
         "rows": rows,
     }
     args.json.parent.mkdir(parents=True, exist_ok=True)
+    args.json.write_text(json.dumps(report, indent=1) + "\n")
     report["two_ranks"] = network.run(args.json.parent, 5 if args.quick else args.repeats)
     for name, found in report["two_ranks"].items():
         print(f"two ranks, {name}: {found}", flush=True)
