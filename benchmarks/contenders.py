@@ -1,0 +1,238 @@
+"""What benchmarks.step_time compares: settings, batches, models, and one step of each."""
+
+from __future__ import annotations
+
+import ctypes
+import ctypes.util
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torchrec
+from torch import nn
+from torchrec import EmbeddingBagCollection, EmbeddingBagConfig, KeyedJaggedTensor
+from torchrec.distributed import DistributedModelParallel
+from torchrec.optim.apply_optimizer_in_backward import apply_optimizer_in_backward
+
+from cce_torchrec import CCEEmbeddingBagCollection, CCEEmbeddingBagConfig
+from cce_torchrec.distributed.sharders import get_default_sharders
+from cce_torchrec.planner import make_plan
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One job. `goal`: most that CCE over plain may be; None: only reported.
+
+    Zipf: the id of rank r has a density of 1 / r, over a shuffled id space.
+    """
+
+    num_ids: int
+    dim: int = 64
+    chunks: int = 4
+    main_rows: int = 4096
+    helper_rows: int = 4096
+    batch: int = 8192
+    bag: int = 4
+    tables: int = 1
+    zipf: bool = False
+    goal: float | None = None
+
+    @property
+    def name(self) -> str:
+        """For the table and the plot."""
+        kind = "Zipf" if self.zipf else "uniform"
+        rows = f"{self.main_rows}+{self.helper_rows}"
+        return (
+            f"N={self.num_ids:.0e} D={self.dim} rows={rows} B={self.batch} bag={self.bag} "
+            f"tables={self.tables} {kind}"
+        )
+
+
+class Sparse(nn.Module):
+    """A model that is its embeddings."""
+
+    def __init__(self, collection: nn.Module) -> None:
+        super().__init__()
+        self.collection = collection
+
+    def forward(self, ids: KeyedJaggedTensor) -> torch.Tensor:
+        """Pooled embeddings [B, sum of D]."""
+        return self.collection(ids).values()
+
+
+class DenseCCE(nn.Module):
+    """CCE as research code has it: stored int64 indices, dense gradients of whole codebooks."""
+
+    def __init__(self, setting: Setting) -> None:
+        super().__init__()
+        s, width = setting, setting.dim // setting.chunks
+        self.bag, self.tables = s.bag, s.tables
+        self.main = nn.ModuleList(
+            nn.Embedding(s.main_rows, width) for _ in range(s.tables * s.chunks)
+        )
+        self.helper = nn.ModuleList(
+            nn.Embedding(s.helper_rows, width) for _ in range(s.tables * s.chunks)
+        )
+        shape = (s.tables, s.num_ids, s.chunks)
+        self.register_buffer("codes", torch.randint(s.main_rows, shape))
+        self.register_buffer("hashes", torch.randint(s.helper_rows, shape))
+
+    def forward(self, ids: KeyedJaggedTensor) -> torch.Tensor:
+        """Pooled embeddings [B, sum of D]."""
+        out = []
+        for t, own in enumerate(ids.values().view(self.tables, -1)):
+            codes, hashes = self.codes[t][own], self.hashes[t][own]
+            for j in range(codes.shape[1]):
+                at = t * codes.shape[1] + j
+                rows = self.main[at](codes[:, j]) + self.helper[at](hashes[:, j])
+                out.append(rows.view(-1, self.bag, rows.shape[1]).sum(1))
+        return torch.cat(out, dim=1)
+
+
+def tables(setting: Setting, kind: str) -> list[EmbeddingBagConfig]:
+    """The tables of one contender."""
+    out: list[EmbeddingBagConfig] = []
+    for t in range(setting.tables):
+        common: dict[str, Any] = {
+            "name": f"t{t}",
+            "num_embeddings": setting.num_ids,
+            "embedding_dim": setting.dim,
+            "feature_names": [f"f{t}"],
+        }
+        cce = CCEEmbeddingBagConfig(
+            num_chunks=setting.chunks,
+            num_rows=setting.main_rows,
+            num_helper_rows=setting.helper_rows,
+            **common,
+        )
+        if kind == "plain":
+            out.append(EmbeddingBagConfig(**common))
+        elif kind == "hash":
+            rows = min(setting.num_ids, cce.table_bytes // (4 * setting.dim))
+            out.append(
+                CCEEmbeddingBagConfig(
+                    num_chunks=1, num_rows=rows, num_helper_rows=0, learned_codes=False, **common
+                )
+            )
+        elif kind == "finalised":
+            rows = setting.main_rows + setting.helper_rows
+            out.append(
+                CCEEmbeddingBagConfig(
+                    num_chunks=setting.chunks, num_rows=rows, num_helper_rows=0, **common
+                )
+            )
+        else:
+            out.append(cce)
+    return out
+
+
+OPTIMIZERS: dict[str, type[torch.optim.Optimizer]] = {
+    "rowwise_adagrad": torchrec.optim.RowWiseAdagrad,
+    "adagrad": torch.optim.Adagrad,
+    "sgd": torch.optim.SGD,
+}
+
+
+def build(
+    setting: Setting, kind: str, device: torch.device, optimizer: str, plan_kind: str = "tw"
+) -> DistributedModelParallel:
+    """A contender under DistributedModelParallel; "plain" is TorchRec's own collection."""
+    configs = tables(setting, kind)
+    made = EmbeddingBagCollection if kind == "plain" else CCEEmbeddingBagCollection
+    collection = made(tables=configs, device=torch.device("meta"))
+    apply_optimizer_in_backward(OPTIMIZERS[optimizer], list(collection.parameters()), {"lr": 0.01})
+    model = Sparse(collection)
+    plan = make_plan(model, configs, device, plan_kind, setting.batch)
+    return DistributedModelParallel(
+        model, device=device, plan=plan, sharders=get_default_sharders()
+    )
+
+
+def batches(
+    setting: Setting, device: torch.device, count: int, seed: int = 0
+) -> list[KeyedJaggedTensor]:
+    """Ids of fixed bags."""
+    g = torch.Generator().manual_seed(seed)
+    out = []
+    for _ in range(count):
+        n = setting.tables * setting.batch * setting.bag
+        ids = torch.randint(setting.num_ids, (n,), generator=g)
+        if setting.zipf:
+            rank = (float(setting.num_ids) ** torch.rand(n, generator=g).double()).long()
+            ids = rank * 2_654_435_761 % setting.num_ids
+        lengths = torch.full((setting.tables * setting.batch,), setting.bag, dtype=torch.int32)
+        out.append(
+            KeyedJaggedTensor(
+                keys=[f"f{t}" for t in range(setting.tables)],
+                values=ids.to(device),
+                lengths=lengths.to(device),
+                stride=setting.batch,
+            )
+        )
+    return out
+
+
+class Clock:
+    """Milliseconds between calls: on a CPU of this process's own time, on a GPU until it is done.
+
+    A step on one thread never waits, so that its CPU time is what a quiet machine would show.
+    """
+
+    def __init__(self, device: torch.device, wall: bool = False) -> None:
+        self._cuda = device.type == "cuda"
+        self._now = time.perf_counter if self._cuda or wall else time.process_time
+        self._at = self._now()
+
+    def lap(self) -> float:
+        """Milliseconds since the last lap."""
+        if self._cuda:
+            torch.cuda.synchronize()
+        before, self._at = self._at, self._now()
+        return 1e3 * (self._at - before)
+
+
+def step(model: nn.Module, ids: KeyedJaggedTensor, clock: Clock) -> dict[str, float]:
+    """One step: forward, backward with the fused optimizer."""
+    clock.lap()
+    out = model(ids)
+    forward = clock.lap()
+    out.backward(torch.ones_like(out))
+    backward = clock.lap()
+    return {"forward": forward, "backward": backward, "step": forward + backward}
+
+
+def keep_freed_memory() -> None:
+    """Lets glibc keep what is freed, as the allocators of production jobs do.
+
+    Otherwise each large tensor of a step is mapped anew, and page faults are up to half of it.
+    """
+    libc = ctypes.CDLL(ctypes.util.find_library("c"))
+    if hasattr(libc, "mallopt"):
+        libc.mallopt(-3, 1 << 30)  # M_MMAP_THRESHOLD
+        libc.mallopt(-1, (1 << 31) - 1)  # M_TRIM_THRESHOLD
+
+
+Step = Callable[[KeyedJaggedTensor, Clock], dict[str, float]]
+
+
+def fused_step(model: nn.Module) -> Step:
+    """A step whose optimizer runs in backward."""
+    return lambda ids, clock: step(model, ids, clock)
+
+
+def dense_step(setting: Setting, device: torch.device) -> Step:
+    """A step of `DenseCCE` with AdamW."""
+    model = DenseCCE(setting).to(device)
+    optimizer = torch.optim.AdamW(model.parameters())
+
+    def run(ids: KeyedJaggedTensor, clock: Clock) -> dict[str, float]:
+        taken = step(model, ids, clock)
+        optimizer.step()
+        optimizer.zero_grad()
+        taken["optimizer"] = clock.lap()
+        taken["step"] += taken["optimizer"]
+        return taken
+
+    return run
