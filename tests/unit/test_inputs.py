@@ -118,7 +118,7 @@ def test_sequences_refuse():
 
 @pytest.mark.parametrize("cls", [torch.optim.Adam, torch.optim.AdamW, torch.optim.Adagrad])
 def test_dense_optimizer_state_follows(cls):
-    """First moments zero; second moments: main the mean of its members, Adam's helper its mean."""
+    """First moments zero; main the mean of its members, the helper its mean or a tenth of it."""
     module = CCEEmbeddingBagCollection(tables(SUM))
     optimizer = cls(module.parameters(), lr=0.01)
     for seed in range(3):
@@ -138,7 +138,7 @@ def test_dense_optimizer_state_follows(cls):
         old, new = before[name][second], state[second]
         assert new[:k].min() >= 0 and new[:k].max() <= old[:k].max()
         if cls is torch.optim.Adagrad:
-            assert not new[k:].any()
+            torch.testing.assert_close(new[k:], 0.1 * old[k:].mean(0).expand_as(new[k:]))
         else:
             assert not state["exp_avg"].any() and before[name]["exp_avg"].any()
             torch.testing.assert_close(new[k:], old[k:].mean(0).expand_as(new[k:]))
