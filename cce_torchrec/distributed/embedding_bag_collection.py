@@ -8,13 +8,11 @@ codes live.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
 from functools import partial
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from fbgemm_gpu.split_table_batched_embeddings_ops_common import BoundsCheckMode
 from torch import nn
 from torchrec.distributed.embedding_sharding import EmbeddingShardingContext, KJTListSplitsAwaitable
 from torchrec.distributed.embedding_types import (
@@ -40,15 +38,15 @@ from torchrec.modules.embedding_configs import data_type_to_dtype
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor, KeyedTensor
 
 from cce_torchrec.bounds import BoundsCheck
-from cce_torchrec.chunk_codes import ChunkCodes, codes_of
+from cce_torchrec.chunk_codes import codes_of
 from cce_torchrec.config import CCEEmbeddingBagConfig
 from cce_torchrec.distributed.input_dist import batch_sizes, sharding_inputs
 from cce_torchrec.distributed.plan import (
     SUPPORTED,
     check_world_size,
     chunk_owners,
-    fan_out,
     is_data_parallel,
+    physical_plan,
     warn_of_ignored_optimizers,
 )
 from cce_torchrec.distributed.state_dict import CodesState
@@ -93,29 +91,13 @@ class ShardedCCEEmbeddingBagCollection(
         self.data_parallel = {c.name for c in self._configs if is_data_parallel(params[c.name])}
         """Tables that are whole on every rank."""
         warn_of_ignored_optimizers(module, self.data_parallel)
-        physical: dict[str, ParameterSharding] = {}
-        local: dict[str, ChunkCodes] = {}
-        self.chunk_owners: dict[str, list[int]] = {}
-        """Rank of each chunk, per CCE table that is not data-parallel."""
-        for config in self._configs:
-            physical |= fan_out(config, params[config.name])
-            if not isinstance(config, CCEEmbeddingBagConfig):
-                continue
-            chunks = list(range(config.num_chunks))
-            if config.name not in self.data_parallel:
-                owners = chunk_owners(config, params[config.name])
-                self.chunk_owners[config.name] = owners
-                chunks = [j for j in chunks if owners[j] == rank]
-            if chunks:
-                codes = codes_of(module.codes, config.name)
-                assert codes is not None
-                local[config.name] = codes.select(chunks, device)
-        # Ids were checked before expansion; FBGEMM would pass over all rows once more.
-        physical = {
-            name: replace(sharding, bounds_check_mode=BoundsCheckMode.NONE)
-            for name, sharding in physical.items()
+        self.chunk_owners = {
+            c.name: chunk_owners(c, params[c.name])
+            for c in self._configs
+            if isinstance(c, CCEEmbeddingBagConfig) and c.name not in self.data_parallel
         }
-        self.codes = nn.ModuleDict(local)
+        """Rank of each chunk, per CCE table that is not data-parallel."""
+        self.codes = self._local_codes(module, rank)
         self._codes_state = state = CodesState(
             self.codes, self._configs, self.chunk_owners, rank, device, env.process_group
         )
@@ -123,7 +105,7 @@ class ShardedCCEEmbeddingBagCollection(
         self._register_load_state_dict_pre_hook(state.load)
         self.embedding_bag_collection: ShardedEmbeddingBagCollection = ebc_sharder.shard(
             module.embedding_bag_collection,
-            physical,
+            physical_plan(self._configs, params),
             env=env,
             device=device,
             module_fqn=append_prefix(module_fqn or "", "embedding_bag_collection"),
@@ -137,6 +119,19 @@ class ShardedCCEEmbeddingBagCollection(
         self._inputs = sharding_inputs(inner, self._configs, self._output, self.codes, env.rank)
         self._input_dists += [sharded.dist for sharded in self._inputs]
         self._feature_order = [slot.feature for sharded in self._inputs for slot in sharded.slots]
+
+    def _local_codes(self, module: CCEEmbeddingBagCollection, rank: int) -> nn.ModuleDict:
+        """Codes of the chunks that `rank` looks up, by table."""
+        local = nn.ModuleDict()
+        for config in self._configs:
+            codes = codes_of(module.codes, config.name)
+            if codes is None:
+                continue
+            owners = self.chunk_owners.get(config.name, [rank] * len(codes.chunks))
+            chunks = [chunk for chunk, owner in enumerate(owners) if owner == rank]
+            if chunks:
+                local[config.name] = codes.select(chunks, self._device)
+        return local
 
     def input_dist(  # type: ignore[override]  # TorchRec's own modules narrow *input likewise
         self, ctx: EmbeddingBagCollectionContext, features: KeyedJaggedTensor

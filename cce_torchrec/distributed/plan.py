@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from dataclasses import replace
 
+from fbgemm_gpu.split_table_batched_embeddings_ops_common import BoundsCheckMode
 from torch.distributed._shard.sharding_spec import EnumerableShardingSpec, ShardMetadata
 from torchrec.distributed.types import ParameterSharding, ShardingType
 from torchrec.modules.embedding_configs import EmbeddingBagConfig
@@ -133,3 +135,17 @@ def warn_of_ignored_optimizers(module: CCEEmbeddingBagCollection, tables: set[st
             "data_parallel_parameters(model) by one of their own",
             sorted(ignored),
         )
+
+
+def physical_plan(
+    configs: Sequence[EmbeddingBagConfig], params: dict[str, ParameterSharding]
+) -> dict[str, ParameterSharding]:
+    """The plan of the tables that TorchRec shards, from that of the logical ones.
+
+    Ids are checked before expansion; FBGEMM would pass over all rows once more.
+    """
+    return {
+        name: replace(sharding, bounds_check_mode=BoundsCheckMode.NONE)
+        for config in configs
+        for name, sharding in fan_out(config, params[config.name]).items()
+    }
