@@ -77,7 +77,7 @@ def breakdown(
     clock.lap()
     arrived = sharded.input_dist(context, ids).wait().wait()
     parts = {"input_dist": clock.lap()}
-    rows = sharded._expand(arrived)
+    rows = sharded._expand(context, arrived)
     parts["expansion"] = clock.lap()
     pooled = sharded.embedding_bag_collection.compute(context, rows)
     parts["lookup"] = clock.lap()
