@@ -111,8 +111,17 @@ class ChunkCodes(nn.Module):
         ChunkCodes.version += 1
         return super()._apply(*args, **kwargs)
 
-    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
-        super()._load_from_state_dict(*args, **kwargs)
+    def _load_from_state_dict(
+        self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any
+    ) -> None:
+        found = state_dict.get(f"{prefix}codes")
+        if self.codes is not None and found is not None and found.dtype != self.codes.dtype:
+            raise ValueError(
+                f"table {self.config.name!r}: the checkpoint has codes of {found.dtype}, the model "
+                f"of {self.codes.dtype}, so their rows differ; configure num_rows (or "
+                "config.finalised()) as it was saved"
+            )
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
         self.sync_rounds()
 
 

@@ -15,6 +15,7 @@ from torchrec.modules.embedding_configs import EmbeddingBagConfig
 from torchrec.optim.apply_optimizer_in_backward import apply_optimizer_in_backward
 
 from cce_torchrec.config import CCEEmbeddingBagConfig
+from cce_torchrec.distributed.plan import is_data_parallel
 from cce_torchrec.distributed.sharders import get_default_sharders
 from cce_torchrec.modules.compress import compressed, full_bytes
 from cce_torchrec.modules.embedding_bag_collection import CCEEmbeddingBagCollection
@@ -87,7 +88,11 @@ def plan_report(model: nn.Module, plan: ShardingPlan, world_size: int) -> PlanRe
                 raise ValueError(
                     f"table {config.name!r}: the plan of {path!r} has {sorted(entries)}"
                 )
-            out += _planned(path, config, entries[config.name], parameters[config.name])
+            entry, parameter = entries[config.name], parameters[config.name]
+            if is_data_parallel(entry):
+                out += _everywhere(path, config, entry, parameter, world_size)
+            else:
+                out += _planned(path, config, entry, parameter)
     for table in out:
         if table.rank >= world_size:
             raise ValueError(
@@ -116,6 +121,19 @@ def _planned(
     return [
         PlannedTable(path, config.name, entry.sharding_type, rank, *share)
         for rank, share in sorted(shares.items())
+    ]
+
+
+def _everywhere(
+    path: str, config: EmbeddingBagConfig, entry: Any, parameter: nn.Parameter, world_size: int
+) -> list[PlannedTable]:
+    """A data-parallel table, whole on every rank; its optimizer is the user's and not counted."""
+    size, codes = parameter.numel() * parameter.element_size(), 0
+    if isinstance(config, CCEEmbeddingBagConfig):
+        codes = config.code_bytes + config.seen_bytes
+    kind = entry.sharding_type
+    return [
+        PlannedTable(path, config.name, kind, rank, size, codes, 0) for rank in range(world_size)
     ]
 
 

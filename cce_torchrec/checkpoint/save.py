@@ -17,6 +17,7 @@ from cce_torchrec.checkpoint.optimizers import ParameterState, optimizer_states
 from cce_torchrec.checkpoint.random_state import random_state
 from cce_torchrec.checkpoint.ranks import Ranks
 from cce_torchrec.checkpoint.tables import describe_tables
+from cce_torchrec.clustering.replicas import share_seen
 from cce_torchrec.clustering.schedule import ClusteringSchedule
 from cce_torchrec.versions import installed_versions
 
@@ -59,6 +60,7 @@ def save_checkpoint(
     folder, ranks = Path(folder), Ranks(process_group)
     writing, name = ranks.first(lambda: folders.begin(folder, step))
     state: dict[str, Any] = {}
+    share_seen(model)
     described = ranks.agree(lambda: _collect(model, optimizers, state))
     written = ranks.agree(lambda: _write(writing, ranks.rank, state, process_group))
     files = {name: found for part in written for name, found in part.items()}

@@ -11,7 +11,7 @@ from torchrec.distributed import DistributedModelParallel
 from cce_torchrec.config import CCEEmbeddingBagConfig
 
 _SHAPE = ("num_embeddings", "embedding_dim", "num_chunks", "num_rows", "num_helper_rows")
-_CCE = (*_SHAPE, "seed", "learned_codes", "track_seen")
+_CCE = (*_SHAPE, "seed", "learned_codes", "track_seen", "hash_ids")
 _PLAIN = ("num_embeddings", "embedding_dim")
 _CONTAINERS = ("codes.", "embedding_bags.", "embeddings.")
 
@@ -122,6 +122,10 @@ def _differences(
         return [f"{who}: the checkpoint has a {saved['kind']} table, the model a {own['kind']} one"]
     if may_grow and own["kind"] == "plain":
         return [f"{who}: grow needs a CCE table, whose new ids start from their hash; it is plain"]
+    if may_grow and own["hash_ids"]:
+        return [
+            f"{who}: grow needs ids that stay; with hash_ids a larger table renumbers all raw ids"
+        ]
     out = []
     for field in _differing(saved, own, _CCE if own["kind"] == "CCE" else _PLAIN):
         if field == "num_embeddings" and may_grow and own[field] > saved[field]:

@@ -43,8 +43,29 @@ class Options:
             raise ValueError(f"iterations {self.iterations} must be at least 1")
         if isinstance(self.weights, str) and self.weights != "seen":
             raise ValueError(f"unknown weights {self.weights!r}; give 'seen' or a mapping")
+        if self.memory_limit is not None and self.memory_limit < 1:
+            raise ValueError(f"memory_limit {self.memory_limit} is below 1 byte; leave it out")
         if self.samples_per_centroid is not None and self.samples_per_centroid < 1:
             raise ValueError(f"samples_per_centroid {self.samples_per_centroid} is below 1")
+
+    def fingerprint(self) -> tuple[object, ...]:
+        """What every rank of a step must have chosen alike."""
+        seen = self.weights if isinstance(self.weights, str) else None
+        return (
+            *(self.iterations, self.backend, self.init, self.tolerance),
+            *(self.samples_per_centroid, self.memory_limit, seen, self.finalise),
+        )
+
+    def check_names(self, tables: set[str]) -> None:
+        """Raises ValueError if weights or a metric are given for a table that does not cluster."""
+        for argument in ("weights", "metric"):
+            given = getattr(self, argument)
+            unknown = sorted(set(given) - tables) if isinstance(given, Mapping) else []
+            if unknown:
+                raise ValueError(
+                    f"{argument} for {unknown}, which do not cluster; those that do are "
+                    f"{sorted(tables)}"
+                )
 
     @property
     def scorer(self) -> str:

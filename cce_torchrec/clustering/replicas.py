@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Iterable
 
 import torch
 import torch.distributed as dist
+from torch import nn
 
+from cce_torchrec.chunk_codes import codes_of
 from cce_torchrec.clustering.chunk import ChunkState
+from cce_torchrec.clustering.options import Options
 from cce_torchrec.config import CCEEmbeddingBagConfig
 from cce_torchrec.distributed.embedding_bag_collection import ShardedCCEEmbeddingBagCollection
 from cce_torchrec.slots import physical_table
@@ -43,14 +47,26 @@ def check_optimizer(
         )
 
 
-def digests(states: Iterable[tuple[str, ChunkState]]) -> Digests:
-    """A number per replicated chunk that differs if the codebook of a copy does."""
+def digests(states: Iterable[tuple[str, ChunkState]], options: Options) -> Digests:
+    """A number per replicated chunk that differs where its clustering would.
+
+    Of the codebook, the optimizer's state, the clusterings so far, and what weighs its ids.
+    """
     out = {}
     for path, state in states:
-        if state.replicas is not None:
-            words = state.weight.detach().contiguous().view(torch.uint8).view(-1).long()
-            places = torch.arange(1, len(words) + 1, device=words.device)
-            out[path, state.chunk] = int((words * places).sum())
+        if state.replicas is None:
+            continue
+        parts = [state.weight, *(value for _, value in sorted(state.optimizer_state.items()))]
+        weights = options.weights_of(state)
+        if weights is not None and not weights.bits:  # seen ids are shared afterwards
+            parts.append(weights.values)
+        config = state.codes.config
+        metric = options.metric_of(config.name, state.chunk, config.chunk_dim)
+        number = state.codes.rounds
+        for part in parts if metric is None else [*parts, metric]:
+            held = part.detach().contiguous().cpu().view(-1).view(torch.uint8)
+            number = zlib.crc32(held.numpy().tobytes(), number)
+        out[path, state.chunk] = number
     return out
 
 
@@ -66,22 +82,24 @@ def check_equal(found: list[Digests]) -> None:
             owner, expected = first.setdefault(key, (rank, value))
             if value != expected:
                 raise ValueError(
-                    f"table {key[0]!r}, chunk {key[1]}: the codebook of rank {rank} differs from "
-                    f"its copy on rank {owner}, so their codes would too; train data-parallel "
+                    f"table {key[0]!r}, chunk {key[1]}: the copy on rank {rank} differs from "
+                    f"that on rank {owner} (codebook, optimizer state or options), so their codes "
+                    "would too; train data-parallel "
                     "tables on every rank by the same optimizer, load the same checkpoint on "
                     "every rank, and sync() 2D replicas before clustering"
                 )
 
 
-def share_seen(states: Iterable[tuple[str, ChunkState]]) -> None:
-    """Gives every copy the ids that any rank that holds one has seen."""
-    shared: set[int] = set()
-    for _, state in states:
-        seen = state.codes.seen
-        if state.replicas is None or seen is None or id(state.codes) in shared:
+def share_seen(model: nn.Module) -> None:
+    """Gives every copy the ids that any rank that holds one has seen; collective."""
+    for module in model.modules():
+        if not isinstance(module, ShardedCCEEmbeddingBagCollection):
             continue
-        shared.add(id(state.codes))
-        everyone = [torch.empty_like(seen) for _ in range(dist.get_world_size(state.replicas))]
-        dist.all_gather(everyone, seen, group=state.replicas)
-        for theirs in everyone:
-            seen |= theirs
+        for name, group in sorted(module.replica_groups().items()):
+            codes = codes_of(module.codes, name)
+            if codes is None or codes.seen is None:
+                continue
+            everyone = [torch.empty_like(codes.seen) for _ in range(dist.get_world_size(group))]
+            dist.all_gather(everyone, codes.seen, group=group)
+            for theirs in everyone:
+                codes.seen |= theirs

@@ -5,8 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
-from typing import Any
+from dataclasses import dataclass, field
 
 import torch
 import torch.distributed as dist
@@ -52,10 +51,6 @@ class ClusteringReport:
     seconds: float = 0.0
     peak_bytes: int = 0
     """Most bytes beside the model on this rank, as computed before the step."""
-
-    def as_dict(self) -> dict[str, Any]:
-        """Plain values, for JSON."""
-        return asdict(self)
 
 
 def cluster(
@@ -131,6 +126,7 @@ def run(
     states: list[tuple[str, ChunkState]] = []
     tasks: list[Task] = []
     failure: str | None = None
+    digests: replicas.Digests = {}
     try:
         options.check()
         states = list(local_chunks(model, optimizer, options.finalise))
@@ -138,17 +134,21 @@ def run(
             options.check_for(state)
             tasks.append(task_of(path, state, options))
         make_backend(options.scorer, _device(states))
+        digests = replicas.digests(states, options)
     except Exception as error:  # told to every rank below, then raised there
         failure = str(error)
-    told = gathered((failure, tasks, replicas.digests(states)), group)
-    raise_failures([f for f, _, _ in told])
-    replicas.check_equal([d for _, _, d in told])
-    plan = Plan([theirs for _, theirs, _ in told], 0 if group is None else dist.get_rank(group))
+    told = gathered((failure, tasks, digests, options.fingerprint()), group)
+    raise_failures([f for f, *_ in told])
+    if len({fingerprint for *_, fingerprint in told}) > 1:
+        raise ValueError(f"ranks disagree about the options: {[f for *_, f in told]}")
+    replicas.check_equal([d for _, _, d, _ in told])
+    plan = Plan([theirs for _, theirs, *_ in told], 0 if group is None else dist.get_rank(group))
+    options.check_names({task.table for task in plan.tasks.values()})
     peak_bytes, kept = _memory(plan, states, options.memory_limit, group)
-    replicas.share_seen(states)
+    replicas.share_seen(model)
     mine = {task.key: state for task, (_, state) in zip(tasks, states, strict=True)}
     work = _Work(mine, plan, kept, options, _device(states), group)
-    with _wider_codes(states):
+    with _wider_codes(states, group):
         done = work.solve()
     work.commit(done)
     for codes in {id(state.codes): state.codes for state in mine.values()}.values():
@@ -163,15 +163,23 @@ def run(
 
 
 @contextmanager
-def _wider_codes(states: list[tuple[str, ChunkState]]) -> Iterator[None]:
+def _wider_codes(
+    states: list[tuple[str, ChunkState]], group: dist.ProcessGroup | None
+) -> Iterator[None]:
     """Codes in the type they will have after the step; in their own again if it fails."""
     before: dict[int, tuple[ChunkCodes, torch.dtype]] = {}
-    for _, state in states:
-        held = state.codes.codes
-        if held is not None and held.dtype != state.new_dtype:
-            before[id(state.codes)] = (state.codes, held.dtype)
-            state.codes.set_codes(converted(held, state.new_dtype))
+    failure: str | None = None
     try:
+        try:
+            for _, state in states:
+                held = state.codes.codes
+                if held is not None and held.dtype != state.new_dtype:
+                    wider = converted(held, state.new_dtype)
+                    before[id(state.codes)] = (state.codes, held.dtype)
+                    state.codes.set_codes(wider)
+        except Exception as error:
+            failure = str(error)
+        raise_failures(gathered(failure, group))
         yield
     except BaseException:
         for codes, dtype in before.values():
@@ -228,19 +236,27 @@ class _Work:
         return done
 
     def commit(self, done: Done) -> None:
-        """Writes codes that were not kept as they are found again, then all the rest."""
+        """Writes codes that were not kept as they are found again, then all the rest.
+
+        Raises:
+            RuntimeError: on every rank, if a write failed on any.
+        """
+        failures: list[str] = []
         for key in [*self.plan.alone, *self.plan.common]:
             update = done[key][0] if key in done else None
-            if key not in self.kept:
-                try:
+            try:
+                if key not in self.kept:
                     self._solver(key).write_codes(update)
-                except Exception as error:
-                    raise RuntimeError(
-                        f"{self.plan.tasks[key].who}: clustering failed while it was writing "
-                        f"({error}); some chunks are new, others old: restore the last checkpoint"
-                    ) from error
-            if update is not None:
-                commit(self.mine[key], update)
+                if update is not None:
+                    commit(self.mine[key], update)
+            except Exception as error:
+                failures.append(f"{self.plan.tasks[key].who}: {error}")
+        told = list(dict.fromkeys(f for theirs in gathered(failures, self.group) for f in theirs))
+        if told:
+            raise RuntimeError(
+                f"clustering failed while it was writing ({'; '.join(told)}); some chunks are new, "
+                "others old: restore the last checkpoint"
+            )
 
 
 def _memory(
@@ -256,7 +272,9 @@ def _memory(
     """
     codes = {id(s.codes): s.codes.codes for _, s in states}
     code_bytes = sum(c.numel() * c.element_size() for c in codes.values() if c is not None)
-    limit = memory_limit or max(DEFAULT_MEMORY_LIMIT, code_bytes // 10)
+    limit = memory_limit
+    if limit is None:
+        limit = max(DEFAULT_MEMORY_LIMIT, code_bytes // 10)
     peak, kept = plan.memory(limit)
     failure = None
     if peak > limit:
@@ -266,7 +284,7 @@ def _memory(
         )
     told = gathered((failure, kept), group)
     raise_failures([f for f, _ in told])
-    return peak, {key for _, keys in told for key in keys}
+    return peak, {*kept, *({key for _, keys in told for key in keys} & set(plan.common))}
 
 
 def _report(key: Key, state: ChunkState, update: ChunkUpdate, seconds: float) -> ChunkReport:

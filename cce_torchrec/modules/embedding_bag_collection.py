@@ -95,7 +95,7 @@ class CCEEmbeddingBagCollection(EmbeddingBagCollectionInterface):
                 f"tables {[config.name for config in self._configs]}: the chunks inside a "
                 "CCEEmbeddingBagCollection were about to be sharded without their codes; give "
                 "DistributedModelParallel "
-                "sharders=cce_torchrec.distributed.embedding_bag_collection.get_default_sharders()"
+                "sharders=cce_torchrec.distributed.sharders.get_default_sharders()"
             )
         super().__setattr__(name, value)
 

@@ -137,7 +137,7 @@ def check_sequences(features: KeyedJaggedTensor, output: LogicalOutput) -> None:
 def bags_of_one(features: KeyedJaggedTensor, batch_sizes: list[int]) -> KeyedJaggedTensor:
     """`features` with every id in a bag of its own; `batch_sizes` are by rank that it came from."""
     ids = features.values()
-    lengths = features.lengths().view(len(features.keys()), -1)
+    lengths = features.lengths().view(len(features.keys()), sum(batch_sizes))
     counts = [part.sum(1) for part in lengths.split(batch_sizes, dim=1)]
     return KeyedJaggedTensor(
         keys=features.keys(),

@@ -111,10 +111,8 @@ class Trainer:
 
     def _past_last_clustering(self) -> bool:
         """Whether the checkpoint to resume from was written after the model was finalised."""
-        latest = latest_checkpoint(self.checkpoints)
-        return latest is not None and read_manifest(latest)["step"] >= max(
-            self.schedule.steps, default=0
-        )
+        latest, steps = latest_checkpoint(self.checkpoints), self.schedule.steps
+        return bool(steps) and latest is not None and read_manifest(latest)["step"] >= max(steps)
 
     def _finalise_configs(self) -> None:
         self.configs = [

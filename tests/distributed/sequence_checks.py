@@ -17,7 +17,7 @@ from cce_torchrec.distributed.sharders import get_default_sharders
 from cce_torchrec.planner import make_plan
 from tests.distributed.test_inputs import SUM, Pair, vbe_batch
 from tests.distributed.test_pipeline import Batch
-from tests.distributed.test_sharded import CPU, batch
+from tests.distributed.test_sharded import CPU, Model, batch
 
 SGD = (torch.optim.SGD, {"lr": 0.1})
 
@@ -62,6 +62,18 @@ def sequences(rank, world_size):
         assert received == per_rank * world_size  # every rank put the same batch in
     with pytest.raises(ValueError, match="one batch size for all features"):
         pair.model(vbe_batch(rank, False))
+
+
+def a_rank_without_tables(rank, world_size):
+    """One table on one rank: the other has nothing to look up, and both get embeddings."""
+    config = CCEEmbeddingBagConfig(
+        name="t", num_embeddings=300, embedding_dim=16, feature_names=["f"], num_rows=5
+    )
+    model = Model(CCEEmbeddingCollection([config]))
+    plan = make_plan(model, [config], CPU, "tw")
+    model = DistributedModelParallel(model, device=CPU, plan=plan, sharders=get_default_sharders())
+    kjt = batch(rank, False)
+    assert model(kjt).wait()["f"].values().shape == (len(kjt["f"].values()), 16)
 
 
 class SequenceLoss(nn.Module):

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+import tempfile
+from typing import Any
 
 import pytest
 import torch
@@ -22,13 +24,20 @@ from torchrec.modules.fp_embedding_modules import FeatureProcessedEmbeddingBagCo
 from torchrec.optim.apply_optimizer_in_backward import apply_optimizer_in_backward
 
 from cce_torchrec import CCEEmbeddingBagCollection, CCEEmbeddingBagConfig, CCEEmbeddingCollection
+from cce_torchrec.checkpoint import load_checkpoint, save_checkpoint
 from cce_torchrec.clustering import cluster, finalize
 from cce_torchrec.clustering.live import fused_rows
+from cce_torchrec.codes import seen_ids
 from cce_torchrec.distributed.data_parallel import data_parallel_parameters
 from cce_torchrec.distributed.sharders import get_default_sharders
 from cce_torchrec.planner import make_plan, make_planner
 from tests.distributed.ranks import run_ranks
-from tests.distributed.sequence_checks import SGD, pipelined_sequences, sequences
+from tests.distributed.sequence_checks import (
+    SGD,
+    a_rank_without_tables,
+    pipelined_sequences,
+    sequences,
+)
 from tests.distributed.test_inputs import MEAN, SUM, Pair, vbe_batch
 from tests.distributed.test_sharded import CPU, KEYS, STRIDE, Model, batch, collection, tables
 
@@ -83,6 +92,14 @@ def seen_ids_are_shared(rank, world_size):
     optimizer = torch.optim.SGD(data_parallel_parameters(model).values(), lr=0.1)
     model(kjt).wait().values().square().sum().backward()
     optimizer.step()
+    both = torch.cat([torch.arange(16), torch.arange(16) + 32])
+    folder: list[Any] = [tempfile.mkdtemp()]
+    dist.broadcast_object_list(folder)
+    save_checkpoint(folder[0], model, step=1, optimizers=[optimizer])
+    model.module.collection.codes["t"].seen.zero_()
+    load_checkpoint(folder[0], model, optimizers=[optimizer])
+    found = seen_ids(model.module.collection.codes["t"].seen, 64).nonzero().view(-1)
+    assert found.tolist() == both.tolist()  # saved for every rank, whoever saw them
     cluster(model, optimizer=optimizer, weights="seen")
     codes = [torch.empty(0)] * world_size
     dist.all_gather_object(codes, model.module.collection.codes["t"].codes)
@@ -102,7 +119,7 @@ def refused(rank, world_size):
         pair.model(vbe_batch(rank, False))
     if rank == 1:
         next(iter(data_parallel_parameters(pair.model).values())).data[0, 0] += 1
-    with pytest.raises(ValueError, match=r"u', chunk 0: the codebook of rank 1 differs from its"):
+    with pytest.raises(ValueError, match=r"u', chunk 0: the copy on rank 1 differs from that"):
         cluster(pair.model, optimizer=pair.optimizer)
     assert torch.equal(codes, pair.sharded.codes["u"].codes)
     for kind in (ShardingType.ROW_WISE, ShardingType.TABLE_ROW_WISE, ShardingType.GRID_SHARD):
@@ -332,7 +349,8 @@ def finalised(rank, world_size):
 
 
 CHECKS = [
-    sequences, pipelined_sequences, optimizers, same_on_all_ranks, seen_ids_are_shared, refused,
+    sequences, a_rank_without_tables, pipelined_sequences, optimizers, same_on_all_ranks,
+    seen_ids_are_shared, refused,
     ignored_optimizers_are_named, table_column_wise,
     feature_processors, quantised_communication, odd_batches, learning_rates_and_collections,
     replicas_of_a_checkpoint, finalised,

@@ -15,7 +15,7 @@ from torchrec.modules.embedding_configs import EmbeddingBagConfig, PoolingType
 from torchrec.optim.apply_optimizer_in_backward import apply_optimizer_in_backward
 
 from cce_torchrec import CCEEmbeddingBagCollection, CCEEmbeddingBagConfig
-from cce_torchrec.clustering import cluster, solve
+from cce_torchrec.clustering import cluster, solve, step
 from cce_torchrec.clustering import plan as plans
 from cce_torchrec.clustering.live import fused_rows, unsharded_rows
 from cce_torchrec.distributed.sharders import get_default_sharders
@@ -225,6 +225,9 @@ def bad_collectives(rank, world_size):
     model = Model(collection(PoolingType.SUM, False, "rowwise"))
     plan = make_plan(model, tables(PoolingType.SUM), CPU, "tw")
     model = DistributedModelParallel(model, device=CPU, plan=plan, sharders=get_default_sharders())
+    for unlike in ({"iterations": 1 + rank}, {"tolerance": rank / 10}):
+        with pytest.raises(ValueError, match="ranks disagree about the options"):
+            cluster(model, **unlike)
     weights = {"t": torch.ones(300 if rank == 0 else 7).long()}
     with pytest.raises(ValueError, match=r"rank [01]: table 't': weights|rank [01]: iterations"):
         cluster(model, weights={"t": weights["t"][:7]}, iterations=6 if rank else 0)
@@ -311,10 +314,28 @@ def owner_fails(rank, world_size):
     cluster(model)  # the group still works
 
 
+def write_fails(rank, world_size):
+    """A write that fails on one rank is told to every rank, which says what to do."""
+    model = Model(collection(PoolingType.SUM, False, "rowwise"))
+    plan = make_plan(model, tables(PoolingType.SUM), CPU, "cw")
+    model = DistributedModelParallel(model, device=CPU, plan=plan, sharders=get_default_sharders())
+    usual = step.commit
+
+    def fails(*_):
+        raise OSError("no space")
+
+    if rank == 1:
+        step.commit = fails
+    with pytest.raises(RuntimeError, match=r"no space.*restore the last checkpoint"):
+        cluster(model)
+    step.commit = usual
+
+
 def matrix_and_failure(rank, world_size):
     failing_step(rank, world_size)
     bad_collectives(rank, world_size)
     owner_fails(rank, world_size)
+    write_fails(rank, world_size)
     from_meta(rank, world_size)
     save_and_load(rank, world_size)
     several_collections_and_groups(rank, world_size)

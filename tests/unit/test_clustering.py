@@ -333,6 +333,9 @@ def test_backends_and_starts(backend, init):
         ({"samples_per_centroid": 0}, "samples_per_centroid 0"),
         ({"weights": "recent"}, "unknown weights 'recent'"),
         ({"memory_limit": 10}, "memory_limit is 10"),
+        ({"memory_limit": 0}, "memory_limit 0 is below 1 byte"),
+        ({"weights": {"typo": torch.ones(400).long()}}, r"weights for \['typo'\]"),
+        ({"metric": {"typo": torch.eye(4)[None]}}, r"metric for \['typo'\]"),
     ],
 )
 def test_bad_options_change_nothing(options, message):

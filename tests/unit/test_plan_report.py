@@ -61,3 +61,14 @@ def test_plan_of_another_model_or_world_size():
         plan_report(model, plan, 1)
     with pytest.raises(ValueError, match="the plan has no entry for 'other'"):
         plan_report(nn.ModuleDict({"other": model["sparse"]}), plan, 2)
+
+
+def test_a_data_parallel_table_is_on_every_rank():
+    config = CCEEmbeddingBagConfig(
+        name="t", num_embeddings=1000, embedding_dim=16, feature_names=["t"], num_rows=5
+    )
+    model = nn.ModuleDict({"sparse": CCEEmbeddingBagCollection([config], device="meta")})
+    planner = make_planner([config], 2, CPU, "tw", 2, 1 << 30, data_parallel=["t"])
+    report = plan_report(model, planner.plan(model, get_default_sharders()), 2)
+    assert [table.rank for table in report.tables] == [0, 1]
+    assert {table.bytes for table in report.tables} == {config.table_bytes}
