@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# ./run.sh demo|test|setup: everything in .venv, installed again only when pyproject.toml changed.
+# ./run.sh demo|test|setup: everything in .venv, installed again only when pyproject.toml or a kernel changed.
 set -euo pipefail
 cd "$(dirname "$0")"
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}" TORCH_CPP_LOG_LEVEL=ERROR TORCH_LOGS="-all"
@@ -12,7 +12,7 @@ setup() {
     . .venv/bin/activate
     return
   fi
-  echo "== installing into .venv (once; again only when pyproject.toml changes)"
+  echo "== installing into .venv (once; again only when pyproject.toml or a kernel changes)"
   local python
   python=$(command -v python3.11 || command -v python3)
   [ -x .venv/bin/python ] || "$python" -m venv .venv

@@ -82,7 +82,7 @@ class ChunkState:
 
 @dataclass
 class ChunkUpdate:
-    """What a clustering step will write; `codes` is None where they are found at the commit."""
+    """What a clustering step will write; `codes` is empty where they are found at the commit."""
 
     weight: torch.Tensor
     """float32 [k + k', s]."""
