@@ -1,10 +1,14 @@
 """Tables of a checkpoint against those of a model."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
 from cce_torchrec import CCEEmbeddingBagCollection, CCEEmbeddingBagConfig
 from cce_torchrec.checkpoint import load_checkpoint, save_checkpoint
+from cce_torchrec.clustering import ClusteringSchedule
+from cce_torchrec.train.trainer import Trainer
 
 
 def raw(**kwargs):
@@ -26,3 +30,11 @@ def test_codes_of_another_type_are_refused():
     with pytest.raises(ValueError, match=r"codes of torch.int16, the model of torch.uint8"):
         narrow.load_state_dict(state)
     assert narrow.codes["t"].codes.dtype == torch.uint8
+
+
+@pytest.mark.parametrize(("clusterings", "past"), [(0, False), (2, True), (5, False)])
+def test_a_run_is_finalised_from_its_last_clustering_on(tmp_path, clusterings, past):
+    save_checkpoint(tmp_path, raw(), step=3)
+    schedule = ClusteringSchedule(steps=frozenset(range(1, clusterings + 1)))
+    run = SimpleNamespace(checkpoints=tmp_path, schedule=schedule)
+    assert Trainer._past_last_clustering(run) is past

@@ -9,7 +9,7 @@ from torchrec import EmbeddingBagConfig, KeyedJaggedTensor
 from torchrec.optim.apply_optimizer_in_backward import apply_optimizer_in_backward
 
 from cce_torchrec import CCEEmbeddingBagCollection, CCEEmbeddingBagConfig
-from cce_torchrec.clustering import cluster, finalize
+from cce_torchrec.clustering import cluster, finalize, solve
 from cce_torchrec.codes import widen
 from cce_torchrec.kmeans import native
 
@@ -117,3 +117,18 @@ def test_a_failure_changes_nothing():
     assert all(torch.equal(v.nan_to_num(), before[k].nan_to_num())
                for k, v in m.state_dict().items())  # fmt: skip
     assert m.embedding_bag_configs()[0].num_helper_rows == 60
+
+
+def test_a_failure_after_codes_were_widened_narrows_them_again(monkeypatch):
+    m = module(100)  # 400 rows after finalize: codes of two bytes
+    before = m.codes["t"].codes.clone()
+
+    def fails(*_):
+        raise MemoryError("no memory")
+
+    monkeypatch.setattr(solve, "find_pairs", fails)
+    with pytest.raises(ValueError, match="no memory"):
+        finalize(m)
+    assert before.dtype == torch.uint8 and m.codes["t"].codes.dtype == torch.uint8
+    assert torch.equal(m.codes["t"].codes, before)
+    assert m.embedding_bag_configs()[0].helper_rows == 300
