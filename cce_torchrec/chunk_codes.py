@@ -14,28 +14,36 @@ from cce_torchrec.hashing import code_hash, hash_rows, helper_hash
 
 
 class ChunkCodes(nn.Module):
-    """Codes and hashes of some chunks of one CCE table, beside their codebooks.
+    """Codes and hashes of some chunks of one CCE table, of all its ids or a block of them.
 
-    Buffers: `codes` [N, len(chunks)] (absent where codes are not learned), `clusterings`, an
-    int64 scalar from which the helper's hash follows, and with `track_seen` the bits `seen`.
+    Buffers: `codes` [len(ids), len(chunks)] (absent where codes are not learned), `clusterings`,
+    an int64 scalar from which the helper's hash follows, and with `track_seen` the bits `seen`.
     """
 
     version = 0
     """Changes whenever the buffers or hashes of any table may have."""
 
     def __init__(
-        self, config: CCEEmbeddingBagConfig, chunks: Sequence[int], device: torch.device
+        self,
+        config: CCEEmbeddingBagConfig,
+        chunks: Sequence[int],
+        device: torch.device,
+        ids: range | None = None,
     ) -> None:
         super().__init__()
         self.config = config
         self.chunks = list(chunks)
+        self.ids = range(config.num_embeddings) if ids is None else ids
+        """Whose codes are here; the first is a multiple of 8."""
+        self.rewrites = 0
+        """How often codes or hashes may have changed, alike on every rank that holds the table."""
         self.codes: torch.Tensor | None
         self.clusterings: torch.Tensor
-        codes = hashed_codes(config, chunks, device) if config.learned_codes else None
+        codes = hashed_codes(config, chunks, device, ids) if config.learned_codes else None
         self.register_buffer("codes", codes)
         self.register_buffer("clusterings", torch.zeros((), dtype=torch.int64, device=device))
         self.seen: torch.Tensor | None
-        bits = torch.zeros(config.seen_bytes, dtype=torch.uint8, device=device)
+        bits = torch.zeros(len(self.ids) // 8 + 2, dtype=torch.uint8, device=device)
         self.register_buffer("seen", bits if config.track_seen else None)
         self._rounds = 0
         self._hashes: dict[tuple[int, torch.device], torch.Tensor] = {}
@@ -44,6 +52,7 @@ class ChunkCodes(nn.Module):
         """Reads `clusterings` back to the host; called after it was loaded or changed."""
         if self.clusterings.device.type != "meta":
             self._rounds = int(self.clusterings)
+        self.rewrites += 1
         ChunkCodes.version += 1
 
     @property
@@ -55,30 +64,35 @@ class ChunkCodes(nn.Module):
         """Sets the number of clusterings, and so the helper's hash."""
         self.clusterings.fill_(rounds)
         self._rounds = rounds
+        self.rewrites += 1
         ChunkCodes.version += 1
 
     def set_codes(self, codes: torch.Tensor) -> None:
-        """Takes `codes` [N, len(chunks)] for its own."""
+        """Takes `codes` [len(ids), len(chunks)] for its own."""
         self.codes = codes
         ChunkCodes.version += 1
 
     def reset_parameters(self) -> None:
         """Codes back to the initial hash."""
         if self.codes is not None:
-            self.codes.copy_(hashed_codes(self.config, self.chunks, self.codes.device))
+            self.codes.copy_(hashed_codes(self.config, self.chunks, self.codes.device, self.ids))
         self.set_rounds(0)
         if self.seen is not None:
             self.seen.zero_()
 
-    def select(self, chunks: list[int], device: torch.device) -> ChunkCodes:
-        """A copy with `chunks` only, on `device`; codes are the hash if these are on meta."""
-        local = ChunkCodes(self.config, chunks, device)
+    def select(
+        self, chunks: list[int], device: torch.device, ids: range | None = None
+    ) -> ChunkCodes:
+        """A copy with `chunks` (and `ids`) only; codes are the hash if these are on meta."""
+        local = ChunkCodes(self.config, chunks, device, ids)
+        rows = slice(local.ids.start, local.ids.stop)
         if self.clusterings.device.type != "meta":
             local.set_rounds(self.rounds)
             if local.codes is not None and self.codes is not None:
-                local.codes.copy_(self.codes[:, chunks])
+                local.codes.copy_(self.codes[rows, chunks])
             if local.seen is not None and self.seen is not None:
-                local.seen.copy_(self.seen)
+                first = local.ids.start // 8
+                local.seen.copy_(self.seen[first : first + len(local.seen)])
         return local
 
     def hashes(self, device: torch.device) -> torch.Tensor:

@@ -14,26 +14,29 @@ _WORDS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 def hashed_codes(
-    config: CCEEmbeddingBagConfig, chunks: Sequence[int], device: torch.device
+    config: CCEEmbeddingBagConfig,
+    chunks: Sequence[int],
+    device: torch.device,
+    ids: range | None = None,
 ) -> torch.Tensor:
-    """Initial codes of `chunks`, [N, len(chunks)] in the table's storage type, made in blocks."""
-    codes = torch.empty(
-        config.num_embeddings, len(chunks), dtype=code_dtype(config.num_rows), device=device
-    )
+    """Initial codes of `ids` (all N), [len(ids), len(chunks)] in storage type, made in blocks."""
+    ids = range(config.num_embeddings) if ids is None else ids
+    codes = torch.empty(len(ids), len(chunks), dtype=code_dtype(config.num_rows), device=device)
     if codes.device.type != "meta":
-        fill_hashed(codes, config, chunks)
+        fill_hashed(codes, config, chunks, ids.start)
     return codes
 
 
 def fill_hashed(
     codes: torch.Tensor, config: CCEEmbeddingBagConfig, chunks: Sequence[int], first: int = 0
 ) -> None:
-    """Writes the initial codes of ids from `first` on into `codes` [N, len(chunks)]."""
-    for start in range(first, len(codes), _BLOCK):
-        ids = torch.arange(start, min(start + _BLOCK, len(codes)), device=codes.device)
+    """Writes the initial codes of the ids from `first` on into `codes` [ids, len(chunks)]."""
+    for start in range(0, len(codes), _BLOCK):
+        part = codes[start : start + _BLOCK]
+        ids = torch.arange(first + start, first + start + len(part), device=codes.device)
         for column, chunk in enumerate(chunks):
             rows = code_hash(config.seed, config.name, chunk)(ids, config.num_rows)
-            codes[start : start + len(ids), column] = rows.to(codes.dtype)
+            part[:, column] = rows.to(codes.dtype)
 
 
 def widen(codes: torch.Tensor) -> torch.Tensor:

@@ -112,8 +112,14 @@ class Block:
         )
 
 
+Work = tuple[str, torch.Tensor, torch.Tensor]
+"""Of one block: whose ids for messages, the ids [V], and where their rows go."""
+
+
 class Expansion:
     """Turns a KJT over logical slots into the KJT over physical features of one lookup."""
+
+    _dtype = torch.int64
 
     def __init__(self, blocks: list[Block], slots: list[Slot], keys: list[str]) -> None:
         self._blocks = blocks
@@ -143,10 +149,13 @@ class Expansion:
         self._described: tuple[object, device.DeviceTables] | None = None
 
     def set_configs(self, configs: Sequence[EmbeddingBagConfig]) -> None:
-        """Reads tables as `configs` say, by name; their ids, chunks and features are the same."""
+        """Reads tables as `configs` say, by name; their ids, chunks and features are the same.
+
+        Chunks of ROW_WISE tables, which arrive as rows, are in none of `configs`.
+        """
         by_name = {config.name: config for config in configs}
         for block in self._blocks:
-            block.config = by_name[block.config.name]
+            block.config = by_name.get(block.config.name, block.config)
         self._count_rows()
 
     def __call__(
@@ -155,7 +164,7 @@ class Expansion:
         check: BoundsCheck,
         inverse_indices: tuple[list[str], torch.Tensor] | None = None,
     ) -> KeyedJaggedTensor:
-        """Codebook rows of `features`, whose keys are the logical slots in order; int64.
+        """Codebook rows of `features`, whose keys are the logical slots in order.
 
         Nothing of `features` is written to. With a batch size per feature, `inverse_indices` of
         logical features become those of the physical ones.
@@ -169,18 +178,19 @@ class Expansion:
             for slot, rows in zip(self._sources, self._rows_per_id, strict=True)
         ]
         ids, weights = features.values(), features.weights_or_none()
-        values = torch.empty(sum(out_per_key), dtype=torch.int64, device=ids.device)
+        values = torch.empty(sum(out_per_key), dtype=self._dtype, device=ids.device)
         out_weights = weights.new_empty(len(values)) if weights is not None else None
-        end = 0
+        end, work = 0, []
         for who, block in zip(self._who, self._blocks, strict=True):
             pieces = [(starts[s], starts[s + 1]) for s in block.slots]
             own = block.hashed(_gather(ids, pieces))
             shape = (block.copies, -1, block.rows_per_id)
             start, end = end, end + len(own) * block.copies * block.rows_per_id
-            block.write_rows(who, own, check, values[start:end])
+            work.append((who, own, values[start:end]))
             if weights is not None and out_weights is not None and end > start:
                 own = _gather(weights, pieces).view(1, -1, 1)
                 out_weights[start:end].view(shape).copy_(own)
+        self._write_rows(work, check)
         return KeyedJaggedTensor(
             keys=self._keys,
             values=values,
@@ -189,6 +199,11 @@ class Expansion:
             length_per_key=out_per_key,
             **self._batch_sizes(features, inverse_indices),
         )
+
+    def _write_rows(self, work: list[Work], check: BoundsCheck) -> None:
+        """Writes the rows of every block's ids to where they go."""
+        for block, (who, ids, out) in zip(self._blocks, work, strict=True):
+            block.write_rows(who, ids, check, out)
 
     def _fits_device(self, features: KeyedJaggedTensor, check: BoundsCheck) -> bool:
         return (

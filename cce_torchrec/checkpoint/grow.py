@@ -83,7 +83,7 @@ class Growth:
 
         def finish() -> None:
             whole[:old] = part
-            fill_hashed(whole, config, chunks, first=old)
+            fill_hashed(whole[old:], config, chunks, first=old)
 
         self._finish.append(finish)
         return part

@@ -24,6 +24,20 @@ part of what it won; from all of it, the fresh helper learns too slowly. README,
 _STATE_BLOCK = 1 << 13
 
 
+@dataclass(frozen=True)
+class Blocks:
+    """The ranks that hold codes of a ROW_WISE table, and which of them holds a chunk's codebook."""
+
+    group: dist.ProcessGroup
+    owner: int
+    """Rank in the group."""
+
+    @property
+    def owned(self) -> bool:
+        """Whether the codebook is on this rank."""
+        return dist.get_rank(self.group) == self.owner
+
+
 @dataclass
 class ChunkState:
     """Live views of one chunk: what a clustering step reads and, when it commits, rewrites."""
@@ -32,13 +46,20 @@ class ChunkState:
     column: int
     """Column of `codes` that holds this chunk."""
     weight: torch.Tensor
-    """[k + k', s]: main, then helper."""
+    """[k + k', s]: main, then helper; empty where only codes of a ROW_WISE table are."""
     optimizer_state: dict[str, torch.Tensor]
     """Tensors whose first dimension is k + k'."""
     finalise: bool = False
     """Whether main is given the helper's rows: k + k' clusters, and no helper after the step."""
     replicas: dist.ProcessGroup | None = None
     """The ranks that hold a copy of this chunk, where there are such (data-parallel, 2D)."""
+    blocks: Blocks | None = None
+    """Where the codes are, if those of other ids are on other ranks (ROW_WISE)."""
+
+    @property
+    def owned(self) -> bool:
+        """Whether the codebook is here."""
+        return self.blocks is None or self.blocks.owned
 
     @property
     def num_clusters(self) -> int:
@@ -67,7 +88,8 @@ class ChunkState:
         codes, config = self.codes, self.codes.config
         assert codes.codes is not None
         hash_ = helper_hash(config.seed, config.name, self.chunk, codes.rounds)
-        return ChunkIds(codes.codes, self.column, config.num_rows, config.helper_rows, hash_)
+        shape = (config.num_rows, config.helper_rows)
+        return ChunkIds(codes.codes, self.column, *shape, hash_, codes.ids, config.num_embeddings)
 
     def check(self) -> None:
         """Raises ValueError, naming table and chunk, if a weight is not finite."""
@@ -98,8 +120,9 @@ class ChunkUpdate:
 
 def settle(state: ChunkState, points: PairPoints, result: KMeansResult) -> ChunkUpdate:
     """New main rows and optimizer state, from the K-means `result` over the chunk's pairs."""
-    k = state.num_clusters
-    weight = torch.zeros_like(state.weight, dtype=torch.float32)
+    k, config = state.num_clusters, state.codes.config
+    shape, device = (config.rows_per_chunk, config.chunk_dim), points.main.device
+    weight = torch.zeros(shape, dtype=torch.float32, device=device)
     weight[:k] = result.centroids
     norms = (points.helper.double() / points.scale).square().sum(1)
     counts = torch.zeros_like(norms).index_add_(0, points.b, points.weights.double())
@@ -139,6 +162,13 @@ class Relabelling:
             part.add_residuals(self._points, self._centroids, self._hash, stats)
         self._update.changed += part.changed()
 
+    def add_up(self, group: dist.ProcessGroup) -> None:
+        """Takes what other ranks took of their ids; collective."""
+        changed = torch.tensor([self._update.changed], device=self._sums.device)
+        for part in (self._sums, self._sizes, changed):
+            dist.all_reduce(part, group=group)
+        self._update.changed = int(changed)
+
     def finish(self) -> None:
         """Helper rows become mean residuals under the new hash, or zero where there are none."""
         if self._finalise:
@@ -152,7 +182,8 @@ def commit(state: ChunkState, new: ChunkUpdate) -> None:
     with torch.no_grad():
         for part in new.codes or []:
             part.write()
-        state.weight.copy_(new.weight)
+        if state.owned:
+            state.weight.copy_(new.weight)
         for key, value in new.optimizer_state.items():
             state.optimizer_state[key].copy_(value)
 

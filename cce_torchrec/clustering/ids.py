@@ -21,28 +21,30 @@ class IdWeights:
 
     values: torch.Tensor
     bits: bool
+    base: int = 0
+    """Id of the first bit."""
 
     def of(self, first: int, last: int) -> torch.Tensor:
         """int64 weights of ids [first, last); `first` is a multiple of 8."""
         if not self.bits:
             return self.values[first:last].long().contiguous()
+        first, last = first - self.base, last - self.base
         return seen_ids(self.values[first // 8 : -(-last // 8)], last - first).long()
 
 
 @dataclass(frozen=True)
 class ChunkIds:
-    """All ids of one chunk: column `column` of `codes` [N, c], and the helper's hash."""
+    """Ids of one chunk that a rank holds: a column of `codes`, and the helper's hash."""
 
     codes: torch.Tensor
     column: int
     num_rows: int
     helper_rows: int
     hash: HashFunction
-
-    @property
-    def num_ids(self) -> int:
-        """N."""
-        return self.codes.shape[0]
+    held: range
+    """Neighbouring ids, in the order of `codes`."""
+    num_ids: int
+    """N, of the whole table."""
 
     @property
     def cells(self) -> int:
@@ -56,11 +58,11 @@ class ChunkIds:
 
     def native_column(self, first: int, last: int) -> native.Column:
         """Ids [first, last) for the compiled kernels."""
-        return native.Column(self.codes, self.column, first, last)
+        return native.Column(self.codes, self.column, first, last, self.held.start)
 
     def keys(self, ids: torch.Tensor) -> torch.Tensor:
         """Pair of each of `ids`: code * k' + hash, int64."""
-        rows = widen(self.codes[ids, self.column])
+        rows = widen(self.codes[ids - self.held.start, self.column])
         return rows * self.helper_rows + self.hash(ids, self.helper_rows)
 
     def range(self, first: int, last: int) -> torch.Tensor:
@@ -68,9 +70,9 @@ class ChunkIds:
         return torch.arange(first, last, device=self.codes.device)
 
     def blocks(self, size: int = ID_BLOCK) -> Iterator[tuple[int, int]]:
-        """All ids in ranges [first, last) of `size` ids."""
-        for first in range(0, self.num_ids, size):
-            yield first, min(first + size, self.num_ids)
+        """All ids that are held in ranges [first, last) of `size` ids."""
+        for first in self.held[::size]:
+            yield first, min(first + size, self.held.stop)
 
     def count_pairs(self, weights: IdWeights | None = None) -> torch.Tensor:
         """Ids (or their summed weights) of every pair, int64 [k * k']."""
@@ -85,24 +87,28 @@ class ChunkIds:
             counts.index_add_(0, keys, torch.ones_like(keys) if weight is None else weight)
         return counts
 
-    def starts(self, sample: HashFunction, count: int, sorted_keys: torch.Tensor) -> torch.Tensor:
-        """Positions in `sorted_keys` of up to `count` different pairs, those of hashed ids.
-
-        Drawn from the ids, a pair comes early in proportion to its ids, wherever they live.
-        """
+    def drawn(self, sample: HashFunction, count: int) -> torch.Tensor:
+        """Ids of the whole table in hashed order, or many times `count` that are drawn by hash."""
         device = self.codes.device
         if self.num_ids <= 8 * count:
             everyone = torch.arange(self.num_ids, device=device)
-            drawn = torch.sort(sample.bits31(everyone), stable=True).indices
-        else:
-            drawn = (sample.bits31(torch.arange(4 * count, device=device)) * self.num_ids) >> 31
-        at = torch.searchsorted(sorted_keys, self.keys(drawn)).clamp(max=len(sorted_keys) - 1)
-        at = at[sorted_keys[at] == self.keys(drawn)]  # all, unless pairs were sampled
-        at = torch.cat([at, torch.arange(min(count, len(sorted_keys)), device=device)])
-        order = torch.arange(len(at), device=device)
-        first = torch.full((len(sorted_keys),), len(at), device=device)
-        first.scatter_reduce_(0, at, order, "amin")
-        return at[first[at] == order][:count]
+            return torch.sort(sample.bits31(everyone), stable=True).indices
+        return (sample.bits31(torch.arange(4 * count, device=device)) * self.num_ids) >> 31
+
+
+def starting_pairs(drawn: torch.Tensor, count: int, sorted_keys: torch.Tensor) -> torch.Tensor:
+    """Positions in `sorted_keys` of up to `count` different pairs, those of `drawn` ids first.
+
+    Drawn from the ids, a pair comes early in proportion to its ids, wherever they live.
+    """
+    device = drawn.device
+    at = torch.searchsorted(sorted_keys, drawn).clamp(max=len(sorted_keys) - 1)
+    at = at[sorted_keys[at] == drawn]  # all, unless pairs were sampled
+    at = torch.cat([at, torch.arange(min(count, len(sorted_keys)), device=device)])
+    order = torch.arange(len(at), device=device)
+    first = torch.full((len(sorted_keys),), len(at), device=device)
+    first.scatter_reduce_(0, at, order, "amin")
+    return at[first[at] == order][:count]
 
 
 @dataclass(frozen=True)
@@ -117,10 +123,10 @@ class NewCodes:
 
     @classmethod
     def of_pairs(cls, ids: ChunkIds, keys: torch.Tensor, assignment: torch.Tensor) -> NewCodes:
-        """Of all ids, by lookup of their pairs among `keys`."""
+        """Of all ids that are held, by lookup of their pairs among `keys`."""
         table = torch.zeros(ids.cells, dtype=ids.codes.dtype, device=keys.device)
         table[keys] = pack(assignment, table.dtype)
-        return cls(ids, table, True, 0, ids.num_ids)
+        return cls(ids, table, True, ids.held.start, ids.held.stop)
 
     def of(self, first: int, last: int) -> torch.Tensor:
         """New codes of ids [first, last), int64."""
@@ -137,8 +143,10 @@ class NewCodes:
         own = self.ids
         if own.compiled:
             return self._relabel(write=False)
-        old = own.codes[:, own.column]
-        return sum(int((widen(old[i:j]) != self.of(i, j)).sum()) for i, j in self._blocks())
+        old, base = own.codes[:, own.column], own.held.start
+        return sum(
+            int((widen(old[i - base : j - base]) != self.of(i, j)).sum()) for i, j in self._blocks()
+        )
 
     def write(self) -> None:
         """Rewrites the codes in place."""
@@ -147,7 +155,8 @@ class NewCodes:
             self._relabel(write=True)
             return
         for first, last in self._blocks():
-            own.codes[first:last, own.column] = pack(self.of(first, last), own.codes.dtype)
+            at = slice(first - own.held.start, last - own.held.start)
+            own.codes[at, own.column] = pack(self.of(first, last), own.codes.dtype)
 
     def _relabel(self, write: bool) -> int:
         column, own = self.ids.native_column(self.first, self.last), self.ids

@@ -11,7 +11,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from cce_torchrec.chunk_codes import ChunkCodes
 from cce_torchrec.clustering import replicas
-from cce_torchrec.clustering.chunk import ChunkState
+from cce_torchrec.clustering.chunk import Blocks, ChunkState
 from cce_torchrec.distributed.embedding_bag_collection import ShardedCCEEmbeddingBagCollection
 from cce_torchrec.modules.embedding_bag_collection import CCEEmbeddingBagCollection
 from cce_torchrec.slots import physical_table
@@ -41,12 +41,26 @@ def local_chunks(
             if isinstance(module, ShardedCCEEmbeddingBagCollection):
                 replicas.check_optimizer(module, codes.config, optimizer)
             for column, chunk in enumerate(codes.chunks):
-                weight, state = rows[physical_table(name, chunk)]
+                blocks = _blocks(module, name, chunk)
+                weight, state = rows.get(physical_table(name, chunk), (_nowhere(codes), {}))
                 kept = {k: v for k, v in state.items() if v.ndim and len(v) == len(weight)}
-                yield (
-                    f"{path}.{name}" if path else name,
-                    ChunkState(codes, column, weight, kept, finalise, copies.get(name)),
-                )
+                found = ChunkState(codes, column, weight, kept, finalise, blocks=blocks)
+                if found.owned:
+                    found.replicas = copies.get(name)
+                yield f"{path}.{name}" if path else name, found
+
+
+def _blocks(module: nn.Module, table: str, chunk: int) -> Blocks | None:
+    """Where the codes of a chunk are, if its table is ROW_WISE."""
+    if not isinstance(module, ShardedCCEEmbeddingBagCollection) or table not in module.id_blocks:
+        return None
+    owner = module.id_blocks[table].ranks.index(module.chunk_owners[table][chunk])
+    return Blocks(module.process_group, owner)
+
+
+def _nowhere(codes: ChunkCodes) -> torch.Tensor:
+    """The codebook of a chunk whose codes alone are here."""
+    return torch.empty(0, codes.config.chunk_dim, device=codes.clusterings.device)
 
 
 def unsharded_rows(

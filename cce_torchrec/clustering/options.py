@@ -86,7 +86,7 @@ class Options:
         if isinstance(self.weights, str):
             if state.codes.seen is None:
                 raise ValueError(f"{state.who}: weights='seen' needs a table with track_seen=True")
-            return IdWeights(state.codes.seen, bits=True)
+            return IdWeights(state.codes.seen, bits=True, base=state.codes.ids.start)
         if self.weights is None or config.name not in self.weights:
             return None
         weights = self.weights[config.name]

@@ -10,7 +10,7 @@ import torch.distributed as dist
 
 from cce_torchrec.clustering.budget import ASSIGN_BLOCK, Budget
 from cce_torchrec.clustering.chunk import ChunkState
-from cce_torchrec.clustering.ids import ChunkIds, IdWeights, NewCodes
+from cce_torchrec.clustering.ids import ChunkIds, IdWeights, NewCodes, starting_pairs
 from cce_torchrec.codes import pack
 from cce_torchrec.hashing import SAMPLE_ROLE, HashFunction, hash_function
 from cce_torchrec.kmeans.points import PairPoints
@@ -28,43 +28,74 @@ class Sampled:
     """int32 [N], where the pairs of all ids were listed: position in `keys`."""
 
 
+def sample_hash(state: ChunkState) -> HashFunction:
+    """What ids are sampled and drawn by."""
+    config = state.codes.config
+    return hash_function(config.seed, config.name, state.chunk, SAMPLE_ROLE, state.codes.rounds)
+
+
+def most_ids(state: ChunkState, plan: Budget) -> int | None:
+    """About how many ids K-means sees; None for all."""
+    if plan.samples_per_centroid is None:
+        return None
+    return plan.samples_per_centroid * state.num_clusters
+
+
 def find_pairs(state: ChunkState, plan: Budget, weights: IdWeights | None = None) -> Sampled:
     """Distinct pairs of the chunk's ids (or of a sample of them, drawn by hash)."""
-    ids, config = state.ids, state.codes.config
-    sample = hash_function(config.seed, config.name, state.chunk, SAMPLE_ROLE, state.codes.rounds)
-    pair_of_id = None
+    ids, sample, pair_of_id = state.ids, sample_hash(state), None
     if plan.by_pair:
         grid = ids.count_pairs()
         keys = grid.nonzero().view(-1)
         counts = (grid if weights is None else ids.count_pairs(weights))[keys]
         del grid
     else:
-        most = None
-        if plan.samples_per_centroid is not None:
-            most = plan.samples_per_centroid * state.num_clusters
-        taken, weight = _list_ids(ids, sample, most, weights)
+        taken, weight = list_ids(ids, sample, most_ids(state, plan), weights)
+        if not len(taken):  # a handful of ids, all hashed above the threshold
+            taken = ids.keys(ids.range(0, min(ids.num_ids, ids.num_rows)))
+            weight = torch.ones_like(taken)
         keys, inverse = torch.unique(taken, return_inverse=True)
         del taken
         counts = torch.zeros_like(keys).index_add_(0, inverse, weight)
         if plan.samples_per_centroid is None:
             pair_of_id = inverse.int()
+    drawn = ids.keys(ids.drawn(sample, starts_wanted(state, weights)))
+    return Sampled(ids, keys, points_of(state, keys, counts, drawn, weights), pair_of_id)
+
+
+def starts_wanted(state: ChunkState, weights: IdWeights | None) -> int:
+    """How many pairs to draw that K-means may start from; some may weigh nothing."""
+    return state.num_clusters * (4 if weights is not None else 1)
+
+
+def points_of(
+    state: ChunkState,
+    keys: torch.Tensor,
+    counts: torch.Tensor,
+    drawn: torch.Tensor,
+    weights: IdWeights | None,
+) -> PairPoints:
+    """The pairs `keys`, with their ids or weights, as points; `drawn`: pairs of drawn ids."""
     if not bool(counts.any()):
         counts = torch.ones_like(counts)  # nothing was seen: uniform, as without weights
-    starts = ids.starts(sample, state.num_clusters * (4 if weights is not None else 1), keys)
+    starts = starting_pairs(drawn, starts_wanted(state, weights), keys)
     if weights is not None:
         starts = starts[counts[starts] > 0]
-    weight_ = state.weight.detach()
-    main, helper = weight_[: config.num_rows], weight_[config.num_rows :]
-    a, b = (keys // ids.helper_rows).int(), (keys % ids.helper_rows).int()
-    return Sampled(ids, keys, PairPoints(main, helper, a, b, counts, starts), pair_of_id)
+    num_rows, helper_rows = state.codes.config.num_rows, state.codes.config.helper_rows
+    weight = state.weight.detach()
+    a, b = (keys // helper_rows).int(), (keys % helper_rows).int()
+    return PairPoints(weight[:num_rows], weight[num_rows:], a, b, counts, starts)
 
 
-def _list_ids(
+def list_ids(
     ids: ChunkIds, sample: HashFunction, most: int | None, weights: IdWeights | None
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Pair and weight of every id, or of about `most` sampled ones; int64 each."""
+    """Pair and weight of every id that is held, or of the sampled ones; int64 each.
+
+    Sampled are about `most` of all ids of the table.
+    """
     share = 1.0 if most is None else min(1.0, most / ids.num_ids)
-    keys, counts = [], []
+    keys, counts = [ids.codes.new_empty(0, dtype=torch.int64)], []
     for first, last in ids.blocks():
         block = ids.range(first, last)
         taken = slice(None) if share == 1.0 else sample.bits31(block) < round(share * 2**31)
@@ -72,10 +103,7 @@ def _list_ids(
         if weights is not None:
             counts.append(weights.of(first, last)[taken])
     listed = torch.cat(keys)
-    if not len(listed):  # a handful of ids, all hashed above the threshold
-        listed = ids.keys(ids.range(0, min(ids.num_ids, ids.num_rows)))
-        return listed, torch.ones_like(listed)
-    if weights is None:
+    if weights is None or not counts:
         return listed, listed.new_ones(()).expand(len(listed))
     return listed, torch.cat(counts)
 
@@ -95,7 +123,7 @@ def of_all_ids(sampled: Sampled, assignment: torch.Tensor) -> NewCodes:
     if sampled.pair_of_id is None:
         return NewCodes.of_pairs(ids, sampled.keys, assignment)
     packed = pack(assignment, ids.codes.dtype)[sampled.pair_of_id]
-    return NewCodes(ids, packed, False, 0, ids.num_ids)
+    return NewCodes(ids, packed, False, ids.held.start, ids.held.stop)
 
 
 @dataclass
@@ -111,7 +139,7 @@ class IdBlock:
     def of(cls, sampled: Sampled, first: int) -> IdBlock:
         """The block of `ASSIGN_BLOCK` ids, or what is left."""
         ids, books = sampled.ids, sampled.points
-        block = ids.range(first, min(first + ASSIGN_BLOCK, ids.num_ids))
+        block = ids.range(first, min(first + ASSIGN_BLOCK, ids.held.stop))
         keys, inverse = torch.unique(ids.keys(block), return_inverse=True)
         a, b = (keys // ids.helper_rows).int(), (keys % ids.helper_rows).int()
         rest = (a, b, torch.ones_like(keys), keys[:0])

@@ -31,6 +31,8 @@ class Task:
     book_bytes: int
     """New codebook and optimizer state, which wait until all chunks commit, and codes that
     become wider."""
+    row_wise: bool = False
+    """Whether its codes are spread over ranks by ids."""
 
     @property
     def key(self) -> Key:
@@ -63,17 +65,19 @@ def task_of(path: str, state: ChunkState, options: Options) -> Task:
     if code_dtype(clusters) != code_dtype(config.num_rows):
         waiting += config.num_embeddings * code_dtype(clusters).itemsize
     waiting += sum(v.numel() * v.element_size() for v in state.optimizer_state.values())
-    return Task(path, config.name, state.chunk, *shape, clusters, plan, waiting)
+    row_wise = state.blocks is not None
+    return Task(path, config.name, state.chunk, *shape, clusters, plan, waiting, row_wise)
 
 
 class Plan:
     """Every rank's tasks: who owns them, and which are scored by all ranks.
 
     Chunks that one rank alone owns and that are large are scored by all, in one order; the
-    others by their owners, side by side.
+    others by their owners, side by side. `held` are the ROW_WISE chunks of whose ids this rank
+    has a block: it takes part in those, in one order too.
     """
 
-    def __init__(self, by_rank: list[list[Task]], rank: int) -> None:
+    def __init__(self, by_rank: list[list[Task]], rank: int, held: set[Key]) -> None:
         self.tasks = {task.key: task for theirs in by_rank for task in theirs}
         owners: dict[Key, list[int]] = {}
         for owner, theirs in enumerate(by_rank):
@@ -83,10 +87,14 @@ class Plan:
         self.common = [
             key
             for key in sorted(self.tasks)
-            if len(by_rank) > 1 and self.tasks[key].shared and len(owners[key]) == 1
+            if len(by_rank) > 1
+            and self.tasks[key].shared
+            and len(owners[key]) == 1
+            and not self.tasks[key].row_wise
         ]
-        self._mine = [task.key for task in by_rank[rank]]
-        self.alone = sorted(set(self._mine) - set(self.common))
+        self.row_wise = sorted(held)
+        self._mine = sorted({task.key for task in by_rank[rank]} | held)
+        self.alone = sorted(set(self._mine) - set(self.common) - held)
 
     def memory(self, limit: int) -> tuple[int, list[Key]]:
         """Most bytes beside the model on this rank, and its chunks whose new codes may wait.

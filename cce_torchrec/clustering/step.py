@@ -18,6 +18,7 @@ from cce_torchrec.clustering.live import local_chunks
 from cce_torchrec.clustering.meeting import meet
 from cce_torchrec.clustering.options import Options
 from cce_torchrec.clustering.plan import DEFAULT_MEMORY_LIMIT, Key, Plan, Task, task_of
+from cce_torchrec.clustering.row_wise import RowWiseSolver
 from cce_torchrec.clustering.solve import Solver
 from cce_torchrec.codes import converted
 from cce_torchrec.kmeans.backends import make_backend
@@ -132,7 +133,8 @@ def run(
         states = list(local_chunks(model, optimizer, options.finalise))
         for path, state in states:
             options.check_for(state)
-            tasks.append(task_of(path, state, options))
+            if state.owned:
+                tasks.append(task_of(path, state, options))
         make_backend(options.scorer, _device(states))
         digests = replicas.digests(states, options)
     except Exception as error:  # told to every rank below, then raised there
@@ -142,11 +144,13 @@ def run(
     if len({fingerprint for *_, fingerprint in told}) > 1:
         raise ValueError(f"ranks disagree about the options: {[f for *_, f in told]}")
     replicas.check_equal([d for _, _, d, _ in told])
-    plan = Plan([theirs for _, theirs, *_ in told], 0 if group is None else dist.get_rank(group))
+    mine = {(path, state.chunk): state for path, state in states}
+    held = {key for key, state in mine.items() if state.blocks is not None}
+    rank = 0 if group is None else dist.get_rank(group)
+    plan = Plan([theirs for _, theirs, *_ in told], rank, held)
     options.check_names({task.table for task in plan.tasks.values()})
     peak_bytes, kept = _memory(plan, states, options.memory_limit, group)
     replicas.share_seen(model)
-    mine = {task.key: state for task, (_, state) in zip(tasks, states, strict=True)}
     work = _Work(mine, plan, kept, options, _device(states), group)
     with _wider_codes(states, group):
         done = work.solve()
@@ -155,7 +159,9 @@ def run(
         codes.set_rounds(codes.rounds + 1)
         if codes.seen is not None:
             codes.seen.zero_()
-    reports = {key: _report(key, mine[key], *result) for key, result in done.items()}
+    reports = {
+        key: _report(key, mine[key], *result) for key, result in done.items() if mine[key].owned
+    }
     everyone = {key: r for part in reversed(gathered(reports, group)) for key, r in part.items()}
     chunks = [everyone[key] for key in sorted(everyone)]
     report = ClusteringReport(chunks, time.perf_counter() - began, peak_bytes)
@@ -203,7 +209,9 @@ class _Work:
     device: torch.device
     group: dist.ProcessGroup | None
 
-    def _solver(self, key: Key) -> Solver:
+    def _solver(self, key: Key) -> Solver | RowWiseSolver:
+        if key in self.plan.row_wise:
+            return RowWiseSolver(self.mine[key], self.plan.tasks[key], self.options, self.device)
         alone = key not in self.plan.common
         return Solver(
             self.mine.get(key),
@@ -231,7 +239,7 @@ class _Work:
         except Exception as error:
             failure = str(error)
         raise_failures(gathered(failure, self.group))
-        for key in self.plan.common:
+        for key in [*self.plan.common, *self.plan.row_wise]:
             solve(key)
         return done
 
@@ -242,7 +250,7 @@ class _Work:
             RuntimeError: on every rank, if a write failed on any.
         """
         failures: list[str] = []
-        for key in [*self.plan.alone, *self.plan.common]:
+        for key in [*self.plan.alone, *self.plan.common, *self.plan.row_wise]:
             update = done[key][0] if key in done else None
             try:
                 if key not in self.kept:
@@ -282,9 +290,10 @@ def _memory(
             f"clustering needs up to {peak} bytes beside the model and memory_limit is {limit}; "
             "raise it, or lower samples_per_centroid"
         )
-    told = gathered((failure, kept), group)
-    raise_failures([f for f, _ in told])
-    return peak, {*kept, *({key for _, keys in told for key in keys} & set(plan.common))}
+    told = gathered((failure, kept, [key for key in plan.row_wise if key not in kept]), group)
+    raise_failures([f for f, *_ in told])
+    shared = {key for _, keys, _ in told for key in keys} & set(plan.common)
+    return peak, {*kept, *shared} - {key for *_, dropped in told for key in dropped}
 
 
 def _report(key: Key, state: ChunkState, update: ChunkUpdate, seconds: float) -> ChunkReport:

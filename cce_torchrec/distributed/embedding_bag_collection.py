@@ -2,12 +2,13 @@
 
 TorchRec's sharded EmbeddingBagCollection does lookup, optimizer and output distribution over the
 chunks; this module has its own input distribution over logical slots, and expands ids where the
-codes live.
+codes live. Codes of ROW_WISE tables are fetched before (code_fetch.py).
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -15,11 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 from torchrec.distributed.embedding_sharding import EmbeddingShardingContext, KJTListSplitsAwaitable
-from torchrec.distributed.embedding_types import (
-    BaseEmbeddingSharder,
-    KJTList,
-    ShardedEmbeddingModule,
-)
+from torchrec.distributed.embedding_types import KJTList, ShardedEmbeddingModule
 from torchrec.distributed.embeddingbag import (
     EmbeddingBagCollectionContext,
     EmbeddingBagCollectionSharder,
@@ -29,21 +26,18 @@ from torchrec.distributed.types import (
     Awaitable,
     LazyAwaitable,
     ParameterSharding,
-    QuantizedCommCodecs,
     ShardingEnv,
-    ShardingType,
 )
 from torchrec.distributed.utils import append_prefix
-from torchrec.modules.embedding_configs import data_type_to_dtype
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor, KeyedTensor
 
 from cce_torchrec.bounds import BoundsCheck
 from cce_torchrec.chunk_codes import codes_of
 from cce_torchrec.config import CCEEmbeddingBagConfig
+from cce_torchrec.distributed.code_fetch import CodeFetch
+from cce_torchrec.distributed.id_blocks import IdBlocks, check_group, is_row_wise
 from cce_torchrec.distributed.input_dist import batch_sizes, sharding_inputs
 from cce_torchrec.distributed.plan import (
-    SUPPORTED,
-    check_world_size,
     chunk_owners,
     is_data_parallel,
     physical_plan,
@@ -59,8 +53,24 @@ from cce_torchrec.modules.embedding_bag_collection import (
 from cce_torchrec.modules.output import check_features
 
 
+@dataclass
+class CCEContext(EmbeddingBagCollectionContext):
+    """What one batch carries from its input distribution to its output."""
+
+    fetched_for: KeyedJaggedTensor | None = None
+    """The rank's own features, where codes were fetched and may have to be once more."""
+    rewrites: list[int] = field(default_factory=list)
+    """State of the codes when they were fetched."""
+
+    def record_stream(self, stream: torch.Stream) -> None:
+        """Keeps the tensors alive for the work that `stream` has been given."""
+        super().record_stream(stream)
+        if self.fetched_for is not None:
+            self.fetched_for.record_stream(stream)
+
+
 class ShardedCCEEmbeddingBagCollection(
-    ShardedEmbeddingModule[KJTList, list[torch.Tensor], KeyedTensor, EmbeddingBagCollectionContext]
+    ShardedEmbeddingModule[KJTList, list[torch.Tensor], KeyedTensor, CCEContext]
 ):
     """Sharded form of `CCEEmbeddingBagCollection`, made by `CCEEmbeddingBagCollectionSharder`."""
 
@@ -96,10 +106,18 @@ class ShardedCCEEmbeddingBagCollection(
             for c in self._configs
             if isinstance(c, CCEEmbeddingBagConfig) and c.name not in self.data_parallel
         }
-        """Rank of each chunk, per CCE table that is not data-parallel."""
+        """Rank of each chunk's codebook, per CCE table that is not data-parallel."""
+        self.id_blocks = {
+            c.name: IdBlocks.of(c, params[c.name])
+            for c in self._configs
+            if isinstance(c, CCEEmbeddingBagConfig) and is_row_wise(params[c.name])
+        }
+        """Which rank has the codes of which ids, per ROW_WISE table."""
+        check_group(self.id_blocks, env.process_group)
         self.codes = self._local_codes(module, rank)
         self._codes_state = state = CodesState(
-            self.codes, self._configs, self.chunk_owners, rank, device, env.process_group
+            *(self.codes, self._configs, self.chunk_owners, self.id_blocks),
+            *(rank, device, env.process_group),
         )
         self._register_state_dict_hook(state.save)
         self._register_load_state_dict_pre_hook(state.load)
@@ -116,16 +134,23 @@ class ShardedCCEEmbeddingBagCollection(
         self._has_uninitialized_input_dist = False
         self._lookups = inner._lookups
         self._slices = self._output.column_slices(inner._embedding_names, inner._embedding_dims)
-        self._inputs = sharding_inputs(inner, self._configs, self._output, self.codes, env.rank)
+        self._inputs = sharding_inputs(
+            *(inner, self._configs, self._output, self.codes, self.id_blocks, env.rank)
+        )
+        self._fetch = CodeFetch.of(self._configs, self.codes, self.id_blocks, env.process_group)
         self._input_dists += [sharded.dist for sharded in self._inputs]
         self._feature_order = [slot.feature for sharded in self._inputs for slot in sharded.slots]
 
     def _local_codes(self, module: CCEEmbeddingBagCollection, rank: int) -> nn.ModuleDict:
-        """Codes of the chunks that `rank` looks up, by table."""
+        """Codes of the chunks that `rank` looks up, or of its block of ids, by table."""
         local = nn.ModuleDict()
         for config in self._configs:
             codes = codes_of(module.codes, config.name)
             if codes is None:
+                continue
+            if config.name in self.id_blocks:
+                ids = self.id_blocks[config.name].ids(rank)
+                local[config.name] = codes.select(codes.chunks, self._device, ids)
                 continue
             owners = self.chunk_owners.get(config.name, [rank] * len(codes.chunks))
             chunks = [chunk for chunk, owner in enumerate(owners) if owner == rank]
@@ -134,9 +159,12 @@ class ShardedCCEEmbeddingBagCollection(
         return local
 
     def input_dist(  # type: ignore[override]  # TorchRec's own modules narrow *input likewise
-        self, ctx: EmbeddingBagCollectionContext, features: KeyedJaggedTensor
+        self, ctx: CCEContext, features: KeyedJaggedTensor
     ) -> Awaitable[Awaitable[KJTList]]:
         """Sends each id once to every rank that owns a chunk of its table.
+
+        Ids of ROW_WISE tables go to the owners of their codes first, and as rows to the owners of
+        the codebooks.
 
         Raises:
             ValueError: a missing feature, missing weights or inverse indices, or a batch size per
@@ -156,19 +184,27 @@ class ShardedCCEEmbeddingBagCollection(
                 ctx.inverse_indices = self._inverse_indices(*features.inverse_indices())
             if not self._is_weighted:
                 features = without_weights(features)
-            bags = dict(zip(features.keys(), features.stride_per_key(), strict=True))
-            awaitables = []
-            ordered = select_slots(features, self._feature_order)
-            pieces = ordered.split([len(sharded.slots) for sharded in self._inputs])
-            for sharded, piece in zip(self._inputs, pieces, strict=True):
-                awaitables.append(sharded.dist(piece))
-                ctx.sharding_contexts.append(
-                    EmbeddingShardingContext(
-                        batch_size_per_feature_pre_a2a=[bags[s.feature] for s in sharded.looked_up],
-                        variable_batch_per_feature=ctx.variable_batch_per_feature,
-                    )
-                )
-            return KJTListSplitsAwaitable(awaitables, ctx)
+            return self._distribute(ctx, features)
+
+    def _distribute(
+        self, ctx: CCEContext, features: KeyedJaggedTensor
+    ) -> Awaitable[Awaitable[KJTList]]:
+        """Sends `features` to their tables' owners; ids of ROW_WISE tables become rows before."""
+        bags = dict(zip(features.keys(), features.stride_per_key(), strict=True))
+        if self._fetch is not None:
+            ctx.fetched_for, ctx.rewrites = features, self._fetch.rewrites
+            features = self._fetch.replace(features, self._bounds_check)
+        ordered = select_slots(features, self._feature_order)
+        pieces = ordered.split([len(sharded.slots) for sharded in self._inputs])
+        ctx.sharding_contexts = [
+            EmbeddingShardingContext(
+                batch_size_per_feature_pre_a2a=[bags[s.feature] for s in sharded.looked_up],
+                variable_batch_per_feature=ctx.variable_batch_per_feature,
+            )
+            for sharded in self._inputs
+        ]
+        sent = [s.dist(piece) for s, piece in zip(self._inputs, pieces, strict=True)]
+        return KJTListSplitsAwaitable(sent, ctx)
 
     def _inverse_indices(
         self, names: list[str], inverse: torch.Tensor
@@ -177,26 +213,29 @@ class ShardedCCEEmbeddingBagCollection(
         looked_up = [slot.feature for sharded in self._inputs for slot in sharded.looked_up]
         return looked_up, inverse[[names.index(feature) for feature in looked_up]]
 
-    def compute(
-        self, ctx: EmbeddingBagCollectionContext, dist_input: KJTList
-    ) -> list[torch.Tensor]:
+    def compute(self, ctx: CCEContext, dist_input: KJTList) -> list[torch.Tensor]:
         """Expands the received ids against the local codes and looks the rows up."""
         return self.embedding_bag_collection.compute(ctx, self._expand(ctx, dist_input))
 
     def output_dist(
-        self, ctx: EmbeddingBagCollectionContext, output: list[torch.Tensor]
+        self, ctx: CCEContext, output: list[torch.Tensor]
     ) -> LazyAwaitable[KeyedTensor]:
         """Sends pooled chunks back and puts them into logical order."""
         return self._assembled(ctx, self.embedding_bag_collection.output_dist(ctx, output))
 
     def compute_and_output_dist(
-        self, ctx: EmbeddingBagCollectionContext, input: KJTList
+        self, ctx: CCEContext, input: KJTList
     ) -> LazyAwaitable[KeyedTensor]:
         """`compute` and `output_dist` in one, as the train pipelines call it."""
         inner = self.embedding_bag_collection
         return self._assembled(ctx, inner.compute_and_output_dist(ctx, self._expand(ctx, input)))
 
-    def _expand(self, ctx: EmbeddingBagCollectionContext, dist_input: KJTList) -> KJTList:
+    def _expand(self, ctx: CCEContext, dist_input: KJTList) -> KJTList:
+        if self._fetch is not None and self._fetch.rewrites != ctx.rewrites:
+            # A pipeline had distributed the batch before a clustering step, on every rank.
+            assert ctx.fetched_for is not None
+            with torch.no_grad():
+                dist_input = self._distribute(ctx, ctx.fetched_for).wait().wait()
         expanded = [
             sharded.expansion(features, self._bounds_check)
             for sharded, features in zip(self._inputs, dist_input, strict=True)
@@ -207,16 +246,16 @@ class ShardedCCEEmbeddingBagCollection(
         return KJTList(expanded)
 
     def _assembled(
-        self, ctx: EmbeddingBagCollectionContext, awaitable: LazyAwaitable[KeyedTensor]
+        self, ctx: CCEContext, awaitable: LazyAwaitable[KeyedTensor]
     ) -> LazyAwaitable[KeyedTensor]:
         awaitable.callbacks.append(
             partial(self._output.assemble, slices=self._slices, divisor=ctx.divisor)
         )
         return awaitable
 
-    def create_context(self) -> EmbeddingBagCollectionContext:
+    def create_context(self) -> CCEContext:
         """A fresh context for one batch."""
-        return EmbeddingBagCollectionContext()
+        return CCEContext()
 
     def embedding_bag_configs(self) -> list[Any]:
         """The tables as configured (or finalised), one entry per logical table."""
@@ -227,6 +266,8 @@ class ShardedCCEEmbeddingBagCollection(
         self._configs = finalised_configs(self._configs, names, self.codes)
         for sharded in self._inputs:
             sharded.expansion.set_configs(self._configs)
+        if self._fetch is not None:
+            self._fetch.set_configs(self._configs)
         self._codes_state.set_configs(self._configs)
 
     def is_weighted(self) -> bool:
@@ -237,6 +278,12 @@ class ShardedCCEEmbeddingBagCollection(
     def num_invalid_ids(self) -> int:
         """Ids out of bounds that this rank has seen so far (bounds_check_mode WARNING)."""
         return self._bounds_check.num_invalid
+
+    @property
+    def process_group(self) -> dist.ProcessGroup:
+        """The ranks that share the tables."""
+        assert self._env.process_group is not None
+        return self._env.process_group
 
     def replica_groups(self) -> dict[str, dist.ProcessGroup]:
         """Ranks that hold copies of a table's chunks, per table that has copies.
@@ -259,82 +306,3 @@ class ShardedCCEEmbeddingBagCollection(
     def unsharded_module_type(self) -> type[CCEEmbeddingBagCollection]:
         """The module this one replaces."""
         return CCEEmbeddingBagCollection
-
-
-class CCEEmbeddingBagCollectionSharder(BaseEmbeddingSharder[CCEEmbeddingBagCollection]):
-    """Shards `CCEEmbeddingBagCollection` by plans of logical tables.
-
-    TABLE_WISE keeps the chunks of a table on one rank; COLUMN_WISE spreads them over ranks, and
-    TABLE_COLUMN_WISE over those of one host. DATA_PARALLEL keeps all on every rank: such tables
-    train by an optimizer of the user's, over `data_parallel_parameters`.
-
-    Apply the fused optimizer before the plan is made, as for any TorchRec module.
-    """
-
-    def __init__(
-        self,
-        fused_params: dict[str, Any] | None = None,
-        qcomm_codecs_registry: dict[str, QuantizedCommCodecs] | None = None,
-    ) -> None:
-        super().__init__(fused_params=fused_params, qcomm_codecs_registry=qcomm_codecs_registry)
-        self._ebc_sharder = EmbeddingBagCollectionSharder(
-            fused_params=fused_params, qcomm_codecs_registry=qcomm_codecs_registry
-        )
-
-    def shard(
-        self,
-        module: CCEEmbeddingBagCollection,
-        params: dict[str, ParameterSharding],
-        env: ShardingEnv,
-        device: torch.device | None = None,
-        module_fqn: str | None = None,
-    ) -> ShardedCCEEmbeddingBagCollection:
-        """The sharded form of `module` under the plan `params` of its logical tables."""
-        device = device if device is not None else torch.device("cpu")
-        # A group of the job's ranks has a plan of their numbers in the job.
-        check_world_size(params, dist.get_world_size() if dist.is_initialized() else 1)
-        return ShardedCCEEmbeddingBagCollection(
-            module, params, self._ebc_sharder, env, device, module_fqn
-        )
-
-    def shardable_parameters(self, module: CCEEmbeddingBagCollection) -> dict[str, nn.Parameter]:
-        """One parameter per logical table: the real one of a plain table, a proxy [k + k', D].
-
-        The proxy carries the chunks' in-backward optimizer, without which the planner would
-        choose the dense kernel.
-        """
-        real = self._ebc_sharder.shardable_parameters(module.embedding_bag_collection)
-        out: dict[str, nn.Parameter] = {}
-        for config in module.embedding_bag_configs():
-            if not isinstance(config, CCEEmbeddingBagConfig):
-                out[config.name] = real[config.name]
-                continue
-            proxy = nn.Parameter(
-                torch.empty(
-                    config.rows_per_chunk,
-                    config.embedding_dim,
-                    dtype=data_type_to_dtype(config.data_type),
-                    device="meta",
-                )
-            )
-            chunk = real[f"{config.name}#0"]
-            for attribute in ("_in_backward_optimizers", "_optimizer_classes", "_optimizer_kwargs"):
-                if hasattr(chunk, attribute):
-                    setattr(proxy, attribute, getattr(chunk, attribute))
-            out[config.name] = proxy
-        return out
-
-    def sharding_types(self, compute_device_type: str) -> list[str]:
-        """Those that place whole chunks."""
-        types = super().sharding_types(compute_device_type)
-        return [kind for kind in types if kind in (ShardingType(t).value for t in SUPPORTED)]
-
-    @property
-    def module_type(self) -> type[CCEEmbeddingBagCollection]:
-        """The module this sharder takes."""
-        return CCEEmbeddingBagCollection
-
-    @property
-    def sharded_module_type(self) -> type[ShardedCCEEmbeddingBagCollection]:
-        """The module this sharder makes."""
-        return ShardedCCEEmbeddingBagCollection

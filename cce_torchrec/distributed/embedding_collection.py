@@ -31,7 +31,8 @@ from torchrec.distributed.utils import append_prefix
 from torchrec.modules.embedding_configs import BaseEmbeddingConfig
 from torchrec.sparse.jagged_tensor import JaggedTensor, KeyedJaggedTensor
 
-from cce_torchrec.distributed.embedding_bag_collection import CCEEmbeddingBagCollectionSharder
+from cce_torchrec.distributed.embedding_bag_sharder import CCEEmbeddingBagCollectionSharder
+from cce_torchrec.distributed.id_blocks import is_row_wise
 from cce_torchrec.distributed.plan import is_data_parallel
 from cce_torchrec.modules.embedding_collection import (
     CCEEmbeddingCollection,
@@ -104,6 +105,12 @@ class ShardedCCEEmbeddingCollection(
             raise ValueError(
                 f"tables {replicated}: sequence embeddings cannot be data-parallel, whose lookup "
                 "has no batch size per feature; plan them table-wise or column-wise"
+            )
+        by_rows = [name for name, sharding in params.items() if is_row_wise(sharding)]
+        if by_rows:
+            raise ValueError(
+                f"tables {by_rows}: sequence embeddings cannot be ROW_WISE, which pools rows of "
+                "several ranks; plan them table-wise or column-wise"
             )
         self._configs = module.embedding_configs()
         self._need_indices = module.need_indices()
@@ -210,8 +217,9 @@ class CCEEmbeddingCollectionSharder(BaseEmbeddingSharder[CCEEmbeddingCollection]
 
     def sharding_types(self, compute_device_type: str) -> list[str]:
         """Those that place whole chunks on one rank each."""
+        refused = (ShardingType.DATA_PARALLEL.value, ShardingType.ROW_WISE.value)
         types = self._bags.sharding_types(compute_device_type)
-        return [kind for kind in types if kind != ShardingType.DATA_PARALLEL.value]
+        return [kind for kind in types if kind not in refused]
 
     @property
     def module_type(self) -> type[CCEEmbeddingCollection]:

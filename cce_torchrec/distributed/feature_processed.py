@@ -19,7 +19,8 @@ from torchrec.distributed.types import ParameterSharding, QuantizedCommCodecs, S
 from torchrec.distributed.utils import append_prefix
 from torchrec.modules.fp_embedding_modules import FeatureProcessedEmbeddingBagCollection
 
-from cce_torchrec.distributed.embedding_bag_collection import CCEEmbeddingBagCollectionSharder
+from cce_torchrec.distributed.embedding_bag_sharder import CCEEmbeddingBagCollectionSharder
+from cce_torchrec.distributed.id_blocks import is_row_wise
 from cce_torchrec.modules.embedding_bag_collection import CCEEmbeddingBagCollection
 
 
@@ -55,6 +56,12 @@ class FeatureProcessedSharder(FeatureProcessedEmbeddingBagCollectionSharder):
         """The sharded form of `module` under the plan `params` of its logical tables."""
         if not isinstance(module._embedding_bag_collection, CCEEmbeddingBagCollection):
             return super().shard(module, params, env, device, module_fqn)
+        by_rows = [name for name, sharding in params.items() if is_row_wise(sharding)]
+        if by_rows:
+            raise ValueError(
+                f"tables {by_rows}: feature processors weigh ids where they are looked up, and "
+                "those of ROW_WISE tables arrive there as rows; plan them table-wise or column-wise"
+            )
         device = device if device is not None else torch.device("cpu")
         sharded = ShardedFeatureProcessedCCE(
             module, params, self._cce_sharder, env, device, module_fqn

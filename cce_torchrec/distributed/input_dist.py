@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -30,9 +30,9 @@ class ShardingInput:
     dist: nn.Module
     """Takes a KJT of `slots` to the ranks that own their tables' chunks."""
     slots: list[Slot]
-    """Per rank in turn, each slot once."""
+    """Per rank in turn, each slot once; of ROW_WISE tables, the physical features."""
     looked_up: list[Slot]
-    """Slot of each physical feature of all ranks, in the order of the lookups' outputs."""
+    """Logical slot of each physical feature of all ranks, in the order of the lookups' outputs."""
     expansion: Expansion
     """Of the slots that this rank receives."""
 
@@ -42,12 +42,14 @@ def sharding_inputs(
     configs: Sequence[EmbeddingBagConfig],
     output: LogicalOutput,
     codes: nn.ModuleDict,
+    row_wise: Collection[str],
     rank: int,
 ) -> list[ShardingInput]:
     """One entry per sharding of `inner`, whose tables are the chunks of `configs`.
 
     Args:
         codes: of the chunks that `rank` owns.
+        row_wise: tables whose ids arrive as rows of their chunks, by physical feature.
     """
     slot_of = {
         name: slot
@@ -60,7 +62,10 @@ def sharding_inputs(
         per_rank = (
             [sharding.feature_names()] if data_parallel else sharding.feature_names_per_rank()
         )
-        slots_per_rank = [list(dict.fromkeys(slot_of[n] for n in names)) for names in per_rank]
+        slots_per_rank = [
+            list(dict.fromkeys(_arriving(slot_of[n], n, row_wise) for n in names))
+            for names in per_rank
+        ]
         counts = [len(slots) for slots in slots_per_rank]
         mine = 0 if data_parallel else rank
         names, slots = list(per_rank[mine]), slots_per_rank[mine]
@@ -71,10 +76,25 @@ def sharding_inputs(
                 else TwSparseFeaturesDist(sharding._pg, counts),
                 slots=[slot for slots in slots_per_rank for slot in slots],
                 looked_up=[slot_of[name] for names in per_rank for name in names],
-                expansion=Expansion(_blocks(configs, codes, names, slots), slots, names),
+                expansion=Expansion(_blocks(configs, codes, names, slots, row_wise), slots, names),
             )
         )
     return inputs
+
+
+def _arriving(slot: Slot, name: str, row_wise: Collection[str]) -> Slot:
+    """What ids of the physical feature `name` of `slot` are called when they arrive."""
+    return Slot(slot.table, name) if slot.table in row_wise else slot
+
+
+def _as_plain(config: CCEEmbeddingBagConfig, features: list[str]) -> EmbeddingBagConfig:
+    """A chunk as the plain table that it is where rows arrive, not ids."""
+    return EmbeddingBagConfig(
+        name=f"rows of {config.name}",
+        num_embeddings=config.rows_per_chunk,
+        embedding_dim=config.chunk_dim,
+        feature_names=features,
+    )
 
 
 def batch_sizes(rows: KeyedJaggedTensor, world_size: int) -> list[list[int]]:
@@ -84,7 +104,11 @@ def batch_sizes(rows: KeyedJaggedTensor, world_size: int) -> list[list[int]]:
 
 
 def _blocks(
-    configs: Sequence[EmbeddingBagConfig], codes: nn.ModuleDict, names: list[str], slots: list[Slot]
+    configs: Sequence[EmbeddingBagConfig],
+    codes: nn.ModuleDict,
+    names: list[str],
+    slots: list[Slot],
+    row_wise: Collection[str],
 ) -> list[Block]:
     """Blocks that produce the physical features `names`, in order, from `slots`."""
     position = {slot: i for i, slot in enumerate(slots)}
@@ -100,6 +124,10 @@ def _blocks(
         config, features, chunk = by_first[names[at]]
         assert names[at : at + len(features)] == features, "TorchRec tore a table apart"
         at += len(features)
+        if config.name in row_wise:
+            own = [position[Slot(config.name, name)] for name in features]
+            blocks.append(Block(_as_plain(config, features), own, None, []))
+            continue
         own = [position[Slot(config.name, f)] for f in config.feature_names]
         if chunk is None:
             blocks.append(Block(config, own, None, []))

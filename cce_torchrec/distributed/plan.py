@@ -12,6 +12,7 @@ from torchrec.distributed.types import ParameterSharding, ShardingType
 from torchrec.modules.embedding_configs import EmbeddingBagConfig
 
 from cce_torchrec.config import CCEEmbeddingBagConfig
+from cce_torchrec.distributed.id_blocks import IdBlocks, codebook_owners, is_row_wise
 from cce_torchrec.modules.embedding_bag_collection import CCEEmbeddingBagCollection
 from cce_torchrec.slots import physical_table
 
@@ -22,6 +23,7 @@ SUPPORTED = (
     ShardingType.COLUMN_WISE.value,
     ShardingType.TABLE_COLUMN_WISE.value,
     ShardingType.DATA_PARALLEL.value,
+    ShardingType.ROW_WISE.value,
 )
 
 
@@ -56,11 +58,13 @@ def check_world_size(params: dict[str, ParameterSharding], world_size: int) -> N
 
 
 def chunk_owners(config: CCEEmbeddingBagConfig, sharding: ParameterSharding) -> list[int]:
-    """Rank that owns each chunk under a logical table's sharding.
+    """Rank that owns each chunk's codebook under a logical table's sharding.
 
     Raises:
         ValueError: column shards that cut a chunk in two.
     """
+    if is_row_wise(sharding):
+        return codebook_owners(config, IdBlocks.of(config, sharding))
     who = f"table {config.name!r}"
     spec = sharding.sharding_spec
     shards = spec.shards if isinstance(spec, EnumerableShardingSpec) else None
@@ -87,15 +91,20 @@ def fan_out(
     """The plan of TorchRec's tables behind `config`: its chunks, or the plain table itself.
 
     Raises:
-        ValueError: a sharding type that places rows, not chunks.
+        ValueError: a sharding type that cuts codebooks, or a plain table, by rows.
     """
     if sharding.sharding_type not in SUPPORTED:
         raise ValueError(
-            f"table {config.name!r}: sharding_type {sharding.sharding_type!r} splits rows over "
-            "ranks, and a CCE collection sends ids to the ranks that own whole chunks; use one of "
+            f"table {config.name!r}: sharding_type {sharding.sharding_type!r} cuts codebooks by "
+            "rows, and a CCE collection looks up whole chunks; use one of "
             f"{list(SUPPORTED)}"
         )
     if not isinstance(config, CCEEmbeddingBagConfig):
+        if is_row_wise(sharding):
+            raise ValueError(
+                f"table {config.name!r}: a plain table of a CCE collection cannot be ROW_WISE; "
+                "compress it, plan it column-wise, or put it into an EmbeddingBagCollection"
+            )
         return {config.name: sharding}
     tables = [physical_table(config.name, chunk) for chunk in range(config.num_chunks)]
     if is_data_parallel(sharding):

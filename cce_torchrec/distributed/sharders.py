@@ -7,7 +7,7 @@ from typing import Any
 from torchrec.distributed.sharding_plan import get_default_sharders as torchrec_sharders
 from torchrec.distributed.types import QuantizedCommCodecs
 
-from cce_torchrec.distributed.embedding_bag_collection import CCEEmbeddingBagCollectionSharder
+from cce_torchrec.distributed.embedding_bag_sharder import CCEEmbeddingBagCollectionSharder
 from cce_torchrec.distributed.embedding_collection import CCEEmbeddingCollectionSharder
 from cce_torchrec.distributed.feature_processed import FeatureProcessedSharder
 

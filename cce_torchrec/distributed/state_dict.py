@@ -1,14 +1,16 @@
 """Codes in a sharded module's state dict: one ShardedTensor [N, c] per logical table.
 
-Its shards are columns, one per run of neighbouring chunks that a rank owns, so that
-torch.distributed.checkpoint saves them at one world size and plan and loads them at another, or
-as the plain tensor of the unsharded module.
+Its shards are columns, one per run of neighbouring chunks that a rank owns, or under ROW_WISE
+blocks of ids, so that torch.distributed.checkpoint saves them at one world size and plan and loads
+them at another, or as the plain tensor of the unsharded module. The bits of seen ids of a ROW_WISE
+table are sharded like its codes.
 """
 
 from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -19,17 +21,30 @@ from torch.distributed._shard.sharded_tensor import Shard, ShardedTensor
 from torch.distributed._shard.sharded_tensor.metadata import ShardedTensorMetadata, TensorProperties
 from torchrec.modules.embedding_configs import EmbeddingBagConfig
 
-from cce_torchrec.chunk_codes import codes_of
+from cce_torchrec.chunk_codes import ChunkCodes, codes_of
 from cce_torchrec.codes import code_dtype
 from cce_torchrec.config import CCEEmbeddingBagConfig
+from cce_torchrec.distributed.id_blocks import IdBlocks
 
 
-def _runs(owners: list[int]) -> list[tuple[int, int, int]]:
-    """(owner, first chunk, number of chunks) of neighbouring chunks of one owner."""
+@dataclass(frozen=True)
+class Part:
+    """Codes of neighbouring ids and chunks that one rank holds."""
+
+    owner: int
+    ids: range
+    chunks: range
+
+
+def _parts(config: CCEEmbeddingBagConfig, owners: list[int], blocks: IdBlocks | None) -> list[Part]:
+    """The shards of a table's codes."""
+    if blocks is not None:
+        held = [Part(rank, blocks.ids(rank), range(config.num_chunks)) for rank in blocks.ranks]
+        return [part for part in held if part.ids]
     out, first = [], 0
     for owner, chunks in itertools.groupby(owners):
         count = len(list(chunks))
-        out.append((owner, first, count))
+        out.append(Part(owner, range(config.num_embeddings), range(first, first + count)))
         first += count
     return out
 
@@ -47,11 +62,12 @@ class CodesState:
         codes: nn.ModuleDict,
         configs: Sequence[EmbeddingBagConfig],
         owners: dict[str, list[int]],
+        blocks: dict[str, IdBlocks],
         rank: int,
         device: torch.device,
         group: dist.ProcessGroup | None,
     ) -> None:
-        self._codes, self._owners, self._rank = codes, owners, rank
+        self._codes, self._owners, self._blocks, self._rank = codes, owners, blocks, rank
         self.set_configs(configs)
         self._device, self._group = device, group
 
@@ -65,12 +81,14 @@ class CodesState:
     def save(
         self, module: nn.Module, state: dict[str, Any], prefix: str, metadata: dict[str, Any]
     ) -> None:
-        """Replaces this rank's columns by the table's ShardedTensor, on every rank."""
+        """Replaces this rank's part by the table's ShardedTensor, on every rank."""
         for config in self._configs:
             state[codes_key(prefix, config.name)] = self._sharded(config)
+            if config.track_seen and config.name in self._blocks:
+                state[_seen_key(prefix, config.name)] = self._sharded_seen(config)
 
     def load(self, state: dict[str, Any], prefix: str, *_: Any) -> None:
-        """Replaces a table's ShardedTensor by this rank's columns, where it has any.
+        """Replaces a table's ShardedTensor by this rank's part, where it has any.
 
         Raises:
             ValueError: codes of another table size or number of chunks, naming both, or of a
@@ -87,52 +105,95 @@ class CodesState:
             key = codes_key(prefix, config.name)
             if key not in state:
                 continue
-            value = state[key]
-            expected = (config.num_embeddings, config.num_chunks)
-            if isinstance(value, ShardedTensor):
-                if tuple(value.size()) != expected:
-                    raise ValueError(_mismatch(config, tuple(value.size())))
-                shards = {
-                    shard.metadata.shard_offsets[1]: shard.tensor for shard in value.local_shards()
-                }
-                mine = [shards[first] for _, first, _ in self._own_runs(config)]
-            elif isinstance(value, torch.Tensor) and tuple(value.shape) == expected:
-                mine = [value[:, first : first + n] for _, first, n in self._own_runs(config)]
-            else:
-                raise ValueError(_mismatch(config, tuple(getattr(value, "shape", ()))))
-            if mine:
-                state[key] = torch.cat(mine, dim=1) if len(mine) > 1 else mine[0]
+            value, held = state[key], codes_of(self._codes, config.name)
+            found = tuple(value.size()) if isinstance(value, torch.Tensor) else ()
+            if found != (config.num_embeddings, config.num_chunks):
+                raise ValueError(_mismatch(config, found))
+            parts = [_taken(value, p) for p in self._parts(config) if p.owner == self._rank]
+            if parts:
+                state[key] = torch.cat(parts, dim=1) if len(parts) > 1 else parts[0]
+            elif held is not None and held.codes is not None:  # a block without ids
+                state[key] = held.codes
             else:
                 del state[key]
+            seen = _seen_key(prefix, config.name)
+            if config.name in self._blocks and seen in state and held is not None:
+                state[seen] = _own_bits(state[seen], held)
 
-    def _own_runs(self, config: CCEEmbeddingBagConfig) -> list[tuple[int, int, int]]:
-        return [run for run in _runs(self._owners[config.name]) if run[0] == self._rank]
+    def _parts(self, config: CCEEmbeddingBagConfig) -> list[Part]:
+        return _parts(config, self._owners[config.name], self._blocks.get(config.name))
 
     def _sharded(self, config: CCEEmbeddingBagConfig) -> ShardedTensor:
-        rows = config.num_embeddings
         shards, local = [], []
         held = codes_of(self._codes, config.name)
-        for owner, first, count in _runs(self._owners[config.name]):
-            device = "cpu" if self._device.type == "cpu" else f"{self._device.type}:{owner}"
-            metadata = ShardMetadata([0, first], [rows, count], f"rank:{owner}/{device}")
-            shards.append(metadata)
-            if owner == self._rank:
+        for part in self._parts(config):
+            shard = self._shard(
+                part, [part.ids.start, part.chunks.start], [len(part.ids), len(part.chunks)]
+            )
+            shards.append(shard)
+            if part.owner == self._rank:
                 assert held is not None and held.codes is not None
-                column = held.chunks.index(first)
+                column = held.chunks.index(part.chunks.start)
                 # The whole buffer is its own shard; a part of it is copied, as shards must be
                 # contiguous.
-                part = held.codes[:, column : column + count].contiguous()
-                local.append(Shard(part, metadata))
-        properties = TensorProperties(dtype=code_dtype(config.num_rows), requires_grad=False)
+                codes = held.codes[:, column : column + len(part.chunks)].contiguous()
+                local.append(Shard(codes, shard))
+        size = [config.num_embeddings, config.num_chunks]
+        return self._tensor(local, shards, size, code_dtype(config.num_rows))
+
+    def _sharded_seen(self, config: CCEEmbeddingBagConfig) -> ShardedTensor:
+        """The bits of all ids: of each block its own bytes, of the last one the spare as well."""
+        shards, local = [], []
+        held = codes_of(self._codes, config.name)
+        parts = self._parts(config)
+        for part in parts:
+            first = part.ids.start // 8
+            last = part.ids.stop // 8 if part is not parts[-1] else config.seen_bytes
+            shard = self._shard(part, [first], [last - first])
+            shards.append(shard)
+            if part.owner == self._rank:
+                assert held is not None and held.seen is not None
+                local.append(Shard(held.seen[: last - first], shard))
+        return self._tensor(local, shards, [config.seen_bytes], torch.uint8)
+
+    def _shard(self, part: Part, offsets: list[int], sizes: list[int]) -> ShardMetadata:
+        kind = self._device.type
+        device = "cpu" if kind == "cpu" else f"{kind}:{part.owner}"
+        return ShardMetadata(offsets, sizes, f"rank:{part.owner}/{device}")
+
+    def _tensor(
+        self, local: list[Shard], shards: list[ShardMetadata], size: list[int], dtype: torch.dtype
+    ) -> ShardedTensor:
+        properties = TensorProperties(dtype=dtype, requires_grad=False)
+        whole = ShardedTensorMetadata(shards, torch.Size(size), properties)
         return ShardedTensor._init_from_local_shards_and_global_metadata(
-            local,
-            ShardedTensorMetadata(
-                shards_metadata=shards,
-                size=torch.Size([rows, config.num_chunks]),
-                tensor_properties=properties,
-            ),
-            process_group=self._group,
+            local, whole, process_group=self._group
         )
+
+
+def _seen_key(prefix: str, table: str) -> str:
+    return f"{prefix}codes.{table}.seen"
+
+
+def _taken(value: torch.Tensor, part: Part) -> torch.Tensor:
+    """The codes of `part`, from a plain tensor or one that is sharded in the same way."""
+    if not isinstance(value, ShardedTensor):
+        return value[part.ids.start : part.ids.stop, part.chunks.start : part.chunks.stop]
+    at = [part.ids.start, part.chunks.start]
+    return next(s.tensor for s in value.local_shards() if list(s.metadata.shard_offsets) == at)
+
+
+def _own_bits(value: torch.Tensor, held: ChunkCodes) -> torch.Tensor:
+    """Bits of seen ids of this rank's block."""
+    assert held.seen is not None
+    out = torch.zeros_like(held.seen)
+    if isinstance(value, ShardedTensor):
+        parts = [shard.tensor for shard in value.local_shards()]
+    else:
+        parts = [value[held.ids.start // 8 :][: len(out)]]
+    for part in parts:
+        out[: len(part)] = part
+    return out
 
 
 def _mismatch(config: CCEEmbeddingBagConfig, found: tuple[int, ...]) -> str:

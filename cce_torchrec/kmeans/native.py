@@ -149,18 +149,22 @@ def accumulate(
 
 @dataclass(frozen=True)
 class Column:
-    """Ids [first, last) of one chunk: their codes are a column of `codes` [N, c]."""
+    """Ids [first, last) of one chunk: their codes are a column of `codes`, from id `base` on."""
 
     codes: torch.Tensor
     column: int
     first: int
     last: int
+    base: int = 0
 
     @property
     def _args(self) -> tuple[torch.Tensor | int, ...]:
         codes = self.codes
-        assert codes.is_contiguous()
-        start = codes.view(-1)[self.column :]
+        assert codes.is_contiguous() and self.base <= self.first
+        assert self.last - self.base <= len(codes)
+        # Where id 0 would be, as the kernels count from there; they read from `first` on.
+        at = self.column - self.base * codes.shape[1]
+        start = codes.data_ptr() + at * codes.element_size()
         return start, codes.element_size(), codes.shape[1], self.first, self.last
 
     def count_pairs(

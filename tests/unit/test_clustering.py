@@ -11,7 +11,7 @@ from torchrec.optim.apply_optimizer_in_backward import apply_optimizer_in_backwa
 from cce_torchrec import CCEEmbeddingBagCollection, CCEEmbeddingBagConfig
 from cce_torchrec.clustering import ClusteringSchedule, cluster
 from cce_torchrec.clustering.budget import budget
-from cce_torchrec.clustering.ids import ChunkIds
+from cce_torchrec.clustering.ids import ChunkIds, starting_pairs
 from cce_torchrec.codes import seen_ids, widen
 from cce_torchrec.hashing import helper_hash
 from cce_torchrec.kmeans import native
@@ -171,19 +171,20 @@ def test_starts_are_the_pairs_of_hashed_ids():
     """Of the pairs that were listed, those of the drawn ids come first, each once."""
     m = grouped(num_ids=3000)
     codes = m.codes["t"].codes
-    ids = ChunkIds(codes, 1, 64, 192, helper_hash(0, "t", 1, 0))
+    ids = ChunkIds(codes, 1, 64, 192, helper_hash(0, "t", 1, 0), range(3000), 3000)
     sample = helper_hash(7, "t", 1, 3)
     every = ids.keys(torch.arange(3000)).unique()
     some = every[::3]
     for count in (5, 40):  # all ids are sorted by hash from 3000 / 8 on, below they are drawn
         drawn = (sample.bits31(torch.arange(4 * count)) * 3000) >> 31
         wanted = list(dict.fromkeys(k for k in ids.keys(drawn).tolist() if k in set(some.tolist())))
-        starts = ids.starts(sample, count, some)
+        starts = starting_pairs(ids.keys(ids.drawn(sample, count)), count, some)
         assert len(starts) == count == len(set(starts.tolist()))
         got = some[starts].tolist()
         common = min(count, len(wanted))
         assert got[:common] == wanted[:common]
-    assert len(ids.starts(sample, 10_000, some)) == len(some)
+    drawn = ids.keys(ids.drawn(sample, 10_000))
+    assert len(starting_pairs(drawn, 10_000, some)) == len(some)
 
 
 def test_a_sample_is_nearly_as_good_as_all_ids():

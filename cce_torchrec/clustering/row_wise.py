@@ -1,0 +1,251 @@
+"""One chunk of a ROW_WISE table, whose codes are spread over ranks by ids.
+
+Every rank counts the pairs of its ids, the owner of the codebook makes points of all pairs, all
+ranks score them, and each finds the new codes of its own ids. Pairs, counts and integer sums cross
+the network, codes do not. Results are the bytes of the chunk in one place.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import TypeVar
+
+import torch
+import torch.distributed as dist
+
+from cce_torchrec.clustering.budget import ASSIGN_BLOCK
+from cce_torchrec.clustering.chunk import ChunkState, ChunkUpdate, Relabelling, settle
+from cce_torchrec.clustering.ids import ChunkIds, IdWeights, NewCodes
+from cce_torchrec.clustering.options import Options
+from cce_torchrec.clustering.pairs import (
+    IdBlock,
+    Sampled,
+    broadcast,
+    codebooks_only,
+    list_ids,
+    most_ids,
+    points_of,
+    sample_hash,
+    starts_wanted,
+)
+from cce_torchrec.clustering.plan import Task
+from cce_torchrec.codes import pack
+from cce_torchrec.kmeans.lloyd import KMeansResult, kmeans
+from cce_torchrec.kmeans.points import PairPoints, metric_root
+from cce_torchrec.kmeans.share import assign, gathered, raise_failures
+
+T = TypeVar("T")
+
+
+class RowWiseSolver:
+    """The steps of one chunk's clustering; collective: every rank of the table calls each.
+
+    What a rank does by itself is followed by word from all, so that a failure is raised on every
+    rank and none waits.
+    """
+
+    def __init__(
+        self, state: ChunkState, task: Task, options: Options, device: torch.device
+    ) -> None:
+        assert state.blocks is not None
+        self._state, self._task, self._options, self._device = state, task, options, device
+        self._group, self._owner = state.blocks.group, state.blocks.owner
+        self._source = dist.get_global_rank(self._group, self._owner)
+        self._metric = options.metric_of(task.table, task.chunk, task.dim)
+
+    def solve(self, keep_codes: bool) -> ChunkUpdate:
+        """What the step will write, on every rank; with its new codes if `keep_codes`.
+
+        Raises:
+            ValueError: on every rank, if any fails.
+        """
+        points = self._points()
+        result = self._kmeans(points)
+        update = self._agree(lambda: settle(self._state, points, result))
+        if keep_codes:
+            every = self._task.budget.samples_per_centroid is None
+            nearest = result.assignment if every else None
+            update.codes = self._relabelled(points, update, nearest, keep=True)
+        return update
+
+    def write_codes(self, update: ChunkUpdate | None) -> None:
+        """Finds the new codes that were not kept, and writes them part by part."""
+        assert update is not None
+        if self._task.budget.samples_per_centroid is not None:
+            self._relabelled(self._books(), update, None, keep=False)
+            return
+        points = self._points()
+        nearest = self._nearest(points, update, self._group)
+        self._relabelled(points, update, nearest, keep=False)
+
+    def _agree(self, work: Callable[[], T]) -> T:
+        """This rank's `work`, once no rank has failed in its own."""
+        done: list[T] = []
+        failure: str | None = None
+        try:
+            done.append(work())
+        except Exception as error:
+            failure = f"{self._task.who}: {error}"
+        raise_failures(gathered(failure, self._group))
+        return done[0]
+
+    def _points(self) -> PairPoints:
+        """The pairs of all ids (or of a sample of them), on every rank."""
+        state, budget = self._state, self._task.budget
+        weights = self._options.weights_of(state)
+        ids, sample = state.ids, sample_hash(state)
+        if budget.by_pair:
+            keys, counts = self._counted(ids, weights)
+        else:
+            listed = self._agree(lambda: list_ids(ids, sample, most_ids(state, budget), weights))
+            if not self._sum(torch.tensor([len(listed[0])], device=self._device)):
+                first = ids.keys(_held(ids, ids.range(0, min(ids.num_ids, ids.num_rows))))
+                listed = first, torch.ones_like(first)
+            keys, counts = self._merged(*listed)
+        drawn = ids.drawn(sample, starts_wanted(state, weights))
+        here = (drawn >= ids.held.start) & (drawn < ids.held.stop)
+        pairs = torch.zeros_like(drawn)
+        pairs[here] = ids.keys(drawn[here])
+        dist.all_reduce(pairs, group=self._group)
+        made = self._agree(
+            lambda: points_of(state, keys, counts, pairs, weights) if state.owned else None
+        )
+        return self._everywhere(made)
+
+    def _counted(
+        self, ids: ChunkIds, weights: IdWeights | None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Pairs of all ids, rising, and their ids or weights, on the owner."""
+        grid = self._agree(ids.count_pairs)
+        dist.reduce(grid, self._source, group=self._group)
+        keys = grid.nonzero().view(-1)
+        if weights is None:
+            return keys, grid[keys]
+        del grid
+        weighted = self._agree(lambda: ids.count_pairs(weights))
+        dist.reduce(weighted, self._source, group=self._group)
+        return keys, weighted[keys]
+
+    def _merged(
+        self, listed: torch.Tensor, weight: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """As `_counted`, from a list of the pairs of each rank's ids."""
+        own, inverse = self._agree(lambda: torch.unique(listed, return_inverse=True))
+        counts = torch.zeros_like(own).index_add_(0, inverse, weight)
+        keys, counts = self._collected(own), self._collected(counts)
+        merged, inverse = self._agree(lambda: torch.unique(keys, return_inverse=True))
+        return merged, torch.zeros_like(merged).index_add_(0, inverse, counts)
+
+    def _collected(self, own: torch.Tensor) -> torch.Tensor:
+        """All ranks' int64 [n] on the owner, one after the other; elsewhere nothing."""
+        ranks = dist.get_world_size(self._group)
+        lengths = gathered(len(own), self._group)
+        padded = own.new_zeros(max(lengths))
+        padded[: len(own)] = own
+        parts = [torch.empty_like(padded) for _ in range(ranks)] if self._state.owned else None
+        dist.gather(padded, parts, self._source, group=self._group)
+        if parts is None:
+            return own[:0]
+        return torch.cat([part[:n] for part, n in zip(parts, lengths, strict=True)])
+
+    def _books(self) -> PairPoints:
+        """The codebooks on every rank, without points."""
+        owned = self._state.owned
+        made = self._agree(
+            lambda: codebooks_only(self._state, self._task.budget).points if owned else None
+        )
+        return self._everywhere(made)
+
+    def _everywhere(self, points: PairPoints | None) -> PairPoints:
+        rows = (self._task.num_rows, self._task.num_helper_rows, self._task.dim)
+        shared = broadcast(points, rows, self._owner, self._device, self._group)
+        assert shared is not None
+        return shared
+
+    def _kmeans(self, points: PairPoints) -> KMeansResult:
+        task, options = self._task, self._options
+        return kmeans(
+            points,
+            task.num_clusters,
+            options.iterations,
+            backend=options.backend,
+            init=points.codebooks()[0] if options.init == "main" else options.init,
+            tolerance=options.tolerance,
+            metric=self._metric,
+            process_group=self._group,
+            score_bytes=task.budget.score_bytes,
+        )
+
+    def _relabelled(
+        self,
+        points: PairPoints,
+        update: ChunkUpdate,
+        nearest: torch.Tensor | None,
+        keep: bool,
+    ) -> list[NewCodes]:
+        """Finds new codes of this rank's ids and takes all ranks' into account in `update`.
+
+        Writes them part by part, or returns them if `keep`. `nearest` of all pairs; None where
+        K-means saw a sample.
+        """
+        update.changed = 0
+        relabelling = self._agree(lambda: Relabelling(self._state, points, update))
+
+        def work() -> list[NewCodes]:
+            kept = []
+            for part in self._parts(points, update, nearest):
+                relabelling.take(part)
+                if keep:
+                    kept.append(part)
+                else:
+                    part.write()
+            return kept
+
+        kept = self._agree(work)
+        relabelling.add_up(self._group)
+        relabelling.finish()
+        return kept
+
+    def _parts(
+        self, points: PairPoints, update: ChunkUpdate, nearest: torch.Tensor | None
+    ) -> Iterator[NewCodes]:
+        """New codes of this rank's ids."""
+        ids = self._state.ids
+        if nearest is None:
+            books = Sampled(ids, points.a[:0].long(), points, None)
+            for first in ids.held[::ASSIGN_BLOCK]:
+                block = IdBlock.of(books, first)
+                yield block.new_codes(self._nearest(block.points, update, None))
+            return
+        keys = points.a.long() * ids.helper_rows + points.b
+        if self._task.budget.by_pair:
+            yield NewCodes.of_pairs(ids, keys, nearest)
+            return
+        packed = pack(nearest, ids.codes.dtype)
+        for first in ids.held[::ASSIGN_BLOCK]:
+            last = min(first + ASSIGN_BLOCK, ids.held.stop)
+            at = torch.searchsorted(keys, ids.keys(ids.range(first, last)))
+            yield NewCodes(ids, packed[at], False, first, last)
+
+    def _nearest(
+        self, points: PairPoints, update: ChunkUpdate, group: dist.ProcessGroup | None
+    ) -> torch.Tensor:
+        """Nearest of the centroids that K-means scored last."""
+        if self._metric is not None:
+            points = points.transformed(metric_root(self._metric, self._task.dim).to(self._device))
+        return assign(
+            points,
+            update.scored,
+            backend=self._options.scorer,
+            process_group=group,
+            score_bytes=self._task.budget.score_bytes,
+        )
+
+    def _sum(self, value: torch.Tensor) -> int:
+        dist.all_reduce(value, group=self._group)
+        return int(value)
+
+
+def _held(ids: ChunkIds, wanted: torch.Tensor) -> torch.Tensor:
+    """Those of `wanted` that this rank holds."""
+    return wanted[(wanted >= ids.held.start) & (wanted < ids.held.stop)]

@@ -1,0 +1,199 @@
+"""The first hop of ROW_WISE tables: ids to the owners of their codes, codes back.
+
+Before the input distribution, on the rank that has the batch, the features of such tables become
+physical ones whose values are codebook rows; these then go to the owners of the codebooks as ids of
+plain tables would. Distinct ids cross the network, once: popular ids live together in the first
+blocks, whose owner would otherwise answer for most of the batch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torchrec.modules.embedding_configs import EmbeddingBagConfig
+from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
+
+from cce_torchrec.bounds import BoundsCheck
+from cce_torchrec.chunk_codes import ChunkCodes, codes_of
+from cce_torchrec.codes import mark_seen, widen
+from cce_torchrec.distributed.id_blocks import IdBlocks
+from cce_torchrec.expand import Block, Expansion, Work
+from cce_torchrec.modules.embedding_bag_collection import select_slots
+from cce_torchrec.slots import Slot, physical_feature
+
+_FAILED = -1
+
+
+class CodeFetch(Expansion):
+    """Expands the slots of ROW_WISE tables by codes that live on other ranks; collective."""
+
+    _dtype = torch.int32  # half the bytes on the network; the lookup widens
+
+    def __init__(
+        self,
+        blocks: list[Block],
+        slots: list[Slot],
+        keys: list[str],
+        others: list[str],
+        ids: list[IdBlocks],
+        group: dist.ProcessGroup,
+    ) -> None:
+        super().__init__(blocks, slots, keys)
+        self._others, self._ids, self._group = others, ids, group
+        self._kernel_takes = False
+
+    @classmethod
+    def of(
+        cls,
+        configs: Sequence[EmbeddingBagConfig],
+        codes: nn.ModuleDict,
+        row_wise: dict[str, IdBlocks],
+        group: dist.ProcessGroup,
+    ) -> CodeFetch | None:
+        """For the tables `row_wise` of a collection of `configs`; None without such tables.
+
+        Args:
+            codes: with those of this rank's blocks.
+        """
+        blocks: list[Block] = []
+        slots: list[Slot] = []
+        keys: list[str] = []
+        others: list[str] = []
+        for config in configs:
+            if config.name not in row_wise:
+                others += config.feature_names
+                continue
+            held = codes_of(codes, config.name)
+            assert held is not None
+            at = range(len(slots), len(slots) + len(config.feature_names))
+            blocks.append(Block(config, list(at), held, held.chunks))
+            slots += [Slot(config.name, feature) for feature in config.feature_names]
+            keys += [
+                physical_feature(config.name, feature, chunk)
+                for chunk in held.chunks
+                for feature in config.feature_names
+            ]
+        if not blocks:
+            return None
+        ids = [row_wise[block.config.name] for block in blocks]
+        return cls(blocks, slots, keys, list(dict.fromkeys(others)), ids, group)
+
+    @property
+    def rewrites(self) -> list[int]:
+        """Changes whenever codes or hashes may have, alike on every rank."""
+        return [_held(block).rewrites for block in self._blocks]
+
+    def replace(self, features: KeyedJaggedTensor, check: BoundsCheck) -> KeyedJaggedTensor:
+        """`features` with those of ROW_WISE tables as rows, by chunk; collective.
+
+        Raises:
+            ValueError: on every rank, if ids of any are refused (bounds_check_mode FATAL).
+        """
+        rows = self(select_slots(features, [slot.feature for slot in self._slots]), check)
+        if not self._others:
+            return rows
+        return KeyedJaggedTensor.concat([select_slots(features, self._others), rows])
+
+    def _write_rows(self, work: list[Work], check: BoundsCheck) -> None:
+        """Rows of the ids of every block, after one exchange for all of them."""
+        failure: Exception | None = None
+        distinct: list[torch.Tensor] = []
+        checked: list[tuple[torch.Tensor, torch.Tensor]] = []
+        try:
+            for block, (who, ids, _) in zip(self._blocks, work, strict=True):
+                valid = check(who, ids, block.config.num_embeddings).long()
+                rising, inverse = torch.unique(valid, return_inverse=True)
+                distinct.append(rising)
+                checked.append((valid, inverse))
+        except Exception as error:  # told to every rank, as all of them wait for this one
+            failure = error
+        codes = self._exchange(distinct, failure)
+        for block, (_, _, out), (ids, at), own in zip(
+            self._blocks, work, checked, codes, strict=True
+        ):
+            held = _held(block)
+            parts = [widen(own[at]).t()]
+            if block.rows_per_id == 2:
+                parts.append(held.helper_rows(ids) + held.config.num_rows)
+            rows = torch.stack(parts, dim=-1)
+            out.view(rows.shape).copy_(rows)
+
+    def _exchange(
+        self, distinct: list[torch.Tensor], failure: Exception | None
+    ) -> list[torch.Tensor]:
+        """Codes [U, c] of the rising ids [U] of each block, in storage type.
+
+        Raises:
+            ValueError: on every rank, if any has failed before.
+        """
+        ranks, tables = dist.get_world_size(self._group), len(self._blocks)
+        device = _held(self._blocks[0]).clusterings.device
+        counts = torch.full((ranks, tables), _FAILED, device=device)
+        cuts: list[list[int]] = []
+        if failure is None:
+            each = [ids.cuts(rising) for ids, rising in zip(self._ids, distinct, strict=True)]
+            counts = torch.stack([c.diff() for c in each], dim=1).contiguous()
+            cuts = torch.stack(each).tolist()
+        theirs = torch.empty_like(counts)
+        dist.all_to_all_single(theirs, counts, group=self._group)
+        asked, answered = counts.tolist(), theirs.tolist()
+        failed = [rank for rank, row in enumerate(answered) if _FAILED in row]
+        if failure is not None:
+            raise failure
+        if failed:
+            raise ValueError(f"the batch of ranks {failed} could not be looked up; see their error")
+        pieces = [
+            distinct[t][cuts[t][r] : cuts[t][r + 1]] for r in range(ranks) for t in range(tables)
+        ]
+        wanted = self._sent(torch.cat(pieces), [sum(row) for row in asked], answered)
+        replies = self._codes_of(wanted, answered)
+        sizes = [_bytes_per_id(block) for block in self._blocks]
+        returned = [[n * s for n, s in zip(row, sizes, strict=True)] for row in asked]
+        sent = [sum(n * s for n, s in zip(row, sizes, strict=True)) for row in answered]
+        by_rank = self._sent(replies, sent, returned).split([n for row in returned for n in row])
+        return [
+            torch.cat(by_rank[t::tables]).view(codes.dtype).view(-1, codes.shape[1])
+            for t, codes in enumerate(map(_codes, self._blocks))
+        ]
+
+    def _sent(
+        self, values: torch.Tensor, to_each: list[int], from_each: list[list[int]]
+    ) -> torch.Tensor:
+        """What the other ranks send when this one sends `values`, by counts."""
+        received = [sum(row) for row in from_each]
+        out = values.new_empty(sum(received))
+        dist.all_to_all_single(out, values, received, to_each, group=self._group)
+        return out
+
+    def _codes_of(self, wanted: torch.Tensor, counts: list[list[int]]) -> torch.Tensor:
+        """Codes of the ids that other ranks ask for, as bytes in their order."""
+        pieces = wanted.split([n for row in counts for n in row])
+        tables, replies = len(self._blocks), list(pieces)
+        for t, block in enumerate(self._blocks):
+            held = _held(block)
+            own = torch.cat(pieces[t::tables]) - held.ids.start
+            if held.seen is not None and held.training:
+                mark_seen(held.seen, own)
+            found = _codes(block).index_select(0, own).view(-1).view(torch.uint8)
+            size = _bytes_per_id(block)
+            replies[t::tables] = found.split([row[t] * size for row in counts])
+        return torch.cat(replies)
+
+
+def _held(block: Block) -> ChunkCodes:
+    assert block.codes is not None
+    return block.codes
+
+
+def _codes(block: Block) -> torch.Tensor:
+    codes = _held(block).codes
+    assert codes is not None
+    return codes
+
+
+def _bytes_per_id(block: Block) -> int:
+    codes = _codes(block)
+    return codes.shape[1] * codes.element_size()
