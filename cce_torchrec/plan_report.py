@@ -15,11 +15,12 @@ from torchrec.modules.embedding_configs import EmbeddingBagConfig
 from torchrec.optim.apply_optimizer_in_backward import apply_optimizer_in_backward
 
 from cce_torchrec.config import CCEEmbeddingBagConfig
+from cce_torchrec.distributed.id_blocks import IdBlocks, is_row_wise
 from cce_torchrec.distributed.plan import is_data_parallel
 from cce_torchrec.distributed.sharders import get_default_sharders
 from cce_torchrec.modules.compress import compressed, full_bytes
 from cce_torchrec.modules.embedding_bag_collection import CCEEmbeddingBagCollection
-from cce_torchrec.planner import make_planner, optimizer_bytes
+from cce_torchrec.planner import make_planner, optimizer_bytes, row_wise_bytes
 
 
 @dataclass(frozen=True)
@@ -107,6 +108,15 @@ def _planned(
 ) -> list[PlannedTable]:
     """A table's shares, summed by rank."""
     assert isinstance(entry.sharding_spec, EnumerableShardingSpec)
+    if is_row_wise(entry) and isinstance(config, CCEEmbeddingBagConfig):
+        blocks = IdBlocks.of(config, entry)
+        return [
+            PlannedTable(
+                *(path, config.name, entry.sharding_type, rank),
+                *row_wise_bytes(config, parameter, blocks, rank),
+            )
+            for rank in blocks.ranks
+        ]
     shares: dict[int, list[int]] = {}
     for shard in entry.sharding_spec.shards:
         rows, width = shard.shard_sizes

@@ -25,9 +25,16 @@ from torchrec.distributed.planner.types import (
 from torchrec.distributed.types import ShardingPlan, ShardingType
 from torchrec.modules.embedding_configs import EmbeddingBagConfig
 
-from cce_torchrec.config import CCEEmbeddingBagConfig
+from cce_torchrec.config import CCEEmbeddingBagConfig, code_dtype
+from cce_torchrec.distributed.id_blocks import IdBlocks, codebook_owners
 from cce_torchrec.distributed.sharders import get_default_sharders
 
+_KINDS = {
+    "tw": [ShardingType.TABLE_WISE.value],
+    "cw": [ShardingType.COLUMN_WISE.value],
+    "rw": [ShardingType.ROW_WISE.value],
+    "auto": [ShardingType.TABLE_WISE.value, ShardingType.COLUMN_WISE.value],
+}
 _RESERVED = 0.15
 """Share of a device's memory that plans leave to everything but tables (TorchRec's default)."""
 
@@ -39,10 +46,14 @@ def optimizer_bytes(
 
     `parameter` carries the optimizer that was applied in backward; state is float32.
     """
+    chunk = table.chunk_dim if isinstance(table, CCEEmbeddingBagConfig) else width
+    return _optimizer_bytes(parameter, rows, width, chunk)
+
+
+def _optimizer_bytes(parameter: nn.Parameter, rows: int, width: int, chunk: int) -> int:
     classes = getattr(parameter, "_optimizer_classes", [])
     name = classes[0].__name__ if classes else ""
-    chunk = table.chunk_dim if isinstance(table, CCEEmbeddingBagConfig) else width
-    rowwise, whole = 4 * rows * (width // chunk), 4 * rows * width
+    rowwise, whole = 4 * rows * (width // chunk if width else 0), 4 * rows * width
     return {
         "RowWiseAdagrad": rowwise,
         "Adagrad": whole,
@@ -55,7 +66,8 @@ class CodeStorageEstimator(ShardEstimator):
     """Adds codes, and what TorchRec misses of the optimizer, to the storage of CCE shards.
 
     TorchRec's own estimator sees the proxy of the codebooks [k + k', D]; a shard of some columns
-    holds the codes of the chunks in them, and row-wise state once per chunk.
+    holds the codes of the chunks in them, and row-wise state once per chunk. Under ROW_WISE, whose
+    shard i TorchRec gives to rank i, it holds the codes of a block of ids and whole codebooks.
     """
 
     def __init__(self, topology: Topology, tables: Sequence[EmbeddingBagConfig]) -> None:
@@ -70,17 +82,42 @@ class CodeStorageEstimator(ShardEstimator):
             table = self._tables.get(option.name)
             if table is None:
                 continue
-            for shard in option.shards:
+            row_wise = option.sharding_type == ShardingType.ROW_WISE.value
+            blocks = IdBlocks(table.num_embeddings, tuple(range(len(option.shards))))
+            for rank, shard in enumerate(option.shards):
                 rows, width = shard.size
-                added = -(-table.code_bytes * width // table.embedding_dim) + table.seen_bytes
-                kind = getattr(option.tensor, "_optimizer_classes", [None])[0]
-                if kind is not None and kind.__name__ == "RowWiseAdagrad":
-                    state = optimizer_bytes(table, option.tensor, rows, width)
-                    added += state - 4 * rows * width // table.embedding_dim
+                if row_wise:
+                    held = sum(row_wise_bytes(table, option.tensor, blocks, rank))
+                    added = held - _as_torchrec_counts(option.tensor, rows, width)
+                else:
+                    added = -(-table.code_bytes * width // table.embedding_dim) + table.seen_bytes
+                    added += optimizer_bytes(table, option.tensor, rows, width)
+                    added -= _optimizer_bytes(option.tensor, rows, width, width)
                 assert shard.storage is not None
                 shard.storage += Storage(
                     hbm=added if self._on_gpu else 0, ddr=0 if self._on_gpu else added
                 )
+
+
+def row_wise_bytes(
+    table: CCEEmbeddingBagConfig, parameter: nn.Parameter, blocks: IdBlocks, rank: int
+) -> tuple[int, int, int]:
+    """Bytes of codebooks, codes (and bits) and optimizer state that `rank` holds of `table`."""
+    width = codebook_owners(table, blocks).count(rank) * table.chunk_dim
+    ids = len(blocks.ids(rank))
+    codes = ids * table.num_chunks * code_dtype(table.num_rows).itemsize
+    rows = table.rows_per_chunk
+    return (
+        rows * width * parameter.element_size(),
+        codes + (ids // 8 + 2) * table.track_seen,
+        optimizer_bytes(table, parameter, rows, width),
+    )
+
+
+def _as_torchrec_counts(parameter: nn.Parameter, rows: int, width: int) -> int:
+    """Weights and optimizer state of a shard [rows, width] of a plain table."""
+    weights = rows * width * parameter.element_size()
+    return weights + _optimizer_bytes(parameter, rows, width, width)
 
 
 def _topology(world_size: int, device: torch.device, memory_bytes: int | None) -> Topology:
@@ -102,6 +139,31 @@ def _topology(world_size: int, device: torch.device, memory_bytes: int | None) -
     )
 
 
+def _constraints(table: EmbeddingBagConfig, kind: str, topology: Topology) -> ParameterConstraints:
+    """Where one table may go."""
+    if kind == "dp":
+        return ParameterConstraints(sharding_types=[ShardingType.DATA_PARALLEL.value])
+    if not isinstance(table, CCEEmbeddingBagConfig):
+        return ParameterConstraints(sharding_types=_KINDS["tw"])
+    if kind == "rw" and not table.learned_codes:
+        kind = "tw"  # nothing of it grows with its ids
+    elif kind == "auto" and _too_large(table, topology):
+        kind = "rw"
+    return ParameterConstraints(
+        sharding_types=_KINDS[kind],
+        min_partition=table.chunk_dim,
+        pooling_factors=[float(table.rows_per_id)] * len(table.feature_names),
+    )
+
+
+def _too_large(table: CCEEmbeddingBagConfig, topology: Topology) -> bool:
+    """Whether some rank could not hold its codes if the chunks were spread."""
+    storage = topology.devices[0].storage
+    room = (1 - _RESERVED) * (storage.hbm if topology.compute_device == "cuda" else storage.ddr)
+    chunks = -(-table.num_chunks // topology.world_size)
+    return table.code_bytes * chunks // table.num_chunks > room
+
+
 def make_planner(
     tables: Sequence[EmbeddingBagConfig],
     world_size: int,
@@ -111,47 +173,42 @@ def make_planner(
     memory_bytes: int | None = None,
     dense_bytes: int = 1,
     data_parallel: Collection[str] = (),
+    row_wise: Collection[str] = (),
 ) -> EmbeddingShardingPlanner:
     """TorchRec's planner for these logical tables.
 
     Args:
-        kind: "tw" (chunks together), "cw" (chunks of a table spread over ranks) or "auto"
-            (chosen table by table).
+        kind: "tw" (chunks together), "cw" (chunks of a table spread over ranks), "rw" (codes of a
+            table spread over ranks by ids) or "auto" (chosen table by table: "tw" or "cw", and
+            "rw" where codes of one rank's chunks would not fit its memory).
         batch_size: global.
         memory_bytes: per rank; by default the GPU's own, on a CPU TorchRec's default.
         dense_bytes: of the parameters that are no tables, with their optimizer state.
         data_parallel: names of tables to keep whole on every rank, whatever `kind` says; they
             train by an optimizer over `data_parallel_parameters`.
+        row_wise: names of CCE tables to spread by ids, whatever `kind` says.
 
     Raises:
         ValueError: an unknown kind, or an unknown table.
     """
-    kinds = {
-        "tw": [ShardingType.TABLE_WISE.value],
-        "cw": [ShardingType.COLUMN_WISE.value],
-        "auto": [ShardingType.TABLE_WISE.value, ShardingType.COLUMN_WISE.value],
-    }
-    if kind not in kinds:
-        raise ValueError(f"unknown plan {kind!r}; choose one of {list(kinds)}")
-    unknown = set(data_parallel) - {table.name for table in tables}
-    if unknown:
-        raise ValueError(
-            f"data_parallel names {sorted(unknown)}, which are no tables of the model; choose "
-            f"among {[table.name for table in tables]}"
-        )
-    replicated = [ShardingType.DATA_PARALLEL.value]
-    constraints = {
-        table.name: ParameterConstraints(sharding_types=replicated)
-        if table.name in data_parallel
-        else ParameterConstraints(
-            sharding_types=kinds[kind], min_partition=table.chunk_dim,
-            pooling_factors=[float(table.rows_per_id)] * len(table.feature_names),
-        )
-        if isinstance(table, CCEEmbeddingBagConfig)
-        else ParameterConstraints(sharding_types=kinds["tw"])
-        for table in tables
-    }  # fmt: skip
+    if kind not in _KINDS:
+        raise ValueError(f"unknown plan {kind!r}; choose one of {list(_KINDS)}")
+    for argument, names in (("data_parallel", data_parallel), ("row_wise", row_wise)):
+        unknown = set(names) - {table.name for table in tables}
+        if unknown:
+            raise ValueError(
+                f"{argument} names {sorted(unknown)}, which are no tables of the model; choose "
+                f"among {[table.name for table in tables]}"
+            )
     topology = _topology(world_size, device, memory_bytes)
+    constraints = {
+        table.name: _constraints(
+            table,
+            "dp" if table.name in data_parallel else "rw" if table.name in row_wise else kind,
+            topology,
+        )
+        for table in tables
+    }
     per_rank = max(1, batch_size // world_size)
     return EmbeddingShardingPlanner(
         topology=topology,
@@ -181,6 +238,7 @@ def make_plan(
     batch_size: int = 512,
     memory_bytes: int | None = None,
     data_parallel: Collection[str] = (),
+    row_wise: Collection[str] = (),
 ) -> ShardingPlan:
     """A collective plan of `model`: every rank of the default group calls it, all get the same.
 
@@ -204,6 +262,7 @@ def make_plan(
         memory_bytes,
         dense_bytes=max(1, 6 * dense),  # gradients and Adam's moments, with room
         data_parallel=data_parallel,
+        row_wise=row_wise,
     )
     made: list[Any] = [None, None]
     if dist.get_rank() == 0:

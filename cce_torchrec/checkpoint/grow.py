@@ -55,45 +55,78 @@ class Growth:
             finish()
 
     def _codes(self, value: Any, config: CCEEmbeddingBagConfig, old: int) -> Any:
-        if isinstance(value, ShardedTensor):
-            before = value.metadata()
-            rows = {
-                m: ShardMetadata(m.shard_offsets, [old, m.shard_sizes[1]], m.placement)
-                for m in before.shards_metadata
-            }
-            local = []
-            for shard in value.local_shards():
-                first, count = shard.metadata.shard_offsets[1], shard.metadata.shard_sizes[1]
-                part = self._part(shard.tensor, config, list(range(first, first + count)), old)
-                local.append(Shard(part, rows[shard.metadata]))
-            after = ShardedTensorMetadata(
-                shards_metadata=list(rows.values()),
-                size=torch.Size([old, config.num_chunks]),
-                tensor_properties=before.tensor_properties,
-            )
-            return ShardedTensor._init_from_local_shards_and_global_metadata(
-                local, after, process_group=value._process_group
-            )
-        return self._part(value, config, list(range(config.num_chunks)), old)
+        if not isinstance(value, ShardedTensor):
+            return self._part(value, config, range(config.num_chunks), 0, old)
+
+        def part(shard: Shard) -> torch.Tensor:
+            (first, chunk), (_, chunks) = shard.metadata.shard_offsets, shard.metadata.shard_sizes
+            return self._part(shard.tensor, config, range(chunk, chunk + chunks), first, old)
+
+        return _shorter(value, old, part)
 
     def _part(
-        self, whole: torch.Tensor, config: CCEEmbeddingBagConfig, chunks: list[int], old: int
+        self,
+        whole: torch.Tensor,
+        config: CCEEmbeddingBagConfig,
+        chunks: range,
+        first: int,
+        old: int,
     ) -> torch.Tensor:
-        part = torch.empty(old, len(chunks), dtype=whole.dtype, device=whole.device)
+        """What is read for `whole`, the codes of the ids from `first` on."""
+        kept = min(max(old - first, 0), len(whole))
+        part = torch.empty(kept, len(chunks), dtype=whole.dtype, device=whole.device)
 
         def finish() -> None:
-            whole[:old] = part
-            fill_hashed(whole[old:], config, chunks, first=old)
+            whole[:kept] = part
+            fill_hashed(whole[kept:], config, chunks, first + kept)
 
         self._finish.append(finish)
         return part
 
-    def _seen(self, whole: torch.Tensor, old: int) -> torch.Tensor:
-        part = torch.empty(old // 8 + 2, dtype=whole.dtype, device=whole.device)
+    def _seen(self, value: Any, old: int) -> Any:
+        if not isinstance(value, ShardedTensor):
+            return self._bits(value, 0, old)
+        return _shorter(
+            value,
+            old // 8 + 2,
+            lambda shard: self._bits(shard.tensor, shard.metadata.shard_offsets[0], old),
+        )
+
+    def _bits(self, whole: torch.Tensor, first: int, old: int) -> torch.Tensor:
+        """What is read for `whole`, the bits from byte `first` on."""
+        kept = min(max(old // 8 + 2 - first, 0), len(whole))
+        part = torch.empty(kept, dtype=whole.dtype, device=whole.device)
 
         def finish() -> None:
             whole.zero_()
-            whole[: old // 8 + 1] = part[: old // 8 + 1]  # the last byte is a spare
+            used = min(kept, max(old // 8 + 1 - first, 0))  # the last byte is a spare
+            whole[:used] = part[:used]
 
         self._finish.append(finish)
         return part
+
+
+def _shorter(
+    value: ShardedTensor, length: int, part: Callable[[Shard], torch.Tensor]
+) -> ShardedTensor:
+    """`value` with only the first `length` of its rows, of which `part` makes the local ones."""
+    before = value.metadata()
+    cut = {}
+    for shard in before.shards_metadata:
+        rows = min(length - shard.shard_offsets[0], shard.shard_sizes[0])
+        if rows > 0:
+            sizes = [rows, *shard.shard_sizes[1:]]
+            cut[shard] = ShardMetadata(shard.shard_offsets, sizes, shard.placement)
+    local = []
+    for own in value.local_shards():
+        made = part(own)  # also of a shard that is new altogether, which has to be filled
+        if own.metadata in cut:
+            local.append(Shard(made, cut[own.metadata]))
+    after = ShardedTensorMetadata(
+        shards_metadata=list(cut.values()),
+        size=torch.Size([length, *before.size[1:]]),
+        tensor_properties=before.tensor_properties,
+    )
+    return ShardedTensor._init_from_local_shards_and_global_metadata(
+        local, after, process_group=value._process_group
+    )

@@ -187,7 +187,7 @@ class ShardedCCEEmbeddingBagCollection(
             return self._distribute(ctx, features)
 
     def _distribute(
-        self, ctx: CCEContext, features: KeyedJaggedTensor
+        self, ctx: CCEContext, features: KeyedJaggedTensor, again: bool = False
     ) -> Awaitable[Awaitable[KJTList]]:
         """Sends `features` to their tables' owners; ids of ROW_WISE tables become rows before."""
         bags = dict(zip(features.keys(), features.stride_per_key(), strict=True))
@@ -203,7 +203,8 @@ class ShardedCCEEmbeddingBagCollection(
             )
             for sharded in self._inputs
         ]
-        sent = [s.dist(piece) for s, piece in zip(self._inputs, pieces, strict=True)]
+        dists = [sharded.dist_again if again else sharded.dist for sharded in self._inputs]
+        sent = [send(piece) for send, piece in zip(dists, pieces, strict=True)]
         return KJTListSplitsAwaitable(sent, ctx)
 
     def _inverse_indices(
@@ -235,7 +236,7 @@ class ShardedCCEEmbeddingBagCollection(
             # A pipeline had distributed the batch before a clustering step, on every rank.
             assert ctx.fetched_for is not None
             with torch.no_grad():
-                dist_input = self._distribute(ctx, ctx.fetched_for).wait().wait()
+                dist_input = self._distribute(ctx, ctx.fetched_for, again=True).wait().wait()
         expanded = [
             sharded.expansion(features, self._bounds_check)
             for sharded, features in zip(self._inputs, dist_input, strict=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from torch import nn
@@ -29,6 +30,8 @@ class ShardingInput:
 
     dist: nn.Module
     """Takes a KJT of `slots` to the ranks that own their tables' chunks."""
+    dist_again: nn.Module
+    """The same, which train pipelines leave as it is."""
     slots: list[Slot]
     """Per rank in turn, each slot once; of ROW_WISE tables, the physical features."""
     looked_up: list[Slot]
@@ -69,11 +72,15 @@ def sharding_inputs(
         counts = [len(slots) for slots in slots_per_rank]
         mine = 0 if data_parallel else rank
         names, slots = list(per_rank[mine]), slots_per_rank[mine]
+        make = (
+            DpSparseFeaturesDist
+            if data_parallel
+            else partial(TwSparseFeaturesDist, sharding._pg, counts)
+        )
         inputs.append(
             ShardingInput(
-                dist=DpSparseFeaturesDist()
-                if data_parallel
-                else TwSparseFeaturesDist(sharding._pg, counts),
+                dist=make(),
+                dist_again=make(),
                 slots=[slot for slots in slots_per_rank for slot in slots],
                 looked_up=[slot_of[name] for names in per_rank for name in names],
                 expansion=Expansion(_blocks(configs, codes, names, slots, row_wise), slots, names),

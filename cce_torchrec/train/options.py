@@ -34,7 +34,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     add("--finalize", action="store_true", help="the last clustering gives main the helper's rows")
     add("--seed", type=int, default=0, help="of hashes, initial values and order")
     add("--split-seed", type=int, default=DEFAULT_SPLIT_SEED, help="of the held-out rows")
-    add("--plan", choices=["tw", "cw", "auto"], default="auto")
+    add("--plan", choices=["tw", "cw", "rw", "auto"], default="auto")
     add("--out", type=Path, default=Path("runs/last"))
     add("--checkpoint-every", type=int, default=0, help="optimizer steps; 0: never")
     add("--resume", action="store_true", help="from the latest checkpoint in --out, if any")

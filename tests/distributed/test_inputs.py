@@ -122,7 +122,7 @@ class Pair:
             for n, (w, state) in fused_rows(self.sharded, self.optimizer).items()
         }
         codes = {
-            (name, chunk): part.codes[:, i].long()
+            (name, chunk, part.ids): part.codes[:, i].long()
             for name, part in self.sharded.codes.items()
             for i, chunk in enumerate(part.chunks)
         }
@@ -137,9 +137,9 @@ class Pair:
                 own[name][0].copy_(weight)
                 for key in state.keys() & own[name][1].keys():
                     own[name][1][key].copy_(state[key].view_as(own[name][1][key]))
-            for (name, chunk), column in columns.items():
+            for (name, chunk, ids), column in columns.items():
                 held = self.plain.codes[name].codes
-                held[:, chunk] = column.to(held.dtype)
+                held[ids.start : ids.stop, chunk] = column.to(held.dtype)
 
     def compare(self, exact):
         check = torch.equal if exact else lambda a, b: torch.allclose(a, b, rtol=1e-5, atol=1e-6)
@@ -149,7 +149,8 @@ class Pair:
             for key in state.keys() & own[name][1].keys():
                 assert check(state[key], own[name][1][key].view_as(state[key])), (name, key)
         for name, part in self.sharded.codes.items():
-            assert torch.equal(part.codes, self.plain.codes[name].codes[:, part.chunks]), name
+            held = self.plain.codes[name].codes[part.ids.start : part.ids.stop, part.chunks]
+            assert torch.equal(part.codes, held), name
 
     def check(self, make):
         """Two steps, a clustering step from equal state, one more step."""
@@ -190,7 +191,7 @@ def matrix(rank, world_size, cases):
 
 
 ALL = [
-    *itertools.product(["tw", "cw"], [()], [SUM, MEAN], [False, True], [vbe_batch]),
+    *itertools.product(["tw", "cw", "rw"], [()], [SUM, MEAN], [False, True], [vbe_batch]),
     *itertools.product(["tw"], [("t", "u")], [SUM, MEAN], [False, True], [batch]),
     ("cw", ("u", "p"), MEAN, True, batch),
     ("tw", ("t", "u", "p"), SUM, False, batch),
@@ -199,6 +200,8 @@ SOME = [
     ("cw", (), MEAN, True, vbe_batch),
     ("tw", (), SUM, False, vbe_batch),
     ("cw", ("u",), MEAN, True, batch),
+    ("rw", (), MEAN, True, vbe_batch),
+    ("rw", ("u",), SUM, True, batch),
 ]
 
 

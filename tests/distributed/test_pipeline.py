@@ -83,7 +83,7 @@ def run(kind, rank, pipeline_class):
 
 
 def equal_to_the_loop(rank, world_size):
-    for kind in ("tw", "cw"):
+    for kind in ("tw", "cw", "rw"):
         outputs, rows = run(kind, rank, None)
         for pipeline in (TrainPipelineSparseDist, TrainPipelineBase):
             piped, piped_rows = run(kind, rank, pipeline)

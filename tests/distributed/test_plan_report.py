@@ -47,7 +47,7 @@ def allocated(sharded):
 
 
 def predicted_equals_allocated(rank, world_size):
-    for kind in ("tw", "cw"):
+    for kind in ("tw", "cw", "rw"):
         for optimizer in (torchrec.optim.RowWiseAdagrad, torch.optim.Adagrad):
             made = CCEEmbeddingBagCollection(configs())
             apply_optimizer_in_backward(optimizer, list(made.parameters()), {"lr": 0.1})

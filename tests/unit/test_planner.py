@@ -58,8 +58,21 @@ def test_no_warnings(caplog):
 
 
 def test_unknown_kind():
-    with pytest.raises(ValueError, match="unknown plan 'rw'"):
-        make_planner(tables(), 2, CPU, "rw")
+    with pytest.raises(ValueError, match="unknown plan 'gs'"):
+        make_planner(tables(), 2, CPU, "gs")
+
+
+def test_codes_too_large_for_one_rank_are_spread_by_ids():
+    """400 MB of codes in 4 chunks on 8 ranks: columns need 100 MB on a rank, blocks of ids 50."""
+    configs = tables()
+    for memory, kind in ((400 << 20, "auto"), (90 << 20, "auto"), (400 << 20, "tw")):
+        named = ["t"] if kind == "tw" else []
+        planner = make_planner(configs, 8, CPU, kind, memory_bytes=memory, row_wise=named)
+        plan = planner.plan(model(configs), get_default_sharders())
+        chosen = plan.plan["sparse"]["t"].sharding_type
+        assert (chosen == "row_wise") == (memory < 100 << 20 or bool(named))
+    with pytest.raises(ValueError, match=r"row_wise names \['x'\]"):
+        make_planner(configs, 2, CPU, row_wise=["x"])
 
 
 def test_data_parallel_tables_cost_every_rank_all_of_their_bytes():
