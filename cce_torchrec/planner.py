@@ -139,12 +139,15 @@ def _topology(world_size: int, device: torch.device, memory_bytes: int | None) -
     )
 
 
-def _constraints(table: EmbeddingBagConfig, kind: str, topology: Topology) -> ParameterConstraints:
-    """Where one table may go."""
-    if kind == "dp":
+def _constraints(
+    table: EmbeddingBagConfig, kind: str, named: str | None, topology: Topology
+) -> ParameterConstraints:
+    """Where one table may go; `named`: as the caller says of this one."""
+    if named == "dp":
         return ParameterConstraints(sharding_types=[ShardingType.DATA_PARALLEL.value])
     if not isinstance(table, CCEEmbeddingBagConfig):
-        return ParameterConstraints(sharding_types=_KINDS["tw"])
+        return ParameterConstraints(sharding_types=_KINDS[named or "tw"])
+    kind = named or kind
     if kind == "rw" and not table.learned_codes:
         kind = "tw"  # nothing of it grows with its ids
     elif kind == "auto" and _too_large(table, topology):
@@ -186,7 +189,7 @@ def make_planner(
         dense_bytes: of the parameters that are no tables, with their optimizer state.
         data_parallel: names of tables to keep whole on every rank, whatever `kind` says; they
             train by an optimizer over `data_parallel_parameters`.
-        row_wise: names of CCE tables to spread by ids, whatever `kind` says.
+        row_wise: names of tables to spread by ids (plain ones: by rows), whatever `kind` says.
 
     Raises:
         ValueError: an unknown kind, or an unknown table.
@@ -201,14 +204,8 @@ def make_planner(
                 f"among {[table.name for table in tables]}"
             )
     topology = _topology(world_size, device, memory_bytes)
-    constraints = {
-        table.name: _constraints(
-            table,
-            "dp" if table.name in data_parallel else "rw" if table.name in row_wise else kind,
-            topology,
-        )
-        for table in tables
-    }
+    named = dict.fromkeys(row_wise, "rw") | dict.fromkeys(data_parallel, "dp")
+    constraints = {t.name: _constraints(t, kind, named.get(t.name), topology) for t in tables}
     per_rank = max(1, batch_size // world_size)
     return EmbeddingShardingPlanner(
         topology=topology,

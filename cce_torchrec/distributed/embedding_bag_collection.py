@@ -91,10 +91,15 @@ class ShardedCCEEmbeddingBagCollection(
         self._env = env
         self._device = device
         self._bounds_check = BoundsCheck(module.bounds_check_mode)
-        self._output = module._output
         missing = [c.name for c in self._configs if c.name not in params]
         if missing:
             raise ValueError(f"the plan has no entry for tables {missing}; it has {sorted(params)}")
+        self._cut_by_rows = {
+            c.name
+            for c in self._configs
+            if is_row_wise(params[c.name]) and not isinstance(c, CCEEmbeddingBagConfig)
+        }
+        self._output = module._output.divided(self._cut_by_rows)
 
         # Plans name global ranks, also where a sharding group is a part of them (2D parallelism).
         rank = getattr(env, "global_rank", env.rank)
@@ -129,8 +134,10 @@ class ShardedCCEEmbeddingBagCollection(
             module_fqn=append_prefix(module_fqn or "", "embedding_bag_collection"),
         )
         inner = self.embedding_bag_collection
-        # Ids are distributed here; the inner module's input distribution is never called.
+        # Ids are distributed here; the inner module's input distribution is never called. Means
+        # of tables cut by rows are taken here too.
         inner._has_uninitialized_input_dist = False
+        inner._has_mean_pooling_callback = False
         self._has_uninitialized_input_dist = False
         self._lookups = inner._lookups
         self._slices = self._output.column_slices(inner._embedding_names, inner._embedding_dims)
@@ -171,12 +178,8 @@ class ShardedCCEEmbeddingBagCollection(
             feature where a table is data-parallel.
         """
         check_features(features, self._output.slots, self._is_weighted and not self.weighed_later)
-        if features.variable_stride_per_key() and self.data_parallel:
-            raise ValueError(
-                f"tables {sorted(self.data_parallel)} are data-parallel, for which TorchRec has no "
-                "variable batch size per feature; plan them table-wise or column-wise, or give "
-                "every feature the same batch size"
-            )
+        if features.variable_stride_per_key():
+            self._check_variable_batch()
         with torch.no_grad():
             ctx.divisor = self._output.divisor(features)
             ctx.variable_batch_per_feature = features.variable_stride_per_key()
@@ -185,6 +188,17 @@ class ShardedCCEEmbeddingBagCollection(
             if not self._is_weighted:
                 features = without_weights(features)
             return self._distribute(ctx, features)
+
+    def _check_variable_batch(self) -> None:
+        """Refuses a batch size per feature where TorchRec cannot distribute the output."""
+        why, tables = "data-parallel, for which TorchRec has no", self.data_parallel
+        if not tables and dist.get_backend(self._env.process_group) == "gloo":
+            why, tables = "cut by rows, for which gloo cannot gather a", self._cut_by_rows
+        if tables:
+            raise ValueError(
+                f"tables {sorted(tables)} are {why} variable batch size per feature; plan them "
+                "table-wise or column-wise, or give every feature the same batch size"
+            )
 
     def _distribute(
         self, ctx: CCEContext, features: KeyedJaggedTensor, again: bool = False
@@ -203,8 +217,11 @@ class ShardedCCEEmbeddingBagCollection(
             )
             for sharded in self._inputs
         ]
-        dists = [sharded.dist_again if again else sharded.dist for sharded in self._inputs]
-        sent = [send(piece) for send, piece in zip(dists, pieces, strict=True)]
+        sent = []
+        for sharded, piece in zip(self._inputs, pieces, strict=True):
+            if sharded.before is not None:
+                piece = sharded.before(piece, self._bounds_check)
+            sent.append(sharded.dist_again(piece) if again else sharded.dist(piece))
         return KJTListSplitsAwaitable(sent, ctx)
 
     def _inverse_indices(
@@ -238,7 +255,9 @@ class ShardedCCEEmbeddingBagCollection(
             with torch.no_grad():
                 dist_input = self._distribute(ctx, ctx.fetched_for, again=True).wait().wait()
         expanded = [
-            sharded.expansion(features, self._bounds_check)
+            features
+            if sharded.expansion is None
+            else sharded.expansion(features, self._bounds_check)
             for sharded, features in zip(self._inputs, dist_input, strict=True)
         ]
         if ctx.variable_batch_per_feature:
@@ -266,7 +285,8 @@ class ShardedCCEEmbeddingBagCollection(
         """Reads the tables `names` as finalised ones; `clustering.finalize` wrote them so."""
         self._configs = finalised_configs(self._configs, names, self.codes)
         for sharded in self._inputs:
-            sharded.expansion.set_configs(self._configs)
+            if sharded.expansion is not None:
+                sharded.expansion.set_configs(self._configs)
         if self._fetch is not None:
             self._fetch.set_configs(self._configs)
         self._codes_state.set_configs(self._configs)

@@ -13,6 +13,7 @@ from torchrec.distributed.sharding.dp_sharding import (
     DpPooledEmbeddingSharding,
     DpSparseFeaturesDist,
 )
+from torchrec.distributed.sharding.rw_sharding import RwPooledEmbeddingSharding
 from torchrec.distributed.sharding.tw_sharding import TwSparseFeaturesDist
 from torchrec.modules.embedding_configs import EmbeddingBagConfig
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
@@ -36,8 +37,10 @@ class ShardingInput:
     """Per rank in turn, each slot once; of ROW_WISE tables, the physical features."""
     looked_up: list[Slot]
     """Logical slot of each physical feature of all ranks, in the order of the lookups' outputs."""
-    expansion: Expansion
-    """Of the slots that this rank receives."""
+    expansion: Expansion | None
+    """Of the slots that this rank receives; None where they are local rows already."""
+    before: Expansion | None = None
+    """What is done to the slots on the rank that has the batch."""
 
 
 def sharding_inputs(
@@ -59,34 +62,61 @@ def sharding_inputs(
         for slot, names in zip(output.slots, output.physical, strict=True)
         for name in names
     }
-    inputs = []
-    for sharding in inner._embedding_shardings:
-        data_parallel = isinstance(sharding, DpPooledEmbeddingSharding)
-        per_rank = (
-            [sharding.feature_names()] if data_parallel else sharding.feature_names_per_rank()
-        )
-        slots_per_rank = [
-            list(dict.fromkeys(_arriving(slot_of[n], n, row_wise) for n in names))
-            for names in per_rank
-        ]
-        counts = [len(slots) for slots in slots_per_rank]
-        mine = 0 if data_parallel else rank
-        names, slots = list(per_rank[mine]), slots_per_rank[mine]
-        make = (
-            DpSparseFeaturesDist
-            if data_parallel
-            else partial(TwSparseFeaturesDist, sharding._pg, counts)
-        )
-        inputs.append(
-            ShardingInput(
-                dist=make(),
-                dist_again=make(),
-                slots=[slot for slots in slots_per_rank for slot in slots],
-                looked_up=[slot_of[name] for names in per_rank for name in names],
-                expansion=Expansion(_blocks(configs, codes, names, slots, row_wise), slots, names),
-            )
-        )
-    return inputs
+    return [
+        _row_wise_input(sharding, configs, slot_of)
+        if isinstance(sharding, RwPooledEmbeddingSharding)
+        else _input(sharding, configs, slot_of, codes, row_wise, rank)
+        for sharding in inner._embedding_shardings
+    ]
+
+
+def _input(
+    sharding: Any,
+    configs: Sequence[EmbeddingBagConfig],
+    slot_of: dict[str, Slot],
+    codes: nn.ModuleDict,
+    row_wise: Collection[str],
+    rank: int,
+) -> ShardingInput:
+    """Of whole tables: each slot goes once to every rank that has a chunk of its table."""
+    data_parallel = isinstance(sharding, DpPooledEmbeddingSharding)
+    per_rank = [sharding.feature_names()] if data_parallel else sharding.feature_names_per_rank()
+    slots_per_rank = [
+        list(dict.fromkeys(_arriving(slot_of[n], n, row_wise) for n in names)) for names in per_rank
+    ]
+    counts = [len(slots) for slots in slots_per_rank]
+    mine = 0 if data_parallel else rank
+    names, slots = list(per_rank[mine]), slots_per_rank[mine]
+    make = (
+        DpSparseFeaturesDist
+        if data_parallel
+        else partial(TwSparseFeaturesDist, sharding._pg, counts)
+    )
+    return ShardingInput(
+        dist=make(),
+        dist_again=make(),
+        slots=[slot for slots in slots_per_rank for slot in slots],
+        looked_up=[slot_of[name] for names in per_rank for name in names],
+        expansion=Expansion(_blocks(configs, codes, names, slots, row_wise), slots, names),
+    )
+
+
+def _row_wise_input(
+    sharding: RwPooledEmbeddingSharding,
+    configs: Sequence[EmbeddingBagConfig],
+    slot_of: dict[str, Slot],
+) -> ShardingInput:
+    """Of plain tables cut by rows, as TorchRec does it; ids are checked before they are cut up."""
+    names = sharding.feature_names()
+    slots = [slot_of[name] for name in names]
+    return ShardingInput(
+        dist=sharding.create_input_dist(),
+        dist_again=sharding.create_input_dist(),
+        slots=slots,
+        looked_up=slots,
+        expansion=None,
+        before=Expansion(_blocks(configs, nn.ModuleDict(), names, slots, ()), slots, names),
+    )
 
 
 def _arriving(slot: Slot, name: str, row_wise: Collection[str]) -> Slot:

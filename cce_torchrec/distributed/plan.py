@@ -91,20 +91,14 @@ def fan_out(
     """The plan of TorchRec's tables behind `config`: its chunks, or the plain table itself.
 
     Raises:
-        ValueError: a sharding type that cuts codebooks, or a plain table, by rows.
+        ValueError: a sharding type that cuts codebooks by rows, or rows and columns at once.
     """
     if sharding.sharding_type not in SUPPORTED:
         raise ValueError(
-            f"table {config.name!r}: sharding_type {sharding.sharding_type!r} cuts codebooks by "
-            "rows, and a CCE collection looks up whole chunks; use one of "
-            f"{list(SUPPORTED)}"
+            f"table {config.name!r}: sharding_type {sharding.sharding_type!r} is not for the "
+            f"tables of a CCE collection; use one of {list(SUPPORTED)}"
         )
     if not isinstance(config, CCEEmbeddingBagConfig):
-        if is_row_wise(sharding):
-            raise ValueError(
-                f"table {config.name!r}: a plain table of a CCE collection cannot be ROW_WISE; "
-                "compress it, plan it column-wise, or put it into an EmbeddingBagCollection"
-            )
         return {config.name: sharding}
     tables = [physical_table(config.name, chunk) for chunk in range(config.num_chunks)]
     if is_data_parallel(sharding):

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from torchrec.modules.embedding_configs import EmbeddingBagConfig, PoolingType
@@ -37,14 +37,16 @@ class LogicalOutput:
     slots: list[Slot]
     physical: list[list[str]]
     """Per logical feature, the physical features whose concatenation it is."""
+    pooling: list[PoolingType]
     mean: list[bool]
+    """Whether the pooled sum is divided by the bag length here."""
 
     @classmethod
     def from_configs(
         cls, configs: Sequence[EmbeddingBagConfig], is_weighted: bool
     ) -> LogicalOutput:
         """The output of a collection of these tables."""
-        out = cls([], [], [], [], [])
+        out = cls([], [], [], [], [], [])
         for config, names in zip(configs, get_embedding_names_by_table(list(configs)), strict=True):
             chunks = (
                 range(config.num_chunks) if isinstance(config, CCEEmbeddingBagConfig) else [None]
@@ -54,8 +56,17 @@ class LogicalOutput:
                 out.dims.append(config.embedding_dim)
                 out.slots.append(Slot(config.name, feature))
                 out.physical.append([physical_feature(config.name, feature, j) for j in chunks])
+                out.pooling.append(config.pooling)
                 out.mean.append(divides_by_length(config, is_weighted))
         return out
+
+    def divided(self, row_wise: Collection[str]) -> LogicalOutput:
+        """The same where tables `row_wise` are cut by rows: their MEAN is that of all ranks."""
+        mean = [
+            divides or (slot.table in row_wise and pooling == PoolingType.MEAN)
+            for divides, slot, pooling in zip(self.mean, self.slots, self.pooling, strict=True)
+        ]
+        return replace(self, mean=mean)
 
     def column_slices(self, names: Sequence[str], dims: Sequence[int]) -> list[tuple[int, int]]:
         """Slices of a tensor of features `names` whose concatenation is in logical order.

@@ -86,7 +86,10 @@ class Pair:
         self.plain_optimizer = dense(replicated.values()) if replicated else None
         model = Model(made[1])
         configs = self.plain.embedding_bag_configs()
-        plan = make_plan(model, configs, CPU, kind, data_parallel=data_parallel)
+        by_rows = ["p"] if kind == "rw, plain ones too" else []
+        plan = make_plan(
+            model, configs, CPU, kind[:2], data_parallel=data_parallel, row_wise=by_rows
+        )
         self.model = DistributedModelParallel(
             model, device=CPU, plan=plan, sharders=get_default_sharders()
         )
@@ -130,24 +133,34 @@ class Pair:
         gathered = [None] * self.world_size
         dist.all_gather_object(gathered, (rows, codes, rounds))
         own = unsharded_rows(self.plain, self.plain_optimizer)
-        for theirs, columns, numbers in gathered:
+        for source, (theirs, columns, numbers) in enumerate(gathered):
             for name, number in numbers.items():
                 self.plain.codes[name].set_rounds(number)
             for name, (weight, state) in theirs.items():
-                own[name][0].copy_(weight)
+                at = self.rows_of(weight, own[name][0], source)
+                own[name][0][at].copy_(weight)
                 for key in state.keys() & own[name][1].keys():
-                    own[name][1][key].copy_(state[key].view_as(own[name][1][key]))
+                    held = own[name][1][key][at]
+                    held.copy_(state[key].view_as(held))
             for (name, chunk, ids), column in columns.items():
                 held = self.plain.codes[name].codes
                 held[ids.start : ids.stop, chunk] = column.to(held.dtype)
+
+    def rows_of(self, weight, whole, rank):
+        """Where the local rows of a plain table that is cut by rows are in all of them."""
+        if len(weight) == len(whole):
+            return ...
+        first = rank * -(-len(whole) // self.world_size)
+        return slice(first, first + len(weight))
 
     def compare(self, exact):
         check = torch.equal if exact else lambda a, b: torch.allclose(a, b, rtol=1e-5, atol=1e-6)
         own = unsharded_rows(self.plain, self.plain_optimizer)
         for name, (weight, state) in fused_rows(self.sharded, self.optimizer).items():
-            assert check(weight, own[name][0]), name
+            at = self.rows_of(weight, own[name][0], self.rank)
+            assert check(weight, own[name][0][at]), name
             for key in state.keys() & own[name][1].keys():
-                assert check(state[key], own[name][1][key].view_as(state[key])), (name, key)
+                assert check(state[key], own[name][1][key][at].view_as(state[key])), (name, key)
         for name, part in self.sharded.codes.items():
             held = self.plain.codes[name].codes[part.ids.start : part.ids.stop, part.chunks]
             assert torch.equal(part.codes, held), name
@@ -192,6 +205,7 @@ def matrix(rank, world_size, cases):
 
 ALL = [
     *itertools.product(["tw", "cw", "rw"], [()], [SUM, MEAN], [False, True], [vbe_batch]),
+    *itertools.product(["rw, plain ones too"], [()], [SUM, MEAN], [False, True], [batch]),
     *itertools.product(["tw"], [("t", "u")], [SUM, MEAN], [False, True], [batch]),
     ("cw", ("u", "p"), MEAN, True, batch),
     ("tw", ("t", "u", "p"), SUM, False, batch),
