@@ -1,0 +1,329 @@
+"""ROW_WISE over ids: what the common matrices do not show. Equality with the unsharded module under
+all inputs is in test_sharded.py and test_inputs.py, pipelines in test_pipeline.py."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from unittest import mock
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+import torchrec
+from torchrec import KeyedJaggedTensor
+from torchrec.distributed import DistributedModelParallel
+from torchrec.modules.embedding_configs import EmbeddingConfig, PoolingType
+from torchrec.modules.feature_processor_ import PositionWeightedModule
+from torchrec.modules.fp_embedding_modules import FeatureProcessedEmbeddingBagCollection
+from torchrec.optim.apply_optimizer_in_backward import apply_optimizer_in_backward
+
+from cce_torchrec import (
+    CCEEmbeddingBagCollection,
+    CCEEmbeddingBagConfig,
+    CCEEmbeddingCollection,
+)
+from cce_torchrec.checkpoint import load_checkpoint, save_checkpoint
+from cce_torchrec.chunk_codes import codes_of
+from cce_torchrec.clustering import cluster, finalize
+from cce_torchrec.clustering import step as cluster_step
+from cce_torchrec.clustering.ids import ChunkIds, NewCodes
+from cce_torchrec.clustering.live import fused_rows
+from cce_torchrec.codes import seen_ids
+from cce_torchrec.distributed.code_fetch import CodeFetch
+from cce_torchrec.distributed.id_blocks import IdBlocks
+from cce_torchrec.distributed.sharders import get_default_sharders
+from cce_torchrec.planner import make_plan
+from tests.distributed.ranks import run_ranks
+from tests.distributed.test_inputs import ROWWISE
+from tests.distributed.test_sharded import CPU, Model, batch, compare, copy_state
+from tests.distributed.test_sharded import tables as usual_tables
+
+FATAL = torchrec.distributed.types.BoundsCheckMode.FATAL
+
+
+def tables(num_embeddings=300):
+    """As usual, with bits of seen ids; one table takes raw ids."""
+    raw = CCEEmbeddingBagConfig(
+        name="raw", num_embeddings=90, embedding_dim=8, feature_names=["f"], num_rows=7,
+        num_chunks=2, hash_ids=True,
+    )  # fmt: skip
+    out = [*usual_tables(PoolingType.SUM), raw]
+    out[0].num_embeddings = num_embeddings
+    out[0].track_seen = True
+    return out
+
+
+def collection(configs=None, **kwargs):
+    made = CCEEmbeddingBagCollection(configs or tables(), **kwargs)
+    apply_optimizer_in_backward(ROWWISE[0], list(made.parameters()), dict(ROWWISE[1]))
+    return made
+
+
+def sharded_model(kind="rw", configs=None, **kwargs):
+    model = Model(collection(configs, **kwargs))
+    plan = make_plan(model, model.collection.embedding_bag_configs(), CPU, kind)
+    return DistributedModelParallel(model, device=CPU, plan=plan, sharders=get_default_sharders())
+
+
+def train(model, plain, seeds, rank, world_size):
+    for seed in seeds:
+        batches = [batch(10 * seed + r, False) for r in range(world_size)]
+        expected = [plain(b).values() for b in batches]
+        out = model(batches[rank]).wait().values()
+        torch.testing.assert_close(out, expected[rank], rtol=1e-5, atol=1e-6)
+        out.square().sum().backward()
+        torch.stack([e.square().sum() for e in expected]).mean().backward()
+
+
+OPTIONS = [
+    {"samples_per_centroid": 3},
+    {"weights": "seen"},
+    {"weights": {"t": torch.arange(300) % 5}, "init": "main"},
+    {"metric": {"t": torch.diag_embed(torch.arange(1.0, 5).repeat(4, 1))}, "init": "k-means++"},
+]
+
+
+def options_are_those_of_one_process(rank, world_size):
+    """Every way through a clustering step gives the unsharded module's bytes."""
+    for options, keep in [
+        *((o, True) for o in [*OPTIONS, "finalize"]),
+        ({}, False),
+        (OPTIONS[0], False),
+    ]:
+        configs = tables()
+        if isinstance(options, dict) and options.get("weights") == "seen":
+            configs = [configs[0]]
+        model, plain = sharded_model(configs=configs), collection(configs)
+        if len(configs) > 1:
+            copy_state(model.module.collection, plain)
+            train(model, plain, (1, 2), rank, world_size)
+        else:  # each rank sees ids of its own; the twin sees all
+            copy_state(model.module.collection, plain)
+            for r in range(world_size):
+                plain(batch(r, False))
+            model(batch(rank, False)).wait()
+        copy_state(model.module.collection, plain)
+        step = finalize if options == "finalize" else cluster
+        given = {} if options == "finalize" else options
+        found_again = mock.patch.object(cluster_step, "_memory", lambda *_: (0, set()))
+        with contextlib.nullcontext() if keep else found_again:
+            report = step(model, **given)
+        other = step(plain, **given)
+        assert [(c.chunk, c.objective_after, c.changed, c.ids) for c in report.chunks] == [
+            (c.chunk, c.objective_after, c.changed, c.ids) for c in other.chunks
+        ], options
+        compare(model.module.collection, plain, exact=True)
+        if len(configs) > 1:
+            train(model, plain, (3,), rank, world_size)
+
+
+def lists_are_those_of_one_process(rank, world_size):
+    """Pairs that hardly repeat are listed, not counted, and merged by the owner."""
+    config = CCEEmbeddingBagConfig(
+        name="t", num_embeddings=5000, embedding_dim=8, feature_names=["f"], num_rows=1500,
+        num_chunks=2,
+    )  # fmt: skip
+    for options in ({}, {"weights": {"t": torch.arange(5000) % 3}}):
+        model, plain = sharded_model(configs=[config]), collection([config])
+        copy_state(model.module.collection, plain)
+        cluster(model, **options)
+        cluster(plain, **options)
+        compare(model.module.collection, plain, exact=True)
+
+
+@contextlib.contextmanager
+def raised_within(seconds, error, match):
+    began = time.monotonic()
+    with pytest.raises(error, match=match):
+        yield
+    assert time.monotonic() - began < seconds
+
+
+def failures_reach_every_rank(rank, world_size):
+    """What fails on one rank, owner of a codebook or not, is raised on all, and nothing hangs."""
+    model = sharded_model(bounds_check_mode=FATAL)
+    kjt = batch(rank, False)
+    if rank == 1:
+        kjt.values()[kjt.offset_per_key()[kjt.keys().index("f")]] = 10**6
+    found = "id 1000000 is outside" if rank == 1 else r"batch of ranks \[1\] could not be looked up"
+    with raised_within(20, ValueError, found):
+        model(kjt)
+    model(batch(rank, False)).wait()
+
+    sharded = model.module.collection
+    rows = {n: w.clone() for n, (w, _) in fused_rows(sharded).items()}
+    codes = {n: part.codes.clone() for n, part in sharded.codes.items()}
+
+    def out_of_memory(*_, **__):
+        raise MemoryError("no memory for this")
+
+    def unchanged():
+        return all(torch.equal(w, rows[n]) for n, (w, _) in fused_rows(sharded).items()) and all(
+            torch.equal(part.codes, codes[n]) for n, part in sharded.codes.items()
+        )
+
+    for failing in range(world_size):
+        for owner, method in ((ChunkIds, "count_pairs"), (NewCodes, "add_residuals")):
+            broken = mock.patch.object(owner, method, out_of_memory)
+            with (
+                broken if rank == failing else contextlib.nullcontext(),
+                raised_within(20, ValueError, rf"rank {failing}: table '.*no memory for this"),
+            ):
+                cluster(model)
+            assert unchanged()
+    cluster(model)
+    assert not unchanged()
+    broken = mock.patch.object(NewCodes, "write", out_of_memory)
+    with (
+        broken if rank == 1 else contextlib.nullcontext(),
+        raised_within(20, RuntimeError, "no memory for this.*restore the last checkpoint"),
+    ):
+        cluster(model)
+
+
+def mistakes(rank, world_size):
+    """Plans that cannot be: an error with the table and the remedy, on every rank."""
+    model = Model(collection())
+    plan = make_plan(model, tables(), CPU, "rw")
+    plan.plan["collection"]["t"].sharding_spec.shards.pop()
+    with pytest.raises(ValueError, match=r"'t': its ROW_WISE plan has shards on ranks \[0\], and"):
+        DistributedModelParallel(model, device=CPU, plan=plan, sharders=get_default_sharders())
+    hashed = tables()[2]
+    hashed.learned_codes = False
+    model = Model(collection([hashed]))
+    plan = make_plan(model, [hashed], CPU, "rw")
+    assert plan.plan["collection"]["u"].sharding_type == "table_wise"
+    plan = make_plan(model, [tables()[2]], CPU, "rw")
+    with pytest.raises(ValueError, match="'u': ROW_WISE spreads codes over ranks, and with learn"):
+        DistributedModelParallel(model, device=CPU, plan=plan, sharders=get_default_sharders())
+
+    made = collection([tables()[2]], is_weighted=True)
+    model = Model(FeatureProcessedEmbeddingBagCollection(made, {"h": PositionWeightedModule(4)}))
+    plan = make_plan(model, [tables()[2]], CPU, "rw")
+    with pytest.raises(ValueError, match=r"tables \['u'\]: feature processors weigh ids"):
+        DistributedModelParallel(model, device=CPU, plan=plan, sharders=get_default_sharders())
+
+    rows = [EmbeddingConfig(name="e", num_embeddings=50, embedding_dim=8, feature_names=["f"])]
+    model = Model(CCEEmbeddingCollection(rows))
+    plan = make_plan(model, rows, CPU)
+    plan.plan["collection"]["e"].sharding_type = "row_wise"
+    with pytest.raises(ValueError, match=r"tables \['e'\]: sequence embeddings cannot be ROW_WISE"):
+        DistributedModelParallel(model, device=CPU, plan=plan, sharders=get_default_sharders())
+
+
+def crossing_the_network(rank, world_size):
+    """Distinct ids go out once, their codes come back; 4 bytes a row go to the codebooks."""
+    config = tables()[0]
+    config.track_seen = False
+    model = sharded_model(configs=[config])
+    sharded = model.module.collection
+    kjt = batch(rank, False)
+    values = [kjt[name].values() for name in config.feature_names]
+    distinct = len(torch.cat(values).unique())
+    sent = []
+    exchange = dist.all_to_all_single
+
+    def counted(*args, **kwargs):  # TorchRec names its arguments
+        values = kwargs["input"] if "input" in kwargs else args[1]
+        sent.append((values.dtype, values.numel() * values.element_size()))
+        return exchange(*args, **kwargs)
+
+    with mock.patch.object(dist, "all_to_all_single", counted):
+        arrived = sharded.input_dist(sharded.create_context(), kjt).wait().wait()
+    fetched = torch.tensor([size for kind, size in sent if kind == torch.uint8][:1])
+    dist.all_reduce(fetched)
+    wanted = torch.tensor([distinct, sum(len(v) for v in values)])
+    dist.all_reduce(wanted)
+    ids = [size for kind, size in sent if kind == torch.int64]
+    assert ids[:2] == [8 * world_size, 8 * distinct]  # numbers of ids, then the ids
+    assert int(fetched) == int(wanted[0]) * config.num_chunks  # uint8 codes
+    rows = torch.tensor([sum(f.values().numel() for f in arrived)])
+    assert all(f.values().dtype == torch.int32 for f in arrived)
+    dist.all_reduce(rows)
+    assert int(rows) == int(wanted[1]) * config.num_chunks * 2
+
+
+def checkpoints(rank, world_size, folder, save, saved):
+    """A ROW_WISE job's checkpoint in every other place, and other jobs' in it; and growth."""
+
+    def outputs(model):
+        model.eval()  # marks no ids as seen
+        with torch.no_grad():
+            out = model(batch(3, False))
+        model.train()
+        return (out.wait() if hasattr(out, "wait") else out).values()
+
+    def read(model, where, found, **kwargs):
+        report = load_checkpoint(where, model, **kwargs)
+        assert not [line for line in report.dropped if "random" not in line], report.dropped
+        assert np.array_equal(outputs(model).numpy(), found[0])
+        codes = codes_of(getattr(model, "module", model).collection.codes, "t")
+        if codes is None:
+            return
+        expected = torch.from_numpy(found[1])[codes.ids.start : min(codes.ids.stop, 300)]
+        bits = seen_ids(codes.seen, len(codes.ids))
+        assert torch.equal(bits[: len(expected)], expected) and not bits[len(expected) :].any()
+
+    for kind in save:
+        model = sharded_model(kind)
+        for seed in (1, 2):
+            model(batch(seed, False)).wait().values().square().sum().backward()
+        cluster(model)
+        model(batch(5, False)).wait().values().square().sum().backward()
+        where = f"{folder}/{kind}{world_size}"
+        save_checkpoint(where, model, step=1)
+        ids = torch.cat([batch(5, False)[f].values() for f in ("f", "g")]).unique()
+        seen = torch.zeros(300, dtype=torch.uint8).index_fill_(0, ids, 1)
+        saved[where] = (outputs(model).numpy(), seen.numpy())  # tensors would die with the rank
+    for where, found in saved.items():
+        for kind in ("rw", "tw") if world_size > 1 else ("unsharded",):
+            model = Model(collection()) if kind == "unsharded" else sharded_model(kind)
+            read(model, where, found)
+            grown = tables(num_embeddings=1001)
+            made = Model(collection(grown)) if kind == "unsharded" else sharded_model(kind, grown)
+            read(made, where, found, grow=["t"])
+            codes = codes_of(getattr(made, "module", made).collection.codes, "t")
+            if codes is not None:
+                first, fresh = max(300, codes.ids.start), collection(grown).codes["t"].codes
+                new = codes.codes[first - codes.ids.start :]
+                assert torch.equal(new, fresh[first : codes.ids.stop, codes.chunks][: len(new)])
+    return saved
+
+
+def two_ranks(rank, world_size, folder):
+    options_are_those_of_one_process(rank, world_size)
+    lists_are_those_of_one_process(rank, world_size)
+    failures_reach_every_rank(rank, world_size)
+    mistakes(rank, world_size)
+    crossing_the_network(rank, world_size)
+    return checkpoints(rank, world_size, folder, ["rw", "cw"], {})
+
+
+def three_ranks(rank, world_size, folder, saved):
+    options_are_those_of_one_process(rank, world_size)
+    return checkpoints(rank, world_size, folder, ["rw"], saved)
+
+
+def test_row_wise(tmp_path):
+    saved = run_ranks(2, two_ranks, str(tmp_path))[0]
+    saved = run_ranks(3, three_ranks, str(tmp_path), saved)[0]
+    run_ranks(1, checkpoints, str(tmp_path), [], saved)
+
+
+@pytest.mark.parametrize(("num_embeddings", "ranks"), [(300, 2), (10, 3), (9, 4), (8, 1), (1, 2)])
+def test_blocks_hold_every_id_once(num_embeddings, ranks):
+    """Equal blocks of whole bytes of bits, the last ones shorter or empty."""
+    blocks = IdBlocks(num_embeddings, tuple(range(ranks)))
+    parts = [blocks.ids(rank) for rank in range(ranks)]
+    assert [i for part in parts for i in part] == list(range(num_embeddings))
+    assert all(part.start % 8 == 0 for part in parts if part)
+    cuts = blocks.cuts(torch.arange(num_embeddings)).tolist()
+    assert cuts == [0, *(part.stop for part in parts)]
+
+
+def test_fetch_needs_no_tables_to_be_absent():
+    assert CodeFetch.of(tables(), torch.nn.ModuleDict(), {}, None) is None
+    kjt = KeyedJaggedTensor(keys=["f"], values=torch.arange(2), lengths=torch.ones(2).long())
+    assert kjt.keys() == ["f"]
