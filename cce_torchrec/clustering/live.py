@@ -54,6 +54,7 @@ def _blocks(module: nn.Module, table: str, chunk: int) -> Blocks | None:
     """Where the codes of a chunk are, if its table is ROW_WISE."""
     if not isinstance(module, ShardedCCEEmbeddingBagCollection) or table not in module.id_blocks:
         return None
+    assert module.process_group is not None
     owner = module.id_blocks[table].ranks.index(module.chunk_owners[table][chunk])
     return Blocks(module.process_group, owner)
 

@@ -51,7 +51,7 @@ class CodeFetch(Expansion):
         configs: Sequence[EmbeddingBagConfig],
         codes: nn.ModuleDict,
         row_wise: dict[str, IdBlocks],
-        group: dist.ProcessGroup,
+        group: dist.ProcessGroup | None,
     ) -> CodeFetch | None:
         """For the tables `row_wise` of a collection of `configs`; None without such tables.
 
@@ -78,6 +78,7 @@ class CodeFetch(Expansion):
             ]
         if not blocks:
             return None
+        assert group is not None
         ids = [row_wise[block.config.name] for block in blocks]
         return cls(blocks, slots, keys, list(dict.fromkeys(others)), ids, group)
 

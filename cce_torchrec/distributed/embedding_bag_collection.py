@@ -118,7 +118,7 @@ class ShardedCCEEmbeddingBagCollection(
             if isinstance(c, CCEEmbeddingBagConfig) and is_row_wise(params[c.name])
         }
         """Which rank has the codes of which ids, per ROW_WISE table."""
-        check_group(self.id_blocks, env.process_group)
+        check_group(self.id_blocks, self.process_group)
         self.codes = self._local_codes(module, rank)
         self._codes_state = state = CodesState(
             *(self.codes, self._configs, self.chunk_owners, self.id_blocks),
@@ -144,7 +144,7 @@ class ShardedCCEEmbeddingBagCollection(
         self._inputs = sharding_inputs(
             *(inner, self._configs, self._output, self.codes, self.id_blocks, env.rank)
         )
-        self._fetch = CodeFetch.of(self._configs, self.codes, self.id_blocks, env.process_group)
+        self._fetch = CodeFetch.of(self._configs, self.codes, self.id_blocks, self.process_group)
         self._input_dists += [sharded.dist for sharded in self._inputs]
         self._feature_order = [slot.feature for sharded in self._inputs for slot in sharded.slots]
 
@@ -192,7 +192,7 @@ class ShardedCCEEmbeddingBagCollection(
     def _check_variable_batch(self) -> None:
         """Refuses a batch size per feature where TorchRec cannot distribute the output."""
         why, tables = "data-parallel, for which TorchRec has no", self.data_parallel
-        if not tables and dist.get_backend(self._env.process_group) == "gloo":
+        if not tables and self._cut_by_rows and dist.get_backend(self.process_group) == "gloo":
             why, tables = "cut by rows, for which gloo cannot gather a", self._cut_by_rows
         if tables:
             raise ValueError(
@@ -301,10 +301,9 @@ class ShardedCCEEmbeddingBagCollection(
         return self._bounds_check.num_invalid
 
     @property
-    def process_group(self) -> dist.ProcessGroup:
-        """The ranks that share the tables."""
-        assert self._env.process_group is not None
-        return self._env.process_group
+    def process_group(self) -> dist.ProcessGroup | None:
+        """The ranks that share the tables; None without such."""
+        return getattr(self._env, "sharding_pg", self._env.process_group)
 
     def replica_groups(self) -> dict[str, dist.ProcessGroup]:
         """Ranks that hold copies of a table's chunks, per table that has copies.

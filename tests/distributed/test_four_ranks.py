@@ -47,7 +47,7 @@ def two_groups(kind, rank, world_size):
 
 def replicas_stay_equal(rank, world_size):
     torch.manual_seed(rank)
-    for kind in ("tw", "cw"):
+    for kind in ("tw", "cw", "rw"):
         model, replica_pg = two_groups(kind, rank, world_size)
         sharded = model.module.collection
         for seed in range(2):
