@@ -164,10 +164,11 @@ class Relabelling:
 
     def add_up(self, group: dist.ProcessGroup) -> None:
         """Takes what other ranks took of their ids; collective."""
-        changed = torch.tensor([self._update.changed], device=self._sums.device)
-        for part in (self._sums, self._sizes, changed):
-            dist.all_reduce(part, group=group)
-        self._update.changed = int(changed)
+        own = (self._sums.view(-1), self._sizes, self._sizes.new_tensor([self._update.changed]))
+        flat = torch.cat(own)
+        dist.all_reduce(flat, group=group)
+        sums, self._sizes, changed = flat.split([len(part) for part in own])
+        self._sums, self._update.changed = sums.view(self._sums.shape), int(changed)
 
     def finish(self) -> None:
         """Helper rows become mean residuals under the new hash, or zero where there are none."""

@@ -189,19 +189,18 @@ class RowWiseSolver:
         K-means saw a sample.
         """
         update.changed = 0
-        relabelling = self._agree(lambda: Relabelling(self._state, points, update))
 
-        def work() -> list[NewCodes]:
-            kept = []
+        def work() -> tuple[Relabelling, list[NewCodes]]:
+            relabelling, kept = Relabelling(self._state, points, update), []
             for part in self._parts(points, update, nearest):
                 relabelling.take(part)
                 if keep:
                     kept.append(part)
                 else:
                     part.write()
-            return kept
+            return relabelling, kept
 
-        kept = self._agree(work)
+        relabelling, kept = self._agree(work)
         relabelling.add_up(self._group)
         relabelling.finish()
         return kept
