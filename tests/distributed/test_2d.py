@@ -1,4 +1,4 @@
-"""Four ranks: the matrix again, and 2D parallelism, two groups that each hold all tables.
+"""2D parallelism on four ranks: two groups that each hold all tables.
 
 `DMPCollection` itself asks for a GPU; what it does (a plan remapped to the ranks of each sharding
 group, `ShardingEnv2D`, averages over replica groups) is done here by hand over gloo.
@@ -21,7 +21,7 @@ from cce_torchrec.clustering.live import fused_rows
 from cce_torchrec.distributed.sharders import get_default_sharders
 from cce_torchrec.planner import make_planner
 from tests.distributed.ranks import run_ranks
-from tests.distributed.test_inputs import SOME, SUM, matrix
+from tests.distributed.test_inputs import SUM
 from tests.distributed.test_sharded import CPU, Model, batch, collection, tables
 
 
@@ -69,10 +69,5 @@ def replicas_stay_equal(rank, world_size):
         model(batch(rank, False)).wait().values().square().sum().backward()
 
 
-def both(rank, world_size):
-    replicas_stay_equal(rank, world_size)
-    matrix(rank, world_size, SOME)
-
-
-def test_four_ranks():
-    run_ranks(4, both)
+def test_replicas_stay_equal():
+    run_ranks(4, replicas_stay_equal)
