@@ -269,7 +269,7 @@ def owner_fails(rank, world_size):
 
     plans.SHARE_FROM, solve.find_pairs = 0, fails
     before = {n: w.clone() for n, (w, _) in fused_rows(model.module.collection).items()}
-    with pytest.raises(ValueError, match=r"rank [01]: table '[tu]', chunk [0-3]: no memory"):
+    with pytest.raises(ValueError, match=r"^table '[tu]', chunk [0-3]: rank [01]: no memory$"):
         cluster(model)
     plans.SHARE_FROM, solve.find_pairs = usual, find_pairs
     for name, (weight, _) in fused_rows(model.module.collection).items():
