@@ -123,18 +123,6 @@ class CCEEmbeddingBagCollection(EmbeddingBagCollectionInterface):
         self._configs = finalised_configs(self._configs, names, self.codes)
         self._expansion.set_configs(self._configs)
 
-    def embedding_configs(self) -> list[EmbeddingBagConfig]:
-        """What TorchRec's managed collision asks of a module that it cannot wrap: refused.
-
-        Raises:
-            ValueError: always, with the reason.
-        """
-        raise ValueError(
-            f"tables {[config.name for config in self._configs]}: managed collision rewrites the "
-            "rows of evicted ids, and the codebook rows of a CCE table belong to many ids; hash "
-            "raw ids with CCEEmbeddingBagConfig(hash_ids=True) instead"
-        )
-
     def is_weighted(self) -> bool:
         """Whether bags are pooled by per-sample weights."""
         return self._is_weighted

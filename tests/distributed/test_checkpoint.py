@@ -12,7 +12,7 @@ from torchrec.modules.embedding_configs import EmbeddingBagConfig, EmbeddingConf
 from torchrec.optim.apply_optimizer_in_backward import apply_optimizer_in_backward
 from torchrec.optim.keyed import CombinedOptimizer, KeyedOptimizerWrapper
 
-from cce_torchrec import CCEEmbeddingBagCollection
+from cce_torchrec import CCEEmbeddingBagCollection, CCEEmbeddingBagConfig, CCEEmbeddingCollection
 from cce_torchrec.checkpoint import load_checkpoint, save_checkpoint
 from cce_torchrec.checkpoint.optimizers import optimizer_states
 from cce_torchrec.clustering import ClusteringSchedule, cluster
@@ -33,6 +33,10 @@ SCHEDULE = ClusteringSchedule.evenly(100, 5)
 class Net(nn.Module):
     """A dense layer over the embeddings."""
 
+    @staticmethod
+    def configs():
+        return tables(PoolingType.SUM)
+
     def __init__(self, configs):
         super().__init__()
         self.collection = CCEEmbeddingBagCollection(tables=configs)
@@ -43,11 +47,32 @@ class Net(nn.Module):
         return self.over(self.collection(kjt).values())
 
 
-def build(kind, seed, optimizer="rowwise", configs=None):
+class SequenceNet(nn.Module):
+    """A dense layer over the embedding of every id."""
+
+    @staticmethod
+    def configs():
+        shape = dict(num_embeddings=300, embedding_dim=16)
+        return [
+            CCEEmbeddingBagConfig(name="t", feature_names=["f", "g"], num_rows=5, **shape),
+            EmbeddingConfig(name="p", feature_names=["h", "f"], **shape),
+            CCEEmbeddingBagConfig(name="u", feature_names=["h"], num_rows=300, **shape),
+        ]
+
+    def __init__(self, configs):
+        super().__init__()
+        self.collection = CCEEmbeddingCollection(tables=configs)
+        self.over = nn.Linear(16, 2)
+
+    def forward(self, kjt):
+        return self.over(torch.cat([part.values() for part in self.collection(kjt).values()]))
+
+
+def build(kind, seed, optimizer="rowwise", configs=None, net=Net):
     """Model and the optimizer that its user steps; `kind` is tw, cw, dp or unsharded."""
     torch.manual_seed(seed)
-    configs = configs if configs is not None else tables(PoolingType.SUM)
-    model = Net(configs)
+    configs = configs if configs is not None else net.configs()
+    model = net(configs)
     cls, settings = OPTIMIZERS[optimizer]
     if kind != "dp":
         apply_optimizer_in_backward(cls, list(model.collection.parameters()), dict(settings))
@@ -78,11 +103,11 @@ def outputs(model):
         return [model(batch(seed, False)).numpy().copy() for seed in (3, 4, 5)]
 
 
-def save_all(rank, world_size, folder, kinds, optimizer):
+def save_all(rank, world_size, folder, kinds, optimizer, net):
     """Saves a trained and clustered job per kind; outputs at that point and one step later."""
     found = {}
     for number, kind in enumerate(kinds):
-        model, own = build(kind, seed=10 * world_size + number, optimizer=optimizer)
+        model, own = build(kind, seed=10 * world_size + number, optimizer=optimizer, net=net)
         for seed in (1, 2):
             step(model, own, seed)
         cluster(model, optimizer=own)
@@ -95,13 +120,13 @@ def save_all(rank, world_size, folder, kinds, optimizer):
     return found
 
 
-def load_all(rank, world_size, kinds, saved):
+def load_all(rank, world_size, kinds, saved, net):
     """Loads every checkpoint into every kind of model, over the last, and trains a step more."""
     for kind in kinds:
         built = {}
         for where, (optimizer, before, after) in saved.items():
             if optimizer not in built:
-                built[optimizer] = build(kind, seed=100 + rank, optimizer=optimizer)
+                built[optimizer] = build(kind, seed=100 + rank, optimizer=optimizer, net=net)
             model, own = built[optimizer]
             who = f"{where}, loaded as {kind} on {world_size}"
             report = load_checkpoint(where, model, optimizers=[own])
@@ -115,9 +140,9 @@ def load_all(rank, world_size, kinds, saved):
                 np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5, err_msg=who)
 
 
-def save_and_load(rank, world_size, folder, saving, loading, optimizer, saved):
-    found = save_all(rank, world_size, folder, saving, optimizer)
-    load_all(rank, world_size, loading, {**saved, **found})
+def save_and_load(rank, world_size, folder, saving, loading, optimizer, saved, net=Net):
+    found = save_all(rank, world_size, folder, saving, optimizer, net)
+    load_all(rank, world_size, loading, {**saved, **found}, net)
     return found
 
 
@@ -135,17 +160,28 @@ def test_any_world_size_and_plan_to_any_other(tmp_path):
     assert len(saved) == 12
 
 
+def test_sequences_of_any_world_size_and_plan(tmp_path):
+    saved = {}
+    for world_size, saving, loading in (
+        (1, ["unsharded"], []), (3, ["tw"], []), (2, ["cw"], ["tw", "cw"]), (3, [], ["cw"]),
+        (1, [], ["unsharded"]),
+    ):  # fmt: skip
+        args = (str(tmp_path), saving, loading, "rowwise", saved, SequenceNet)
+        saved |= run_ranks(world_size, save_and_load, *args)[0]
+    assert len(saved) == 3
+
+
 def same_job(rank, world_size, folder):
     """Same ranks and plan: all state comes back bit for bit, and training goes on equal."""
-    for optimizer in ("rowwise",):
-        model, dense = build("cw", seed=rank, optimizer=optimizer)
+    for net in (Net, SequenceNet):
+        model, dense = build("cw", seed=rank, net=net)
         step(model, dense, 1)
         cluster(model)
-        where = save_checkpoint(f"{folder}/{optimizer}", model, step=1, optimizers=[dense])
+        where = save_checkpoint(f"{folder}/{net.__name__}", model, step=1, optimizers=[dense])
         torch.rand(7)
         expected = torch.rand(3)
         torch.manual_seed(0)
-        other, other_dense = build("cw", seed=50 + rank, optimizer=optimizer)
+        other, other_dense = build("cw", seed=50 + rank, net=net)
         for group in other_dense.param_groups:
             group["lr"] = 9.0
         load_checkpoint(where, other, optimizers=[other_dense])
