@@ -21,10 +21,9 @@ from cce_torchrec.clustering.pairs import (
     of_all_ids,
 )
 from cce_torchrec.clustering.plan import Task
-from cce_torchrec.kmeans.backends import Backend, make_backend
 from cce_torchrec.kmeans.lloyd import KMeansResult, kmeans
 from cce_torchrec.kmeans.points import PairPoints, metric_root
-from cce_torchrec.kmeans.share import Share, agreed, reason
+from cce_torchrec.kmeans.share import agreed, assign, reason
 
 T = TypeVar("T")
 
@@ -166,16 +165,19 @@ class Solver:
         """Nearest of the centroids that K-means scored last, scored by all ranks."""
         k, dim = self._task.num_clusters, self._task.dim
 
-        def prepared() -> tuple[PairPoints, torch.Tensor, Share, Backend]:
+        def prepared() -> tuple[PairPoints, torch.Tensor]:
             scored = update.scored if update else torch.empty(k, dim, device=self._device)
-            moved = points
-            if self._metric is not None:
-                moved = points.transformed(metric_root(self._metric, dim).to(self._device))
-            scores = self._task.budget.score_bytes
-            engine = make_backend(self._options.scorer, moved.device, scores)
-            return moved, scored, Share(moved, k, self._group), engine
+            if self._metric is None:
+                return points, scored
+            return points.transformed(metric_root(self._metric, dim).to(self._device)), scored
 
-        moved, scored, share, engine = self._agreed(prepared)
+        moved, scored = self._agreed(prepared)
         if self._group is not None:
             dist.broadcast(scored, dist.get_global_rank(self._group, self._owner), self._group)
-        return share.nearest(moved, scored, engine)
+        return assign(
+            moved,
+            scored,
+            backend=self._options.scorer,
+            process_group=self._group,
+            score_bytes=self._task.budget.score_bytes,
+        )

@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 
-from cce_torchrec.kmeans.backends import Backend
+from cce_torchrec.kmeans.backends import SCORE_BYTES, Backend, make_backend
 from cce_torchrec.kmeans.points import BLOCK, Points
 
 T = TypeVar("T")
@@ -151,3 +151,28 @@ class Share:
         self._own()[:] = assigned
         dist.all_reduce(self._everyone, group=self._group)
         return self._everyone[:-1]
+
+
+def assign(
+    points: Points,
+    centroids: torch.Tensor,
+    *,
+    backend: str = "auto",
+    process_group: dist.ProcessGroup | None = None,
+    score_bytes: int = SCORE_BYTES,
+) -> torch.Tensor:
+    """The nearest of `centroids` [k, s] for every point, int32 [n]; ties go to the lowest index.
+
+    Collective where a process group is given, as `cce_torchrec.kmeans.kmeans`, and the same
+    bytes as its final assignment to the same centroids.
+
+    Raises:
+        ValueError: on every rank, if any fails.
+    """
+
+    def prepared() -> tuple[Share, Backend]:
+        share = Share(points, len(centroids), process_group)
+        return share, make_backend(backend, points.device, score_bytes)
+
+    share, engine = agreed(prepared, device=points.device, group=process_group)
+    return share.nearest(points, centroids, engine)

@@ -13,7 +13,7 @@ import pytest
 
 from cce_torchrec.clustering import cluster, solve
 from cce_torchrec.clustering.live import fused_rows
-from cce_torchrec.kmeans import lloyd
+from cce_torchrec.kmeans import lloyd, share
 from cce_torchrec.kmeans.backends import NativeBackend, TorchBackend
 from cce_torchrec.kmeans.points import PairPoints
 from tests.distributed.ranks import run_ranks
@@ -31,7 +31,7 @@ EVERY_RANK = {
     "means": (lloyd, "_means", 1, {"metric": metric()}),
     "scikit-learn": (lloyd, "_sklearn_fit", 1, {"backend": "sklearn-minibatch"}),
     "points of a metric": (PairPoints, "transformed", 2, {**WAYS["sample"], "metric": metric()}),
-    "room for new codes": (solve, "Share", 1, WAYS["sample"]),
+    "room for new codes": (share, "Share", 1, WAYS["sample"]),
 }
 """What fails, at which call of it, and how the step is called."""
 OWNER_ALONE = {
@@ -44,8 +44,8 @@ OTHERS_ALONE = {"room for points": (PairPoints, "from_integers", 1, {})}
 AT_COMMIT = {
     OWNER: {"codebooks": (solve, "codebooks_only", 1, WAYS["sample"])},
     OTHER: {
-        "room for new codes": (solve, "Share", 1, WAYS["sample"]),
-        "new codes": (solve, "make_backend", 1, {}),
+        "room for new codes": (share, "Share", 1, WAYS["sample"]),
+        "new codes": (share, "make_backend", 1, {}),
     },
 }
 
