@@ -22,6 +22,7 @@ from torchrec.modules.embedding_configs import EmbeddingBagConfig
 from cce_torchrec.chunk_codes import codes_of
 from cce_torchrec.codes import code_dtype
 from cce_torchrec.config import CCEEmbeddingBagConfig
+from cce_torchrec.helper_rows import check_helper_rows, save_helper_rows
 
 
 def _runs(owners: list[int]) -> list[tuple[int, int, int]]:
@@ -58,6 +59,7 @@ class CodesState:
     def set_configs(self, configs: Sequence[EmbeddingBagConfig]) -> None:
         """The collection's tables, as they are now; codes of a data-parallel one stay a tensor."""
         compressed = [c for c in configs if isinstance(c, CCEEmbeddingBagConfig)]
+        self._compressed = compressed
         learned = [config for config in compressed if config.learned_codes]
         self._learned = {config.name for config in learned}
         self._configs = [config for config in learned if config.name in self._owners]
@@ -68,14 +70,16 @@ class CodesState:
         """Replaces this rank's columns by the table's ShardedTensor, on every rank."""
         for config in self._configs:
             state[codes_key(prefix, config.name)] = self._sharded(config)
+        save_helper_rows(self._compressed, state, prefix)
 
-    def load(self, state: dict[str, Any], prefix: str, *_: Any) -> None:
+    def load(self, state: dict[str, Any], prefix: str, *rest: Any) -> None:
         """Replaces a table's ShardedTensor by this rank's columns, where it has any.
 
         Raises:
             ValueError: codes of another table size or number of chunks, naming both, or of a
-                table whose codes are not learned here.
+                table whose codes are not learned here, or other main and helper rows.
         """
+        check_helper_rows(self._compressed, state, prefix, missing=rest[2])
         for key in state:
             table = key.removeprefix(f"{prefix}codes.").removesuffix(".codes")
             if key == codes_key(prefix, table) and table not in self._learned:

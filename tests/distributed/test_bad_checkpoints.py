@@ -217,6 +217,15 @@ def raw_codes(rank, world_size):
     state["collection.codes.t.codes"] = model.state_dict()["collection.codes.t.codes"]
     with pytest.raises(ValueError, match=r"codes \[300, 4\], the model \[301, 4\]"):
         wider.load_state_dict(state)
+    together, _ = build("tw", 0)
+    for rows, helper in ((10, 10), (20, 0)):  # 5 and 15 before: the shapes are the same
+        other, _ = build("tw", 1, configs=configs(num_rows=rows, num_helper_rows=helper))
+        before = outputs(other)
+        # On every rank, also where no chunk of the table is.
+        with pytest.raises(ValueError, match=f"'t': .* 15 helper rows, the model {helper};"):
+            other.load_state_dict(together.state_dict())
+        for a, b in zip(outputs(other), before, strict=True):
+            assert np.array_equal(a, b)
 
 
 def test_codes_in_a_plain_state_dict():
