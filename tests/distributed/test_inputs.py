@@ -67,13 +67,13 @@ def every_example(kjt):
     )
 
 
-def plan_on_hosts(model, configs, width):
-    """CCE tables table-column-wise, in columns of `width`; the planner has no word of its own."""
+def plan_on_hosts(model, configs):
+    """CCE tables table-column-wise, for which `make_planner` has no word of its own."""
     planner = make_planner(configs, dist.get_world_size(), CPU)
     for config in configs:
         if isinstance(config, CCEEmbeddingBagConfig):
             planner._enumerator._constraints[config.name] = ParameterConstraints(
-                sharding_types=["table_column_wise"], min_partition=width
+                sharding_types=["table_column_wise"], min_partition=config.chunk_dim
             )
     return planner.collective_plan(model, get_default_sharders(), dist.group.WORLD)
 
@@ -99,7 +99,7 @@ class Pair:
         model = Model(made[1])
         configs = self.plain.embedding_bag_configs()
         if kind == "tcw":
-            plan = plan_on_hosts(model, configs, width=4)
+            plan = plan_on_hosts(model, configs)
         else:
             plan = make_plan(model, configs, CPU, kind, data_parallel=data_parallel)
         self.model = DistributedModelParallel(
