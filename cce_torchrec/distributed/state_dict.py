@@ -90,6 +90,8 @@ class CodesState:
         for config in self._configs:
             key = codes_key(prefix, config.name)
             if key not in state:
+                if not self._own_runs(config):  # an owner misses its buffer itself
+                    rest[2].append(key)
                 continue
             value = state[key]
             expected = (config.num_embeddings, config.num_chunks)
@@ -99,7 +101,13 @@ class CodesState:
                 shards = {
                     shard.metadata.shard_offsets[1]: shard.tensor for shard in value.local_shards()
                 }
-                mine = [shards[first] for _, first, _ in self._own_runs(config)]
+                firsts = [first for _, first, _ in self._own_runs(config)]
+                if sorted(shards) != firsts:
+                    raise ValueError(
+                        f"table {config.name!r}: the state dict is of another plan; load it by "
+                        "load_checkpoint, or by dcp.load into model.state_dict()"
+                    )
+                mine = [shards[first] for first in firsts]
             elif isinstance(value, torch.Tensor) and tuple(value.shape) == expected:
                 mine = [value[:, first : first + n] for _, first, n in self._own_runs(config)]
             else:
