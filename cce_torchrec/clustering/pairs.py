@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from dataclasses import dataclass
 
 import torch
@@ -14,6 +15,7 @@ from cce_torchrec.clustering.ids import ChunkIds, IdWeights, NewCodes, starting_
 from cce_torchrec.codes import pack
 from cce_torchrec.hashing import SAMPLE_ROLE, HashFunction, hash_function
 from cce_torchrec.kmeans.points import PairPoints
+from cce_torchrec.kmeans.share import agreed
 
 
 @dataclass
@@ -162,32 +164,34 @@ def broadcast(
     """The owner's points on every rank, bit for bit: codebooks, pairs and counts, no codes.
 
     None on every rank where the owner has failed. `rows`: k, k' and width.
+
+    Raises:
+        ValueError: on every rank, if there is no room for them on any.
     """
     source = dist.get_global_rank(group, owner)
-    header = torch.full((2,), -1, device=device)
+    header = torch.full((3,), -1, device=device)
     if points is not None:
-        header = torch.tensor([points.num_points, len(points.starts(1 << 40))], device=device)
+        exponent = round(math.log2(points.scale))  # a power of two
+        sizes = (points.num_points, len(points.starts(1 << 40)), exponent)
+        header = torch.tensor(sizes, device=device)
     dist.broadcast(header, source, group=group)
-    num_points, num_starts = header.tolist()
+    num_points, num_starts, exponent = header.tolist()
     if num_points < 0:
         return None
-    num_rows, helper_rows, dim = rows
 
-    def sent(part: torch.Tensor) -> torch.Tensor:
-        part = part.contiguous()
+    def room() -> tuple[PairPoints, list[torch.Tensor]]:
+        out = points
+        if out is None:
+            num_rows, helper_rows, dim = rows
+            empty = functools.partial(torch.empty, device=device, dtype=torch.int32)
+            shapes = (num_rows, dim), (helper_rows, dim), (num_points,), (num_points,)
+            main, helper, a, b = (empty(shape) for shape in shapes)
+            longs = [empty(n, dtype=torch.int64) for n in (num_points, num_starts)]
+            out = PairPoints.from_integers(main, helper, 2.0**exponent, a, b, *longs)
+        parts = (out.main, out.helper, out.a, out.b, out.weights, out.starts(1 << 40))
+        return out, [part.contiguous() for part in parts]
+
+    out, parts = agreed(room, device=device, group=group)
+    for part in parts:
         dist.broadcast(part, source, group=group)
-        return part
-
-    if points is None:
-        empty = functools.partial(torch.empty, device=device, dtype=torch.int32)
-        shapes = (num_rows, dim), (helper_rows, dim), (num_points,), (num_points,)
-        main, helper, a, b = (sent(empty(shape)) for shape in shapes)
-        weights, starts = (sent(empty(n, dtype=torch.int64)) for n in (num_points, num_starts))
-        scale = float(sent(empty(1, dtype=torch.float64)))
-        return PairPoints.from_integers(main, helper, scale, a, b, weights, starts)
-    for part in (points.main, points.helper, points.a, points.b):
-        sent(part)
-    for part in (points.weights, points.starts(1 << 40)):
-        sent(part)
-    sent(torch.tensor([points.scale], dtype=torch.float64, device=device))
-    return points
+    return out

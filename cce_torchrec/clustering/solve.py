@@ -23,7 +23,7 @@ from cce_torchrec.clustering.pairs import (
 from cce_torchrec.clustering.plan import Task
 from cce_torchrec.kmeans.lloyd import KMeansResult, kmeans
 from cce_torchrec.kmeans.points import PairPoints, metric_root
-from cce_torchrec.kmeans.share import assign, gathered, raise_failures
+from cce_torchrec.kmeans.share import agreed, assign, reason
 
 T = TypeVar("T")
 
@@ -47,13 +47,13 @@ class Solver:
         self._state, self._task, self._options = state, task, options
         self._device, self._group, self._owner = device, group, owner
         self._metric = options.metric_of(task.table, task.chunk, task.dim)
-        self._failure: Exception | None = None
+        self._failure: str | None = None
 
     def solve(self, keep_codes: bool) -> ChunkUpdate | None:
         """What the step will write, for the owner; with the new codes if `keep_codes`.
 
         Raises:
-            ValueError: on every rank, if the owner fails.
+            ValueError: on every rank, if any fails.
         """
         sampled, points = self._find(for_kmeans=True)
         result = self._kmeans(points)
@@ -63,7 +63,7 @@ class Solver:
             parts = list(self._new_codes(sampled, points, update, result))
         if update is not None:
             update.codes = parts
-        self._raise_failure()
+        self._agreed(lambda: None)
         return update
 
     def write_codes(self, update: ChunkUpdate | None) -> None:
@@ -72,7 +72,7 @@ class Solver:
         sampled, points = self._find(for_kmeans=everyone)
         for part in self._new_codes(sampled, points, update, None):
             self._try(part.write)
-        self._raise_failure()
+        self._agreed(lambda: None)
 
     def _try(self, work: Callable[..., T], *args: Any) -> T | None:
         """Work of the owner alone; what fails there is raised at the next agreement."""
@@ -83,17 +83,22 @@ class Solver:
         except Exception as error:  # the others wait for this rank's messages
             if self._group is None:
                 raise
-            self._failure = error
+            self._failure = reason(error)
             return None
 
-    def _raise_failure(self) -> None:
-        """Raises on every rank if the owner failed."""
-        own = f"{self._task.who}: {self._failure}" if self._failure else None
-        raise_failures(gathered(own, self._group))
+    def _agreed(self, work: Callable[..., T], *args: Any) -> T:
+        """Work of every rank; raises on every rank if it fails on one, or the owner has failed."""
+
+        def checked() -> T:
+            if self._failure is not None:
+                raise ValueError(self._failure)
+            return work(*args)
+
+        return agreed(checked, device=self._device, group=self._group)
 
     def _find(self, for_kmeans: bool) -> tuple[Sampled | None, PairPoints]:
         """The chunk's pairs, where they live, and as points everywhere; else codebooks only."""
-        weights = self._options.weights_of(self._state) if self._state else None
+        weights = self._try(self._options.weights_of, self._state)
         find = find_pairs if for_kmeans else codebooks_only
         sampled = self._try(find, self._state, self._task.budget, weights)
         return sampled, self._everywhere(sampled.points if sampled else None)
@@ -105,7 +110,7 @@ class Solver:
             rows = (task.num_rows, task.num_helper_rows, task.dim)
             points = broadcast(points, rows, self._owner, self._device, self._group)
             if points is None:
-                self._raise_failure()
+                self._agreed(lambda: None)
         assert points is not None
         return points
 
@@ -159,13 +164,18 @@ class Solver:
     def _assign(self, points: PairPoints, update: ChunkUpdate | None) -> torch.Tensor:
         """Nearest of the centroids that K-means scored last, scored by all ranks."""
         k, dim = self._task.num_clusters, self._task.dim
-        scored = update.scored if update else torch.empty(k, dim, device=self._device)
+
+        def prepared() -> tuple[PairPoints, torch.Tensor]:
+            scored = update.scored if update else torch.empty(k, dim, device=self._device)
+            if self._metric is None:
+                return points, scored
+            return points.transformed(metric_root(self._metric, dim).to(self._device)), scored
+
+        moved, scored = self._agreed(prepared)
         if self._group is not None:
             dist.broadcast(scored, dist.get_global_rank(self._group, self._owner), self._group)
-        if self._metric is not None:
-            points = points.transformed(metric_root(self._metric, dim).to(self._device))
         return assign(
-            points,
+            moved,
             scored,
             backend=self._options.scorer,
             process_group=self._group,

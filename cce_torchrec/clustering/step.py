@@ -22,7 +22,7 @@ from cce_torchrec.clustering.row_wise import RowWiseSolver
 from cce_torchrec.clustering.solve import Solver
 from cce_torchrec.codes import converted
 from cce_torchrec.kmeans.backends import make_backend
-from cce_torchrec.kmeans.share import gathered, raise_failures
+from cce_torchrec.kmeans.share import gathered, raise_failures, reason
 
 
 @dataclass(frozen=True)
@@ -138,7 +138,7 @@ def run(
         make_backend(options.scorer, _device(states))
         digests = replicas.digests(states, options)
     except Exception as error:  # told to every rank below, then raised there
-        failure = str(error)
+        failure = reason(error)
     told = gathered((failure, tasks, digests, options.fingerprint()), group)
     raise_failures([f for f, *_ in told])
     if len({fingerprint for *_, fingerprint in told}) > 1:
@@ -184,7 +184,7 @@ def _wider_codes(
                     before[id(state.codes)] = (state.codes, held.dtype)
                     state.codes.set_codes(wider)
         except Exception as error:
-            failure = str(error)
+            failure = reason(error)
         raise_failures(gathered(failure, group))
         yield
     except BaseException:
@@ -228,7 +228,10 @@ class _Work:
 
         def solve(key: Key) -> None:
             started = time.perf_counter()
-            update = self._solver(key).solve(key in self.kept)
+            try:
+                update = self._solver(key).solve(key in self.kept)
+            except Exception as error:
+                raise ValueError(f"{self.plan.tasks[key].who}: {reason(error)}") from error
             if update is not None:
                 done[key] = (update, time.perf_counter() - started)
 
@@ -258,7 +261,7 @@ class _Work:
                 if update is not None:
                     commit(self.mine[key], update)
             except Exception as error:
-                failures.append(f"{self.plan.tasks[key].who}: {error}")
+                failures.append(f"{self.plan.tasks[key].who}: {reason(error)}")
         told = list(dict.fromkeys(f for theirs in gathered(failures, self.group) for f in theirs))
         if told:
             raise RuntimeError(

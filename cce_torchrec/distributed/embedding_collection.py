@@ -178,6 +178,11 @@ class ShardedCCEEmbeddingCollection(
         """The tables as configured (or finalised), one entry per logical table."""
         return as_they_are(self._configs, self.bags.embedding_bag_configs())
 
+    @property
+    def num_invalid_ids(self) -> int:
+        """Ids out of bounds that this rank has seen so far (bounds_check_mode WARNING)."""
+        return self.bags.num_invalid_ids
+
     def sharded_parameter_names(self, prefix: str = "") -> Iterator[str]:
         """Names of everything that DDP must leave alone: parameters and codes."""
         yield from self.bags.sharded_parameter_names(append_prefix(prefix, "bags"))

@@ -25,6 +25,7 @@ from cce_torchrec.chunk_codes import ChunkCodes, codes_of
 from cce_torchrec.codes import code_dtype
 from cce_torchrec.config import CCEEmbeddingBagConfig
 from cce_torchrec.distributed.id_blocks import IdBlocks
+from cce_torchrec.helper_rows import check_helper_rows, save_helper_rows
 
 
 @dataclass(frozen=True)
@@ -74,6 +75,7 @@ class CodesState:
     def set_configs(self, configs: Sequence[EmbeddingBagConfig]) -> None:
         """The collection's tables, as they are now; codes of a data-parallel one stay a tensor."""
         compressed = [c for c in configs if isinstance(c, CCEEmbeddingBagConfig)]
+        self._compressed = compressed
         learned = [config for config in compressed if config.learned_codes]
         self._learned = {config.name for config in learned}
         self._configs = [config for config in learned if config.name in self._owners]
@@ -86,14 +88,16 @@ class CodesState:
             state[codes_key(prefix, config.name)] = self._sharded(config)
             if config.track_seen and config.name in self._blocks:
                 state[_seen_key(prefix, config.name)] = self._sharded_seen(config)
+        save_helper_rows(self._compressed, state, prefix)
 
-    def load(self, state: dict[str, Any], prefix: str, *_: Any) -> None:
+    def load(self, state: dict[str, Any], prefix: str, *rest: Any) -> None:
         """Replaces a table's ShardedTensor by this rank's part, where it has any.
 
         Raises:
             ValueError: codes of another table size or number of chunks, naming both, or of a
-                table whose codes are not learned here.
+                table whose codes are not learned here, or other main and helper rows.
         """
+        check_helper_rows(self._compressed, state, prefix, missing=rest[2])
         for key in state:
             table = key.removeprefix(f"{prefix}codes.").removesuffix(".codes")
             if key == codes_key(prefix, table) and table not in self._learned:
@@ -104,12 +108,14 @@ class CodesState:
         for config in self._configs:
             key = codes_key(prefix, config.name)
             if key not in state:
+                if not self._own_parts(config):  # an owner misses its buffer itself
+                    rest[2].append(key)
                 continue
             value, held = state[key], codes_of(self._codes, config.name)
             found = tuple(value.size()) if isinstance(value, torch.Tensor) else ()
             if found != (config.num_embeddings, config.num_chunks):
                 raise ValueError(_mismatch(config, found))
-            parts = [_taken(value, p) for p in self._parts(config) if p.owner == self._rank]
+            parts = _taken(config, value, self._own_parts(config))
             if parts:
                 state[key] = torch.cat(parts, dim=1) if len(parts) > 1 else parts[0]
             elif held is not None and held.codes is not None:  # a block without ids
@@ -119,6 +125,9 @@ class CodesState:
             seen = _seen_key(prefix, config.name)
             if config.name in self._blocks and seen in state and held is not None:
                 state[seen] = _own_bits(state[seen], held)
+
+    def _own_parts(self, config: CCEEmbeddingBagConfig) -> list[Part]:
+        return [part for part in self._parts(config) if part.owner == self._rank]
 
     def _parts(self, config: CCEEmbeddingBagConfig) -> list[Part]:
         return _parts(config, self._owners[config.name], self._blocks.get(config.name))
@@ -175,12 +184,20 @@ def _seen_key(prefix: str, table: str) -> str:
     return f"{prefix}codes.{table}.seen"
 
 
-def _taken(value: torch.Tensor, part: Part) -> torch.Tensor:
-    """The codes of `part`, from a plain tensor or one that is sharded in the same way."""
+def _taken(
+    config: CCEEmbeddingBagConfig, value: torch.Tensor, parts: list[Part]
+) -> list[torch.Tensor]:
+    """The codes of `parts`, from a plain tensor or one that is sharded in the same way."""
     if not isinstance(value, ShardedTensor):
-        return value[part.ids.start : part.ids.stop, part.chunks.start : part.chunks.stop]
-    at = [part.ids.start, part.chunks.start]
-    return next(s.tensor for s in value.local_shards() if list(s.metadata.shard_offsets) == at)
+        return [value[p.ids.start : p.ids.stop, p.chunks.start : p.chunks.stop] for p in parts]
+    shards = {tuple(shard.metadata.shard_offsets): shard for shard in value.local_shards()}
+    wanted = {(p.ids.start, p.chunks.start): [len(p.ids), len(p.chunks)] for p in parts}
+    if {at: list(shard.metadata.shard_sizes) for at, shard in shards.items()} != wanted:
+        raise ValueError(
+            f"table {config.name!r}: the state dict is of another plan; load it by "
+            "load_checkpoint, or by dcp.load into model.state_dict()"
+        )
+    return [shards[at].tensor for at in wanted]
 
 
 def _own_bits(value: torch.Tensor, held: ChunkCodes) -> torch.Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import time
 from dataclasses import dataclass, replace
 
@@ -16,7 +17,7 @@ from cce_torchrec.kmeans.backends import (
     optional_module,
 )
 from cce_torchrec.kmeans.points import Points, TensorPoints, metric_root
-from cce_torchrec.kmeans.share import Share, check_agreement
+from cce_torchrec.kmeans.share import Share, agreed, check_agreement
 
 _SPLIT = 1 / 1024
 _PLUS_PLUS_SAMPLE = 32
@@ -104,11 +105,13 @@ def kmeans(
             weights that sum to more than 2^33.
     """
     problem: _Problem | None = None
+    share: Share | None = None
     failure: Exception | None = None
     try:
         problem = _Problem(points, weights, num_clusters, iterations, metric, init)
         name = "auto" if backend in SKLEARN_BACKENDS else backend  # what scores at the end
         engine = make_backend(name, problem.points.device, score_bytes)
+        share = Share(problem.points, num_clusters, process_group)
     except Exception as error:  # told to every rank below, then raised there
         if process_group is None:
             raise
@@ -116,15 +119,15 @@ def kmeans(
     task = (problem.shape if problem else None, iterations, backend, tolerance)
     what = "(points, dim, clusters), iterations, backend, tolerance"
     check_agreement(failure, task, what, process_group)
-    assert problem is not None
+    assert problem is not None and share is not None
     points, centroids = problem.points, problem.start
-    share = Share(points, num_clusters, process_group)
+    together = functools.partial(agreed, device=points.device, group=process_group)
     if backend in SKLEARN_BACKENDS:
-        centroids = share.from_first_rank(_sklearn_fit(points, centroids, iterations, backend))
-        iterations = 0
+        fitted = together(_sklearn_fit, points, centroids, iterations, backend)
+        centroids, iterations = share.from_first_rank(fitted), 0
     result = _lloyd(points, centroids, iterations, tolerance, engine, share)
     if metric is not None:
-        result = replace(result, centroids=_means(problem.original, result))
+        result = replace(result, centroids=together(_means, problem.original, result))
     return result
 
 

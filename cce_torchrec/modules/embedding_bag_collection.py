@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import fields
+from typing import Any
 
 import torch
 from fbgemm_gpu.split_table_batched_embeddings_ops_common import BoundsCheckMode
@@ -21,6 +22,7 @@ from cce_torchrec.bounds import BoundsCheck
 from cce_torchrec.chunk_codes import ChunkCodes, codes_of
 from cce_torchrec.config import CCEEmbeddingBagConfig, CodebookInit
 from cce_torchrec.expand import Block, Expansion
+from cce_torchrec.helper_rows import check_helper_rows, save_helper_rows
 from cce_torchrec.modules.output import (
     LogicalOutput,
     check_features,
@@ -78,6 +80,8 @@ class CCEEmbeddingBagCollection(EmbeddingBagCollectionInterface):
         dims = [config.embedding_dim for config in physical for _ in config.feature_names]
         self._slices = self._output.column_slices(names, dims)
         self._expansion = Expansion(self._blocks(), self._output.slots, names)
+        self._register_state_dict_hook(_save_helper_rows)
+        self.register_load_state_dict_pre_hook(_check_helper_rows)
 
     def _blocks(self) -> list[Block]:
         blocks, position = [], 0
@@ -123,18 +127,6 @@ class CCEEmbeddingBagCollection(EmbeddingBagCollectionInterface):
         self._configs = finalised_configs(self._configs, names, self.codes)
         self._expansion.set_configs(self._configs)
 
-    def embedding_configs(self) -> list[EmbeddingBagConfig]:
-        """What TorchRec's managed collision asks of a module that it cannot wrap: refused.
-
-        Raises:
-            ValueError: always, with the reason.
-        """
-        raise ValueError(
-            f"tables {[config.name for config in self._configs]}: managed collision rewrites the "
-            "rows of evicted ids, and the codebook rows of a CCE table belong to many ids; hash "
-            "raw ids with CCEEmbeddingBagConfig(hash_ids=True) instead"
-        )
-
     def is_weighted(self) -> bool:
         """Whether bags are pooled by per-sample weights."""
         return self._is_weighted
@@ -156,6 +148,18 @@ class CCEEmbeddingBagCollection(EmbeddingBagCollectionInterface):
             codes = codes_of(self.codes, name)
             assert codes is not None
             codes.reset_parameters()
+
+
+def _save_helper_rows(
+    module: CCEEmbeddingBagCollection, state: dict[str, Any], prefix: str, _: Any
+) -> None:
+    save_helper_rows(module.embedding_bag_configs(), state, prefix)
+
+
+def _check_helper_rows(
+    module: CCEEmbeddingBagCollection, state: dict[str, Any], prefix: str, *rest: Any
+) -> None:
+    check_helper_rows(module.embedding_bag_configs(), state, prefix, missing=rest[2])
 
 
 def physical_configs(config: EmbeddingBagConfig, is_weighted: bool) -> list[EmbeddingBagConfig]:

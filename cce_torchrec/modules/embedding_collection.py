@@ -107,6 +107,11 @@ class CCEEmbeddingCollection(EmbeddingCollectionInterface):
         """Where codebooks and codes live."""
         return self.bags.device
 
+    @property
+    def num_invalid_ids(self) -> int:
+        """Ids out of bounds seen so far (bounds_check_mode WARNING)."""
+        return self.bags.num_invalid_ids
+
     def reset_parameters(self) -> None:
         """Fresh codebooks, and codes back at their hash."""
         self.bags.reset_parameters()

@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import nn
+from torchrec import KeyedJaggedTensor
 from torchrec.distributed import DistributedModelParallel
 from torchrec.distributed.train_pipeline import TrainPipelineSparseDist
 from torchrec.modules.embedding_configs import EmbeddingConfig
@@ -15,9 +16,10 @@ from cce_torchrec import CCEEmbeddingBagConfig, CCEEmbeddingCollection
 from cce_torchrec.clustering import cluster
 from cce_torchrec.distributed.sharders import get_default_sharders
 from cce_torchrec.planner import make_plan
-from tests.distributed.test_inputs import SUM, Pair, vbe_batch
+from tests.distributed.test_checkpoint import SequenceNet
+from tests.distributed.test_inputs import SUM, Pair, flat, vbe_batch
 from tests.distributed.test_pipeline import Batch
-from tests.distributed.test_sharded import CPU, Model, batch
+from tests.distributed.test_sharded import CPU, KEYS, STRIDE, Model, batch
 
 SGD = (torch.optim.SGD, {"lr": 0.1})
 
@@ -38,7 +40,7 @@ def sequences(rank, world_size):
             need_indices=True,
         )
 
-    for kind in ("tw", "cw"):
+    for kind in ("tw", "cw", "tcw"):
         pair = Pair(kind, (), SUM, False, make=make)
         pair.check(batch)
         kjt = batch(3, False)
@@ -47,7 +49,7 @@ def sequences(rank, world_size):
             own = kjt[name.split("@")[0]]
             assert torch.equal(jagged.lengths(), own.lengths())
             assert torch.equal(jagged.weights(), own.values())
-        if kind == "cw":
+        if kind != "tw":
             assert len(set(pair.sharded.chunk_owners["t"])) == world_size
         context = pair.model.module.collection.create_context()
         arrived = pair.model.module.collection.input_dist(context, kjt).wait().wait()
@@ -62,6 +64,30 @@ def sequences(rank, world_size):
         assert received == per_rank * world_size  # every rank put the same batch in
     with pytest.raises(ValueError, match="one batch size for all features"):
         pair.model(vbe_batch(rank, False))
+
+
+def bad_ids(rank, world_size):
+    """Ids out of bounds read id 0 and are counted by each owner; no feature may be missing."""
+    pair = Pair("cw", (), SUM, False, make=lambda: CCEEmbeddingCollection(SequenceNet.configs()))
+    pair.copy()
+    kjt = batch(rank, False)
+    ids, read = kjt.values().clone(), kjt.values().clone()
+    ids[::5], read[::5] = torch.tensor([-1, 300, 2**40])[torch.arange(len(ids[::5])) % 3], 0
+    bad, good = (
+        KeyedJaggedTensor(KEYS, v, lengths=kjt.lengths(), stride=STRIDE) for v in (ids, read)
+    )
+    assert torch.equal(flat(pair.model(bad).wait()), flat(pair.module(good)))
+    assert torch.equal(bad.values(), ids) and bool((ids != read).any())
+    counted = torch.tensor([pair.model.module.collection.num_invalid_ids, 0])
+    for config in pair.sharded.embedding_bag_configs():
+        owners = len(set(pair.sharded.chunk_owners.get(config.name, [0])))
+        for feature in config.feature_names:
+            own = bad[feature].values()
+            counted[1] += owners * ((own < 0) | (own >= 300)).sum()
+    dist.all_reduce(counted)
+    assert counted[0] == counted[1] > 0
+    with pytest.raises(ValueError, match=r"lacks features 'g' \(table 't'\), 'h' \(table 'p'\)"):
+        pair.model(KeyedJaggedTensor(["f"], kjt["f"].values(), lengths=kjt["f"].lengths()))
 
 
 def a_rank_without_tables(rank, world_size):

@@ -212,11 +212,25 @@ def raw_codes(rank, world_size):
     other, _ = build("cw", 0, configs=configs(learned_codes=False))
     with pytest.raises(ValueError, match="table 't': the checkpoint has codes, the model"):
         other.load_state_dict(model.state_dict())
+    together, _ = build("tw", 0)  # one rank has no codes of t, and raises all the same
+    other, _ = build("tw", 0, configs=configs(learned_codes=False))
+    with pytest.raises(RuntimeError, match=r"Missing key.*codes.t.codes"):
+        together.load_state_dict(other.state_dict())
+    with pytest.raises(ValueError, match=r"table '[tu]': .* of another plan; .* dcp.load"):
+        together.load_state_dict(model.state_dict())
     wider, _ = build("cw", 0, configs=configs(num_embeddings=301))
     state = wider.state_dict()
     state["collection.codes.t.codes"] = model.state_dict()["collection.codes.t.codes"]
     with pytest.raises(ValueError, match=r"codes \[300, 4\], the model \[301, 4\]"):
         wider.load_state_dict(state)
+    for rows, helper in ((10, 10), (20, 0)):  # 5 and 15 before: the shapes are the same
+        other, _ = build("tw", 1, configs=configs(num_rows=rows, num_helper_rows=helper))
+        before = outputs(other)
+        # On every rank, also where no chunk of the table is.
+        with pytest.raises(ValueError, match=f"'t': .* 15 helper rows, the model {helper};"):
+            other.load_state_dict(together.state_dict())
+        for a, b in zip(outputs(other), before, strict=True):
+            assert np.array_equal(a, b)
 
 
 def test_codes_in_a_plain_state_dict():

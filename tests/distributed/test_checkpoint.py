@@ -10,11 +10,13 @@ from torchrec import EmbeddingBagCollection, EmbeddingCollection
 from torchrec.distributed import DistributedModelParallel
 from torchrec.modules.embedding_configs import EmbeddingBagConfig, EmbeddingConfig, PoolingType
 from torchrec.optim.apply_optimizer_in_backward import apply_optimizer_in_backward
+from torchrec.optim.keyed import CombinedOptimizer, KeyedOptimizerWrapper
 
-from cce_torchrec import CCEEmbeddingBagCollection
+from cce_torchrec import CCEEmbeddingBagCollection, CCEEmbeddingBagConfig, CCEEmbeddingCollection
 from cce_torchrec.checkpoint import load_checkpoint, save_checkpoint
 from cce_torchrec.checkpoint.optimizers import optimizer_states
 from cce_torchrec.clustering import ClusteringSchedule, cluster
+from cce_torchrec.distributed.data_parallel import data_parallel_parameters
 from cce_torchrec.distributed.sharders import get_default_sharders
 from cce_torchrec.planner import make_plan
 from tests.distributed.ranks import run_ranks
@@ -31,6 +33,10 @@ SCHEDULE = ClusteringSchedule.evenly(100, 5)
 class Net(nn.Module):
     """A dense layer over the embeddings."""
 
+    @staticmethod
+    def configs():
+        return tables(PoolingType.SUM)
+
     def __init__(self, configs):
         super().__init__()
         self.collection = CCEEmbeddingBagCollection(tables=configs)
@@ -41,21 +47,47 @@ class Net(nn.Module):
         return self.over(self.collection(kjt).values())
 
 
-def build(kind, seed, optimizer="rowwise", configs=None):
-    """Model and dense optimizer; `kind` is tw, cw or unsharded."""
+class SequenceNet(nn.Module):
+    """A dense layer over the embedding of every id."""
+
+    @staticmethod
+    def configs():
+        shape = dict(num_embeddings=300, embedding_dim=16)
+        return [
+            CCEEmbeddingBagConfig(name="t", feature_names=["f", "g"], num_rows=5, **shape),
+            EmbeddingConfig(name="p", feature_names=["h", "f"], **shape),
+            CCEEmbeddingBagConfig(name="u", feature_names=["h"], num_rows=300, **shape),
+        ]
+
+    def __init__(self, configs):
+        super().__init__()
+        self.collection = CCEEmbeddingCollection(tables=configs)
+        self.over = nn.Linear(16, 2)
+
+    def forward(self, kjt):
+        return self.over(torch.cat([part.values() for part in self.collection(kjt).values()]))
+
+
+def build(kind, seed, optimizer="rowwise", configs=None, net=Net):
+    """Model and the optimizer that its user steps; `kind` is tw, cw, rw, dp or unsharded."""
     torch.manual_seed(seed)
-    configs = configs if configs is not None else tables(PoolingType.SUM)
-    model = Net(configs)
+    configs = configs if configs is not None else net.configs()
+    model = net(configs)
     cls, settings = OPTIMIZERS[optimizer]
-    apply_optimizer_in_backward(cls, list(model.collection.parameters()), dict(settings))
+    if kind != "dp":
+        apply_optimizer_in_backward(cls, list(model.collection.parameters()), dict(settings))
     if kind != "unsharded":
-        plan = make_plan(model, configs, CPU, kind)
+        replicated = [config.name for config in configs] if kind == "dp" else []
+        plan = make_plan(model, configs, CPU, kind.replace("dp", "tw"), data_parallel=replicated)
         model = DistributedModelParallel(
             model, device=CPU, plan=plan, sharders=get_default_sharders()
         )
-    return model, torch.optim.Adam(
-        [p for name, p in model.named_parameters() if "over" in name], lr=0.05
-    )
+    over = {name: p for name, p in model.named_parameters() if "over" in name}
+    if kind != "dp":
+        return model, torch.optim.Adam(over.values(), lr=0.05)
+    own = KeyedOptimizerWrapper(data_parallel_parameters(model), lambda p: cls(p, **settings))
+    dense = KeyedOptimizerWrapper(over, lambda p: torch.optim.Adam(p, lr=0.05))
+    return model, CombinedOptimizer([("tables", own), ("dense", dense)])
 
 
 def step(model, dense, seed):
@@ -71,69 +103,85 @@ def outputs(model):
         return [model(batch(seed, False)).numpy().copy() for seed in (3, 4, 5)]
 
 
-def save_all(rank, folder, kinds):
+def save_all(rank, world_size, folder, kinds, optimizer, net):
     """Saves a trained and clustered job per kind; outputs at that point and one step later."""
     found = {}
-    for kind, optimizer in kinds:
-        model, dense = build(kind, seed=rank, optimizer=optimizer)
+    for number, kind in enumerate(kinds):
+        model, own = build(kind, seed=10 * world_size + number, optimizer=optimizer, net=net)
         for seed in (1, 2):
-            step(model, dense, seed)
-        cluster(model)
-        step(model, dense, 6)
-        where = f"{folder}/{kind}-{optimizer}"
-        save_checkpoint(where, model, step=3, optimizers=[dense], schedule=SCHEDULE, extra={"a": 1})
+            step(model, own, seed)
+        cluster(model, optimizer=own)
+        step(model, own, 6)
+        where = f"{folder}/{kind} on {world_size}"
+        save_checkpoint(where, model, step=3, optimizers=[own], schedule=SCHEDULE, extra={"a": 1})
         before = outputs(model)
-        step(model, dense, 7)
+        step(model, own, 7)
         found[where] = (optimizer, before, outputs(model))
     return found
 
 
-def load_all(rank, saved, kinds):
-    """Loads every checkpoint into every kind of model and trains one step more."""
-    for where, (optimizer, before, after) in saved.items():
-        for kind in kinds:
-            model, dense = build(kind, seed=100 + rank, optimizer=optimizer)
-            report = load_checkpoint(where, model, optimizers=[dense])
-            assert (report.step, report.schedule, report.extra) == (3, SCHEDULE, {"a": 1})
+def load_all(rank, world_size, kinds, saved, net):
+    """Loads every checkpoint into every kind of model, over the last, and trains a step more."""
+    for kind in kinds:
+        built = {}
+        for where, (optimizer, before, after) in saved.items():
+            if optimizer not in built:
+                built[optimizer] = build(kind, seed=100 + rank, optimizer=optimizer, net=net)
+            model, own = built[optimizer]
+            who = f"{where}, loaded as {kind} on {world_size}"
+            report = load_checkpoint(where, model, optimizers=[own])
+            assert (report.step, report.schedule, report.extra) == (3, SCHEDULE, {"a": 1}), who
             assert not [line for line in report.dropped if "random" not in line], report.dropped
             for a, b in zip(outputs(model), before, strict=True):
-                assert np.array_equal(a, b), (where, kind)
-            step(model, dense, 7)
+                assert np.array_equal(a, b), who
+            step(model, own, 7)
             for a, b in zip(outputs(model), after, strict=True):
                 # DDP averages equal gradients, which rounds; lost state shows in the second digit.
-                np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5, err_msg=f"{where} {kind}")
+                np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5, err_msg=who)
 
 
-def save_and_load(rank, world_size, folder, kinds, saved, into):
-    found = save_all(rank, f"{folder}/{world_size}", kinds)
-    load_all(rank, {**saved, **found}, into)
+def save_and_load(rank, world_size, folder, saving, loading, optimizer, saved, net=Net):
+    found = save_all(rank, world_size, folder, saving, optimizer, net)
+    load_all(rank, world_size, loading, {**saved, **found}, net)
     return found
 
 
 def test_any_world_size_and_plan_to_any_other(tmp_path):
+    """15 checkpoints, each into 15 kinds of job; on one rank spread is together."""
+    alone, several = ["unsharded", "tw", "dp"], ["tw", "cw", "dp", "rw"]
     saved = {}
-    for world_size, kinds, into in (
-        (1, [("unsharded", "rowwise"), ("tw", "adagrad")], ["tw", "unsharded"]),
-        (2, [("cw", "rowwise")], ["tw", "cw"]),
-        (3, [], ["cw"]),
-        (4, [], ["tw"]),
+    for world_size, saving, loading in (
+        (1, alone, []), (2, several, []), (3, several, []), (4, several, several),
+        (3, [], several), (2, [], several), (1, [], alone),
+    ):  # fmt: skip
+        optimizer = "adagrad" if world_size == 3 else "rowwise"
+        args = (str(tmp_path), saving, loading, optimizer, saved)
+        saved |= run_ranks(world_size, save_and_load, *args)[0]
+    assert len(saved) == 15
+
+
+def test_sequences_of_any_world_size_and_plan(tmp_path):
+    saved = {}
+    for world_size, saving, loading in (
+        (1, ["unsharded"], []), (3, ["tw"], []), (2, ["cw"], ["tw", "cw"]), (3, [], ["cw"]),
         (1, [], ["unsharded"]),
-    ):
-        saved |= run_ranks(world_size, save_and_load, str(tmp_path), kinds, saved, into)[0]
+    ):  # fmt: skip
+        args = (str(tmp_path), saving, loading, "rowwise", saved, SequenceNet)
+        saved |= run_ranks(world_size, save_and_load, *args)[0]
     assert len(saved) == 3
 
 
 def same_job(rank, world_size, folder):
     """Same ranks and plan: all state comes back bit for bit, and training goes on equal."""
-    for optimizer in ("rowwise",):
-        model, dense = build("cw", seed=rank, optimizer=optimizer)
+    for net in (Net, SequenceNet):
+        model, dense = build("cw", seed=rank, net=net)
         step(model, dense, 1)
         cluster(model)
-        where = save_checkpoint(f"{folder}/{optimizer}", model, step=1, optimizers=[dense])
+        where = save_checkpoint(f"{folder}/{net.__name__}", model, step=1, optimizers=[dense])
         torch.rand(7)
         expected = torch.rand(3)
         torch.manual_seed(0)
-        other, other_dense = build("cw", seed=50 + rank, optimizer=optimizer)
+        other, other_dense = build("cw", seed=50 + rank, net=net)
         for group in other_dense.param_groups:
             group["lr"] = 9.0
         load_checkpoint(where, other, optimizers=[other_dense])

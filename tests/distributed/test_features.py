@@ -35,6 +35,7 @@ from tests.distributed.ranks import run_ranks
 from tests.distributed.sequence_checks import (
     SGD,
     a_rank_without_tables,
+    bad_ids,
     pipelined_sequences,
     sequences,
 )
@@ -349,7 +350,7 @@ def finalised(rank, world_size):
 
 
 CHECKS = [
-    sequences, a_rank_without_tables, pipelined_sequences, optimizers, same_on_all_ranks,
+    sequences, bad_ids, a_rank_without_tables, pipelined_sequences, optimizers, same_on_all_ranks,
     seen_ids_are_shared, refused,
     ignored_optimizers_are_named, table_column_wise,
     feature_processors, quantised_communication, odd_batches, learning_rates_and_collections,

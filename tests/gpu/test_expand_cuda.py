@@ -72,7 +72,7 @@ def rows_of(model, features):
     module = model.module.collection
     context = module.create_context()
     arrived = module.input_dist(context, features).wait().wait()
-    return module._expand(arrived)[0]
+    return module._expand(context, arrived)[0]
 
 
 @pytest.mark.parametrize("bad", [None, -1, 2**40])

@@ -1,5 +1,6 @@
 """Tables of a checkpoint against those of a model."""
 
+import copy
 from types import SimpleNamespace
 
 import pytest
@@ -7,7 +8,7 @@ import torch
 
 from cce_torchrec import CCEEmbeddingBagCollection, CCEEmbeddingBagConfig
 from cce_torchrec.checkpoint import load_checkpoint, save_checkpoint
-from cce_torchrec.clustering import ClusteringSchedule
+from cce_torchrec.clustering import ClusteringSchedule, finalize
 from cce_torchrec.train.trainer import Trainer
 
 
@@ -30,6 +31,44 @@ def test_codes_of_another_type_are_refused():
     with pytest.raises(ValueError, match=r"codes of torch.int16, the model of torch.uint8"):
         narrow.load_state_dict(state)
     assert narrow.codes["t"].codes.dtype == torch.uint8
+
+
+@pytest.mark.parametrize("learned_codes", [True, False])
+@pytest.mark.parametrize("num_rows", [5, 100])  # codes of one byte, or of two once finalised
+def test_state_of_other_main_and_helper_rows_is_refused(num_rows, learned_codes):
+    """Shapes are equal: only the number of helper rows tells."""
+    tables = [
+        raw(num_rows=rows, num_helper_rows=helper, learned_codes=learned_codes)
+        for rows, helper in ((1, 3), (2, 2), (4, 0))
+        for rows, helper in [(rows * num_rows, helper * num_rows)]
+    ]
+    for saved in tables:
+        for table in tables:
+            if saved is table:
+                table.load_state_dict(saved.state_dict())
+                continue
+            before = {key: value.clone() for key, value in table.state_dict().items()}
+            there, here = (t.embedding_bag_configs()[0].helper_rows for t in (saved, table))
+            with pytest.raises(ValueError, match=f"{there} helper rows, the model {here}; conf"):
+                table.load_state_dict(saved.state_dict())
+            assert all(torch.equal(v, before[k]) for k, v in table.state_dict().items())
+
+
+def test_finalised_state_loads_into_the_finalised_table_alone():
+    table, config = raw(), raw().embedding_bag_configs()[0]
+    finalize(table)
+    copy.deepcopy(CCEEmbeddingBagCollection([config.finalised()])).load_state_dict(
+        table.state_dict()
+    )
+    with pytest.raises(ValueError, match=r"table 't': the checkpoint has 0 helper rows.* 15"):
+        raw().load_state_dict(table.state_dict())
+    with pytest.raises(ValueError, match=r"table 't': the checkpoint has 15 helper rows.* 0;"):
+        table.load_state_dict(raw().state_dict())
+    state = raw().state_dict()
+    del state["codes.t.num_helper_rows"]
+    with pytest.raises(RuntimeError, match=r'Missing key.* "codes.t.num_helper_rows"'):
+        raw().load_state_dict(state)
+    raw().load_state_dict(state, strict=False)
 
 
 @pytest.mark.parametrize(("clusterings", "past"), [(0, False), (2, True), (5, False)])

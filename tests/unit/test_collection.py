@@ -118,6 +118,7 @@ def test_state_dict_keys_are_pinned():
         f"{prefix}.p.weight",
         "codes.t.codes",
         "codes.t.clusterings",
+        "codes.t.num_helper_rows",
     ]
 
 

@@ -2,9 +2,13 @@
 
 import pytest
 import torch
+from fbgemm_gpu.split_table_batched_embeddings_ops_common import BoundsCheckMode
 from torchrec import KeyedJaggedTensor
 from torchrec.modules.embedding_configs import EmbeddingConfig, PoolingType
-from torchrec.modules.mc_embedding_modules import ManagedCollisionEmbeddingBagCollection
+from torchrec.modules.mc_embedding_modules import (
+    ManagedCollisionEmbeddingBagCollection,
+    ManagedCollisionEmbeddingCollection,
+)
 from torchrec.modules.mc_modules import (
     DistanceLFU_EvictionPolicy,
     ManagedCollisionCollection,
@@ -105,6 +109,25 @@ def test_sequences():
     assert [c.table for c in cluster(module).chunks] == ["bags.t"] * 2
 
 
+@pytest.mark.parametrize("bad", [-1, 40, 2**40])
+def test_sequences_with_ids_out_of_bounds(bad):
+    config = CCEEmbeddingBagConfig(
+        name="t", num_embeddings=40, embedding_dim=8, feature_names=["f"], num_rows=5, num_chunks=2
+    )
+    make = lambda ids: KeyedJaggedTensor(  # noqa: E731
+        keys=["f"], values=torch.tensor(ids), lengths=torch.tensor([1, 2])
+    )
+    module = CCEEmbeddingCollection([config])
+    ids = make([3, bad, 7])
+    assert torch.equal(module(ids)["f"].values(), module(make([3, 0, 7]))["f"].values())
+    assert module.num_invalid_ids == 1 and ids.values()[1] == bad
+    fatal = CCEEmbeddingCollection([config], bounds_check_mode=BoundsCheckMode.FATAL)
+    with pytest.raises(ValueError, match=rf"table 't', feature 'f': .*{bad}"):
+        fatal(ids)
+    with pytest.raises(ValueError, match=r"lacks features 'f' \(table 't'\)"):
+        module(KeyedJaggedTensor(["g"], torch.tensor([1]), lengths=torch.tensor([1])))
+
+
 def test_sequences_refuse():
     shape = dict(num_embeddings=40, feature_names=["f"], num_rows=5, num_chunks=1)
     table = CCEEmbeddingBagConfig(name="t", embedding_dim=8, **shape)
@@ -145,7 +168,14 @@ def test_dense_optimizer_state_follows(cls):
         assert torch.equal(state["step"], before[name]["step"])
 
 
-def test_managed_collision_is_refused():
+@pytest.mark.parametrize(
+    ("collection", "around"),
+    [
+        (CCEEmbeddingBagCollection, ManagedCollisionEmbeddingBagCollection),
+        (CCEEmbeddingCollection, ManagedCollisionEmbeddingCollection),
+    ],
+)
+def test_managed_collision_is_refused(collection, around):
     config = CCEEmbeddingBagConfig(
         name="t", num_embeddings=40, embedding_dim=8, feature_names=["f"], num_rows=5, num_chunks=2
     )
@@ -153,7 +183,6 @@ def test_managed_collision_is_refused():
         zch_size=40, device=torch.device("cpu"), input_hash_size=1000, eviction_interval=1,
         eviction_policy=DistanceLFU_EvictionPolicy(),
     )  # fmt: skip
-    collection = CCEEmbeddingBagCollection([config])
     managed = ManagedCollisionCollection({"t": managed}, [config])
     with pytest.raises(ValueError, match=r"tables \['t'\]: managed collision rewrites the rows"):
-        ManagedCollisionEmbeddingBagCollection(collection, managed)
+        around(collection([config]), managed)

@@ -10,7 +10,7 @@ LAYERS = [
     {"versions"},
     {"config"},
     {"hashing"},
-    {"bounds", "codes", "fused", "slots"},
+    {"bounds", "codes", "fused", "helper_rows", "slots"},
     {"chunk_codes"},
     {"expand", "kmeans", "metrics"},
     {"modules"},
