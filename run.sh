@@ -19,8 +19,7 @@ setup() {
   . .venv/bin/activate
   # torch first and by its exact version: a range would bring the newest build with CUDA packages.
   pip install -q torch==2.13.0
-  pip install -q ./docker/fbgemm-cpu-shim
-  pip install -q -e '.[cpu,demo,test]'
+  pip install -q ./docker/fbgemm-cpu-shim -e '.[cpu,demo,test]'
   pip check
   echo "$wanted" > .venv/installed
 }

@@ -127,13 +127,7 @@ def _topology(world_size: int, device: torch.device, memory_bytes: int | None) -
         memory_bytes = torch.cuda.get_device_properties(device).total_memory
     caps = {"hbm_cap_bytes" if on_gpu else "ddr_cap_bytes": memory_bytes}
     caps = {name: value for name, value in caps.items() if value is not None}
-    factory = getattr(planner_types, "TopologyFactory", None)
-    if factory is None:  # torchrec before 1.8
-        names = {"hbm_cap_bytes": "hbm_cap", "ddr_cap_bytes": "ddr_cap"}
-        return Topology(
-            world_size, device.type, **{names[name]: value for name, value in caps.items()}
-        )
-    return factory.create_topology(
+    return planner_types.TopologyFactory.create_topology(
         planner_types.TrainerConfig(world_size=world_size, **caps),
         kernel_config=planner_types.KernelConfig(compute_device=device.type),
     )
