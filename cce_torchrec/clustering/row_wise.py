@@ -29,10 +29,10 @@ from cce_torchrec.clustering.pairs import (
     starts_wanted,
 )
 from cce_torchrec.clustering.plan import Task
+from cce_torchrec.clustering.scoring import Scoring
 from cce_torchrec.codes import pack
-from cce_torchrec.kmeans.lloyd import KMeansResult, kmeans
-from cce_torchrec.kmeans.points import PairPoints, metric_root
-from cce_torchrec.kmeans.share import assign, gathered, raise_failures
+from cce_torchrec.kmeans.points import PairPoints
+from cce_torchrec.kmeans.share import agreed, gathered
 
 T = TypeVar("T")
 
@@ -51,7 +51,7 @@ class RowWiseSolver:
         self._state, self._task, self._options, self._device = state, task, options, device
         self._group, self._owner = state.blocks.group, state.blocks.owner
         self._source = dist.get_global_rank(self._group, self._owner)
-        self._metric = options.metric_of(task.table, task.chunk, task.dim)
+        self._scoring = Scoring(task, options, device)
 
     def solve(self, keep_codes: bool) -> ChunkUpdate:
         """What the step will write, on every rank; with its new codes if `keep_codes`.
@@ -60,7 +60,7 @@ class RowWiseSolver:
             ValueError: on every rank, if any fails.
         """
         points = self._points()
-        result = self._kmeans(points)
+        result = self._scoring.kmeans(points, self._group)
         update = self._agree(lambda: settle(self._state, points, result))
         if keep_codes:
             every = self._task.budget.samples_per_centroid is None
@@ -75,19 +75,13 @@ class RowWiseSolver:
             self._relabelled(self._books(), update, None, keep=False)
             return
         points = self._points()
-        nearest = self._nearest(points, update, self._group)
+        moved = self._agree(lambda: self._scoring.moved(points))
+        nearest = self._scoring.nearest(moved, update.scored, self._group)
         self._relabelled(points, update, nearest, keep=False)
 
     def _agree(self, work: Callable[[], T]) -> T:
         """This rank's `work`, once no rank has failed in its own."""
-        done: list[T] = []
-        failure: str | None = None
-        try:
-            done.append(work())
-        except Exception as error:
-            failure = f"{self._task.who}: {error}"
-        raise_failures(gathered(failure, self._group))
-        return done[0]
+        return agreed(work, device=self._device, group=self._group)
 
     def _points(self) -> PairPoints:
         """The pairs of all ids (or of a sample of them), on every rank."""
@@ -162,20 +156,6 @@ class RowWiseSolver:
         assert shared is not None
         return shared
 
-    def _kmeans(self, points: PairPoints) -> KMeansResult:
-        task, options = self._task, self._options
-        return kmeans(
-            points,
-            task.num_clusters,
-            options.iterations,
-            backend=options.backend,
-            init=points.codebooks()[0] if options.init == "main" else options.init,
-            tolerance=options.tolerance,
-            metric=self._metric,
-            process_group=self._group,
-            score_bytes=task.budget.score_bytes,
-        )
-
     def _relabelled(
         self,
         points: PairPoints,
@@ -214,7 +194,8 @@ class RowWiseSolver:
             books = Sampled(ids, points.a[:0].long(), points, None)
             for first in ids.held[::ASSIGN_BLOCK]:
                 block = IdBlock.of(books, first)
-                yield block.new_codes(self._nearest(block.points, update, None))
+                moved = self._scoring.moved(block.points)
+                yield block.new_codes(self._scoring.nearest(moved, update.scored, None))
             return
         keys = points.a.long() * ids.helper_rows + points.b
         if self._task.budget.by_pair:
@@ -225,20 +206,6 @@ class RowWiseSolver:
             last = min(first + ASSIGN_BLOCK, ids.held.stop)
             at = torch.searchsorted(keys, ids.keys(ids.range(first, last)))
             yield NewCodes(ids, packed[at], False, first, last)
-
-    def _nearest(
-        self, points: PairPoints, update: ChunkUpdate, group: dist.ProcessGroup | None
-    ) -> torch.Tensor:
-        """Nearest of the centroids that K-means scored last."""
-        if self._metric is not None:
-            points = points.transformed(metric_root(self._metric, self._task.dim).to(self._device))
-        return assign(
-            points,
-            update.scored,
-            backend=self._options.scorer,
-            process_group=group,
-            score_bytes=self._task.budget.score_bytes,
-        )
 
     def _sum(self, value: torch.Tensor) -> int:
         dist.all_reduce(value, group=self._group)

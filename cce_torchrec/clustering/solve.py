@@ -21,9 +21,10 @@ from cce_torchrec.clustering.pairs import (
     of_all_ids,
 )
 from cce_torchrec.clustering.plan import Task
-from cce_torchrec.kmeans.lloyd import KMeansResult, kmeans
-from cce_torchrec.kmeans.points import PairPoints, metric_root
-from cce_torchrec.kmeans.share import agreed, assign, reason
+from cce_torchrec.clustering.scoring import Scoring
+from cce_torchrec.kmeans.lloyd import KMeansResult
+from cce_torchrec.kmeans.points import PairPoints
+from cce_torchrec.kmeans.share import agreed, reason
 
 T = TypeVar("T")
 
@@ -46,7 +47,7 @@ class Solver:
     ) -> None:
         self._state, self._task, self._options = state, task, options
         self._device, self._group, self._owner = device, group, owner
-        self._metric = options.metric_of(task.table, task.chunk, task.dim)
+        self._scoring = Scoring(task, options, device)
         self._failure: str | None = None
 
     def solve(self, keep_codes: bool) -> ChunkUpdate | None:
@@ -56,7 +57,7 @@ class Solver:
             ValueError: on every rank, if any fails.
         """
         sampled, points = self._find(for_kmeans=True)
-        result = self._kmeans(points)
+        result = self._scoring.kmeans(points, self._group)
         update = self._try(settle, self._state, points, result)
         parts: list[NewCodes] = []
         if keep_codes:
@@ -114,20 +115,6 @@ class Solver:
         assert points is not None
         return points
 
-    def _kmeans(self, points: PairPoints) -> KMeansResult:
-        task, options = self._task, self._options
-        return kmeans(
-            points,
-            task.num_clusters,
-            options.iterations,
-            backend=options.backend,
-            init=points.codebooks()[0] if options.init == "main" else options.init,
-            tolerance=options.tolerance,
-            metric=self._metric,
-            process_group=self._group,
-            score_bytes=task.budget.score_bytes,
-        )
-
     def _new_codes(
         self,
         sampled: Sampled | None,
@@ -167,17 +154,9 @@ class Solver:
 
         def prepared() -> tuple[PairPoints, torch.Tensor]:
             scored = update.scored if update else torch.empty(k, dim, device=self._device)
-            if self._metric is None:
-                return points, scored
-            return points.transformed(metric_root(self._metric, dim).to(self._device)), scored
+            return self._scoring.moved(points), scored
 
         moved, scored = self._agreed(prepared)
         if self._group is not None:
             dist.broadcast(scored, dist.get_global_rank(self._group, self._owner), self._group)
-        return assign(
-            moved,
-            scored,
-            backend=self._options.scorer,
-            process_group=self._group,
-            score_bytes=self._task.budget.score_bytes,
-        )
+        return self._scoring.nearest(moved, scored, self._group)

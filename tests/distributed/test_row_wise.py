@@ -169,7 +169,7 @@ def failures_reach_every_rank(rank, world_size):
             broken = mock.patch.object(owner, method, out_of_memory)
             with (
                 broken if rank == failing else contextlib.nullcontext(),
-                raised_within(20, ValueError, rf"rank {failing}: table '.*no memory for this"),
+                raised_within(20, ValueError, rf"table '.*rank {failing}: no memory for this"),
             ):
                 cluster(model)
             assert unchanged()

@@ -1,0 +1,53 @@
+"""K-means over the points of one chunk, and the nearest of its centroids, as the caller chose."""
+
+from __future__ import annotations
+
+import torch
+import torch.distributed as dist
+
+from cce_torchrec.clustering.options import Options
+from cce_torchrec.clustering.plan import Task
+from cce_torchrec.kmeans.lloyd import KMeansResult, kmeans
+from cce_torchrec.kmeans.points import PairPoints, metric_root
+from cce_torchrec.kmeans.share import assign
+
+
+class Scoring:
+    """What all ways to cluster a chunk have in common."""
+
+    def __init__(self, task: Task, options: Options, device: torch.device) -> None:
+        self._task, self._options, self._device = task, options, device
+        self._metric = options.metric_of(task.table, task.chunk, task.dim)
+
+    def kmeans(self, points: PairPoints, group: dist.ProcessGroup | None) -> KMeansResult:
+        """Clusters `points`; collective where a group is given."""
+        task, options = self._task, self._options
+        return kmeans(
+            points,
+            task.num_clusters,
+            options.iterations,
+            backend=options.backend,
+            init=points.codebooks()[0] if options.init == "main" else options.init,
+            tolerance=options.tolerance,
+            metric=self._metric,
+            process_group=group,
+            score_bytes=task.budget.score_bytes,
+        )
+
+    def moved(self, points: PairPoints) -> PairPoints:
+        """`points` in the space of the metric, in which `nearest` takes them."""
+        if self._metric is None:
+            return points
+        return points.transformed(metric_root(self._metric, self._task.dim).to(self._device))
+
+    def nearest(
+        self, moved: PairPoints, scored: torch.Tensor, group: dist.ProcessGroup | None
+    ) -> torch.Tensor:
+        """Nearest of the centroids that K-means scored last; collective where a group is given."""
+        return assign(
+            moved,
+            scored,
+            backend=self._options.scorer,
+            process_group=group,
+            score_bytes=self._task.budget.score_bytes,
+        )
