@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 
 import torch
 import torch.distributed as dist
 from torch import nn
-from torch.nn.parallel import DistributedDataParallel
 
 from cce_torchrec.chunk_codes import ChunkCodes
 from cce_torchrec.clustering import replicas
 from cce_torchrec.clustering.chunk import Blocks, ChunkState
+from cce_torchrec.distributed.caches import bypassed, kernels
 from cce_torchrec.distributed.embedding_bag_collection import ShardedCCEEmbeddingBagCollection
 from cce_torchrec.modules.embedding_bag_collection import CCEEmbeddingBagCollection
 from cce_torchrec.slots import physical_table
@@ -64,6 +65,16 @@ def _nowhere(codes: ChunkCodes) -> torch.Tensor:
     return torch.empty(0, codes.config.chunk_dim, device=codes.clusterings.device)
 
 
+@contextmanager
+def uncached(model: nn.Module) -> Iterator[None]:
+    """Inside, the rows of all kernels of `model` are the current ones, and may be written."""
+    with ExitStack() as stack:
+        for module in model.modules():
+            if isinstance(module, ShardedCCEEmbeddingBagCollection):
+                stack.enter_context(bypassed(module._lookups))
+        yield
+
+
 def unsharded_rows(
     module: CCEEmbeddingBagCollection, optimizer: torch.optim.Optimizer | None
 ) -> dict[str, tuple[torch.Tensor, dict[str, torch.Tensor]]]:
@@ -88,18 +99,14 @@ def fused_rows(
     """
     inner = module.embedding_bag_collection
     out = {}
-    for lookup in inner._lookups:
-        while isinstance(lookup, DistributedDataParallel):
-            lookup = lookup.module
-        for kernel in lookup._emb_modules:
-            tbe = kernel.emb_module
-            fused = hasattr(tbe, "get_optimizer_state")
-            states = tbe.get_optimizer_state() if fused else []
-            for i, table in enumerate(kernel._config.embedding_tables):
-                state = states[i] if i < len(states) else {}
-                if not fused and optimizer is not None:
-                    state = _state_of(inner.embedding_bags[table.name].weight, optimizer)
-                out[table.name] = (tbe.split_embedding_weights()[i], state)
+    for tables, tbe in kernels(inner._lookups):
+        fused = hasattr(tbe, "get_optimizer_state")
+        states = tbe.get_optimizer_state() if fused else []
+        for i, table in enumerate(tables):
+            state = states[i] if i < len(states) else {}
+            if not fused and optimizer is not None:
+                state = _state_of(inner.embedding_bags[table.name].weight, optimizer)
+            out[table.name] = (tbe.split_embedding_weights()[i], state)
     return out
 
 

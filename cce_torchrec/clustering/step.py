@@ -14,7 +14,7 @@ from torch import nn
 from cce_torchrec.chunk_codes import ChunkCodes
 from cce_torchrec.clustering import replicas
 from cce_torchrec.clustering.chunk import ChunkState, ChunkUpdate, commit
-from cce_torchrec.clustering.live import local_chunks
+from cce_torchrec.clustering.live import local_chunks, uncached
 from cce_torchrec.clustering.meeting import meet
 from cce_torchrec.clustering.options import Options
 from cce_torchrec.clustering.plan import DEFAULT_MEMORY_LIMIT, Key, Plan, Task, task_of
@@ -124,6 +124,17 @@ def run(
     began = time.perf_counter()
     group = _group(process_group)
     meet(group)
+    with uncached(model):
+        return _run(model, options, optimizer, group, began)
+
+
+def _run(
+    model: nn.Module,
+    options: Options,
+    optimizer: torch.optim.Optimizer | None,
+    group: dist.ProcessGroup | None,
+    began: float,
+) -> tuple[ClusteringReport, set[str]]:
     states: list[tuple[str, ChunkState]] = []
     tasks: list[Task] = []
     failure: str | None = None

@@ -8,7 +8,6 @@ codes live. Codes of ROW_WISE tables are fetched before (code_fetch.py).
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -18,7 +17,6 @@ from torch import nn
 from torchrec.distributed.embedding_sharding import EmbeddingShardingContext, KJTListSplitsAwaitable
 from torchrec.distributed.embedding_types import KJTList, ShardedEmbeddingModule
 from torchrec.distributed.embeddingbag import (
-    EmbeddingBagCollectionContext,
     EmbeddingBagCollectionSharder,
     ShardedEmbeddingBagCollection,
 )
@@ -32,9 +30,11 @@ from torchrec.distributed.utils import append_prefix
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor, KeyedTensor
 
 from cce_torchrec.bounds import BoundsCheck
-from cce_torchrec.chunk_codes import codes_of
+from cce_torchrec.chunk_codes import ChunkCodes, codes_of
 from cce_torchrec.config import CCEEmbeddingBagConfig
+from cce_torchrec.distributed.caches import forget_prefetched
 from cce_torchrec.distributed.code_fetch import CodeFetch
+from cce_torchrec.distributed.context import CCEContext
 from cce_torchrec.distributed.id_blocks import IdBlocks, check_group, is_row_wise
 from cce_torchrec.distributed.input_dist import batch_sizes, sharding_inputs
 from cce_torchrec.distributed.plan import (
@@ -51,22 +51,6 @@ from cce_torchrec.modules.embedding_bag_collection import (
     without_weights,
 )
 from cce_torchrec.modules.output import check_features
-
-
-@dataclass
-class CCEContext(EmbeddingBagCollectionContext):
-    """What one batch carries from its input distribution to its output."""
-
-    fetched_for: KeyedJaggedTensor | None = None
-    """The rank's own features, where codes were fetched and may have to be once more."""
-    rewrites: list[int] = field(default_factory=list)
-    """State of the codes when they were fetched."""
-
-    def record_stream(self, stream: torch.Stream) -> None:
-        """Keeps the tensors alive for the work that `stream` has been given."""
-        super().record_stream(stream)
-        if self.fetched_for is not None:
-            self.fetched_for.record_stream(stream)
 
 
 class ShardedCCEEmbeddingBagCollection(
@@ -248,7 +232,25 @@ class ShardedCCEEmbeddingBagCollection(
         inner = self.embedding_bag_collection
         return self._assembled(ctx, inner.compute_and_output_dist(ctx, self._expand(ctx, input)))
 
+    def prefetch(
+        self,
+        dist_input: KJTList,
+        forward_stream: torch.Stream | None = None,
+        ctx: CCEContext | None = None,
+    ) -> None:
+        """Brings the codebook rows of a batch into the caches of kernels that have some (CUDA).
+
+        The rows are kept for `compute`, unless codes change before it.
+        """
+        assert ctx is not None, "codes are expanded for one batch"
+        ctx.expanded, ctx.version = self._expand(ctx, dist_input), ChunkCodes.version
+        super().prefetch(ctx.expanded, forward_stream, ctx)
+
     def _expand(self, ctx: CCEContext, dist_input: KJTList) -> KJTList:
+        if ctx.expanded is not None:
+            if ctx.version == ChunkCodes.version:
+                return ctx.expanded
+            forget_prefetched(self._lookups)
         if self._fetch is not None and self._fetch.rewrites != ctx.rewrites:
             # A pipeline had distributed the batch before a clustering step, on every rank.
             assert ctx.fetched_for is not None

@@ -18,7 +18,6 @@ from torchrec.distributed.embedding_types import (
     KJTList,
     ShardedEmbeddingModule,
 )
-from torchrec.distributed.embeddingbag import EmbeddingBagCollectionContext
 from torchrec.distributed.types import (
     Awaitable,
     LazyAwaitable,
@@ -31,6 +30,7 @@ from torchrec.distributed.utils import append_prefix
 from torchrec.modules.embedding_configs import BaseEmbeddingConfig
 from torchrec.sparse.jagged_tensor import JaggedTensor, KeyedJaggedTensor
 
+from cce_torchrec.distributed.context import CCEContext
 from cce_torchrec.distributed.embedding_bag_sharder import CCEEmbeddingBagCollectionSharder
 from cce_torchrec.distributed.id_blocks import is_row_wise
 from cce_torchrec.distributed.plan import is_data_parallel
@@ -47,7 +47,7 @@ Sequences = dict[str, JaggedTensor]
 
 
 @dataclass
-class SequenceContext(EmbeddingBagCollectionContext):
+class SequenceContext(CCEContext):
     """The context of a batch, with the features that the rank put in."""
 
     features: KeyedJaggedTensor | None = None
@@ -142,11 +142,17 @@ class ShardedCCEEmbeddingCollection(
 
     def compute(self, ctx: SequenceContext, dist_input: KJTList) -> list[torch.Tensor]:
         """Looks up every received id by itself."""
-        each = []
-        for features, context in zip(dist_input, ctx.sharding_contexts, strict=True):
-            assert context is not None
-            each.append(bags_of_one(features, context.batch_size_per_rank))
-        return self.bags.compute(ctx, KJTList(each))
+        return self.bags.compute(ctx, _each_by_itself(ctx, dist_input))
+
+    def prefetch(
+        self,
+        dist_input: KJTList,
+        forward_stream: torch.Stream | None = None,
+        ctx: SequenceContext | None = None,
+    ) -> None:
+        """Brings the codebook rows of a batch into the caches of kernels that have some (CUDA)."""
+        assert ctx is not None, "codes are expanded for one batch"
+        self.bags.prefetch(_each_by_itself(ctx, dist_input), forward_stream, ctx)
 
     def output_dist(
         self, ctx: SequenceContext, output: list[torch.Tensor]
@@ -191,6 +197,15 @@ class ShardedCCEEmbeddingCollection(
     def unsharded_module_type(self) -> type[CCEEmbeddingCollection]:
         """The module this one replaces."""
         return CCEEmbeddingCollection
+
+
+def _each_by_itself(ctx: SequenceContext, dist_input: KJTList) -> KJTList:
+    """The received ids, in bags of one."""
+    each = []
+    for features, context in zip(dist_input, ctx.sharding_contexts, strict=True):
+        assert context is not None
+        each.append(bags_of_one(features, context.batch_size_per_rank))
+    return KJTList(each)
 
 
 class CCEEmbeddingCollectionSharder(BaseEmbeddingSharder[CCEEmbeddingCollection]):

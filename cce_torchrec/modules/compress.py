@@ -7,6 +7,7 @@ from dataclasses import dataclass, fields
 from functools import partial
 
 import torch
+import torch.distributed as dist
 from torch import nn
 from torchrec.modules.embedding_configs import EmbeddingBagConfig, data_type_to_dtype
 from torchrec.modules.embedding_modules import EmbeddingBagCollection
@@ -79,6 +80,7 @@ def compress_model(
     table_bytes: int | None = None,
     num_chunks: int = 4,
     seed: int = 0,
+    verbose: bool = True,
 ) -> CompressionReport:
     """Replaces, in place, every EmbeddingBagCollection of `model` that has tables to compress.
 
@@ -94,6 +96,7 @@ def compress_model(
             ratio is found for all of them.
         num_chunks: most chunks of a table; fewer where embedding_dim asks for it.
         seed: of the hashes.
+        verbose: print the report too, on the first rank.
 
     Raises:
         ValueError: not exactly one budget, unknown table names, a budget that does not hold the
@@ -136,7 +139,10 @@ def compress_model(
             parent, _, name = path.rpartition(".")
             setattr(model.get_submodule(parent), name, _replacement(path, module, new))
     assert len(made) == len(configs)
-    return CompressionReport(made)
+    report = CompressionReport(made)
+    if verbose and not (dist.is_initialized() and dist.get_rank()):
+        print(report)
+    return report
 
 
 def full_bytes(config: EmbeddingBagConfig) -> int:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from types import SimpleNamespace
+from unittest import mock
 
 import pytest
 import torch
@@ -15,6 +17,7 @@ from torchrec.streamable import Pipelineable
 
 from cce_torchrec.clustering import cluster
 from cce_torchrec.clustering.live import fused_rows
+from cce_torchrec.distributed.caches import bypassed, forget_prefetched
 from cce_torchrec.distributed.sharders import get_default_sharders
 from cce_torchrec.planner import make_plan
 from tests.distributed.ranks import run_ranks
@@ -93,6 +96,68 @@ def equal_to_the_loop(rank, world_size):
                 assert torch.equal(rows[name], piped_rows[name]), (kind, pipeline, name)
 
 
+def prefetched_in_between(rank, world_size):
+    """What the prefetch pipeline (CUDA only) does to the module: ids are expanded once a batch, and
+    once more where a clustering step came between."""
+    for kind in ("tw", "cw", "rw"):
+        model = build(kind)[0]
+        sharded = model.module.collection
+        for clustered in (False, True):
+            context = sharded.create_context()
+            received = sharded.input_dist(context, batch(rank, False)).wait().wait()
+            with mock.patch.object(sharded, "_expand", wraps=sharded._expand) as expand:
+                sharded.prefetch(received, ctx=context)
+                rows = context.expanded
+                if clustered:
+                    cluster(model)
+                out = sharded.compute_and_output_dist(context, received).wait().values()
+                assert expand.call_count == 2
+            looked_up = sharded._expand(context, received)
+            assert clustered or looked_up is rows
+            assert torch.equal(out, sharded(batch(rank, False)).wait().values()), (kind, clustered)
+
+
+def both(rank, world_size):
+    equal_to_the_loop(rank, world_size)
+    prefetched_in_between(rank, world_size)
+
+
 @pytest.mark.parametrize("world_size", [2])
 def test_pipelines_equal_the_plain_loop(world_size):
-    run_ranks(world_size, equal_to_the_loop)
+    run_ranks(world_size, both)
+
+
+class Cached:
+    """An FBGEMM module with a cache, as far as clustering and prefetching touch it."""
+
+    def __init__(self, lines):
+        self.lxu_cache_weights = torch.zeros(lines, 4)
+        self.lxu_cache_locking_counter = torch.ones(2)
+        self.timesteps_prefetched, self.lxu_cache_locations_list = [3, 4], [7, 8]
+        self.done = []
+
+    def flush(self):
+        self.done.append("flush")
+
+    def reset_cache_states(self):
+        self.done.append("reset")
+
+
+def lookup_of(*modules):
+    kernels = [
+        SimpleNamespace(_config=SimpleNamespace(embedding_tables=[]), emb_module=module)
+        for module in modules
+    ]
+    return SimpleNamespace(_emb_modules=kernels)
+
+
+def test_caches_are_written_back_before_and_emptied_after():
+    cached, without = Cached(2), Cached(0)
+    with pytest.raises(ValueError), bypassed([lookup_of(without, cached)]):
+        assert cached.done == ["flush"]
+        cached.done.append("clustering")
+        raise ValueError
+    assert cached.done == ["flush", "clustering", "reset"] and not without.done
+    assert not cached.lxu_cache_locking_counter.any()
+    forget_prefetched([lookup_of(cached)])
+    assert (cached.timesteps_prefetched, cached.lxu_cache_locations_list) == ([4], [8])

@@ -110,6 +110,9 @@ def test_bad_calls(call, message):
         call()
 
 
-def test_paths_in_the_report():
+def test_the_report_is_printed_and_has_paths(capsys):
     report = compress_model(Wrapped(), compression=50)
+    assert capsys.readouterr().out == f"{report}\n"
+    compress_model(Wrapped(), compression=50, verbose=False)
+    assert not capsys.readouterr().out
     assert report.tables[0].collection == "dlrm.sparse_arch.embedding_bag_collection"

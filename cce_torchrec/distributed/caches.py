@@ -1,0 +1,54 @@
+"""FBGEMM's caches in front of tables in unified memory (CUDA, FUSED_UVM_CACHING)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+
+def kernels(lookups: Iterable[nn.Module]) -> Iterator[tuple[Any, Any]]:
+    """Each group of tables of TorchRec's `lookups` with the FBGEMM module that holds them."""
+    for lookup in lookups:
+        while isinstance(lookup, DistributedDataParallel):
+            lookup = lookup.module
+        for kernel in lookup._emb_modules:  # type: ignore[union-attr]  # a ModuleList
+            yield kernel._config.embedding_tables, kernel.emb_module
+
+
+def _cached(lookups: Iterable[nn.Module]) -> Iterator[Any]:
+    """Modules that have a cache."""
+    for _, module in kernels(lookups):
+        weights = getattr(module, "lxu_cache_weights", None)
+        if weights is not None and weights.numel():
+            yield module
+
+
+@contextmanager
+def bypassed(lookups: Iterable[nn.Module]) -> Iterator[None]:
+    """Rows behind caches may be read and written inside; the caches are empty afterwards.
+
+    They are written back before. Batches that were prefetched have to be once more: see
+    `forget_prefetched`.
+    """
+    modules = list(_cached(lookups))
+    for module in modules:
+        module.flush()
+    try:
+        yield
+    finally:
+        for module in modules:
+            module.reset_cache_states()
+            if hasattr(module, "lxu_cache_locking_counter"):
+                module.lxu_cache_locking_counter.zero_()
+
+
+def forget_prefetched(lookups: Iterable[nn.Module]) -> None:
+    """Drops where the caches hold the oldest batch that was prefetched; the lookup asks anew."""
+    for module in _cached(lookups):
+        for waiting in (module.timesteps_prefetched, module.lxu_cache_locations_list):
+            if waiting:
+                waiting.pop(0)
