@@ -169,6 +169,7 @@ def code_version() -> str:
     root = Path(cce_torchrec.__file__).parent
     files = sorted(f for f in root.glob("*/*.[pc]*") if f.suffix in (".py", ".cpp"))
     files = [f for f in files if f.parent.name in ("kmeans", "clustering")]
+    files += [root / "hashing.h", root / "hashing.py"]
     return hashlib.sha256(b"".join(f.read_bytes() for f in files)).hexdigest()[:16]
 
 

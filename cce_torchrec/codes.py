@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 
 from cce_torchrec.config import CCEEmbeddingBagConfig, code_dtype
-from cce_torchrec.hashing import code_hash
+from cce_torchrec.hashing import code_hash, mix
 
 _BLOCK = 1 << 20
 _WORDS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
@@ -31,8 +31,9 @@ def fill_hashed(
     """Writes the initial codes of ids from `first` on into `codes` [N, len(chunks)]."""
     for start in range(first, len(codes), _BLOCK):
         ids = torch.arange(start, min(start + _BLOCK, len(codes)), device=codes.device)
+        mixed = mix(ids)
         for column, chunk in enumerate(chunks):
-            rows = code_hash(config.seed, config.name, chunk)(ids, config.num_rows)
+            rows = code_hash(config.seed, config.name, chunk).of_mixed(mixed, config.num_rows)
             codes[start : start + len(ids), column] = rows.to(codes.dtype)
 
 

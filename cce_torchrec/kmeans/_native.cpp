@@ -6,6 +6,8 @@
 #include <cstdint>
 #include <cstring>
 
+#include "../hashing.h"
+
 #if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
 #define CLONES __attribute__((target_clones("avx512f", "arch=haswell", "default")))
 #else
@@ -241,11 +243,6 @@ INLINE int64_t code_at(const void *codes, int64_t bytes, int64_t at) {
   return ((const int32_t *)codes)[at];
 }
 
-INLINE int64_t hashed(int64_t id, int64_t multiplier, int64_t addend, int64_t rows) {
-  const uint64_t bits = ((uint64_t)id * (uint64_t)multiplier + (uint64_t)addend) >> 33;
-  return (int64_t)((bits * (uint64_t)rows) >> 31);
-}
-
 // counts[code * num_helper + hash] += weight (1 where weights is null; weights start at id first),
 // over ids [first, last).
 void cce_count_pairs(const void *codes, int64_t bytes, int64_t stride, int64_t first,
@@ -253,7 +250,8 @@ void cce_count_pairs(const void *codes, int64_t bytes, int64_t stride, int64_t f
                      const int64_t *weights, int64_t *counts) {
   for (int64_t id = first; id < last; id++) {
     const int64_t a = code_at(codes, bytes, id * stride);
-    counts[a * num_helper + hashed(id, multiplier, addend, num_helper)] += weights ? weights[id - first] : 1;
+    const int64_t b = hashed(mix(id), multiplier, addend, num_helper);
+    counts[a * num_helper + b] += weights ? weights[id - first] : 1;
   }
 }
 
@@ -273,8 +271,9 @@ CLONES void cce_residuals(const void *codes, int64_t bytes, int64_t stride, int6
                           const int32_t *centroids, int64_t *sums, int64_t *sizes) {
   for (int64_t id = first; id < last; id++) {
     const int64_t a = code_at(codes, bytes, id * stride);
-    const int64_t b = hashed(id, old_multiplier, old_addend, num_helper);
-    const int64_t row = hashed(id, new_multiplier, new_addend, num_helper);
+    const int64_t mixed = mix(id);
+    const int64_t b = hashed(mixed, old_multiplier, old_addend, num_helper);
+    const int64_t row = hashed(mixed, new_multiplier, new_addend, num_helper);
     const int32_t *m = main_points + a * dim, *h = helper_points + b * dim;
     const int64_t c = new_code(new_codes, by_pair, bytes, a * num_helper + b, id - first);
     const int32_t *center = centroids + c * dim;
@@ -291,7 +290,7 @@ int64_t cce_relabel(void *codes, int64_t bytes, int64_t stride, int64_t first, i
   int64_t changed = 0;
   for (int64_t id = first; id < last; id++) {
     const int64_t at = id * stride, a = code_at(codes, bytes, at);
-    const int64_t pair = a * num_helper + hashed(id, multiplier, addend, num_helper);
+    const int64_t pair = a * num_helper + hashed(mix(id), multiplier, addend, num_helper);
     const int64_t c = new_code(new_codes, by_pair, bytes, pair, id - first);
     changed += c != a;
     if (!write) continue;
