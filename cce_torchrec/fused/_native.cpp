@@ -4,13 +4,6 @@
 
 #include "../hashing.h"
 
-#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
-#define CLONES __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
-#else
-#define CLONES
-#endif
-#define INLINE static inline __attribute__((always_inline))
-
 static const int64_t TILE = 256;  // ids whose codes are fetched while those before are expanded
 
 // One chunk, as native.py lays it out: column of the codes, then the hashes of main and helper.
@@ -106,7 +99,7 @@ extern "C" {
 
 // out[j, i, :] = rows of ids[i] in chunk j, ids out of [0, num_embeddings) read as 0. Returns how
 // many those are; *bad is the position of the first, or stays -1. `codes` may be null.
-CLONES int64_t cce_expand(const void *ids, int64_t id_bytes, int64_t count,
+ID_CLONES int64_t cce_expand(const void *ids, int64_t id_bytes, int64_t count,
                           int64_t num_embeddings, const void *codes, int64_t code_bytes,
                           int64_t stride, const Chunk *chunks, int64_t num_chunks,
                           int64_t num_rows, int64_t helper_rows, int64_t *out, int64_t *bad) {
@@ -118,7 +111,7 @@ CLONES int64_t cce_expand(const void *ids, int64_t id_bytes, int64_t count,
 }
 
 // out[i] = ids[i] as int64, those out of [0, num_embeddings) as 0; returns and *bad as above.
-CLONES int64_t cce_check_ids(const void *ids, int64_t id_bytes, int64_t count,
+ID_CLONES int64_t cce_check_ids(const void *ids, int64_t id_bytes, int64_t count,
                              int64_t num_embeddings, int64_t *out, int64_t *bad) {
   if (id_bytes == 4) return checked((const int32_t *)ids, count, num_embeddings, out, bad);
   return checked((const int64_t *)ids, count, num_embeddings, out, bad);
