@@ -1,6 +1,6 @@
 """A training job killed by SIGKILL again and again, and resumed: does it end bit-equal?
 
-    python -m benchmarks.kill [--kills 20] [--json FILE]
+    python -m benchmarks.kill [--kills 20] [--plan cw] [--json FILE]
 
 Two runs of `cce_torchrec.train` on 2 ranks (synthetic data, DLRM): one that is left alone, in the
 plain loop, and one in the default pipeline, every process of which is killed while it starts,
@@ -34,7 +34,7 @@ from cce_torchrec.versions import installed_versions
 RANKS = 2
 OPTIONS = [
     *("--dataset", "synthetic", "--batch-size", "8192", "--compression", "40"),
-    *("--plan", "cw", "--checkpoint-every", "3"),
+    *("--checkpoint-every", "3"),
 ]
 PHASES = ["start", "training", "clustering", "checkpoint"]
 
@@ -203,10 +203,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--kills", type=int, default=20)
     parser.add_argument("--epochs", type=int, default=6)
+    parser.add_argument("--plan", default="cw", help="of the training program")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--json", type=Path, default=Path("runs/kill.json"))
     args = parser.parse_args()
     options = ["--epochs", str(args.epochs), "--clusterings", str(7 * args.epochs)]
+    options += ["--plan", args.plan]
     with tempfile.TemporaryDirectory() as folder:
         result = compare(Path(folder), random_aims(args.kills, args.seed), options)
     hits = {phase: sum(k["hit"] == phase for k in result["kills"]) for phase in PHASES}
