@@ -191,10 +191,9 @@ def make_backend(name: str, device: torch.device, score_bytes: int = SCORE_BYTES
         ValueError: an unknown name, or a missing optional dependency and how to install it.
     """
     if name == "auto":
-        has_faiss = importlib.util.find_spec("faiss") is not None
         if device.type == "cpu" and native.available():
             return NativeBackend(score_bytes)
-        if device.type == "cpu" and has_faiss:
+        if device.type == "cpu" and importlib.util.find_spec("faiss") is not None:
             return FaissBackend()
         return TorchBackend()
     made: dict[str, Callable[[], Backend]] = {

@@ -175,7 +175,7 @@ def _lloyd(
     while True:
         began = time.perf_counter()
         sums, sizes, errors, assigned = share.scan(points, centroids, engine)
-        objective = float(errors.sum()) / points.error_scale()
+        objective = float(errors.sum()) / points.error_scale
         updated, splits = centroids, 0
         if len(stats) < iterations:
             means = (sums.double() / sizes.clamp(min=1)[:, None] / points.scale).float()
@@ -212,9 +212,9 @@ def refill_empty(
     without error are not split: their points lie on the centroid. Returns the centroids and the
     number of splits.
     """
-    empty = (sizes == 0).nonzero().view(-1)
-    if not len(empty):
+    if int(sizes.min()) > 0:
         return centroids, 0
+    empty = (sizes == 0).nonzero().view(-1)
     order = torch.sort(errors, descending=True, stable=True).indices
     donors = order[errors[order] > 0][: empty.numel()]
     empty = empty[: donors.numel()]

@@ -7,6 +7,7 @@ one loop over many kinds of data, because only sums come back.)
 
 from __future__ import annotations
 
+import functools
 import math
 from abc import ABC, abstractmethod
 
@@ -62,6 +63,7 @@ class Points(ABC):
                 "sums would overflow; divide them"
             )
 
+    @functools.cached_property
     def error_scale(self) -> float:
         """The power of two at which summed squared distances still fit 62 bits."""
         reach = 2.0 ** (_FIXED_POINT_BITS + 2) / self.scale

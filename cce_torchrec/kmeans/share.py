@@ -117,7 +117,7 @@ class Share:
         def score() -> torch.Tensor:
             assigned = engine.prepare(points, centroids)(self.start, self.end)
             stats = (sums, sizes, errors)
-            points.accumulate(self.start, assigned, centroids, points.error_scale(), stats)
+            points.accumulate(self.start, assigned, centroids, points.error_scale, stats)
             return assigned
 
         assigned = score() if self._alone else _summed(self._stats, score, self._group)
