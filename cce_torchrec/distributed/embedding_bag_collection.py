@@ -34,7 +34,7 @@ from torchrec.sparse.jagged_tensor import KeyedJaggedTensor, KeyedTensor
 from cce_torchrec.bounds import BoundsCheck
 from cce_torchrec.chunk_codes import codes_of
 from cce_torchrec.config import CCEEmbeddingBagConfig
-from cce_torchrec.distributed.code_fetch import CodeFetch
+from cce_torchrec.distributed.code_fetch import Answered, CodeFetch, mark_answered
 from cce_torchrec.distributed.id_blocks import IdBlocks, check_group, is_row_wise
 from cce_torchrec.distributed.input_dist import batch_sizes, sharding_inputs
 from cce_torchrec.distributed.plan import (
@@ -61,12 +61,16 @@ class CCEContext(EmbeddingBagCollectionContext):
     """The rank's own features, where codes were fetched and may have to be once more."""
     rewrites: list[int] = field(default_factory=list)
     """State of the codes when they were fetched."""
+    answered: Answered = field(default_factory=list)
+    """Ids of this rank's blocks that any rank looks up by this batch."""
 
     def record_stream(self, stream: torch.Stream) -> None:
         """Keeps the tensors alive for the work that `stream` has been given."""
         super().record_stream(stream)
         if self.fetched_for is not None:
             self.fetched_for.record_stream(stream)
+        for _, ids in self.answered:
+            ids.record_stream(stream)
 
 
 class ShardedCCEEmbeddingBagCollection(
@@ -207,7 +211,7 @@ class ShardedCCEEmbeddingBagCollection(
         bags = dict(zip(features.keys(), features.stride_per_key(), strict=True))
         if self._fetch is not None:
             ctx.fetched_for, ctx.rewrites = features, self._fetch.rewrites
-            features = self._fetch.replace(features, self._bounds_check)
+            features, ctx.answered = self._fetch.replace(features, self._bounds_check)
         ordered = select_slots(features, self._feature_order)
         pieces = ordered.split([len(sharded.slots) for sharded in self._inputs])
         ctx.sharding_contexts = [
@@ -254,6 +258,7 @@ class ShardedCCEEmbeddingBagCollection(
             assert ctx.fetched_for is not None
             with torch.no_grad():
                 dist_input = self._distribute(ctx, ctx.fetched_for, again=True).wait().wait()
+        mark_answered(ctx.answered)
         expanded = [
             features
             if sharded.expansion is None

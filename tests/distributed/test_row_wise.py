@@ -245,6 +245,21 @@ def crossing_the_network(rank, world_size):
     assert int(rows) == int(wanted[1]) * config.num_chunks * 2
 
 
+def seen_when_looked_up(rank, world_size):
+    """Ids of a batch that a pipeline distributed before a clustering step are seen after it."""
+    model = sharded_model(configs=[tables()[0]])
+    sharded = model.module.collection
+    context, codes = sharded.create_context(), codes_of(sharded.codes, "t")
+    arrived = sharded.input_dist(context, batch(0, False)).wait().wait()
+    assert not codes.seen[:-2].any()
+    cluster(model)
+    sharded.compute_and_output_dist(context, arrived).wait()
+    ids = torch.cat([batch(0, False)[f].values() for f in ("f", "g")])
+    expected = torch.zeros(300, dtype=torch.uint8).index_fill_(0, ids, 1)
+    own = expected[codes.ids.start : codes.ids.stop]
+    assert torch.equal(seen_ids(codes.seen, len(codes.ids)), own)
+
+
 def checkpoints(rank, world_size, folder, save, saved):
     """A ROW_WISE job's checkpoint in every other place, and other jobs' in it; and growth."""
 
@@ -298,6 +313,7 @@ def two_ranks(rank, world_size, folder):
     failures_reach_every_rank(rank, world_size)
     mistakes(rank, world_size)
     crossing_the_network(rank, world_size)
+    seen_when_looked_up(rank, world_size)
     return checkpoints(rank, world_size, folder, ["rw", "cw"], {})
 
 
