@@ -205,6 +205,11 @@ def mistakes(rank, world_size):
     with pytest.raises(ValueError, match=r"tables \['u'\]: feature processors weigh ids"):
         DistributedModelParallel(model, device=CPU, plan=plan, sharders=get_default_sharders())
 
+    model = sharded_model()
+    alone = [dist.new_group([r]) for r in range(world_size)][rank]
+    with pytest.raises(ValueError, match=rf"'t', chunk 0: its codes are on ranks \[0, 1\].*\[{rank}\]"):
+        cluster(model, process_group=alone)
+
     rows = [EmbeddingConfig(name="e", num_embeddings=50, embedding_dim=8, feature_names=["f"])]
     model = Model(CCEEmbeddingCollection(rows))
     plan = make_plan(model, rows, CPU)
