@@ -119,9 +119,11 @@ class ShardedCCEEmbeddingBagCollection(
         self.id_blocks = {
             c.name: IdBlocks.of(c, params[c.name])
             for c in self._configs
-            if isinstance(c, CCEEmbeddingBagConfig) and is_row_wise(params[c.name])
+            if isinstance(c, CCEEmbeddingBagConfig)
+            and c.learned_codes  # a table without codes is spread by chunks, and nothing is fetched
+            and is_row_wise(params[c.name])
         }
-        """Which rank has the codes of which ids, per ROW_WISE table."""
+        """Which rank has the codes of which ids, per ROW_WISE table with codes."""
         check_group(self.id_blocks, self.process_group)
         self.codes = self._local_codes(module, rank)
         self._codes_state = state = CodesState(
