@@ -105,7 +105,7 @@ def row_wise_bytes(
     """Bytes of codebooks, codes (and bits) and optimizer state that `rank` holds of `table`."""
     width = codebook_owners(table, blocks).count(rank) * table.chunk_dim
     ids = len(blocks.ids(rank))
-    codes = ids * table.num_chunks * code_dtype(table.num_rows).itemsize
+    codes = ids * table.num_chunks * code_dtype(table.num_rows).itemsize * table.learned_codes
     rows = table.rows_per_chunk
     return (
         rows * width * parameter.element_size(),

@@ -91,6 +91,18 @@ class ChunkState:
         shape = (config.num_rows, config.helper_rows)
         return ChunkIds(codes.codes, self.column, *shape, hash_, codes.ids, config.num_embeddings)
 
+    def check_group(self, group: dist.ProcessGroup | None) -> None:
+        """Raises ValueError if codes of a ROW_WISE table are on ranks that are not in `group`."""
+        if self.blocks is None:
+            return
+        ranks = dist.get_process_group_ranks(self.blocks.group)
+        called = dist.get_process_group_ranks(group)
+        if not set(ranks) <= set(called):
+            raise ValueError(
+                f"{self.who}: its codes are on ranks {ranks} (ROW_WISE), cluster() was called on "
+                f"ranks {called}; pass a process_group that has all of them"
+            )
+
     def check(self) -> None:
         """Raises ValueError, naming table and chunk, if a weight is not finite."""
         try:

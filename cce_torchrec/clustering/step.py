@@ -143,6 +143,7 @@ def _run(
         options.check()
         states = list(local_chunks(model, optimizer, options.finalise))
         for path, state in states:
+            state.check_group(group)
             options.check_for(state)
             if state.owned:
                 tasks.append(task_of(path, state, options))

@@ -25,6 +25,15 @@ from cce_torchrec.modules.embedding_bag_collection import select_slots
 from cce_torchrec.slots import Slot, physical_feature
 
 _FAILED = -1
+Answered = list[tuple[ChunkCodes, torch.Tensor]]
+"""Codes of this rank that keep bits of seen ids, and the positions in them that were asked for."""
+
+
+def mark_answered(answered: Answered) -> None:
+    """Marks ids as seen when they are looked up, which pipelines do after later ones are sent."""
+    for held, own in answered:
+        if held.seen is not None and held.training:
+            mark_seen(held.seen, own)
 
 
 class CodeFetch(Expansion):
@@ -44,6 +53,7 @@ class CodeFetch(Expansion):
         super().__init__(blocks, slots, keys)
         self._others, self._ids, self._group = others, ids, group
         self._kernel_takes = False
+        self._answered: Answered = []
 
     @classmethod
     def of(
@@ -87,16 +97,21 @@ class CodeFetch(Expansion):
         """Changes whenever codes or hashes may have, alike on every rank."""
         return [_held(block).rewrites for block in self._blocks]
 
-    def replace(self, features: KeyedJaggedTensor, check: BoundsCheck) -> KeyedJaggedTensor:
+    def replace(
+        self, features: KeyedJaggedTensor, check: BoundsCheck
+    ) -> tuple[KeyedJaggedTensor, Answered]:
         """`features` with those of ROW_WISE tables as rows, by chunk; collective.
+
+        Also the ids that this rank answered for and has to mark as seen, once they are looked up.
 
         Raises:
             ValueError: on every rank, if ids of any are refused (bounds_check_mode FATAL).
         """
+        self._answered = []
         rows = self(select_slots(features, [slot.feature for slot in self._slots]), check)
-        if not self._others:
-            return rows
-        return KeyedJaggedTensor.concat([select_slots(features, self._others), rows])
+        if self._others:
+            rows = KeyedJaggedTensor.concat([select_slots(features, self._others), rows])
+        return rows, self._answered
 
     def _write_rows(self, work: list[Work], check: BoundsCheck) -> None:
         """Rows of the ids of every block, after one exchange for all of them."""
@@ -176,8 +191,8 @@ class CodeFetch(Expansion):
         for t, block in enumerate(self._blocks):
             held = _held(block)
             own = torch.cat(pieces[t::tables]) - held.ids.start
-            if held.seen is not None and held.training:
-                mark_seen(held.seen, own)
+            if held.seen is not None:
+                self._answered.append((held, own))
             found = _codes(block).index_select(0, own).view(-1).view(torch.uint8)
             size = _bytes_per_id(block)
             replies[t::tables] = found.split([row[t] * size for row in counts])

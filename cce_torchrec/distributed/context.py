@@ -9,6 +9,8 @@ from torchrec.distributed.embedding_types import KJTList
 from torchrec.distributed.embeddingbag import EmbeddingBagCollectionContext
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
+from cce_torchrec.distributed.code_fetch import Answered
+
 
 @dataclass
 class CCEContext(EmbeddingBagCollectionContext):
@@ -18,6 +20,8 @@ class CCEContext(EmbeddingBagCollectionContext):
     """The rank's own features, where codes were fetched and may have to be once more."""
     rewrites: list[int] = field(default_factory=list)
     """State of the codes when they were fetched."""
+    answered: Answered = field(default_factory=list)
+    """Ids of this rank's blocks that any rank looks up by this batch."""
     expanded: KJTList | None = None
     """Codebook rows, where a pipeline prefetches before it looks up."""
     version: int = 0
@@ -29,3 +33,5 @@ class CCEContext(EmbeddingBagCollectionContext):
         for held in (self.fetched_for, self.expanded):
             if held is not None:
                 held.record_stream(stream)
+        for _, ids in self.answered:
+            ids.record_stream(stream)

@@ -33,7 +33,7 @@ from cce_torchrec.bounds import BoundsCheck
 from cce_torchrec.chunk_codes import ChunkCodes, codes_of
 from cce_torchrec.config import CCEEmbeddingBagConfig
 from cce_torchrec.distributed.caches import forget_prefetched
-from cce_torchrec.distributed.code_fetch import CodeFetch
+from cce_torchrec.distributed.code_fetch import CodeFetch, mark_answered
 from cce_torchrec.distributed.context import CCEContext
 from cce_torchrec.distributed.id_blocks import IdBlocks, check_group, is_row_wise
 from cce_torchrec.distributed.input_dist import batch_sizes, sharding_inputs
@@ -99,9 +99,11 @@ class ShardedCCEEmbeddingBagCollection(
         self.id_blocks = {
             c.name: IdBlocks.of(c, params[c.name])
             for c in self._configs
-            if isinstance(c, CCEEmbeddingBagConfig) and is_row_wise(params[c.name])
+            if isinstance(c, CCEEmbeddingBagConfig)
+            and c.learned_codes  # a table without codes is spread by chunks, and nothing is fetched
+            and is_row_wise(params[c.name])
         }
-        """Which rank has the codes of which ids, per ROW_WISE table."""
+        """Which rank has the codes of which ids, per ROW_WISE table with codes."""
         check_group(self.id_blocks, self.process_group)
         self.codes = self._local_codes(module, rank)
         self._codes_state = state = CodesState(
@@ -191,7 +193,7 @@ class ShardedCCEEmbeddingBagCollection(
         bags = dict(zip(features.keys(), features.stride_per_key(), strict=True))
         if self._fetch is not None:
             ctx.fetched_for, ctx.rewrites = features, self._fetch.rewrites
-            features = self._fetch.replace(features, self._bounds_check)
+            features, ctx.answered = self._fetch.replace(features, self._bounds_check)
         ordered = select_slots(features, self._feature_order)
         pieces = ordered.split([len(sharded.slots) for sharded in self._inputs])
         ctx.sharding_contexts = [
@@ -256,6 +258,7 @@ class ShardedCCEEmbeddingBagCollection(
             assert ctx.fetched_for is not None
             with torch.no_grad():
                 dist_input = self._distribute(ctx, ctx.fetched_for, again=True).wait().wait()
+        mark_answered(ctx.answered)
         expanded = [
             features
             if sharded.expansion is None

@@ -32,13 +32,8 @@ class IdBlocks:
         """The blocks under a ROW_WISE plan, whose shards name the ranks.
 
         Raises:
-            ValueError: a plan without shards, or a table without learned codes.
+            ValueError: a plan without shards.
         """
-        if not config.learned_codes:
-            raise ValueError(
-                f"table {config.name!r}: ROW_WISE spreads codes over ranks, and with "
-                "learned_codes=False there are none; plan it table-wise"
-            )
         spec = sharding.sharding_spec
         shards = spec.shards if isinstance(spec, EnumerableShardingSpec) else []
         ranks = tuple(shard.placement.rank() for shard in shards if shard.placement is not None)

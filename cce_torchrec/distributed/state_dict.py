@@ -195,7 +195,7 @@ def _taken(
     if {at: list(shard.metadata.shard_sizes) for at, shard in shards.items()} != wanted:
         raise ValueError(
             f"table {config.name!r}: the state dict is of another plan; load it by "
-            "load_checkpoint, or by dcp.load into model.state_dict()"
+            "load_checkpoint, or by dcp.load into model.state_dict(), then load_state_dict"
         )
     return [shards[at].tensor for at in wanted]
 

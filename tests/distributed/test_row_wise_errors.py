@@ -1,0 +1,141 @@
+"""ROW_WISE over ids: mistakes and failures end in an error on every rank, and none hangs."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from unittest import mock
+
+import pytest
+import torch
+import torch.distributed as dist
+import torchrec
+from torchrec.distributed import DistributedModelParallel
+from torchrec.distributed.planner import EmbeddingShardingPlanner, ParameterConstraints
+from torchrec.modules.embedding_configs import EmbeddingConfig
+from torchrec.modules.feature_processor_ import PositionWeightedModule
+from torchrec.modules.fp_embedding_modules import FeatureProcessedEmbeddingBagCollection
+
+from cce_torchrec import CCEEmbeddingCollection
+from cce_torchrec.clustering import cluster
+from cce_torchrec.clustering.ids import ChunkIds, NewCodes
+from cce_torchrec.clustering.live import fused_rows
+from cce_torchrec.distributed.sharders import get_default_sharders
+from cce_torchrec.plan_report import plan_report
+from cce_torchrec.planner import make_plan
+from tests.distributed.ranks import run_ranks
+from tests.distributed.test_row_wise import collection, sharded_model, tables, train
+from tests.distributed.test_sharded import CPU, Model, batch, compare, copy_state
+
+FATAL = torchrec.distributed.types.BoundsCheckMode.FATAL
+
+
+@contextlib.contextmanager
+def raised_within(seconds, error, match):
+    began = time.monotonic()
+    with pytest.raises(error, match=match):
+        yield
+    assert time.monotonic() - began < seconds
+
+
+def failures_reach_every_rank(rank, world_size):
+    """What fails on one rank, owner of a codebook or not, is raised on all, and nothing hangs."""
+    model = sharded_model(bounds_check_mode=FATAL)
+    kjt = batch(rank, False)
+    if rank == 1:
+        kjt.values()[kjt.offset_per_key()[kjt.keys().index("f")]] = 10**6
+    found = "id 1000000 is outside" if rank == 1 else r"batch of ranks \[1\] could not be looked up"
+    with raised_within(20, ValueError, found):
+        model(kjt)
+    model(batch(rank, False)).wait()
+
+    sharded = model.module.collection
+    rows = {n: w.clone() for n, (w, _) in fused_rows(sharded).items()}
+    codes = {n: part.codes.clone() for n, part in sharded.codes.items()}
+
+    def out_of_memory(*_, **__):
+        raise MemoryError("no memory for this")
+
+    def unchanged():
+        return all(torch.equal(w, rows[n]) for n, (w, _) in fused_rows(sharded).items()) and all(
+            torch.equal(part.codes, codes[n]) for n, part in sharded.codes.items()
+        )
+
+    for failing in range(world_size):
+        for owner, method in ((ChunkIds, "count_pairs"), (NewCodes, "add_residuals")):
+            broken = mock.patch.object(owner, method, out_of_memory)
+            with (
+                broken if rank == failing else contextlib.nullcontext(),
+                raised_within(20, ValueError, rf"table '.*rank {failing}: no memory for this"),
+            ):
+                cluster(model)
+            assert unchanged()
+    cluster(model)
+    assert not unchanged()
+    broken = mock.patch.object(NewCodes, "write", out_of_memory)
+    with (
+        broken if rank == 1 else contextlib.nullcontext(),
+        raised_within(20, RuntimeError, "no memory for this.*restore the last checkpoint"),
+    ):
+        cluster(model)
+
+
+def mistakes(rank, world_size):
+    """Plans that cannot be: an error with the table and the remedy, on every rank."""
+    model = Model(collection())
+    plan = make_plan(model, tables(), CPU, "rw")
+    plan.plan["collection"]["t"].sharding_spec.shards.pop()
+    with pytest.raises(ValueError, match=r"'t': its ROW_WISE plan has shards on ranks \[0\], and"):
+        DistributedModelParallel(model, device=CPU, plan=plan, sharders=get_default_sharders())
+    made = collection([tables()[2]], is_weighted=True)
+    model = Model(FeatureProcessedEmbeddingBagCollection(made, {"h": PositionWeightedModule(4)}))
+    plan = make_plan(model, [tables()[2]], CPU, "rw")
+    with pytest.raises(ValueError, match=r"tables \['u'\]: feature processors weigh ids"):
+        DistributedModelParallel(model, device=CPU, plan=plan, sharders=get_default_sharders())
+
+    model = sharded_model()
+    alone = [dist.new_group([r]) for r in range(world_size)][rank]
+    with pytest.raises(
+        ValueError, match=rf"'t', chunk 0: its codes are on ranks \[0, 1\].*\[{rank}\]"
+    ):
+        cluster(model, process_group=alone)
+
+    rows = [EmbeddingConfig(name="e", num_embeddings=50, embedding_dim=8, feature_names=["f"])]
+    model = Model(CCEEmbeddingCollection(rows))
+    plan = make_plan(model, rows, CPU)
+    plan.plan["collection"]["e"].sharding_type = "row_wise"
+    with pytest.raises(ValueError, match=r"tables \['e'\]: sequence embeddings cannot be ROW_WISE"):
+        DistributedModelParallel(model, device=CPU, plan=plan, sharders=get_default_sharders())
+
+
+def hashed_tables(rank, world_size):
+    """A table without codes, for which our planner has no ROW_WISE and TorchRec's may."""
+    hashed = tables()[2]
+    hashed.learned_codes = False
+    model, plain = Model(collection([hashed])), collection([hashed])
+    plan = make_plan(model, [hashed], CPU, "rw")
+    assert plan.plan["collection"]["u"].sharding_type == "table_wise"
+    planner = EmbeddingShardingPlanner(
+        constraints={"u": ParameterConstraints(sharding_types=["row_wise"])}
+    )
+    plan = planner.collective_plan(model, get_default_sharders(), dist.group.WORLD)
+    report = plan_report(model, plan, world_size)
+    model = DistributedModelParallel(model, device=CPU, plan=plan, sharders=get_default_sharders())
+    sharded = model.module.collection
+    assert set(sharded.chunk_owners["u"]) == {0, 1}
+    held = sum(w.nbytes for w, _ in fused_rows(sharded).values())
+    share = next(table for table in report.tables if table.rank == rank)
+    assert (share.codebook_bytes, share.code_bytes) == (held, 0)
+    copy_state(sharded, plain)
+    train(model, plain, (1, 2), rank, world_size)
+    compare(sharded, plain, exact=False)
+
+
+def two_ranks(rank, world_size):
+    failures_reach_every_rank(rank, world_size)
+    mistakes(rank, world_size)
+    hashed_tables(rank, world_size)
+
+
+def test_row_wise_errors():
+    run_ranks(2, two_ranks)
