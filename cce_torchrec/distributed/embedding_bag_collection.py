@@ -210,10 +210,11 @@ class ShardedCCEEmbeddingBagCollection(
         self, ctx: CCEContext, features: KeyedJaggedTensor, again: bool = False
     ) -> Awaitable[Awaitable[KJTList]]:
         """Sends `features` to their tables' owners; ids of ROW_WISE tables become rows before."""
+        check = self._bounds_check.once_more() if again else self._bounds_check
         bags = dict(zip(features.keys(), features.stride_per_key(), strict=True))
         if self._fetch is not None:
             ctx.fetched_for, ctx.rewrites = features, self._fetch.rewrites
-            features, ctx.answered = self._fetch.replace(features, self._bounds_check)
+            features, ctx.answered = self._fetch.replace(features, check)
         ordered = select_slots(features, self._feature_order)
         pieces = ordered.split([len(sharded.slots) for sharded in self._inputs])
         ctx.sharding_contexts = [
@@ -226,7 +227,7 @@ class ShardedCCEEmbeddingBagCollection(
         sent = []
         for sharded, piece in zip(self._inputs, pieces, strict=True):
             if sharded.before is not None:
-                piece = sharded.before(piece, self._bounds_check)
+                piece = sharded.before(piece, check)
             sent.append(sharded.dist_again(piece) if again else sharded.dist(piece))
         return KJTListSplitsAwaitable(sent, ctx)
 
