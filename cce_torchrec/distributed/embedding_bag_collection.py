@@ -256,12 +256,13 @@ class ShardedCCEEmbeddingBagCollection(
         return self._assembled(ctx, inner.compute_and_output_dist(ctx, self._expand(ctx, input)))
 
     def _expand(self, ctx: CCEContext, dist_input: KJTList) -> KJTList:
-        if self._fetch is not None and self._fetch.rewrites != ctx.rewrites:
-            # A pipeline had distributed the batch before a clustering step, on every rank.
-            assert ctx.fetched_for is not None
-            with torch.no_grad():
-                dist_input = self._distribute(ctx, ctx.fetched_for, again=True).wait().wait()
-        mark_answered(ctx.answered)
+        if self._fetch is not None:
+            if self._fetch.rewrites != ctx.rewrites:
+                # A pipeline had distributed the batch before a clustering step, on every rank.
+                assert ctx.fetched_for is not None
+                with torch.no_grad():
+                    dist_input = self._distribute(ctx, ctx.fetched_for, again=True).wait().wait()
+            mark_answered(ctx.answered)
         expanded = [
             features
             if sharded.expansion is None
