@@ -53,6 +53,11 @@ class BoundsCheck:
             self.found(who, count, int(ids[invalid][0]), num_embeddings)
         return ids.masked_fill(invalid, 0)
 
+    def once_more(self) -> BoundsCheck:
+        """For ids that were checked before, and shall not be counted again."""
+        unchecked = self.mode == BoundsCheckMode.NONE
+        return BoundsCheck(BoundsCheckMode.NONE if unchecked else BoundsCheckMode.IGNORE)
+
     def watch(self, who: str, count: torch.Tensor) -> None:
         """Takes `count`, int64 [], for where a kernel counts the bad ids of `who`."""
         if self.mode == BoundsCheckMode.WARNING:

@@ -31,6 +31,7 @@ from cce_torchrec.clustering.pairs import (
 from cce_torchrec.clustering.plan import Task
 from cce_torchrec.clustering.scoring import Scoring
 from cce_torchrec.codes import pack
+from cce_torchrec.hashing import HashFunction
 from cce_torchrec.kmeans.points import PairPoints
 from cce_torchrec.kmeans.share import agreed, gathered
 
@@ -93,13 +94,9 @@ class RowWiseSolver:
         else:
             listed = self._agree(lambda: list_ids(ids, sample, most_ids(state, budget), weights))
             if not self._sum(torch.tensor([len(listed[0])], device=self._device)):
-                first = ids.keys(_held(ids, ids.range(0, min(ids.num_ids, ids.num_rows))))
-                listed = first, torch.ones_like(first)
+                listed = self._agree(lambda: _first_ids(ids))
             keys, counts = self._merged(*listed)
-        drawn = ids.drawn(sample, starts_wanted(state, weights))
-        here = (drawn >= ids.held.start) & (drawn < ids.held.stop)
-        pairs = torch.zeros_like(drawn)
-        pairs[here] = ids.keys(drawn[here])
+        pairs = self._agree(lambda: _drawn(ids, sample, starts_wanted(state, weights)))
         dist.all_reduce(pairs, group=self._group)
         made = self._agree(
             lambda: points_of(state, keys, counts, pairs, weights) if state.owned else None
@@ -110,37 +107,49 @@ class RowWiseSolver:
         self, ids: ChunkIds, weights: IdWeights | None
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Pairs of all ids, rising, and their ids or weights, on the owner."""
-        grid = self._agree(ids.count_pairs)
-        dist.reduce(grid, self._source, group=self._group)
-        keys = grid.nonzero().view(-1)
+        keys, counts = self._found(ids)
         if weights is None:
+            return keys, counts
+        weighted = self._grid(ids, weights)
+        return keys, self._agree(lambda: weighted[keys])
+
+    def _found(self, ids: ChunkIds) -> tuple[torch.Tensor, torch.Tensor]:
+        """As `_counted`, without weights; the grid is freed."""
+        grid = self._grid(ids, None)
+
+        def found() -> tuple[torch.Tensor, torch.Tensor]:
+            keys = grid.nonzero().view(-1)
             return keys, grid[keys]
-        del grid
-        weighted = self._agree(lambda: ids.count_pairs(weights))
-        dist.reduce(weighted, self._source, group=self._group)
-        return keys, weighted[keys]
+
+        return self._agree(found)
+
+    def _grid(self, ids: ChunkIds, weights: IdWeights | None) -> torch.Tensor:
+        """Ids, or their weights, of every pair [k * k'], of all ranks on the owner."""
+        grid = self._agree(lambda: ids.count_pairs(weights))
+        dist.reduce(grid, self._source, group=self._group)
+        return grid
 
     def _merged(
         self, listed: torch.Tensor, weight: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """As `_counted`, from a list of the pairs of each rank's ids."""
-        own, inverse = self._agree(lambda: torch.unique(listed, return_inverse=True))
-        counts = torch.zeros_like(own).index_add_(0, inverse, weight)
-        keys, counts = self._collected(own), self._collected(counts)
-        merged, inverse = self._agree(lambda: torch.unique(keys, return_inverse=True))
-        return merged, torch.zeros_like(merged).index_add_(0, inverse, counts)
+        keys, counts = self._agree(lambda: _added_up(listed, weight))
+        keys, counts = self._collected(keys), self._collected(counts)
+        return self._agree(lambda: _added_up(keys, counts))
 
     def _collected(self, own: torch.Tensor) -> torch.Tensor:
         """All ranks' int64 [n] on the owner, one after the other; elsewhere nothing."""
-        ranks = dist.get_world_size(self._group)
         lengths = gathered(len(own), self._group)
-        padded = own.new_zeros(max(lengths))
-        padded[: len(own)] = own
-        parts = [torch.empty_like(padded) for _ in range(ranks)] if self._state.owned else None
-        dist.gather(padded, parts, self._source, group=self._group)
-        if parts is None:
-            return own[:0]
-        return torch.cat([part[:n] for part, n in zip(parts, lengths, strict=True)])
+
+        def room() -> tuple[torch.Tensor, list[torch.Tensor]]:
+            padded = own.new_zeros(max(lengths))
+            padded[: len(own)] = own
+            return padded, [torch.empty_like(padded) for _ in lengths if self._state.owned]
+
+        padded, parts = self._agree(room)
+        dist.gather(padded, parts or None, self._source, group=self._group)
+        held = [own[:0], *(part[:n] for part, n in zip(parts, lengths, strict=False))]
+        return self._agree(lambda: torch.cat(held))
 
     def _books(self) -> PairPoints:
         """The codebooks on every rank, without points."""
@@ -213,5 +222,26 @@ class RowWiseSolver:
 
 
 def _held(ids: ChunkIds, wanted: torch.Tensor) -> torch.Tensor:
-    """Those of `wanted` that this rank holds."""
-    return wanted[(wanted >= ids.held.start) & (wanted < ids.held.stop)]
+    """Which of `wanted` this rank holds, bool."""
+    return (wanted >= ids.held.start) & (wanted < ids.held.stop)
+
+
+def _first_ids(ids: ChunkIds) -> tuple[torch.Tensor, torch.Tensor]:
+    """Pair and weight of those of the first ids that are held, where the sample is empty."""
+    first = ids.range(0, min(ids.num_ids, ids.num_rows))
+    keys = ids.keys(first[_held(ids, first)])
+    return keys, torch.ones_like(keys)
+
+
+def _drawn(ids: ChunkIds, sample: HashFunction, count: int) -> torch.Tensor:
+    """Pairs of the ids drawn by `sample`, 0 for those of other ranks."""
+    drawn = ids.drawn(sample, count)
+    here, pairs = _held(ids, drawn), torch.zeros_like(drawn)
+    pairs[here] = ids.keys(drawn[here])
+    return pairs
+
+
+def _added_up(keys: torch.Tensor, weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The distinct `keys`, rising, and the sum of the `weight` of each."""
+    distinct, inverse = torch.unique(keys, return_inverse=True)
+    return distinct, torch.zeros_like(distinct).index_add_(0, inverse, weight)

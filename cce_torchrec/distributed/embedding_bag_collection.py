@@ -190,10 +190,11 @@ class ShardedCCEEmbeddingBagCollection(
         self, ctx: CCEContext, features: KeyedJaggedTensor, again: bool = False
     ) -> Awaitable[Awaitable[KJTList]]:
         """Sends `features` to their tables' owners; ids of ROW_WISE tables become rows before."""
+        check = self._bounds_check.once_more() if again else self._bounds_check
         bags = dict(zip(features.keys(), features.stride_per_key(), strict=True))
         if self._fetch is not None:
             ctx.fetched_for, ctx.rewrites = features, self._fetch.rewrites
-            features, ctx.answered = self._fetch.replace(features, self._bounds_check)
+            features, ctx.answered = self._fetch.replace(features, check)
         ordered = select_slots(features, self._feature_order)
         pieces = ordered.split([len(sharded.slots) for sharded in self._inputs])
         ctx.sharding_contexts = [
@@ -206,7 +207,7 @@ class ShardedCCEEmbeddingBagCollection(
         sent = []
         for sharded, piece in zip(self._inputs, pieces, strict=True):
             if sharded.before is not None:
-                piece = sharded.before(piece, self._bounds_check)
+                piece = sharded.before(piece, check)
             sent.append(sharded.dist_again(piece) if again else sharded.dist(piece))
         return KJTListSplitsAwaitable(sent, ctx)
 
@@ -253,12 +254,13 @@ class ShardedCCEEmbeddingBagCollection(
             if ctx.version == ChunkCodes.version:
                 return ctx.expanded
             forget_prefetched(self._lookups)
-        if self._fetch is not None and self._fetch.rewrites != ctx.rewrites:
-            # A pipeline had distributed the batch before a clustering step, on every rank.
-            assert ctx.fetched_for is not None
-            with torch.no_grad():
-                dist_input = self._distribute(ctx, ctx.fetched_for, again=True).wait().wait()
-        mark_answered(ctx.answered)
+        if self._fetch is not None:
+            if self._fetch.rewrites != ctx.rewrites:
+                # A pipeline had distributed the batch before a clustering step, on every rank.
+                assert ctx.fetched_for is not None
+                with torch.no_grad():
+                    dist_input = self._distribute(ctx, ctx.fetched_for, again=True).wait().wait()
+            mark_answered(ctx.answered)
         expanded = [
             features
             if sharded.expansion is None

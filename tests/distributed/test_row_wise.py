@@ -158,15 +158,23 @@ def crossing_the_network(rank, world_size):
 
 
 def seen_when_looked_up(rank, world_size):
-    """Ids of a batch that a pipeline distributed before a clustering step are seen after it."""
+    """A batch that a pipeline distributed before a clustering step: its ids are seen after it.
+
+    They are distributed once more then, and bad ones still counted once.
+    """
     model = sharded_model(configs=[tables()[0]])
     sharded = model.module.collection
     context, codes = sharded.create_context(), codes_of(sharded.codes, "t")
-    arrived = sharded.input_dist(context, batch(0, False)).wait().wait()
+    kjt = batch(0, False)
+    at = kjt.offset_per_key()[kjt.keys().index("f")]
+    kjt.values()[at] = -7
+    arrived = sharded.input_dist(context, kjt).wait().wait()
     assert not codes.seen[:-2].any()
     cluster(model)
     sharded.compute_and_output_dist(context, arrived).wait()
-    ids = torch.cat([batch(0, False)[f].values() for f in ("f", "g")])
+    assert sharded.num_invalid_ids == 1
+    kjt.values()[at] = 0
+    ids = torch.cat([kjt[f].values() for f in ("f", "g")])
     expected = torch.zeros(300, dtype=torch.uint8).index_fill_(0, ids, 1)
     own = expected[codes.ids.start : codes.ids.stop]
     assert torch.equal(seen_ids(codes.seen, len(codes.ids)), own)

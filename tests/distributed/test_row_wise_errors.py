@@ -17,7 +17,7 @@ from torchrec.modules.feature_processor_ import PositionWeightedModule
 from torchrec.modules.fp_embedding_modules import FeatureProcessedEmbeddingBagCollection
 
 from cce_torchrec import CCEEmbeddingCollection
-from cce_torchrec.clustering import cluster
+from cce_torchrec.clustering import cluster, row_wise
 from cce_torchrec.clustering.ids import ChunkIds, NewCodes
 from cce_torchrec.clustering.live import fused_rows
 from cce_torchrec.distributed.sharders import get_default_sharders
@@ -62,13 +62,18 @@ def failures_reach_every_rank(rank, world_size):
         )
 
     for failing in range(world_size):
-        for owner, method in ((ChunkIds, "count_pairs"), (NewCodes, "add_residuals")):
+        for owner, method, options in (
+            (ChunkIds, "count_pairs", {}),
+            (ChunkIds, "drawn", {}),
+            (row_wise, "_added_up", {"samples_per_centroid": 3}),
+            (NewCodes, "add_residuals", {}),
+        ):
             broken = mock.patch.object(owner, method, out_of_memory)
             with (
                 broken if rank == failing else contextlib.nullcontext(),
                 raised_within(20, ValueError, rf"table '.*rank {failing}: no memory for this"),
             ):
-                cluster(model)
+                cluster(model, **options)
             assert unchanged()
     cluster(model)
     assert not unchanged()
