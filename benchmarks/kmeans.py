@@ -167,8 +167,9 @@ def training_share(data: str, quick: bool) -> dict[str, float]:
 def code_version() -> str:
     """Digest of the sources that are measured."""
     root = Path(cce_torchrec.__file__).parent
-    files = sorted(f for f in root.glob("*/*.[pc]*") if f.suffix in (".py", ".cpp"))
-    files = [f for f in files if f.parent.name in ("kmeans", "clustering")]
+    files = sorted(f for f in root.rglob("*") if f.suffix in (".py", ".cpp", ".h"))
+    measured = ("kmeans", "clustering")
+    files = [f for f in files if f.parent.name in measured or f.stem == "hashing"]
     return hashlib.sha256(b"".join(f.read_bytes() for f in files)).hexdigest()[:16]
 
 

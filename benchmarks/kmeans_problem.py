@@ -71,7 +71,7 @@ FULL = [
 
 
 class Problem:
-    """A chunk with traffic: random codes, a helper a third as large as main."""
+    """A chunk with traffic: codes as hashed, a helper a third as large as main."""
 
     def __init__(self, shape: Shape) -> None:
         self.shape = shape
@@ -88,10 +88,6 @@ class Problem:
         weight = torch.randn(shape.k + shape.k_helper, shape.dim, generator=g)
         weight[shape.k :] *= 0.3
         codes = ChunkCodes(config, [0], CPU)
-        assert codes.codes is not None
-        # Not the initial hash of counted ids: it meets the helper's in a lattice of fewer pairs.
-        rows = torch.randint(0, shape.k, codes.codes.shape, generator=g)
-        codes.codes.copy_(rows.to(codes.codes.dtype))
         self.state = ChunkState(codes, 0, weight, {})
         self.plan = budget(shape.num_ids, shape.k, shape.k_helper, shape.dim, LIMIT)
         pairs = find_pairs(self.state, self.plan).points

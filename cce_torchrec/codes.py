@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 
 from cce_torchrec.config import CCEEmbeddingBagConfig, code_dtype
-from cce_torchrec.hashing import code_hash
+from cce_torchrec.hashing import code_hash, mix
 
 _BLOCK = 1 << 20
 _WORDS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
@@ -33,9 +33,9 @@ def fill_hashed(
     """Writes the initial codes of the ids from `first` on into `codes` [ids, len(chunks)]."""
     for start in range(0, len(codes), _BLOCK):
         part = codes[start : start + _BLOCK]
-        ids = torch.arange(first + start, first + start + len(part), device=codes.device)
+        mixed = mix(torch.arange(first + start, first + start + len(part), device=codes.device))
         for column, chunk in enumerate(chunks):
-            rows = code_hash(config.seed, config.name, chunk)(ids, config.num_rows)
+            rows = code_hash(config.seed, config.name, chunk).of_mixed(mixed, config.num_rows)
             part[:, column] = rows.to(codes.dtype)
 
 

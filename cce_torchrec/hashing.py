@@ -1,8 +1,13 @@
-"""Seeded multiply-shift hash of ids to rows; pure functions whose values are a checkpoint format.
+"""Seeded hash of ids to rows; pure functions whose values are a checkpoint format.
 
-`h(x) = (((a * x + b) mod 2^64) >> 33) * n >> 31` with odd 64-bit a and any b (Dietzfelbinger
-et al., "A reliable randomized algorithm for the closest-pair problem", 1997). The arithmetic is
-int64 with wrap-around, so that CPU, GPU and every rank agree. Golden values are pinned in
+`h(x) = (((a * mix(x) + b) mod 2^64) >> 33) * n >> 31` with odd 64-bit a and any b: multiply-shift
+(Dietzfelbinger et al., "A reliable randomized algorithm for the closest-pair problem", 1997) of the
+id mixed as SplitMix64 mixes its state (Steele et al., OOPSLA 2014). The mix is a bijection and the
+same for all tables, so it is made once per id. Without it consecutive ids would lie on a lattice:
+more even over rows than random ones, and often in few of the pairs of code and helper row.
+
+The arithmetic is int64 with wrap-around, so that CPU, GPU and every rank agree. hashing.h and
+fused/triton_kernel.py hold the same in C++ and Triton; values are pinned in
 tests/unit/test_hashing.py.
 """
 
@@ -14,6 +19,8 @@ from dataclasses import dataclass
 import torch
 
 _MASK = 2**64 - 1
+_ROUNDS = ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB))
+_LAST_SHIFT = 31
 CODE_ROLE = 0
 HELPER_ROLE = 1
 SAMPLE_ROLE = 2
@@ -21,15 +28,28 @@ RAW_ID_ROLE = 3
 
 
 def _splitmix64(state: int) -> int:
-    """One output of SplitMix64 (Steele et al., OOPSLA 2014) for the given state."""
+    """One output of SplitMix64 for the given state."""
     z = (state + 0x9E3779B97F4A7C15) & _MASK
-    z = ((z ^ (z >> 30)) * 0xBF58476D1CE4E5B9) & _MASK
-    z = ((z ^ (z >> 27)) * 0x94D049BB133111EB) & _MASK
-    return z ^ (z >> 31)
+    for shift, multiplier in _ROUNDS:
+        z = ((z ^ (z >> shift)) * multiplier) & _MASK
+    return z ^ (z >> _LAST_SHIFT)
 
 
 def _signed(value: int) -> int:
     return value - 2**64 if value >= 2**63 else value
+
+
+def mix(ids: torch.Tensor) -> torch.Tensor:
+    """SplitMix64's mixing of `ids` (any shape and integer type): a bijection of 64 bits, int64."""
+    z = ids.long()
+    for shift, multiplier in _ROUNDS:
+        z = (z ^ _shifted(z, shift)).mul_(_signed(multiplier))
+    return z ^ _shifted(z, _LAST_SHIFT)
+
+
+def _shifted(values: torch.Tensor, by: int) -> torch.Tensor:
+    """int64 shifted right as unsigned."""
+    return (values >> by).bitwise_and_((1 << (64 - by)) - 1)
 
 
 @dataclass(frozen=True)
@@ -41,18 +61,25 @@ class HashFunction:
 
     def __call__(self, ids: torch.Tensor, num_rows: int) -> torch.Tensor:
         """Rows in [0, num_rows) of `ids` (any shape and integer type), int64."""
-        return (self.bits31(ids) * num_rows) >> 31
+        return self.of_mixed(mix(ids), num_rows)
+
+    def of_mixed(self, mixed: torch.Tensor, num_rows: int) -> torch.Tensor:
+        """Rows of ids that `mix` has mixed."""
+        return (self._bits31(mixed) * num_rows) >> 31
 
     def bits31(self, ids: torch.Tensor) -> torch.Tensor:
         """31 hashed bits per id, int64."""
-        return ((ids.long() * self.multiplier + self.addend) >> 33) & 0x7FFFFFFF
+        return self._bits31(mix(ids))
+
+    def _bits31(self, mixed: torch.Tensor) -> torch.Tensor:
+        return ((mixed * self.multiplier + self.addend) >> 33) & 0x7FFFFFFF
 
 
 def hash_rows(
     ids: torch.Tensor, multipliers: torch.Tensor, addends: torch.Tensor, num_rows: int
 ) -> torch.Tensor:
     """Rows in [0, num_rows) of `ids` [V] under several functions [F, 1], int64 [F, V]."""
-    bits = (ids.long() * multipliers).add_(addends).bitwise_right_shift_(33)
+    bits = (mix(ids) * multipliers).add_(addends).bitwise_right_shift_(33)
     return bits.bitwise_and_(0x7FFFFFFF).mul_(num_rows).bitwise_right_shift_(31)
 
 
@@ -78,17 +105,8 @@ def code_hash(seed: int, table: str, chunk: int) -> HashFunction:
 def hash_ids(ids: torch.Tensor, seed: int, table: str, num_embeddings: int) -> torch.Tensor:
     """Ids in [0, num_embeddings) of raw `ids`: any integers, negative ones included; int64.
 
-    SplitMix64's mixing of each id, xored with a seed, then the remainder of its upper 63 bits. The
-    mixing is a bijection, so raw ids meet only in the remainder; unlike multiply-shift it leaves
-    no structure of raw ids (time stamps, packed fields) in the rows.
+    The remainder of the upper 63 bits of each id's mix, xored with a seed before it: raw ids meet
+    only in the remainder.
     """
     key = hash_function(seed, table, 0, RAW_ID_ROLE).addend
-    z = ids.long() ^ key
-    for shift, multiplier in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
-        z = (z ^ _shifted(z, shift)) * _signed(multiplier)
-    return _shifted(z ^ _shifted(z, 31), 1) % num_embeddings
-
-
-def _shifted(values: torch.Tensor, by: int) -> torch.Tensor:
-    """int64 shifted right as unsigned."""
-    return (values >> by) & ((1 << (64 - by)) - 1)
+    return _shifted(mix(ids.long() ^ key), 1) % num_embeddings

@@ -16,7 +16,7 @@ from typing import Any
 
 LATEST = "latest"
 MANIFEST = "manifest.json"
-FORMAT = 1
+FORMAT = 2
 _WRITING = ".writing-"
 _PRUNED = ".pruned-"
 _BLOCK = 1 << 22

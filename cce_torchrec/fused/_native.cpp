@@ -2,22 +2,12 @@
 // Loaded by native.py through ctypes; the torch form in expand.py is its reference.
 #include <cstdint>
 
-#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
-#define CLONES __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
-#else
-#define CLONES
-#endif
-#define INLINE static inline __attribute__((always_inline))
+#include "../hashing.h"
 
 static const int64_t TILE = 256;  // ids whose codes are fetched while those before are expanded
 
 // One chunk, as native.py lays it out: column of the codes, then the hashes of main and helper.
 struct Chunk { int64_t column, main_multiplier, main_addend, helper_multiplier, helper_addend; };
-
-INLINE int64_t hashed(int64_t id, int64_t multiplier, int64_t addend, int64_t rows) {
-  const uint64_t bits = ((uint64_t)id * (uint64_t)multiplier + (uint64_t)addend) >> 33;
-  return (int64_t)((bits * (uint64_t)rows) >> 31);
-}
 
 // Ids [first, last) into `out`, those out of bounds as 0; counts them and keeps the first.
 template <typename Id>
@@ -43,16 +33,17 @@ INLINE void fetch(const Code *codes, int64_t stride, const int64_t *ids, int64_t
   }
 }
 
-// Rows of the ids of one tile and chunk; `Code` is void where the code is the hash.
+// Rows of the ids of one tile and chunk; `codes` is null where the code is the hash.
 template <typename Code>
-INLINE void rows_of(const int64_t *ids, int64_t count, const Code *codes, int64_t stride,
-                    const Chunk &c, int64_t num_rows, int64_t helper_rows, int64_t *out) {
+INLINE void rows_of(const int64_t *ids, const int64_t *mixed, int64_t count, const Code *codes,
+                    int64_t stride, const Chunk &c, int64_t num_rows, int64_t helper_rows,
+                    int64_t *out) {
   int64_t main_row[TILE];
   if (codes)
     for (int64_t i = 0; i < count; i++) main_row[i] = codes[ids[i] * stride + c.column];
   else
     for (int64_t i = 0; i < count; i++)
-      main_row[i] = hashed(ids[i], c.main_multiplier, c.main_addend, num_rows);
+      main_row[i] = hashed(mixed[i], c.main_multiplier, c.main_addend, num_rows);
   if (!helper_rows) {
     for (int64_t i = 0; i < count; i++) out[i] = main_row[i];
     return;
@@ -60,7 +51,7 @@ INLINE void rows_of(const int64_t *ids, int64_t count, const Code *codes, int64_
   for (int64_t i = 0; i < count; i++) {
     out[2 * i] = main_row[i];
     out[2 * i + 1] =
-        num_rows + hashed(ids[i], c.helper_multiplier, c.helper_addend, helper_rows);
+        num_rows + hashed(mixed[i], c.helper_multiplier, c.helper_addend, helper_rows);
   }
 }
 
@@ -68,7 +59,7 @@ template <typename Id, typename Code>
 INLINE int64_t expand(const Id *ids, int64_t count, int64_t num_embeddings, const Code *codes,
                       int64_t stride, const Chunk *chunks, int64_t num_chunks, int64_t num_rows,
                       int64_t helper_rows, int64_t *out, int64_t *bad) {
-  int64_t held[2][TILE], invalid = 0;
+  int64_t held[2][TILE], mixed[TILE], invalid = 0;
   const int64_t rows_per_id = helper_rows ? 2 : 1;
   for (int64_t first = -TILE; first < count; first += TILE) {
     int64_t *now = held[(first / TILE) & 1], *next = held[(first / TILE + 1) & 1];
@@ -81,8 +72,10 @@ INLINE int64_t expand(const Id *ids, int64_t count, int64_t num_embeddings, cons
     }
     if (first < 0) continue;
     const int64_t here = count - first < TILE ? count - first : TILE;
+    if (helper_rows || !codes)
+      for (int64_t i = 0; i < here; i++) mixed[i] = mix(now[i]);
     for (int64_t j = 0; j < num_chunks; j++)
-      rows_of(now, here, codes, stride, chunks[j], num_rows, helper_rows,
+      rows_of(now, mixed, here, codes, stride, chunks[j], num_rows, helper_rows,
               out + (j * count + first) * rows_per_id);
   }
   return invalid;
@@ -106,7 +99,7 @@ extern "C" {
 
 // out[j, i, :] = rows of ids[i] in chunk j, ids out of [0, num_embeddings) read as 0. Returns how
 // many those are; *bad is the position of the first, or stays -1. `codes` may be null.
-CLONES int64_t cce_expand(const void *ids, int64_t id_bytes, int64_t count,
+ID_CLONES int64_t cce_expand(const void *ids, int64_t id_bytes, int64_t count,
                           int64_t num_embeddings, const void *codes, int64_t code_bytes,
                           int64_t stride, const Chunk *chunks, int64_t num_chunks,
                           int64_t num_rows, int64_t helper_rows, int64_t *out, int64_t *bad) {
@@ -118,7 +111,7 @@ CLONES int64_t cce_expand(const void *ids, int64_t id_bytes, int64_t count,
 }
 
 // out[i] = ids[i] as int64, those out of [0, num_embeddings) as 0; returns and *bad as above.
-CLONES int64_t cce_check_ids(const void *ids, int64_t id_bytes, int64_t count,
+ID_CLONES int64_t cce_check_ids(const void *ids, int64_t id_bytes, int64_t count,
                              int64_t num_embeddings, int64_t *out, int64_t *bad) {
   if (id_bytes == 4) return checked((const int32_t *)ids, count, num_embeddings, out, bad);
   return checked((const int64_t *)ids, count, num_embeddings, out, bad);

@@ -21,8 +21,16 @@ _VALUES = 256
 
 
 @triton.jit
-def _hashed(ids, multiplier, addend, rows):  # type: ignore[no-untyped-def]  # Triton's own types
-    return ((((ids * multiplier + addend) >> 33) & 0x7FFFFFFF) * rows) >> 31
+def _mix(ids):  # type: ignore[no-untyped-def]  # Triton's own types
+    z = ids  # int64, whose right shifts are masked to be those of unsigned numbers
+    z = (z ^ ((z >> 30) & 0x3FFFFFFFF)) * -0x40A7B892E31B1A47
+    z = (z ^ ((z >> 27) & 0x1FFFFFFFFF)) * -0x6B2FB644ECCEEE15
+    return z ^ ((z >> 31) & 0x1FFFFFFFF)
+
+
+@triton.jit
+def _hashed(mixed, multiplier, addend, rows):  # type: ignore[no-untyped-def]
+    return ((((mixed * multiplier + addend) >> 33) & 0x7FFFFFFF) * rows) >> 31
 
 
 @triton.jit
@@ -65,6 +73,7 @@ def _expand(  # type: ignore[no-untyped-def]
     bad = inside & ((ids < 0) | (ids >= num_embeddings))
     tl.atomic_add(invalid_ptr + table, tl.full((VALUES,), 1, tl.int64), mask=bad)
     ids = tl.where(bad, 0, ids)
+    mixed = _mix(ids)
     has_helper = helper_rows > 0
     rows_per_id = tl.where(has_helper, 2, 1).to(tl.int64)
     to = tl.load(out_starts_ptr + table) + (at - first) * rows_per_id
@@ -74,11 +83,11 @@ def _expand(  # type: ignore[no-untyped-def]
     for j in range(CHUNKS):
         on = inside & (j < num_chunks)
         column = tl.load(chunk, mask=on, other=0)
-        hashed = _hashed(ids, tl.load(chunk + 1, mask=on, other=0),
+        hashed = _hashed(mixed, tl.load(chunk + 1, mask=on, other=0),
                          tl.load(chunk + 2, mask=on, other=0), num_rows)  # fmt: skip
         main = _code(address, ids * columns + column, width, on)
         main = tl.where(width == 0, hashed, tl.where(width < 0, ids, main))
-        helper = _hashed(ids, tl.load(chunk + 3, mask=on, other=0),
+        helper = _hashed(mixed, tl.load(chunk + 3, mask=on, other=0),
                          tl.load(chunk + 4, mask=on, other=0), helper_rows)  # fmt: skip
         tl.store(out_ptr + to, main, mask=on)
         tl.store(out_ptr + to + 1, num_rows + helper, mask=on & has_helper)

@@ -6,12 +6,14 @@
 #include <cstdint>
 #include <cstring>
 
+#include "../hashing.h"
+#include "ids.h"
+
 #if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
 #define CLONES __attribute__((target_clones("avx512f", "arch=haswell", "default")))
 #else
 #define CLONES
 #endif
-#define INLINE static inline __attribute__((always_inline))
 
 typedef float v16f __attribute__((vector_size(64)));
 typedef int32_t v16i __attribute__((vector_size(64)));
@@ -233,73 +235,6 @@ CLONES void cce_accumulate(const int32_t *main_points, const int32_t *helper_poi
     sizes[c] += w;
     errors[c] += w * (int64_t)((part[0] + part[1] + part[2] + part[3]) * error_scale + 0.5);
   }
-}
-
-INLINE int64_t code_at(const void *codes, int64_t bytes, int64_t at) {
-  if (bytes == 1) return ((const uint8_t *)codes)[at];
-  if (bytes == 2) return ((const uint16_t *)codes)[at];
-  return ((const int32_t *)codes)[at];
-}
-
-INLINE int64_t hashed(int64_t id, int64_t multiplier, int64_t addend, int64_t rows) {
-  const uint64_t bits = ((uint64_t)id * (uint64_t)multiplier + (uint64_t)addend) >> 33;
-  return (int64_t)((bits * (uint64_t)rows) >> 31);
-}
-
-// counts[code * num_helper + hash] += weight (1 where weights is null; weights start at id first),
-// over ids [first, last).
-void cce_count_pairs(const void *codes, int64_t bytes, int64_t stride, int64_t first,
-                     int64_t last, int64_t multiplier, int64_t addend, int64_t num_helper,
-                     const int64_t *weights, int64_t *counts) {
-  for (int64_t id = first; id < last; id++) {
-    const int64_t a = code_at(codes, bytes, id * stride);
-    counts[a * num_helper + hashed(id, multiplier, addend, num_helper)] += weights ? weights[id - first] : 1;
-  }
-}
-
-// New codes are of the type of the old ones: of every pair, or of ids from `first` on.
-INLINE int64_t new_code(const void *new_codes, int64_t by_pair, int64_t bytes, int64_t pair,
-                        int64_t position) {
-  return code_at(new_codes, bytes, by_pair ? pair : position);
-}
-
-// Over ids [first, last): sums[new hash] += main[code] + helper[old hash] - centroid[new code],
-// sizes[new hash] += 1.
-CLONES void cce_residuals(const void *codes, int64_t bytes, int64_t stride, int64_t first,
-                          int64_t last, const void *new_codes, int64_t by_pair,
-                          int64_t old_multiplier, int64_t old_addend, int64_t new_multiplier,
-                          int64_t new_addend, int64_t num_helper, int64_t dim,
-                          const int32_t *main_points, const int32_t *helper_points,
-                          const int32_t *centroids, int64_t *sums, int64_t *sizes) {
-  for (int64_t id = first; id < last; id++) {
-    const int64_t a = code_at(codes, bytes, id * stride);
-    const int64_t b = hashed(id, old_multiplier, old_addend, num_helper);
-    const int64_t row = hashed(id, new_multiplier, new_addend, num_helper);
-    const int32_t *m = main_points + a * dim, *h = helper_points + b * dim;
-    const int64_t c = new_code(new_codes, by_pair, bytes, a * num_helper + b, id - first);
-    const int32_t *center = centroids + c * dim;
-    int64_t *sum = sums + row * dim;
-    for (int64_t d = 0; d < dim; d++) sum[d] += (int64_t)m[d] + h[d] - center[d];
-    sizes[row]++;
-  }
-}
-
-// Writes the new codes of ids [first, last) if `write`; returns how many are others.
-int64_t cce_relabel(void *codes, int64_t bytes, int64_t stride, int64_t first, int64_t last,
-                    const void *new_codes, int64_t by_pair, int64_t multiplier, int64_t addend,
-                    int64_t num_helper, int64_t write) {
-  int64_t changed = 0;
-  for (int64_t id = first; id < last; id++) {
-    const int64_t at = id * stride, a = code_at(codes, bytes, at);
-    const int64_t pair = a * num_helper + hashed(id, multiplier, addend, num_helper);
-    const int64_t c = new_code(new_codes, by_pair, bytes, pair, id - first);
-    changed += c != a;
-    if (!write) continue;
-    if (bytes == 1) ((uint8_t *)codes)[at] = (uint8_t)c;
-    else if (bytes == 2) ((uint16_t *)codes)[at] = (uint16_t)c;
-    else ((int32_t *)codes)[at] = (int32_t)c;
-  }
-  return changed;
 }
 
 }  // extern "C"

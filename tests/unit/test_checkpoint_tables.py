@@ -17,6 +17,13 @@ def raw(**kwargs):
     return CCEEmbeddingBagCollection([CCEEmbeddingBagConfig(**{**settings, **kwargs})])
 
 
+def test_another_format_is_refused(tmp_path):
+    """Format 1 hashed ids otherwise."""
+    (tmp_path / "manifest.json").write_text('{"format": 1}')
+    with pytest.raises(ValueError, match=r"manifest.json has format 1; this version reads 2"):
+        load_checkpoint(tmp_path, raw())
+
+
 def test_raw_ids_keep_their_rows(tmp_path):
     save_checkpoint(tmp_path, raw(hash_ids=True), step=1)
     with pytest.raises(ValueError, match="hash_ids is True in the checkpoint, False in the model"):

@@ -1,0 +1,110 @@
+// Passes over the ids of a chunk: pairs counted, residuals summed, codes rewritten.
+#pragma once
+#include "../hashing.h"
+
+INLINE int64_t code_at(const void *codes, int64_t bytes, int64_t at) {
+  if (bytes == 1) return ((const uint8_t *)codes)[at];
+  if (bytes == 2) return ((const uint16_t *)codes)[at];
+  return ((const int32_t *)codes)[at];
+}
+
+// Codes and mixed ids of [first, first + count), found in vectors ahead of the rows they lead to.
+struct Ids {
+  static const int64_t MOST = 256;
+  int64_t count, code[MOST], mixed[MOST];
+};
+
+template <typename Code>
+INLINE void copy_codes(const Code *from, int64_t stride, int64_t count, int64_t *out) {
+  for (int64_t i = 0; i < count; i++) out[i] = from[i * stride];
+}
+
+INLINE void read_ids(const void *codes, int64_t bytes, int64_t stride, int64_t first,
+                     int64_t last, Ids &ids) {
+  ids.count = last - first < Ids::MOST ? last - first : Ids::MOST;
+  const int64_t at = first * stride;
+  if (bytes == 1) copy_codes((const uint8_t *)codes + at, stride, ids.count, ids.code);
+  else if (bytes == 2) copy_codes((const uint16_t *)codes + at, stride, ids.count, ids.code);
+  else copy_codes((const int32_t *)codes + at, stride, ids.count, ids.code);
+  for (int64_t i = 0; i < ids.count; i++) ids.mixed[i] = mix(first + i);
+}
+
+INLINE void hash_all(const Ids &ids, int64_t multiplier, int64_t addend, int64_t rows,
+                     int64_t *out) {
+  for (int64_t i = 0; i < ids.count; i++) out[i] = hashed(ids.mixed[i], multiplier, addend, rows);
+}
+
+// New codes are of the type of the old ones: of every pair, or of ids from `first` on.
+INLINE int64_t new_code(const void *new_codes, int64_t by_pair, int64_t bytes, int64_t pair,
+                        int64_t position) {
+  return code_at(new_codes, bytes, by_pair ? pair : position);
+}
+
+extern "C" {
+
+// counts[code * num_helper + hash] += weight (1 where weights is null; weights start at id first),
+// over ids [first, last).
+ID_CLONES void cce_count_pairs(const void *codes, int64_t bytes, int64_t stride, int64_t first,
+                               int64_t last, int64_t multiplier, int64_t addend,
+                               int64_t num_helper, const int64_t *weights, int64_t *counts) {
+  Ids ids;
+  int64_t b[Ids::MOST];
+  for (int64_t id = first; id < last; id += ids.count) {
+    read_ids(codes, bytes, stride, id, last, ids);
+    hash_all(ids, multiplier, addend, num_helper, b);
+    for (int64_t i = 0; i < ids.count; i++)
+      counts[ids.code[i] * num_helper + b[i]] += weights ? weights[id - first + i] : 1;
+  }
+}
+
+// Over ids [first, last): sums[new hash] += main[code] + helper[old hash] - centroid[new code],
+// sizes[new hash] += 1.
+ID_CLONES void cce_residuals(const void *codes, int64_t bytes, int64_t stride, int64_t first,
+                             int64_t last, const void *new_codes, int64_t by_pair,
+                             int64_t old_multiplier, int64_t old_addend, int64_t new_multiplier,
+                             int64_t new_addend, int64_t num_helper, int64_t dim,
+                             const int32_t *main_points, const int32_t *helper_points,
+                             const int32_t *centroids, int64_t *sums, int64_t *sizes) {
+  Ids ids;
+  int64_t b[Ids::MOST], row[Ids::MOST];
+  for (int64_t id = first; id < last; id += ids.count) {
+    read_ids(codes, bytes, stride, id, last, ids);
+    hash_all(ids, old_multiplier, old_addend, num_helper, b);
+    hash_all(ids, new_multiplier, new_addend, num_helper, row);
+    for (int64_t i = 0; i < ids.count; i++) {
+      const int64_t a = ids.code[i];
+      const int32_t *m = main_points + a * dim, *h = helper_points + b[i] * dim;
+      const int64_t pair = a * num_helper + b[i];
+      const int64_t c = new_code(new_codes, by_pair, bytes, pair, id - first + i);
+      const int32_t *center = centroids + c * dim;
+      int64_t *sum = sums + row[i] * dim;
+      for (int64_t d = 0; d < dim; d++) sum[d] += (int64_t)m[d] + h[d] - center[d];
+      sizes[row[i]]++;
+    }
+  }
+}
+
+// Writes the new codes of ids [first, last) if `write`; returns how many are others.
+ID_CLONES int64_t cce_relabel(void *codes, int64_t bytes, int64_t stride, int64_t first,
+                              int64_t last, const void *new_codes, int64_t by_pair,
+                              int64_t multiplier, int64_t addend, int64_t num_helper,
+                              int64_t write) {
+  int64_t changed = 0, b[Ids::MOST];
+  Ids ids;
+  for (int64_t id = first; id < last; id += ids.count) {
+    read_ids(codes, bytes, stride, id, last, ids);
+    hash_all(ids, multiplier, addend, num_helper, b);
+    for (int64_t i = 0; i < ids.count; i++) {
+      const int64_t at = (id + i) * stride, pair = ids.code[i] * num_helper + b[i];
+      const int64_t c = new_code(new_codes, by_pair, bytes, pair, id - first + i);
+      changed += c != ids.code[i];
+      if (!write) continue;
+      if (bytes == 1) ((uint8_t *)codes)[at] = (uint8_t)c;
+      else if (bytes == 2) ((uint16_t *)codes)[at] = (uint16_t)c;
+      else ((int32_t *)codes)[at] = (int32_t)c;
+    }
+  }
+  return changed;
+}
+
+}  // extern "C"
