@@ -75,29 +75,27 @@ class Block:
             parts.append((helper if whole else helper[self.columns]) + self.codes.config.num_rows)
         return torch.stack(parts, dim=-1)
 
-    def write_rows(
-        self, who: str, ids: torch.Tensor, check: BoundsCheck, out: torch.Tensor
-    ) -> None:
-        """Writes the codebook rows of `ids` [V] into `out`, int64 [chunks * V * rows per id]."""
-        num_embeddings, codes = self.config.num_embeddings, self.codes
-        if codes is not None and codes.seen is not None and codes.training:
-            ids = check(who, ids, num_embeddings)
-            mark_seen(codes.seen, ids.long())
-        if not native.takes(ids):
-            rows = self.rows(check(who, ids, num_embeddings))
-            out.view(rows.shape).copy_(rows)
-            return
+    def marked(self, who: str, ids: torch.Tensor, check: BoundsCheck) -> torch.Tensor:
+        """`ids`, noted as seen (and checked before) where the table keeps track of them."""
+        codes = self.codes
+        if codes is None or codes.seen is None or not codes.training:
+            return ids
+        ids = check(who, ids, self.config.num_embeddings)
+        mark_seen(codes.seen, ids.long())
+        return ids
+
+    def job(self, ids: torch.Tensor, out: torch.Tensor) -> native.Job:
+        """The compiled expansion of `ids` [V] into `out`, int64 [chunks * V * rows per id]."""
+        codes = self.codes
         if codes is None:
-            count, first = native.check_ids(ids, num_embeddings, out)
-        else:
-            hashes = codes.hashes(ids.device)
-            count, first = native.expand(
-                *(ids, num_embeddings, codes.codes),
-                hashes if len(self.columns) == len(codes.chunks) else hashes[self.columns],
-                *(codes.config.num_rows, codes.config.helper_rows, out),
-            )
-        if count:
-            check.found(who, count, int(ids[first]), num_embeddings)
+            return native.Job(ids, self.config.num_embeddings, out)
+        hashes = codes.hashes(ids.device)
+        if len(self.columns) < len(codes.chunks):
+            hashes = hashes[self.columns]
+        return native.Job(
+            *(ids, self.config.num_embeddings, out, hashes, codes.codes),
+            *(codes.config.num_rows, codes.config.helper_rows),
+        )
 
     def on_device(self) -> device.Table:
         """The block as the Triton kernel reads it."""
@@ -201,9 +199,20 @@ class Expansion:
         )
 
     def _write_rows(self, work: list[Work], check: BoundsCheck) -> None:
-        """Writes the rows of every block's ids to where they go."""
+        """Writes the rows of every block's ids to where they go, all that can be by one call."""
+        jobs, names = [], []
         for block, (who, ids, out) in zip(self._blocks, work, strict=True):
-            block.write_rows(who, ids, check, out)
+            ids = block.marked(who, ids, check)
+            if native.takes(ids):
+                jobs.append(block.job(ids, out))
+                names.append(who)
+            else:
+                rows = block.rows(check(who, ids, block.config.num_embeddings))
+                out.view(rows.shape).copy_(rows)
+        found = native.expand(jobs) if jobs else []
+        for who, job, (count, first) in zip(names, jobs, found, strict=False):
+            if count:
+                check.found(who, count, int(job.ids[first]), job.num_embeddings)
 
     def _fits_device(self, features: KeyedJaggedTensor, check: BoundsCheck) -> bool:
         return (

@@ -126,7 +126,7 @@ class ShardedCCEEmbeddingBagCollection(
         inner._has_mean_pooling_callback = False
         self._has_uninitialized_input_dist = False
         self._lookups = inner._lookups
-        self._slices = self._output.column_slices(inner._embedding_names, inner._embedding_dims)
+        self._pieces = self._output.column_pieces(inner._embedding_names, inner._embedding_dims)
         self._inputs = sharding_inputs(
             *(inner, self._configs, self._output, self.codes, self.id_blocks, env.rank)
         )
@@ -276,7 +276,7 @@ class ShardedCCEEmbeddingBagCollection(
         self, ctx: CCEContext, awaitable: LazyAwaitable[KeyedTensor]
     ) -> LazyAwaitable[KeyedTensor]:
         awaitable.callbacks.append(
-            partial(self._output.assemble, slices=self._slices, divisor=ctx.divisor)
+            partial(self._output.assemble, pieces=self._pieces, divisor=ctx.divisor)
         )
         return awaitable
 

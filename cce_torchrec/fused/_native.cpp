@@ -1,6 +1,7 @@
-// Expansion of one table's ids into codebook rows in one pass: bounds, codes, hashes, rows.
+// Expansion of tables' ids into codebook rows in one pass: bounds, codes, hashes, rows.
 // Loaded by native.py through ctypes; the torch form in expand.py is its reference.
 #include <cstdint>
+#include <cstring>
 
 #include "../hashing.h"
 
@@ -8,6 +9,18 @@ static const int64_t TILE = 256;  // ids whose codes are fetched while those bef
 
 // One chunk, as native.py lays it out: column of the codes, then the hashes of main and helper.
 struct Chunk { int64_t column, main_multiplier, main_addend, helper_multiplier, helper_addend; };
+
+// The ids of one table, likewise. A plain table has no chunks; `codes` is null where the code is the
+// hash. The number of ids out of bounds is written to `invalid`, the place of the first to `bad`.
+struct Job {
+  const void *ids;
+  int64_t id_bytes, count, num_embeddings;
+  const void *codes;
+  int64_t code_bytes, stride;
+  const Chunk *chunks;
+  int64_t num_chunks, num_rows, helper_rows;
+  int64_t *out, invalid, bad;
+};
 
 // Ids [first, last) into `out`, those out of bounds as 0; counts them and keeps the first.
 template <typename Id>
@@ -25,6 +38,16 @@ INLINE int64_t checked(const Id *ids, int64_t count, int64_t num_embeddings, int
   return invalid;
 }
 
+// Codes of ids whose rows are as wide as a word: loads in a row wait for memory together.
+template <typename Word>
+INLINE void load(const void *codes, const int64_t *ids, int64_t count, uint64_t *words) {
+  for (int64_t i = 0; i < count; i++) {
+    Word word;
+    std::memcpy(&word, (const char *)codes + ids[i] * sizeof(Word), sizeof(Word));
+    words[i] = word;
+  }
+}
+
 template <typename Code>
 INLINE void fetch(const Code *codes, int64_t stride, const int64_t *ids, int64_t count) {
   for (int64_t i = 0; i < count; i++) {
@@ -33,13 +56,17 @@ INLINE void fetch(const Code *codes, int64_t stride, const int64_t *ids, int64_t
   }
 }
 
-// Rows of the ids of one tile and chunk; `codes` is null where the code is the hash.
+// Rows of the ids of one tile and chunk, whose codes are in `words`, or else in `codes`; both are
+// null where the code is the hash.
 template <typename Code>
 INLINE void rows_of(const int64_t *ids, const int64_t *mixed, int64_t count, const Code *codes,
-                    int64_t stride, const Chunk &c, int64_t num_rows, int64_t helper_rows,
-                    int64_t *out) {
+                    int64_t stride, const uint64_t *words, const Chunk &c, int64_t num_rows,
+                    int64_t helper_rows, int64_t *out) {
   int64_t main_row[TILE];
-  if (codes)
+  if (words)
+    for (int64_t i = 0; i < count; i++)
+      main_row[i] = (Code)(words[i] >> (8 * sizeof(Code) * c.column));
+  else if (codes)
     for (int64_t i = 0; i < count; i++) main_row[i] = codes[ids[i] * stride + c.column];
   else
     for (int64_t i = 0; i < count; i++)
@@ -60,61 +87,51 @@ INLINE int64_t expand(const Id *ids, int64_t count, int64_t num_embeddings, cons
                       int64_t stride, const Chunk *chunks, int64_t num_chunks, int64_t num_rows,
                       int64_t helper_rows, int64_t *out, int64_t *bad) {
   int64_t held[2][TILE], mixed[TILE], invalid = 0;
-  const int64_t rows_per_id = helper_rows ? 2 : 1;
+  uint64_t words[2][TILE];
+  const int64_t rows_per_id = helper_rows ? 2 : 1, width = codes ? stride * sizeof(Code) : 0;
   for (int64_t first = -TILE; first < count; first += TILE) {
-    int64_t *now = held[(first / TILE) & 1], *next = held[(first / TILE + 1) & 1];
+    const int64_t turn = (first / TILE) & 1;
+    int64_t *now = held[turn], *next = held[!turn];
     const int64_t start = first + TILE, ahead = count - start < TILE ? count - start : TILE;
     if (ahead > 0) {
       int64_t found = -1;
       invalid += checked(ids + start, ahead, num_embeddings, next, &found);
       if (found >= 0 && *bad < 0) *bad = start + found;
-      if (codes) fetch(codes, stride, next, ahead);
+      if (width == 8) load<uint64_t>(codes, next, ahead, words[!turn]);
+      else if (width == 4) load<uint32_t>(codes, next, ahead, words[!turn]);
+      else if (codes) fetch(codes, stride, next, ahead);
     }
     if (first < 0) continue;
     const int64_t here = count - first < TILE ? count - first : TILE;
     if (helper_rows || !codes)
       for (int64_t i = 0; i < here; i++) mixed[i] = mix(now[i]);
     for (int64_t j = 0; j < num_chunks; j++)
-      rows_of(now, mixed, here, codes, stride, chunks[j], num_rows, helper_rows,
-              out + (j * count + first) * rows_per_id);
+      rows_of(now, mixed, here, codes, stride, width == 8 || width == 4 ? words[turn] : nullptr,
+              chunks[j], num_rows, helper_rows, out + (j * count + first) * rows_per_id);
   }
   return invalid;
 }
 
 template <typename Id>
-INLINE int64_t by_code(const Id *ids, int64_t count, int64_t num_embeddings, const void *codes,
-                       int64_t code_bytes, int64_t stride, const Chunk *chunks,
-                       int64_t num_chunks, int64_t num_rows, int64_t helper_rows, int64_t *out,
-                       int64_t *bad) {
-#define EXPAND(type)                                                                      \
-  expand(ids, count, num_embeddings, (const type *)codes, stride, chunks, num_chunks,     \
-         num_rows, helper_rows, out, bad)
-  if (code_bytes == 1) return EXPAND(uint8_t);
-  if (code_bytes == 2) return EXPAND(uint16_t);
+INLINE int64_t by_code(Job &job) {
+  const Id *ids = (const Id *)job.ids;
+  if (!job.num_chunks) return checked(ids, job.count, job.num_embeddings, job.out, &job.bad);
+#define EXPAND(type)                                                                       \
+  expand(ids, job.count, job.num_embeddings, (const type *)job.codes, job.stride, job.chunks, \
+         job.num_chunks, job.num_rows, job.helper_rows, job.out, &job.bad)
+  if (job.code_bytes == 1) return EXPAND(uint8_t);
+  if (job.code_bytes == 2) return EXPAND(uint16_t);
   return EXPAND(int32_t);
 #undef EXPAND
 }
 
-extern "C" {
-
-// out[j, i, :] = rows of ids[i] in chunk j, ids out of [0, num_embeddings) read as 0. Returns how
-// many those are; *bad is the position of the first, or stays -1. `codes` may be null.
-ID_CLONES int64_t cce_expand(const void *ids, int64_t id_bytes, int64_t count,
-                          int64_t num_embeddings, const void *codes, int64_t code_bytes,
-                          int64_t stride, const Chunk *chunks, int64_t num_chunks,
-                          int64_t num_rows, int64_t helper_rows, int64_t *out, int64_t *bad) {
-  if (id_bytes == 4)
-    return by_code((const int32_t *)ids, count, num_embeddings, codes, code_bytes, stride, chunks,
-                   num_chunks, num_rows, helper_rows, out, bad);
-  return by_code((const int64_t *)ids, count, num_embeddings, codes, code_bytes, stride, chunks,
-                 num_chunks, num_rows, helper_rows, out, bad);
+// out[j, i, :] = rows of ids[i] in chunk j of each job, ids out of [0, num_embeddings) read as 0;
+// of a plain table, the ids. Returns how many those are in all.
+extern "C" ID_CLONES int64_t cce_expand(Job *jobs, int64_t num_jobs) {
+  int64_t invalid = 0;
+  for (Job *job = jobs; job < jobs + num_jobs; job++) {
+    job->invalid = job->id_bytes == 4 ? by_code<int32_t>(*job) : by_code<int64_t>(*job);
+    invalid += job->invalid;
+  }
+  return invalid;
 }
-
-// out[i] = ids[i] as int64, those out of [0, num_embeddings) as 0; returns and *bad as above.
-ID_CLONES int64_t cce_check_ids(const void *ids, int64_t id_bytes, int64_t count,
-                             int64_t num_embeddings, int64_t *out, int64_t *bad) {
-  if (id_bytes == 4) return checked((const int32_t *)ids, count, num_embeddings, out, bad);
-  return checked((const int64_t *)ids, count, num_embeddings, out, bad);
-}
-
-}  // extern "C"

@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import ctypes
 import functools
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import NamedTuple
 
 import torch
 
-_POINTER, _INT = ctypes.c_void_p, ctypes.c_int64
-_EXPAND: list[Any] = [_POINTER, _INT, _INT, _INT, _POINTER, _INT, _INT, _POINTER, _INT, _INT, _INT]
+_FIELDS = 14
+"""int64 of a `Job` in _native.cpp, the last two of which are its result."""
 
 
 @functools.cache
@@ -23,9 +24,8 @@ def _library() -> ctypes.CDLL | None:
             library = ctypes.CDLL(str(file))
         except OSError:  # built for another platform
             continue
-        library.cce_expand.argtypes = [*_EXPAND, _POINTER, _POINTER]
-        library.cce_check_ids.argtypes = [_POINTER, _INT, _INT, _INT, _POINTER, _POINTER]
-        library.cce_expand.restype = library.cce_check_ids.restype = _INT
+        library.cce_expand.argtypes = [ctypes.c_void_p, ctypes.c_int64]
+        library.cce_expand.restype = ctypes.c_int64
         return library
     return None
 
@@ -45,51 +45,43 @@ def takes(ids: torch.Tensor) -> bool:
     )
 
 
-def expand(
-    ids: torch.Tensor,
-    num_embeddings: int,
-    codes: torch.Tensor | None,
-    chunks: torch.Tensor,
-    num_rows: int,
-    helper_rows: int,
-    out: torch.Tensor,
-) -> tuple[int, int]:
-    """Writes the rows of `ids` into `out`; ids outside [0, num_embeddings) are read as 0.
+class Job(NamedTuple):
+    """The ids of one table, and where their rows go."""
 
-    Args:
-        ids: int32 or int64 [V], contiguous.
-        num_embeddings: ids of the table.
-        codes: [N, c] in storage type, or None where the code is a hash.
-        chunks: int64 [chunks, 5]: column of `codes`, multiplier and addend of the main hash, and
-            of the helper hash.
-        num_rows: rows of the main codebook.
-        helper_rows: rows of the helper codebook, 0 without one.
-        out: int64 with chunks * V * (2, or 1 without a helper) elements, contiguous.
+    ids: torch.Tensor
+    """int32 or int64 [V], contiguous."""
+    num_embeddings: int
+    out: torch.Tensor
+    """int64 with chunks * V * (2, or 1 without a helper) elements, contiguous."""
+    chunks: torch.Tensor | None = None
+    """int64 [chunks, 5]: column of `codes`, multiplier and addend of the main hash, and of the
+    helper hash; None for a plain table, whose rows are its ids."""
+    codes: torch.Tensor | None = None
+    """[N, c] in storage type, contiguous, or None where the code is a hash."""
+    num_rows: int = 0
+    helper_rows: int = 0
+
+
+def expand(jobs: Sequence[Job]) -> list[tuple[int, int]]:
+    """Writes the rows of every job's ids, those outside [0, num_embeddings) as those of 0.
 
     Returns:
-        How many ids are out of bounds, and the position of the first (-1 without any).
+        Per job, how many ids are out of bounds and the position of the first; empty if none are.
     """
-    library, bad = _library(), ctypes.c_int64(-1)
+    library, fields = _library(), []
     assert library is not None
-    pointer, width, stride = (
-        (codes.data_ptr(), codes.element_size(), codes.stride(0))
-        if codes is not None
-        else (0, 4, 0)
+    for ids, num_embeddings, out, chunks, codes, num_rows, helper_rows in jobs:
+        fields += [ids.data_ptr(), ids.element_size(), ids.numel(), num_embeddings]
+        if codes is None:
+            fields += [0, 0, 0]
+        else:
+            assert codes.is_contiguous()
+            fields += [codes.data_ptr(), codes.element_size(), codes.shape[1]]
+        fields += [0, 0] if chunks is None else [chunks.data_ptr(), chunks.shape[0]]
+        fields += [num_rows, helper_rows, out.data_ptr(), 0, -1]
+    described = (ctypes.c_int64 * len(fields))(*fields)
+    if not library.cce_expand(ctypes.addressof(described), len(jobs)):
+        return []
+    return list(
+        zip(described[_FIELDS - 2 :: _FIELDS], described[_FIELDS - 1 :: _FIELDS], strict=True)
     )
-    count = library.cce_expand(
-        *(ids.data_ptr(), ids.element_size(), ids.numel(), num_embeddings),
-        *(pointer, width, stride, chunks.data_ptr(), len(chunks), num_rows, helper_rows),
-        *(out.data_ptr(), ctypes.addressof(bad)),
-    )
-    return count, bad.value
-
-
-def check_ids(ids: torch.Tensor, num_embeddings: int, out: torch.Tensor) -> tuple[int, int]:
-    """Copies `ids` to `out` (int64), those out of bounds as 0; arguments and result of `expand`."""
-    library, bad = _library(), ctypes.c_int64(-1)
-    assert library is not None
-    count = library.cce_check_ids(
-        *(ids.data_ptr(), ids.element_size(), ids.numel(), num_embeddings),
-        *(out.data_ptr(), ctypes.addressof(bad)),
-    )
-    return count, bad.value

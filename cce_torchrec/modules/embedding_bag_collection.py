@@ -78,7 +78,7 @@ class CCEEmbeddingBagCollection(EmbeddingBagCollectionInterface):
         self._output = LogicalOutput.from_configs(self._configs, is_weighted)
         names = [feature for config in physical for feature in config.feature_names]
         dims = [config.embedding_dim for config in physical for _ in config.feature_names]
-        self._slices = self._output.column_slices(names, dims)
+        self._pieces = self._output.column_pieces(names, dims)
         self._expansion = Expansion(self._blocks(), self._output.slots, names)
         self._register_state_dict_hook(_save_helper_rows)
         self.register_load_state_dict_pre_hook(_check_helper_rows)
@@ -116,7 +116,7 @@ class CCEEmbeddingBagCollection(EmbeddingBagCollectionInterface):
             slots = without_weights(slots)
         rows = self._expansion(slots, self._bounds_check, features.inverse_indices_or_none())
         pooled = self.embedding_bag_collection(rows)
-        return self._output.assemble(pooled, self._slices, divisor)
+        return self._output.assemble(pooled, self._pieces, divisor)
 
     def embedding_bag_configs(self) -> list[EmbeddingBagConfig]:
         """The tables as configured (or finalised), one entry per logical table."""

@@ -68,24 +68,22 @@ class LogicalOutput:
         ]
         return replace(self, mean=mean)
 
-    def column_slices(self, names: Sequence[str], dims: Sequence[int]) -> list[tuple[int, int]]:
-        """Slices of a tensor of features `names` whose concatenation is in logical order.
+    def column_pieces(
+        self, names: Sequence[str], dims: Sequence[int]
+    ) -> tuple[list[int], list[int]]:
+        """Widths of the pieces of a tensor of features `names`, and their logical order.
 
-        Neighbours are merged, so an order that already fits gives one slice.
+        Neighbours that stay together are one piece, so an order that already fits gives one.
         """
-        starts: dict[str, tuple[int, int]] = {}
-        position = 0
-        for name, dim in zip(names, dims, strict=True):
-            starts[name] = (position, position + dim)
-            position += dim
-        merged: list[tuple[int, int]] = []
-        for feature in (f for features in self.physical for f in features):
-            start, end = starts[feature]
-            if merged and merged[-1][1] == start:
-                merged[-1] = (merged[-1][0], end)
+        position = {name: i for i, name in enumerate(names)}
+        runs: list[list[int]] = []
+        for i in (position[name] for features in self.physical for name in features):
+            if runs and runs[-1][-1] + 1 == i:
+                runs[-1].append(i)
             else:
-                merged.append((start, end))
-        return merged
+                runs.append([i])
+        order = [sum(run[0] > other[0] for other in runs) for run in runs]
+        return [sum(dims[i] for i in run) for run in sorted(runs)], order
 
     def divisor(self, features: KeyedJaggedTensor) -> torch.Tensor | None:
         """Bag lengths [B, sum of dims], 1 where nothing is divided; None without MEAN tables."""
@@ -109,13 +107,15 @@ class LogicalOutput:
     def assemble(
         self,
         pooled: KeyedTensor,
-        slices: list[tuple[int, int]],
+        pieces: tuple[list[int], list[int]],
         divisor: torch.Tensor | None,
     ) -> KeyedTensor:
-        """The logical KeyedTensor of the physical one."""
-        values = pooled.values()
-        if len(slices) > 1:
-            values = torch.cat([values[:, start:end] for start, end in slices], dim=1)
+        """The logical KeyedTensor of the physical one, by its `column_pieces`."""
+        values, (widths, order) = pooled.values(), pieces
+        if len(order) > 1:
+            # The gradient of a split is one copy; that of a slice is as large as the whole.
+            parts = values.split(widths, dim=1)
+            values = torch.cat([parts[i] for i in order], dim=1)
         if divisor is not None:
             values = values / divisor.to(values.dtype)
         return KeyedTensor(keys=self.names, length_per_key=self.dims, values=values)

@@ -152,6 +152,17 @@ def test_ids_out_of_bounds(name, bad, caplog):
     assert "reading id 0" in caplog.text
 
 
+def test_output_is_put_in_order_without_slices():
+    """The gradient of each slice is as large as the whole output; that of a split is one copy."""
+    values = CCEEmbeddingBagCollection(tables=tables())(batch()).values()
+    seen, nodes = set(), [values.grad_fn]
+    while nodes:
+        node = nodes.pop()
+        seen.add(node.name())
+        nodes += [before for before, _ in node.next_functions if before is not None]
+    assert "SplitWithSizesBackward0" in seen and "SliceBackward0" not in seen
+
+
 def test_missing_features_and_weights():
     module = CCEEmbeddingBagCollection(tables=tables(), is_weighted=True)
     with pytest.raises(ValueError, match="lacks features 'k' \\(table 'ce'\\)"):

@@ -39,6 +39,8 @@ def blocks():
         "byte": {"num_rows": 200, "num_helper_rows": 31},
         "short": {"num_rows": 50_000, "num_helper_rows": 7},
         "int": {"num_rows": 70_000, "num_helper_rows": 200_000},
+        "two ints": {"num_rows": 70_000, "num_chunks": 2},
+        "eight bytes": {"num_rows": 200, "num_chunks": 8},
         "finalised": {"num_rows": 300, "num_helper_rows": 0},
         "hash": {"num_rows": 40, "num_helper_rows": 50, "learned_codes": False},
         "eight": {"num_rows": 300, "num_chunks": 8},
@@ -95,7 +97,7 @@ def test_compiled_equals_torch(monkeypatch, mode, dtype, bad):
 def test_compiled_fatal_names_the_first_bad_id():
     parts, slots, keys = blocks()
     features = batch(slots, 4242)
-    with pytest.raises(ValueError, match=r"table 'plain', feature 'f9': id 4242 is outside"):
+    with pytest.raises(ValueError, match=r"table 'plain', feature 'f11': id 4242 is outside"):
         Expansion(parts, slots, keys)(features, BoundsCheck(BoundsCheckMode.FATAL))
 
 
