@@ -59,7 +59,9 @@ def collection(configs=None, **kwargs):
 
 def sharded_model(kind="rw", configs=None, **kwargs):
     model = Model(collection(configs, **kwargs))
-    plan = make_plan(model, model.collection.embedding_bag_configs(), CPU, kind)
+    configs = model.collection.embedding_bag_configs()
+    by_rows = ["p"] if kind == "rw, plain ones too" else []
+    plan = make_plan(model, configs, CPU, kind[:2], row_wise=by_rows)
     return DistributedModelParallel(model, device=CPU, plan=plan, sharders=get_default_sharders())
 
 
@@ -87,6 +89,7 @@ def options_are_those_of_one_process(rank, world_size):
         *((o, True) for o in [*OPTIONS, "finalize"]),
         ({}, False),
         (OPTIONS[0], False),
+        (OPTIONS[3], False),
     ]:
         configs = tables()
         if isinstance(options, dict) and options.get("weights") == "seen":
