@@ -5,6 +5,7 @@ all inputs is in test_sharded.py and test_inputs.py, pipelines in test_pipeline.
 from __future__ import annotations
 
 import contextlib
+import copy
 from unittest import mock
 
 import numpy as np
@@ -13,6 +14,7 @@ import torch
 import torch.distributed as dist
 from torchrec import KeyedJaggedTensor
 from torchrec.distributed import DistributedModelParallel
+from torchrec.distributed.types import ShardingEnv
 from torchrec.modules.embedding_configs import PoolingType
 from torchrec.optim.apply_optimizer_in_backward import apply_optimizer_in_backward
 
@@ -23,11 +25,13 @@ from cce_torchrec import (
 from cce_torchrec.checkpoint import load_checkpoint, save_checkpoint
 from cce_torchrec.chunk_codes import codes_of
 from cce_torchrec.clustering import cluster, finalize
-from cce_torchrec.clustering import step as cluster_step
+from cce_torchrec.clustering.plan import Plan
 from cce_torchrec.codes import seen_ids
 from cce_torchrec.distributed.code_fetch import CodeFetch
+from cce_torchrec.distributed.embedding_bag_sharder import CCEEmbeddingBagCollectionSharder
 from cce_torchrec.distributed.id_blocks import IdBlocks
 from cce_torchrec.distributed.sharders import get_default_sharders
+from cce_torchrec.plan_report import plan_report
 from cce_torchrec.planner import make_plan
 from tests.distributed.ranks import run_ranks
 from tests.distributed.test_inputs import ROWWISE
@@ -55,7 +59,9 @@ def collection(configs=None, **kwargs):
 
 def sharded_model(kind="rw", configs=None, **kwargs):
     model = Model(collection(configs, **kwargs))
-    plan = make_plan(model, model.collection.embedding_bag_configs(), CPU, kind)
+    configs = model.collection.embedding_bag_configs()
+    by_rows = ["p"] if kind == "rw, plain ones too" else []
+    plan = make_plan(model, configs, CPU, kind[:2], row_wise=by_rows)
     return DistributedModelParallel(model, device=CPU, plan=plan, sharders=get_default_sharders())
 
 
@@ -83,6 +89,7 @@ def options_are_those_of_one_process(rank, world_size):
         *((o, True) for o in [*OPTIONS, "finalize"]),
         ({}, False),
         (OPTIONS[0], False),
+        (OPTIONS[3], False),
     ]:
         configs = tables()
         if isinstance(options, dict) and options.get("weights") == "seen":
@@ -99,7 +106,10 @@ def options_are_those_of_one_process(rank, world_size):
         copy_state(model.module.collection, plain)
         step = finalize if options == "finalize" else cluster
         given = {} if options == "finalize" else options
-        found_again = mock.patch.object(cluster_step, "_memory", lambda *_: (0, set()))
+        # One rank has room for the new codes and the others have none, so all find them again.
+        found_again = mock.patch.object(
+            Plan, "memory", lambda self, limit: (0, list(self.row_wise) if rank == 0 else [])
+        )
         with contextlib.nullcontext() if keep else found_again:
             report = step(model, **given)
         other = step(plain, **given)
@@ -180,6 +190,42 @@ def seen_when_looked_up(rank, world_size):
     assert torch.equal(seen_ids(codes.seen, len(codes.ids)), own)
 
 
+def loaded_after_it_was_distributed(rank, world_size):
+    """A batch that a pipeline distributed before a load is looked up by what was loaded."""
+    model, other = sharded_model(), sharded_model()
+    cluster(other)
+    sharded, kjt = model.module.collection, batch(rank, False)
+    context = sharded.create_context()
+    arrived = sharded.input_dist(context, kjt).wait().wait()
+    model.load_state_dict(other.state_dict())
+    out = sharded.compute_and_output_dist(context, arrived).wait()
+    assert torch.equal(out.values(), other(kjt).wait().values())
+
+
+def clustered_before_it_is_sharded(rank, world_size):
+    """Each rank takes its block of codes, and of bits, from a module or the state of one."""
+    torch.manual_seed(0)
+    config = tables()[0]
+    plain, model = collection([config]), Model(collection([config]))
+    cluster(plain)
+    plain.codes["t"].seen.copy_(torch.arange(config.seen_bytes))
+    bits = seen_ids(plain.codes["t"].seen, 300)
+    state = copy.deepcopy(Model(plain).state_dict())
+    env = ShardingEnv.from_process_group(dist.group.WORLD)
+    plan = make_plan(model, [config], CPU, "rw")
+    taken = CCEEmbeddingBagCollectionSharder().shard(plain, plan.plan["collection"], env, CPU)
+    loaded = sharded_model(configs=[config])
+    loaded.load_state_dict(state)
+    for sharded in (taken, loaded.module.collection):
+        codes = codes_of(sharded.codes, "t")
+        own = slice(codes.ids.start, codes.ids.stop)
+        assert torch.equal(codes.codes, state["collection.codes.t.codes"][own])
+        assert torch.equal(seen_ids(codes.seen, len(codes.ids)), bits[own])
+    compare(loaded.module.collection, plain, exact=True)
+    share = next(t for t in plan_report(model, plan, world_size).tables if t.rank == rank)
+    assert share.code_bytes == codes.codes.nbytes + codes.seen.nbytes
+
+
 def checkpoints(rank, world_size, folder, save, saved):
     """A ROW_WISE job's checkpoint in every other place, and other jobs' in it; and growth."""
 
@@ -232,6 +278,8 @@ def two_ranks(rank, world_size, folder):
     lists_are_those_of_one_process(rank, world_size)
     crossing_the_network(rank, world_size)
     seen_when_looked_up(rank, world_size)
+    loaded_after_it_was_distributed(rank, world_size)
+    clustered_before_it_is_sharded(rank, world_size)
     return checkpoints(rank, world_size, folder, ["rw", "cw"], {})
 
 

@@ -1,4 +1,4 @@
-"""ROW_WISE over ids: mistakes and failures end in an error on every rank, and none hangs."""
+"""ROW_WISE over ids: mistakes and failures end in an error on every rank; and the odd tables."""
 
 from __future__ import annotations
 
@@ -10,13 +10,15 @@ import pytest
 import torch
 import torch.distributed as dist
 import torchrec
+from torchrec import KeyedJaggedTensor
 from torchrec.distributed import DistributedModelParallel
 from torchrec.distributed.planner import EmbeddingShardingPlanner, ParameterConstraints
-from torchrec.modules.embedding_configs import EmbeddingConfig
+from torchrec.modules.embedding_configs import EmbeddingConfig, PoolingType
 from torchrec.modules.feature_processor_ import PositionWeightedModule
 from torchrec.modules.fp_embedding_modules import FeatureProcessedEmbeddingBagCollection
 
-from cce_torchrec import CCEEmbeddingCollection
+from cce_torchrec import CCEEmbeddingBagConfig, CCEEmbeddingCollection
+from cce_torchrec.checkpoint import load_checkpoint, save_checkpoint
 from cce_torchrec.clustering import cluster, row_wise
 from cce_torchrec.clustering.ids import ChunkIds, NewCodes
 from cce_torchrec.clustering.live import fused_rows
@@ -136,11 +138,61 @@ def hashed_tables(rank, world_size):
     compare(sharded, plain, exact=False)
 
 
-def two_ranks(rank, world_size):
+def few_ids(rank, world_size, folder):
+    """One block holds all ids; one rank has the only codebook, and both count its memory."""
+    config = CCEEmbeddingBagConfig(
+        name="t", num_embeddings=8, embedding_dim=8, feature_names=["h"], num_rows=2, num_chunks=1,
+        seed=1,  # with which the second step below samples no id at all
+    )  # fmt: skip
+    model, plain = sharded_model(configs=[config]), collection([config])
+    ids = torch.arange(8) if rank else torch.arange(0)
+    kjt = KeyedJaggedTensor(keys=["h"], values=ids, lengths=torch.full((8,), rank))
+    out = model(kjt).wait().values()
+    out.square().sum().backward()
+    copy_state(model.module.collection, plain)
+    peaks = [None] * world_size
+    for options in ({}, {"samples_per_centroid": 1}):
+        report = cluster(model, **options)
+        cluster(plain, **options)
+        compare(model.module.collection, plain, exact=True)
+        dist.all_gather_object(peaks, report.peak_bytes)
+        assert min(peaks) > 1 << 20
+    save_checkpoint(folder, model, step=1)
+    for kind in ("rw", "tw"):
+        other = sharded_model(kind, [config])
+        load_checkpoint(folder, other)
+        assert torch.equal(other(kjt).wait().values(), model(kjt).wait().values())
+
+
+def means_of_plain_tables(rank, world_size):
+    """Of a plain MEAN table that is cut by rows, with and without weights."""
+    for weighted in (False, True):
+        configs = [tables()[0], tables()[1]]
+        configs[1].pooling = PoolingType.MEAN
+        model = sharded_model("rw, plain ones too", configs, is_weighted=weighted)
+        whole = torch.arange(40.0)[:, None].expand(40, 8)
+        for name, (weight, _) in fused_rows(model.module.collection).items():
+            if name == "p":
+                weight.copy_(whole[20 * rank :][:20])
+        kjt = batch(rank, weighted)
+        out = model(kjt).wait()
+        for name, feature in (("h", "h"), ("f@p", "f")):
+            bags, expected = kjt[feature].to_dense(), out[name]
+            weights = (
+                kjt[feature].to_dense_weights() if weighted else [torch.ones(len(b)) for b in bags]
+            )
+            for bag, weight, found in zip(bags, weights, expected, strict=True):
+                mean = float((bag * weight).sum()) / max(1, len(bag))
+                assert torch.allclose(found, torch.full((8,), mean), rtol=1e-5)
+
+
+def two_ranks(rank, world_size, folder):
     failures_reach_every_rank(rank, world_size)
     mistakes(rank, world_size)
     hashed_tables(rank, world_size)
+    few_ids(rank, world_size, folder)
+    means_of_plain_tables(rank, world_size)
 
 
-def test_row_wise_errors():
-    run_ranks(2, two_ranks)
+def test_row_wise_errors(tmp_path):
+    run_ranks(2, two_ranks, str(tmp_path))
