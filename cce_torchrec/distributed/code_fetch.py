@@ -39,7 +39,8 @@ def mark_answered(answered: Answered) -> None:
 class CodeFetch(Expansion):
     """Expands the slots of ROW_WISE tables by codes that live on other ranks; collective."""
 
-    _dtype = torch.int32  # half the bytes on the network; the lookup widens
+    # Half the bytes on the network, unless int64 ids of other tables go with them; lookups widen.
+    _dtype = torch.int32
 
     def __init__(
         self,

@@ -75,36 +75,11 @@ class ShardedCCEEmbeddingBagCollection(
         self._env = env
         self._device = device
         self._bounds_check = BoundsCheck(module.bounds_check_mode)
-        missing = [c.name for c in self._configs if c.name not in params]
-        if missing:
-            raise ValueError(f"the plan has no entry for tables {missing}; it has {sorted(params)}")
-        self._cut_by_rows = {
-            c.name
-            for c in self._configs
-            if is_row_wise(params[c.name]) and not isinstance(c, CCEEmbeddingBagConfig)
-        }
+        self._read_plan(params)
         self._output = module._output.divided(self._cut_by_rows)
-
+        warn_of_ignored_optimizers(module, self.data_parallel)
         # Plans name global ranks, also where a sharding group is a part of them (2D parallelism).
         rank = getattr(env, "global_rank", env.rank)
-        self.data_parallel = {c.name for c in self._configs if is_data_parallel(params[c.name])}
-        """Tables that are whole on every rank."""
-        warn_of_ignored_optimizers(module, self.data_parallel)
-        self.chunk_owners = {
-            c.name: chunk_owners(c, params[c.name])
-            for c in self._configs
-            if isinstance(c, CCEEmbeddingBagConfig) and c.name not in self.data_parallel
-        }
-        """Rank of each chunk's codebook, per CCE table that is not data-parallel."""
-        self.id_blocks = {
-            c.name: IdBlocks.of(c, params[c.name])
-            for c in self._configs
-            if isinstance(c, CCEEmbeddingBagConfig)
-            and c.learned_codes  # a table without codes is spread by chunks, and nothing is fetched
-            and is_row_wise(params[c.name])
-        }
-        """Which rank has the codes of which ids, per ROW_WISE table with codes."""
-        check_group(self.id_blocks, self.process_group)
         self.codes = self._local_codes(module, rank)
         self._codes_state = state = CodesState(
             *(self.codes, self._configs, self.chunk_owners, self.id_blocks),
@@ -133,6 +108,35 @@ class ShardedCCEEmbeddingBagCollection(
         self._fetch = CodeFetch.of(self._configs, self.codes, self.id_blocks, self.process_group)
         self._input_dists += [sharded.dist for sharded in self._inputs]
         self._feature_order = [slot.feature for sharded in self._inputs for slot in sharded.slots]
+
+    def _read_plan(self, params: dict[str, ParameterSharding]) -> None:
+        """Which table is where.
+
+        Raises:
+            ValueError: a table without an entry, or whose entry cannot be carried out.
+        """
+        missing = [c.name for c in self._configs if c.name not in params]
+        if missing:
+            raise ValueError(f"the plan has no entry for tables {missing}; it has {sorted(params)}")
+        compressed = [c for c in self._configs if isinstance(c, CCEEmbeddingBagConfig)]
+        by_rows = {c.name for c in self._configs if is_row_wise(params[c.name])}
+        self._cut_by_rows = by_rows - {c.name for c in compressed}
+        self.data_parallel = {c.name for c in self._configs if is_data_parallel(params[c.name])}
+        """Tables that are whole on every rank."""
+        self.chunk_owners = {
+            c.name: chunk_owners(c, params[c.name])
+            for c in compressed
+            if c.name not in self.data_parallel
+        }
+        """Rank of each chunk's codebook, per CCE table that is not data-parallel."""
+        self.id_blocks = {
+            c.name: IdBlocks.of(c, params[c.name])
+            for c in compressed
+            # A table without codes is spread by chunks, and nothing is fetched.
+            if c.learned_codes and c.name in by_rows
+        }
+        """Which rank has the codes of which ids, per ROW_WISE table with codes."""
+        check_group(self.id_blocks, self.process_group)
 
     def _local_codes(self, module: CCEEmbeddingBagCollection, rank: int) -> nn.ModuleDict:
         """Codes of the chunks that `rank` looks up, or of its block of ids, by table."""
