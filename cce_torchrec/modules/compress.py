@@ -109,18 +109,7 @@ def compress_model(
         for path, module in model.named_modules()
         if type(module) is EmbeddingBagCollection
     ]
-    chosen = _choose(found, tables, min_bytes)
-    if not chosen:
-        raise ValueError(
-            f"nothing to compress: no EmbeddingBagCollection inside {type(model).__name__} has "
-            f"a table of {min_bytes} bytes or more; lower min_bytes or name tables"
-        )
-    if any(path == "" for path, _ in chosen):
-        raise ValueError(
-            "the model is an EmbeddingBagCollection itself, which cannot be replaced in place; "
-            "build a CCEEmbeddingBagCollection, or wrap it in a module"
-        )
-    configs = [config for _, module in found for config in module.embedding_bag_configs()]
+    chosen = _choose(model, found, tables, min_bytes)
     ratio = compression if compression is not None else 1.0
     picked = [c for path, m in found for c in m.embedding_bag_configs() if (path, c.name) in chosen]
     if table_bytes is not None:
@@ -129,16 +118,14 @@ def compress_model(
     for path, module in found:
         new: list[EmbeddingBagConfig] = []
         for config in module.embedding_bag_configs():
-            wanted = (path, config.name) in chosen
-            table, reason = config, "" if wanted else "not chosen"
-            if wanted:
+            table, reason = config, "not chosen"
+            if (path, config.name) in chosen:
                 table, reason = compressed(config, ratio, num_rows, num_chunks, seed)
             new.append(table)
             made.append(_describe(path, config, table, reason))
         if any(isinstance(table, CCEEmbeddingBagConfig) for table in new):
             parent, _, name = path.rpartition(".")
             setattr(model.get_submodule(parent), name, _replacement(path, module, new))
-    assert len(made) == len(configs)
     report = CompressionReport(made)
     if verbose and not (dist.is_initialized() and dist.get_rank()):
         print(report)
@@ -152,15 +139,36 @@ def full_bytes(config: EmbeddingBagConfig) -> int:
 
 
 def _choose(
-    found: list[tuple[str, EmbeddingBagCollection]], tables: Sequence[str] | None, min_bytes: int
+    model: nn.Module,
+    found: list[tuple[str, EmbeddingBagCollection]],
+    tables: Sequence[str] | None,
+    min_bytes: int,
 ) -> set[tuple[str, str]]:
+    """Path of the collection and name of each table to compress.
+
+    Raises:
+        ValueError: unknown names, none at all, or a collection that cannot be replaced.
+    """
     every = {(path, c.name): c for path, module in found for c in module.embedding_bag_configs()}
-    if tables is None:
-        return {key for key, config in every.items() if full_bytes(config) >= min_bytes}
-    unknown = sorted(set(tables) - {name for _, name in every})
+    unknown = sorted(set(tables or ()) - {name for _, name in every})
     if unknown:
         raise ValueError(f"no tables {unknown}; the model has {sorted({n for _, n in every})}")
-    return {key for key in every if key[1] in tables}
+    chosen = {
+        key
+        for key, config in every.items()
+        if (full_bytes(config) >= min_bytes if tables is None else key[1] in tables)
+    }
+    if not chosen:
+        raise ValueError(
+            f"nothing to compress: no EmbeddingBagCollection inside {type(model).__name__} has "
+            f"a table of {min_bytes} bytes or more; lower min_bytes or name tables"
+        )
+    if any(path == "" for path, _ in chosen):
+        raise ValueError(
+            "the model is an EmbeddingBagCollection itself, which cannot be replaced in place; "
+            "build a CCEEmbeddingBagCollection, or wrap it in a module"
+        )
+    return chosen
 
 
 def _chunks(dim: int, most: int) -> int:
