@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-import torch.distributed as dist
 from torch import nn
 from torchrec import KeyedJaggedTensor
 from torchrec.distributed import DistributedModelParallel
@@ -15,10 +14,10 @@ from cce_torchrec.clustering.live import fused_rows
 from cce_torchrec.codes import widen
 from cce_torchrec.distributed.sharders import get_default_sharders
 from cce_torchrec.planner import make_plan
-from tests.distributed.ranks import free_port
 
 pytestmark = [
     pytest.mark.gpu,
+    pytest.mark.usefixtures("one_rank"),
     pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device"),
 ]
 N, K = 5000, 50
@@ -36,15 +35,6 @@ class Model(nn.Module):
 
     def forward(self, features):
         return self.collection(features)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_rank():
-    dist.init_process_group(
-        "nccl", init_method=f"tcp://127.0.0.1:{free_port()}", rank=0, world_size=1
-    )
-    yield
-    dist.destroy_process_group()
 
 
 def build(seed):

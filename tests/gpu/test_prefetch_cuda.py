@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-import torch.distributed as dist
 from torchrec.distributed import DistributedModelParallel
 from torchrec.distributed.train_pipeline import PrefetchTrainPipelineSparseDist
 from torchrec.modules.embedding_configs import PoolingType
@@ -11,23 +10,14 @@ from cce_torchrec.clustering import cluster
 from cce_torchrec.clustering.live import fused_rows, uncached
 from cce_torchrec.distributed.sharders import get_default_sharders
 from cce_torchrec.planner import make_plan
-from tests.distributed.ranks import free_port
 from tests.distributed.test_pipeline import STEPS, Batch, Loss
 from tests.distributed.test_sharded import batch, tables
 
 pytestmark = [
     pytest.mark.gpu,
+    pytest.mark.usefixtures("one_rank"),
     pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device"),
 ]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_rank():
-    dist.init_process_group(
-        "nccl", init_method=f"tcp://127.0.0.1:{free_port()}", rank=0, world_size=1
-    )
-    yield
-    dist.destroy_process_group()
 
 
 def run(prefetching, kernel):
