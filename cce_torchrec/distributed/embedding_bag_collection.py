@@ -32,7 +32,7 @@ from torchrec.sparse.jagged_tensor import KeyedJaggedTensor, KeyedTensor
 from cce_torchrec.bounds import BoundsCheck
 from cce_torchrec.chunk_codes import ChunkCodes, codes_of
 from cce_torchrec.config import CCEEmbeddingBagConfig
-from cce_torchrec.distributed.caches import forget_prefetched
+from cce_torchrec.distributed.caches import forget_prefetched, kernels
 from cce_torchrec.distributed.code_fetch import CodeFetch, mark_answered
 from cce_torchrec.distributed.context import CCEContext
 from cce_torchrec.distributed.id_blocks import IdBlocks, check_group, is_row_wise
@@ -44,6 +44,7 @@ from cce_torchrec.distributed.plan import (
     warn_of_ignored_optimizers,
 )
 from cce_torchrec.distributed.state_dict import CodesState
+from cce_torchrec.fused.backward import take_over
 from cce_torchrec.modules.embedding_bag_collection import (
     CCEEmbeddingBagCollection,
     finalised_configs,
@@ -101,6 +102,8 @@ class ShardedCCEEmbeddingBagCollection(
         inner._has_mean_pooling_callback = False
         self._has_uninitialized_input_dist = False
         self._lookups = inner._lookups
+        for _, kernel in kernels(self._lookups):
+            take_over(kernel)
         self._pieces = self._output.column_pieces(inner._embedding_names, inner._embedding_dims)
         self._inputs = sharding_inputs(
             *(inner, self._configs, self._output, self.codes, self.id_blocks, env.rank)

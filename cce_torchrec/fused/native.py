@@ -1,6 +1,7 @@
 """The compiled expansion (_native.cpp), where the package was installed with a C++ compiler.
 
-It is optional: `available()` is False without it, and expand.py then does the same in torch.
+It is optional: `available()` is False without it, and expand.py then does the same in torch, and
+FBGEMM what _backward.cpp does.
 """
 
 from __future__ import annotations
@@ -18,21 +19,28 @@ _FIELDS = 14
 
 
 @functools.cache
-def _library() -> ctypes.CDLL | None:
+def library() -> ctypes.CDLL | None:
+    """The compiled functions, or None without them."""
     for file in sorted(Path(__file__).parent.glob("_native*.so")):
         try:
-            library = ctypes.CDLL(str(file))
+            loaded = ctypes.CDLL(str(file))
         except OSError:  # built for another platform
             continue
-        library.cce_expand.argtypes = [ctypes.c_void_p, ctypes.c_int64]
-        library.cce_expand.restype = ctypes.c_int64
-        return library
+        loaded.cce_expand.argtypes = [ctypes.c_void_p, ctypes.c_int64]
+        loaded.cce_expand.restype = ctypes.c_int64
+        pointer, integer, real = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float
+        loaded.cce_rowwise_adagrad.argtypes = [
+            *(pointer, integer, pointer, real, real),
+            *(pointer, integer, integer, integer),
+        ]
+        loaded.cce_rowwise_adagrad.restype = None
+        return loaded
     return None
 
 
 def available() -> bool:
     """Whether the compiled expansion was built and loads."""
-    return _library() is not None
+    return library() is not None
 
 
 def takes(ids: torch.Tensor) -> bool:
@@ -68,8 +76,8 @@ def expand(jobs: Sequence[Job]) -> list[tuple[int, int]]:
     Returns:
         Per job, how many ids are out of bounds and the position of the first; empty if none are.
     """
-    library, fields = _library(), []
-    assert library is not None
+    compiled, fields = library(), []
+    assert compiled is not None
     for ids, num_embeddings, out, chunks, codes, num_rows, helper_rows in jobs:
         fields += [ids.data_ptr(), ids.element_size(), ids.numel(), num_embeddings]
         if codes is None:
@@ -80,7 +88,7 @@ def expand(jobs: Sequence[Job]) -> list[tuple[int, int]]:
         fields += [0, 0] if chunks is None else [chunks.data_ptr(), chunks.shape[0]]
         fields += [num_rows, helper_rows, out.data_ptr(), 0, -1]
     described = (ctypes.c_int64 * len(fields))(*fields)
-    if not library.cce_expand(ctypes.addressof(described), len(jobs)):
+    if not compiled.cce_expand(ctypes.addressof(described), len(jobs)):
         return []
     return list(
         zip(described[_FIELDS - 2 :: _FIELDS], described[_FIELDS - 1 :: _FIELDS], strict=True)

@@ -16,7 +16,10 @@ from cce_torchrec import CCEEmbeddingBagCollection, CCEEmbeddingBagConfig
 from cce_torchrec.clustering import cluster, solve, step
 from cce_torchrec.clustering import plan as plans
 from cce_torchrec.clustering.live import fused_rows, unsharded_rows
+from cce_torchrec.distributed.caches import kernels
 from cce_torchrec.distributed.sharders import get_default_sharders
+from cce_torchrec.fused import native
+from cce_torchrec.fused.backward import CodebookBags
 from cce_torchrec.kmeans import kmeans
 from cce_torchrec.planner import make_plan
 from tests.distributed.ranks import run_ranks
@@ -298,7 +301,31 @@ def write_fails(rank, world_size):
     step.commit = usual
 
 
+def compiled_model(rank, world_size):
+    """torch.compile of a sharded model trains as the eager one, bit for bit."""
+    sharded, outputs = [], []
+    for called in (lambda model: model, lambda model: torch.compile(model, backend="eager")):
+        torch.manual_seed(0)
+        model = Model(collection(PoolingType.SUM, False, "rowwise"))
+        plan = make_plan(model, tables(PoolingType.SUM), CPU, "tw")
+        model = DistributedModelParallel(
+            model, device=CPU, plan=plan, sharders=get_default_sharders()
+        )
+        sharded.append(model.module.collection)
+        for seed in range(2):
+            out = called(model)(batch(seed + rank, False)).values()
+            out.square().sum().backward()
+        outputs.append(out)
+    assert torch.equal(*outputs)
+    eager, compiled = (fused_rows(module) for module in sharded)
+    assert all(torch.equal(eager[name][0], compiled[name][0]) for name in eager)
+    # Where it was built, the backward that is made for codebooks is the one that trains them.
+    modules = [type(module) for _, module in kernels(sharded[0]._lookups)]
+    assert modules == [CodebookBags] * len(modules) or not native.available()
+
+
 def everything(rank, world_size):
+    compiled_model(rank, world_size)
     failing_step(rank, world_size)
     bad_collectives(rank, world_size)
     owner_fails(rank, world_size)
