@@ -21,8 +21,10 @@ from torch.autograd.function import once_differentiable
 
 from cce_torchrec.fused import native
 
-MAX_BYTES = 8 << 20
+MAX_BYTES = 4 << 20
 """float32 gradient of a table beyond which FBGEMM's backward is as fast: it leaves the caches."""
+ROWS_PER_LOOKUP = 8
+"""Rows of all tables to lookups of a batch, beyond which FBGEMM's backward is as fast."""
 
 
 def takes(module: Any) -> bool:
@@ -49,10 +51,11 @@ def takes(module: Any) -> bool:
     )
 
 
-def take_over(module: torch.nn.Module) -> None:
+def take_over(module: Any) -> None:
     """Makes `module` a `CodebookBags`, if that can be; it is FBGEMM's own otherwise."""
     if takes(module):
         module.__class__ = CodebookBags
+        module.num_rows = sum(rows for rows, *_ in module.embedding_specs)
 
 
 @dataclass(frozen=True)
@@ -74,9 +77,11 @@ class CodebookBags(SplitTableBatchedEmbeddingBagsCodegen):
     """The same module with another backward; set as the `__class__` of one that `takes` allows.
 
     Lookup, weights, optimizer state and learning rate are the module's own. A batch size per
-    feature, and weights per sample that want a gradient, go FBGEMM's way.
+    feature, weights per sample that want a gradient, and batches of few lookups go FBGEMM's way.
     """
 
+    num_rows: int
+    """Of all tables."""
     _described: _Described | None = None
 
     def forward(
@@ -92,6 +97,7 @@ class CodebookBags(SplitTableBatchedEmbeddingBagsCodegen):
         if (
             others
             or not torch.is_grad_enabled()
+            or self.num_rows > ROWS_PER_LOOKUP * len(indices)
             or types != [torch.int64, torch.int64, torch.float32][: len(types)]
             or any(t.requires_grad for t in inputs)
         ):

@@ -56,9 +56,10 @@ def both(*args, **options):
     return theirs, ours
 
 
-def train(modules, inputs, grad):
-    """A step of each; outputs, weights and optimizer state are compared."""
+def train(modules, inputs, grad, ours=True):
+    """A step of each, the second by our backward; output, weights, optimizer state are compared."""
     outputs = [module(*inputs) for module in modules]
+    assert (type(outputs[1].grad_fn).__name__ == "_LookupBackward") == ours
     torch.testing.assert_close(*outputs, rtol=1e-5, atol=1e-5)
     for output in outputs:
         output.backward(grad(output))
@@ -81,7 +82,7 @@ def random_grad(output):
 @pytest.mark.parametrize("weighted", [False, True])
 def test_trains_as_fbgemm_does(weighted, threads):
     """Every width that is compiled, tables longer and shorter than a batch, several features."""
-    tables = [(50, 4), (7, 8), (3000, 12), (1, 16), (33, 32), (64, 64), (200, 100), (20_000, 4)]
+    tables = [(50, 4), (7, 8), (900, 12), (1, 16), (33, 32), (64, 64), (200, 100), (1500, 4)]
     of = [0, 1, 1, 2, 3, 4, 4, 4, 5, 6, 7]
     modules = both(tables, of)
     before = torch.get_num_threads()
@@ -166,10 +167,15 @@ def test_weights_that_want_a_gradient_get_fbgemms():
     compare(*modules)
 
 
+def test_a_batch_of_few_rows_is_fbgemms():
+    tables = [(10_000, 16), (30, 16)]
+    train(both(tables), batch([10_000, 30]), random_grad, ours=False)
+
+
 def test_other_index_types_and_batch_sizes_per_feature():
     indices, offsets, _ = batch([30, 30])
     theirs, ours = both([(30, 16), (30, 16)])
-    train([theirs, ours], (indices.int(), offsets.int(), None), random_grad)
+    train([theirs, ours], (indices.int(), offsets.int(), None), random_grad, ours=False)
     for module in (theirs, ours):
         output = module(indices, offsets, batch_size_per_feature_per_rank=[[BAGS], [BAGS]])
         output.backward(random_grad(output))
