@@ -90,7 +90,7 @@ class ShardedCCEEmbeddingBagCollection(
         self._register_load_state_dict_pre_hook(state.load)
         self.embedding_bag_collection: ShardedEmbeddingBagCollection = ebc_sharder.shard(
             module.embedding_bag_collection,
-            physical_plan(self._configs, params),
+            physical_plan(self._configs, params, device),
             env=env,
             device=device,
             module_fqn=append_prefix(module_fqn or "", "embedding_bag_collection"),

@@ -6,6 +6,7 @@ import logging
 from collections.abc import Sequence
 from dataclasses import replace
 
+import torch
 from fbgemm_gpu.split_table_batched_embeddings_ops_common import BoundsCheckMode
 from torch.distributed._shard.sharding_spec import EnumerableShardingSpec, ShardMetadata
 from torchrec.distributed.types import ParameterSharding, ShardingType
@@ -13,6 +14,7 @@ from torchrec.modules.embedding_configs import EmbeddingBagConfig
 
 from cce_torchrec.config import CCEEmbeddingBagConfig
 from cce_torchrec.distributed.id_blocks import IdBlocks, codebook_owners, is_row_wise
+from cce_torchrec.fused.backward import fits
 from cce_torchrec.modules.embedding_bag_collection import CCEEmbeddingBagCollection
 from cce_torchrec.slots import physical_table
 
@@ -141,14 +143,23 @@ def warn_of_ignored_optimizers(module: CCEEmbeddingBagCollection, tables: set[st
 
 
 def physical_plan(
-    configs: Sequence[EmbeddingBagConfig], params: dict[str, ParameterSharding]
+    configs: Sequence[EmbeddingBagConfig],
+    params: dict[str, ParameterSharding],
+    device: torch.device,
 ) -> dict[str, ParameterSharding]:
     """The plan of the tables that TorchRec shards, from that of the logical ones.
 
-    Ids are checked before expansion; FBGEMM would pass over all rows once more.
+    Ids are checked before expansion; FBGEMM would pass over all rows once more. On a CPU, large
+    tables are kept apart from those that have our backward: TorchRec groups tables of equal
+    parameters, and `enforce_hbm` means nothing there.
     """
-    return {
-        name: replace(sharding, bounds_check_mode=BoundsCheckMode.NONE)
-        for config in configs
-        for name, sharding in fan_out(config, params[config.name]).items()
-    }
+    out = {}
+    for config in configs:
+        shape = (config.num_embeddings, config.embedding_dim)
+        if isinstance(config, CCEEmbeddingBagConfig):
+            shape = (config.rows_per_chunk, config.chunk_dim)
+        apart = device.type == "cpu" and not fits(*shape)
+        for name, sharding in fan_out(config, params[config.name]).items():
+            kept = sharding.enforce_hbm if not apart else True
+            out[name] = replace(sharding, bounds_check_mode=BoundsCheckMode.NONE, enforce_hbm=kept)
+    return out

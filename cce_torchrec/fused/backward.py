@@ -27,6 +27,11 @@ ROWS_PER_LOOKUP = 8
 """Rows of all tables to lookups of a batch, beyond which FBGEMM's backward is as fast."""
 
 
+def fits(rows: int, dim: int) -> bool:
+    """Whether the gradient of a table is small enough."""
+    return 4 * rows * dim <= MAX_BYTES
+
+
 def takes(module: Any) -> bool:
     """Whether `CodebookBags` can be the class of this FBGEMM module.
 
@@ -44,9 +49,7 @@ def takes(module: Any) -> bool:
         and module.pooling_mode == PoolingMode.SUM
         and module.weight_decay_mode == WeightDecayMode.NONE
         and not (of.weight_decay or of.gradient_clipping or of.max_norm)
-        and all(
-            dim % 4 == 0 and 4 * rows * dim <= MAX_BYTES for rows, dim, *_ in module.embedding_specs
-        )
+        and all(dim % 4 == 0 and fits(rows, dim) for rows, dim, *_ in module.embedding_specs)
         and list(module.feature_table_map) == sorted(module.feature_table_map)
     )
 
