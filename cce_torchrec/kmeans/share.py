@@ -15,10 +15,11 @@ T = TypeVar("T")
 
 
 def gathered(own: T, group: dist.ProcessGroup | None) -> list[T]:
-    """Every rank's object, by rank; only `own` without a group."""
-    if group is None:
+    """Every rank's object, by rank; only `own` without a group, or where it is alone there."""
+    world_size = 1 if group is None else dist.get_world_size(group)
+    if world_size == 1:
         return [own]
-    out: list[T] = [own] * dist.get_world_size(group)
+    out: list[T] = [own] * world_size
     dist.all_gather_object(out, own, group=group)
     return out
 
