@@ -17,7 +17,6 @@ from fbgemm_gpu.split_table_batched_embeddings_ops_training import (
     SplitTableBatchedEmbeddingBagsCodegen,
     WeightDecayMode,
 )
-from torch.autograd.function import once_differentiable
 
 from cce_torchrec.fused import native
 
@@ -28,8 +27,8 @@ MAX_BYTES = 8 << 20
 def takes(module: Any) -> bool:
     """Whether `CodebookBags` can be the class of this FBGEMM module.
 
-    That is: float32 tables on a CPU, none with a gradient above `MAX_BYTES`, dimensions as TorchRec
-    wants them, pooled by sum, and row-wise Adagrad without weight decay, clipping or maximal norm.
+    That is: float32 tables on a CPU, none with a gradient above `MAX_BYTES`, pooled by sum, read by
+    int64 ids, and row-wise Adagrad without weight decay, clipping or maximal norm.
     """
     if type(module) is not SplitTableBatchedEmbeddingBagsCodegen or not native.available():
         return False
@@ -43,9 +42,7 @@ def takes(module: Any) -> bool:
         and module.pooling_mode == PoolingMode.SUM
         and module.weight_decay_mode == WeightDecayMode.NONE
         and not (of.weight_decay or of.gradient_clipping or of.max_norm)
-        and all(
-            dim % 4 == 0 and 4 * rows * dim <= MAX_BYTES for rows, dim, *_ in module.embedding_specs
-        )
+        and all(4 * rows * dim <= MAX_BYTES for rows, dim, *_ in module.embedding_specs)
         and list(module.feature_table_map) == sorted(module.feature_table_map)
     )
 
@@ -172,7 +169,6 @@ class _Lookup(torch.autograd.Function):
         return module.lookup(*inputs)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[None, ...]:
         """Trains; there is nothing to pass on."""
         ctx.module.update(grad, *ctx.rates, *ctx.saved_tensors)

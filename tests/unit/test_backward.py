@@ -141,6 +141,14 @@ def test_follows_learning_rate_and_weights():
         module.split_optimizer_states()[0][0].fill_(3.0)
         module.weights_host = torch.nn.Parameter(module.weights_host.detach() * 2)
     train([theirs, ours], batch([30], seed=2), random_grad)
+    for module in (theirs, ours):
+        module.momentum1_host = torch.nn.Parameter(module.momentum1_host.detach() * 2)
+    train([theirs, ours], batch([30], seed=3), random_grad)
+
+
+def test_inputs_of_any_stride():
+    inputs = [torch.stack([t, t + 1], 1)[:, 0] for t in batch([30], weighted=True)]
+    train(both([(30, 16)]), inputs, random_grad)
 
 
 def test_rates_are_those_of_the_lookup():
@@ -173,7 +181,8 @@ def test_a_converted_module_is_fbgemms():
 def test_steps_of_two_threads_share_no_buffers(monkeypatch):
     _, module = both([(30, 16)])
     compiled, buffers = native.library(), []
-    losses = [module(*batch([30])).sum() for _ in range(2)]
+    losses = [module(*batch([30])).sum() for _ in range(3)]
+    losses[2].backward()
 
     def interrupted(*args):
         buffers.append(args[5])
@@ -234,11 +243,13 @@ def test_other_index_types_and_batch_sizes_per_feature():
         {"output_dtype": SparseType.FP16},
         {"pooling_mode": PoolingMode.MEAN},
         {"weight_decay": 0.1},
-        {"weight_decay": 0.1, "weight_decay_mode": WeightDecayMode.DECOUPLE},
+        {"weight_decay_mode": WeightDecayMode.DECOUPLE},
         {"gradient_clipping": True, "max_gradient": 1.0},
+        {"max_norm": 1.0},
         {"embedding_table_index_type": torch.int32},
         {"feature_table_map": [0, 1, 0]},
         {"tables": [(30, 16), (MAX_BYTES // 64 + 1, 16)]},
+        {"tables": [(0, 16)]},
     ],
     ids=lambda options: "-".join(map(str, options)),
 )
@@ -246,6 +257,16 @@ def test_leaves_everything_else_to_fbgemm(options):
     module = kernel(**{"tables": [(30, 16), (30, 16)], **options})
     take_over(module)
     assert type(module) is SplitTableBatchedEmbeddingBagsCodegen
+
+
+def test_leaves_subclasses_alone():
+    class Other(SplitTableBatchedEmbeddingBagsCodegen):
+        pass
+
+    module = kernel([(30, 16)])
+    module.__class__ = Other
+    take_over(module)
+    assert type(module) is Other
 
 
 def test_without_a_compiler_fbgemm_does_it(monkeypatch):
