@@ -41,7 +41,7 @@ struct Vector {
   typedef float type __attribute__((vector_size(4 * WIDTH), aligned(4), may_alias));
 };
 
-// Adds the gradient of every bag to those of its rows. A row is `count` vectors of WIDTH values.
+// Adds the gradient of every bag to those of its rows. A row is `count` vectors of WIDTH values, COUNT if that is not 0.
 template <int WIDTH, int COUNT>
 INLINE void gather(const Table table, const Lookups in, const Buffers to) {
   typedef typename Vector<WIDTH>::type V;
@@ -118,7 +118,7 @@ INLINE void update(const Table &table, const Lookups &in, const Buffers &buffers
   step<WIDTH, COUNT>(table, buffers, rate, eps);
 }
 
-// Updates the tables whose turn it is until none is left. TorchRec's dims are multiples of four.
+// Updates the tables whose turn it is until none is left. FBGEMM's dims are multiples of four.
 ID_CLONES static void work(const Table *tables, int64_t num_tables, const Lookups &in,
                            const Buffers &buffers, float rate, float eps,
                            std::atomic<int64_t> *next) {

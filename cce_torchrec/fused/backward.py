@@ -17,7 +17,6 @@ from fbgemm_gpu.split_table_batched_embeddings_ops_training import (
     SplitTableBatchedEmbeddingBagsCodegen,
     WeightDecayMode,
 )
-from torch.autograd.function import once_differentiable
 
 from cce_torchrec.fused import native
 
@@ -35,8 +34,8 @@ def fits(rows: int, dim: int) -> bool:
 def takes(module: Any) -> bool:
     """Whether `CodebookBags` can be the class of this FBGEMM module.
 
-    That is: float32 tables on a CPU, none with a gradient above `MAX_BYTES`, dimensions as TorchRec
-    wants them, pooled by sum, and row-wise Adagrad without weight decay, clipping or maximal norm.
+    That is: float32 tables on a CPU, none with a gradient above `MAX_BYTES`, pooled by sum, read by
+    int64 ids, and row-wise Adagrad without weight decay, clipping or maximal norm.
     """
     if type(module) is not SplitTableBatchedEmbeddingBagsCodegen or not native.available():
         return False
@@ -46,10 +45,11 @@ def takes(module: Any) -> bool:
         and module.weights_host.numel() > 0
         and module.weights_precision == SparseType.FP32
         and module.output_dtype == SparseType.FP32.as_int()
+        and module.embedding_table_index_type == torch.int64
         and module.pooling_mode == PoolingMode.SUM
         and module.weight_decay_mode == WeightDecayMode.NONE
         and not (of.weight_decay or of.gradient_clipping or of.max_norm)
-        and all(dim % 4 == 0 and fits(rows, dim) for rows, dim, *_ in module.embedding_specs)
+        and all(fits(rows, dim) for rows, dim, *_ in module.embedding_specs)
         and list(module.feature_table_map) == sorted(module.feature_table_map)
     )
 
@@ -85,7 +85,7 @@ class CodebookBags(SplitTableBatchedEmbeddingBagsCodegen):
 
     num_rows: int
     """Of all tables."""
-    _described: _Described | None = None
+    _described: _Described
 
     def forward(
         self,
@@ -102,6 +102,7 @@ class CodebookBags(SplitTableBatchedEmbeddingBagsCodegen):
             or not torch.is_grad_enabled()
             or self.num_rows > ROWS_PER_LOOKUP * len(indices)
             or types != [torch.int64, torch.int64, torch.float32][: len(types)]
+            or self.weights_host.dtype != torch.float32  # the module was converted
             or any(t.requires_grad for t in inputs)
         ):
             return super().forward(indices, offsets, per_sample_weights, **others)
@@ -115,6 +116,8 @@ class CodebookBags(SplitTableBatchedEmbeddingBagsCodegen):
     def update(
         self,
         grad: torch.Tensor,
+        rate: float,
+        eps: float,
         indices: torch.Tensor,
         offsets: torch.Tensor,
         weights: torch.Tensor | None = None,
@@ -129,16 +132,19 @@ class CodebookBags(SplitTableBatchedEmbeddingBagsCodegen):
             *(0 if weights is None else weights.data_ptr(), grad.data_ptr(), grad.stride(0)),
         )
         compiled.cce_rowwise_adagrad(
-            *(of.tables, len(self.embedding_specs), lookups),
-            *(self.get_learning_rate(), self.optimizer_args.eps),
+            *(of.tables, len(self.embedding_specs), lookups, rate, eps),
             *(of.scratch.data_ptr(), of.values, of.rows, len(of.scratch)),
         )
+        self._described = of
 
     def _tables(self) -> _Described:
-        """Made anew where the tensors, or the number of threads, are others than before."""
+        """Made anew where the tensors, or the number of threads, are others than before.
+
+        Taken out of the module for the time of a step: a step in another thread makes its own.
+        """
+        known = self.__dict__.pop("_described", None)
         addresses = (self.weights_host.data_ptr(), self.momentum1_host.data_ptr())
         threads = min(torch.get_num_threads(), len(self.embedding_specs))
-        known = self._described
         if known is not None and (known.addresses, len(known.scratch)) == (addresses, threads):
             return known
         weights = self.split_embedding_weights()
@@ -151,14 +157,13 @@ class CodebookBags(SplitTableBatchedEmbeddingBagsCodegen):
             feature, column = feature + features, column + features * dim
         values = max(weight.numel() for weight in weights)
         rows = 32 * max(-(-len(weight) // 32) for weight in weights)
-        self._described = _Described(
+        return _Described(
             addresses=addresses,
             tables=(ctypes.c_int64 * len(fields))(*fields),
             scratch=torch.zeros(threads, values + rows // 4 + rows),
             values=values,
             rows=rows,
         )
-        return self._described
 
 
 class _Lookup(torch.autograd.Function):
@@ -168,14 +173,14 @@ class _Lookup(torch.autograd.Function):
     def forward(
         ctx: Any, anchor: torch.Tensor, module: CodebookBags, *inputs: torch.Tensor
     ) -> torch.Tensor:
-        """`anchor` wants a gradient, so that the output does."""
+        """`anchor` wants a gradient, so that the output does. Rates are kept here, as by FBGEMM."""
         ctx.module = module
+        ctx.rates = module.get_learning_rate(), module.optimizer_args.eps
         ctx.save_for_backward(*inputs)
         return module.lookup(*inputs)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[None, ...]:
         """Trains; there is nothing to pass on."""
-        ctx.module.update(grad, *ctx.saved_tensors)
+        ctx.module.update(grad, *ctx.rates, *ctx.saved_tensors)
         return (None,) * len(ctx.needs_input_grad)

@@ -1,6 +1,7 @@
 """The compiled backward trains as FBGEMM's own does, and leaves to it what it does not do."""
 
 import copy
+import types
 
 import pytest
 import torch
@@ -28,8 +29,12 @@ def kernel(tables, feature_table_map=None, **options):
     module = SplitTableBatchedEmbeddingBagsCodegen(
         [(*shape, EmbeddingLocation.HOST, ComputeDevice.CPU) for shape in tables],
         feature_table_map=feature_table_map,
-        bounds_check_mode=BoundsCheckMode.NONE,
-        **{"optimizer": EmbOptimType.EXACT_ROWWISE_ADAGRAD, "learning_rate": 0.1, **options},
+        **{
+            "bounds_check_mode": BoundsCheckMode.NONE,
+            "optimizer": EmbOptimType.EXACT_ROWWISE_ADAGRAD,
+            "learning_rate": 0.1,
+            **options,
+        },
     )
     module.init_embedding_weights_uniform(-1, 1)
     return module
@@ -137,6 +142,60 @@ def test_follows_learning_rate_and_weights():
         module.split_optimizer_states()[0][0].fill_(3.0)
         module.weights_host = torch.nn.Parameter(module.weights_host.detach() * 2)
     train([theirs, ours], batch([30], seed=2), random_grad)
+    for module in (theirs, ours):
+        module.momentum1_host = torch.nn.Parameter(module.momentum1_host.detach() * 2)
+    train([theirs, ours], batch([30], seed=3), random_grad)
+
+
+def test_inputs_of_any_stride():
+    inputs = [torch.stack([t, t + 1], 1)[:, 0] for t in batch([30], weighted=True)]
+    train(both([(30, 16)]), inputs, random_grad)
+
+
+def test_rates_are_those_of_the_lookup():
+    modules, inputs = both([(30, 16)]), batch([30])
+    for module in modules:
+        output = module(*inputs)
+        module.update_hyper_parameters({"lr": 0.7, "eps": 10.0})
+        output.backward(random_grad(output))
+    compare(*modules)
+
+
+def test_ids_out_of_bounds_are_row_0():
+    indices, offsets, _ = batch([30])
+    indices[3] = 30
+    modules = both([(30, 16)], bounds_check_mode=BoundsCheckMode.IGNORE)
+    train(modules, (indices, offsets), random_grad)
+
+
+def test_a_converted_module_is_fbgemms():
+    """float16 rows are not read as float32."""
+    messages = []
+    for module in both([(30, 16)]):
+        output = module.half()(*batch([30]))
+        with pytest.raises(RuntimeError) as refused:
+            output.sum().backward()
+        messages.append(str(refused.value))
+    assert messages[0] == messages[1]
+
+
+def test_steps_of_two_threads_share_no_buffers(monkeypatch):
+    _, module = both([(30, 16)])
+    compiled, buffers = native.library(), []
+    losses = [module(*batch([30])).sum() for _ in range(3)]
+    losses[2].backward()
+
+    def interrupted(*args):
+        buffers.append(args[5])
+        if len(buffers) == 1:  # another step comes in between
+            losses[1].backward()
+        compiled.cce_rowwise_adagrad(*args)
+
+    monkeypatch.setattr(
+        native, "library", lambda: types.SimpleNamespace(cce_rowwise_adagrad=interrupted)
+    )
+    losses[0].backward()
+    assert len(set(buffers)) == 2
 
 
 def test_a_copy_trains_by_itself():
@@ -190,10 +249,13 @@ def test_other_index_types_and_batch_sizes_per_feature():
         {"output_dtype": SparseType.FP16},
         {"pooling_mode": PoolingMode.MEAN},
         {"weight_decay": 0.1},
-        {"weight_decay": 0.1, "weight_decay_mode": WeightDecayMode.DECOUPLE},
+        {"weight_decay_mode": WeightDecayMode.DECOUPLE},
         {"gradient_clipping": True, "max_gradient": 1.0},
+        {"max_norm": 1.0},
+        {"embedding_table_index_type": torch.int32},
         {"feature_table_map": [0, 1, 0]},
         {"tables": [(30, 16), (MAX_BYTES // 64 + 1, 16)]},
+        {"tables": [(0, 16)]},
     ],
     ids=lambda options: "-".join(map(str, options)),
 )
@@ -201,6 +263,16 @@ def test_leaves_everything_else_to_fbgemm(options):
     module = kernel(**{"tables": [(30, 16), (30, 16)], **options})
     take_over(module)
     assert type(module) is SplitTableBatchedEmbeddingBagsCodegen
+
+
+def test_leaves_subclasses_alone():
+    class Other(SplitTableBatchedEmbeddingBagsCodegen):
+        pass
+
+    module = kernel([(30, 16)])
+    module.__class__ = Other
+    take_over(module)
+    assert type(module) is Other
 
 
 def test_without_a_compiler_fbgemm_does_it(monkeypatch):
