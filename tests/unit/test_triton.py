@@ -14,7 +14,8 @@ from cce_torchrec.kmeans import kmeans
 from cce_torchrec.kmeans.triton_kernel import nearest
 
 g = torch.Generator().manual_seed(0)
-for n, k, dim in [(1, 1, 4), (63, 64, 8), (65, 130, 16), (200, 5, 32), (70, 65, 20)]:
+for n, k, dim in [(1, 1, 4), (63, 64, 8), (65, 130, 16), (200, 5, 32), (70, 65, 20),
+                  (66, 70, 150)]:
     x, c = torch.randn(n, dim, generator=g), torch.randn(k, dim, generator=g)
     half_norms = -0.5 * (c * c).sum(1)
     got = nearest(x, c, half_norms)
