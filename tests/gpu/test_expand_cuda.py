@@ -146,3 +146,11 @@ def test_fatal_names_the_id():
     )
     with pytest.raises(ValueError, match=r"table 't', feature 'f': id -1 is outside"):
         module(batch(-1).to(torch.device("cuda", 0)))
+
+
+def test_compiled_falls_back_at_the_kernel():
+    module = CCEEmbeddingBagCollection(tables(), device="cuda")
+    features = batch(-1).to(torch.device("cuda", 0))
+    compiled = torch.compile(module, backend="eager")
+    for _ in range(2):
+        assert torch.equal(compiled(features).values(), module(features).values())

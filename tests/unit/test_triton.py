@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -99,3 +100,14 @@ def test_interpreted_expansion_equals_torch():
         timeout=300,
     )
     assert done.returncode == 0, done.stderr[-3000:]
+
+
+def test_a_compiled_model_falls_back_at_the_kernel():
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", str(Path(__file__).with_name("test_compile.py"))],
+        env={**os.environ, "TRITON_INTERPRET": "1"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stdout[-3000:]
