@@ -79,18 +79,21 @@ class Contender:
         counted.bytes = 0
         taken = step(self.model, ids, clock)["step"]
         if self.optimizer is not None:
+            clock.start()
             self.optimizer.step()
             self.optimizer.zero_grad()
-            taken += clock.lap()
+            clock.mark("optimizer")
+            taken += clock.read()["optimizer"]
         self.taken.append(taken)
         self.sent = counted.bytes
         fetch = self.model.module.collection._fetch
         if fetch is not None:
             dist.barrier()
             counted.bytes = 0
-            clock.lap()
+            clock.start()
             fetch.replace(ids, self.model.module.collection._bounds_check)
-            self.fetches.append(clock.lap())
+            clock.mark("fetch")
+            self.fetches.append(clock.read()["fetch"])
             self.fetched = counted.bytes
 
 

@@ -4,13 +4,14 @@ CCE, a plain fused table of the same N and D (TorchRec's EmbeddingBagCollection)
 of the CCE table's bytes, the CCE table after finalising, and a dense-gradient CCE in plain PyTorch
 (two nn.Embedding a chunk, stored int64 indices, AdamW: what research code does). The first four
 run through DistributedModelParallel on one rank with a fused optimizer. All take turns of five
-batches in one process; figures are medians, on a CPU of CPU time on one thread. Two ranks:
-benchmarks/network.py.
+batches in one process; figures are medians, on a CPU of CPU time on one thread, on a GPU between
+events. JSON is written after every row. Two ranks (CPU): benchmarks/network.py.
 """
 
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import os
 import statistics
@@ -33,6 +34,7 @@ from benchmarks.contenders import (
     batches,
     build,
     dense_step,
+    fresh,
     fused_step,
     keep_freed_memory,
 )
@@ -74,18 +76,18 @@ def breakdown(
     """A step of a CCE collection in its parts."""
     sharded = model.module.collection
     context = sharded.create_context()
-    clock.lap()
+    clock.start()
     arrived = sharded.input_dist(context, ids).wait().wait()
-    parts = {"input_dist": clock.lap()}
+    clock.mark("input_dist")
     rows = sharded._expand(context, arrived)
-    parts["expansion"] = clock.lap()
+    clock.mark("expansion")
     pooled = sharded.embedding_bag_collection.compute(context, rows)
-    parts["lookup"] = clock.lap()
+    clock.mark("lookup")
     out = sharded.output_dist(context, pooled).wait().values()
-    parts["output_dist"] = clock.lap()
+    clock.mark("output_dist")
     out.backward(torch.ones_like(out))
-    parts["backward"] = clock.lap()
-    return parts
+    clock.mark("backward")
+    return clock.read()
 
 
 def serving(model: nn.Module) -> Step:
@@ -93,9 +95,10 @@ def serving(model: nn.Module) -> Step:
 
     def serve(ids: KeyedJaggedTensor, clock: Clock) -> dict[str, float]:
         with torch.no_grad():
-            clock.lap()
+            clock.start()
             model(ids)
-            return {"serve": clock.lap()}
+            clock.mark("serve")
+            return clock.read()
 
     return serve
 
@@ -105,7 +108,22 @@ def median(rows: list[dict[str, float]]) -> dict[str, float]:
     return {key: statistics.median(row[key] for row in rows) for key in rows[0]}
 
 
-def measure(setting: Setting, device: torch.device, repeats: int, optimizer: str) -> dict[str, Any]:
+def kernels(call: Step, kjts: list[KeyedJaggedTensor], clock: Clock) -> dict[str, float]:
+    """The ten longest kernels of a step (on a CPU: operators) in milliseconds, by the profiler."""
+    on_gpu = kjts[0].device().type == "cuda"
+    activity = torch.profiler.ProfilerActivity
+    with torch.profiler.profile(activities=[activity.CUDA if on_gpu else activity.CPU]) as profile:
+        for ids in kjts:
+            call(fresh(ids), clock)
+    own = "self_device_time_total" if on_gpu else "self_cpu_time_total"
+    events = [e for e in profile.key_averages() if not e.key.startswith(("[", "#"))]  # named ranges
+    found = {e.key: getattr(e, own) / 1e3 / len(kjts) for e in events}
+    return dict(sorted(found.items(), key=lambda item: -item[1])[:10])
+
+
+def measure(
+    setting: Setting, device: torch.device, repeats: int, optimizer: str, profile: bool = False
+) -> dict[str, Any]:
     """One row of the table."""
     models = {kind: build(setting, kind, device, optimizer) for kind in KINDS}
     calls: dict[str, Step] = {kind: fused_step(model) for kind, model in models.items()}
@@ -121,7 +139,7 @@ def measure(setting: Setting, device: torch.device, repeats: int, optimizer: str
         for kind, call in calls.items():
             if kind == "dense" and i >= 2:
                 continue
-            block = [call(ids, clock) for ids in kjts]
+            block = [call(fresh(ids), clock) for ids in kjts]
             taken[kind] += block[1:]
     ms = {kind: median(rows) for kind, rows in taken.items()}
     parts = ms.pop("parts")
@@ -129,6 +147,7 @@ def measure(setting: Setting, device: torch.device, repeats: int, optimizer: str
         ms[kind] |= ms.pop(f"serve {kind}")
     steps = {kind: values["step"] for kind, values in ms.items()}
     return {
+        "kernels": {k: kernels(calls[k], kjts, clock) for k in ("cce", "plain")} if profile else {},
         "setting": asdict(setting),
         "name": setting.name,
         "milliseconds": ms,
@@ -161,6 +180,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path, default=Path("runs/step_time.json"))
     parser.add_argument("--repeats", type=int, default=25)
     parser.add_argument("--optimizer", choices=list(OPTIMIZERS), default="rowwise_adagrad")
+    parser.add_argument("--profile", action="store_true", help="also the longest kernels of a step")
     parser.add_argument("--rows", type=int, nargs="*", help="only these rows of the table")
     args = parser.parse_args()
     keep_freed_memory()
@@ -173,31 +193,45 @@ def main() -> None:
     settings = QUICK if args.quick else GPU_SETTINGS if on_gpu else CPU_SETTINGS
     if args.rows is not None:
         settings = [settings[i] for i in args.rows]
-    rows = []
-    print("| milliseconds a step | CCE | plain | hash | finalised | dense | CCE / plain | goal |"
-          " parts of CCE | finalised / plain, serving | dense / CCE |")  # fmt: skip
-    print("| --- " * 11 + "|", flush=True)
-    for setting in settings:
-        rows.append(measure(setting, device, 5 if args.quick else args.repeats, args.optimizer))
-        print(line(rows[-1]), flush=True)
-    dist.destroy_process_group()
-    report = {
+    repeats = 5 if args.quick else args.repeats
+    report: dict[str, Any] = {
         "device": device_name(device),
         "cpus": os.cpu_count(),
         "threads": 1,
         "versions": installed_versions(),
         "repeats": args.repeats,
         "optimizer": args.optimizer,
-        "rows": rows,
+        "rows": [],
     }
-    args.json.parent.mkdir(parents=True, exist_ok=True)
-    args.json.write_text(json.dumps(report, indent=1) + "\n")
-    report["two_ranks"] = network.run(args.json.parent, 5 if args.quick else args.repeats)
-    for name, found in report["two_ranks"].items():
-        print(f"two ranks, {name}: {found}", flush=True)
-    args.json.write_text(json.dumps(report, indent=1) + "\n")
-    bars = [(row["name"], row["cce_over_plain"], row["setting"]["goal"]) for row in rows]
+    print("| milliseconds a step | CCE | plain | hash | finalised | dense | CCE / plain | goal |"
+          " parts of CCE | finalised / plain, serving | dense / CCE |")  # fmt: skip
+    print("| --- " * 11 + "|", flush=True)
+    for setting in settings:
+        report["rows"].append(measure(setting, device, repeats, args.optimizer, args.profile))
+        print(line(report["rows"][-1]), flush=True)
+        write(report, args.json)
+        free_tables()
+    dist.destroy_process_group()
+    if not on_gpu:
+        report["two_ranks"] = network.run(args.json.parent, repeats)
+        for name, found in report["two_ranks"].items():
+            print(f"two ranks, {name}: {found}", flush=True)
+        write(report, args.json)
+    bars = [(row["name"], row["cce_over_plain"], row["setting"]["goal"]) for row in report["rows"]]
     ratio_plot(bars, "CCE step / plain fused step", args.json.with_suffix(".png"))
+
+
+def write(report: dict[str, Any], path: Path) -> None:
+    """Writes the JSON."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(report, indent=1) + "\n")
+
+
+def free_tables() -> None:
+    """Gives back the tables of a row: modules of TorchRec and FBGEMM refer to themselves."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
 
 
 if __name__ == "__main__":

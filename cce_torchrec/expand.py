@@ -224,6 +224,7 @@ class Expansion:
             and not any(codes.training for codes in self._tracked)
         )
 
+    @torch.compiler.disable  # the kernel reads codes by address, which a graph cannot follow
     def _on_device(self, features: KeyedJaggedTensor, check: BoundsCheck) -> KeyedJaggedTensor:
         """All blocks in one kernel, without waiting for the device.
 

@@ -67,12 +67,23 @@ def _nowhere(codes: ChunkCodes) -> torch.Tensor:
 
 @contextmanager
 def uncached(model: nn.Module) -> Iterator[None]:
-    """Inside, the rows of all kernels of `model` are the current ones, and may be written."""
+    """Inside, the rows of all kernels of `model` are the current ones, and may be written.
+
+    On CUDA it waits for the device before and after: pipelines expand ids and fill caches on
+    streams of their own, which know nothing of what is rewritten here.
+    """
+    _wait_for_all_streams()
     with ExitStack() as stack:
         for module in model.modules():
             if isinstance(module, ShardedCCEEmbeddingBagCollection):
                 stack.enter_context(bypassed(module._lookups))
         yield
+    _wait_for_all_streams()
+
+
+def _wait_for_all_streams() -> None:
+    if torch.cuda.is_initialized():
+        torch.cuda.synchronize()
 
 
 def unsharded_rows(

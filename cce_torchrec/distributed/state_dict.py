@@ -70,7 +70,7 @@ class CodesState:
     ) -> None:
         self._codes, self._owners, self._blocks, self._rank = codes, owners, blocks, rank
         self.set_configs(configs)
-        self._device, self._group = device, group
+        self._device, self._group = torch.empty(0, device=device).device, group  # with its index
 
     def set_configs(self, configs: Sequence[EmbeddingBagConfig]) -> None:
         """The collection's tables, as they are now; codes of a data-parallel one stay a tensor."""
@@ -166,8 +166,9 @@ class CodesState:
         return self._tensor(local, shards, [config.seen_bytes], torch.uint8)
 
     def _shard(self, part: Part, offsets: list[int], sizes: list[int]) -> ShardMetadata:
-        kind = self._device.type
-        device = "cpu" if kind == "cpu" else f"{kind}:{part.owner}"
+        device = str(self._device)
+        if self._device.type == "cuda" and part.owner != self._rank:
+            device = f"cuda:{part.owner % max(1, torch.cuda.device_count())}"
         return ShardMetadata(offsets, sizes, f"rank:{part.owner}/{device}")
 
     def _tensor(

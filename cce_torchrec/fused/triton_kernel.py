@@ -128,10 +128,11 @@ def expand(
     """
     if not len(ids):
         return
-    _expand[(triton.cdiv(len(ids), _VALUES),)](
-        ids, weights if weights is not None else ids, starts, table_of, tables, chunks,
-        out_starts, out, out_weights if out_weights is not None else out, invalid,
-        len(ids), len(table_of),
-        WEIGHTED=weights is not None, CHUNKS=most_chunks, STEPS=len(table_of).bit_length(),
-        VALUES=_VALUES, TABLE_FIELDS=TABLE_FIELDS, CHUNK_FIELDS=CHUNK_FIELDS,
-    )  # fmt: skip
+    with torch.cuda.device_of(ids):
+        _expand[(triton.cdiv(len(ids), _VALUES),)](
+            ids, weights if weights is not None else ids, starts, table_of, tables, chunks,
+            out_starts, out, out_weights if out_weights is not None else out, invalid,
+            len(ids), len(table_of),
+            WEIGHTED=weights is not None, CHUNKS=most_chunks, STEPS=len(table_of).bit_length(),
+            VALUES=_VALUES, TABLE_FIELDS=TABLE_FIELDS, CHUNK_FIELDS=CHUNK_FIELDS,
+        )  # fmt: skip

@@ -12,25 +12,37 @@ import triton.language as tl
 
 _POINTS = 64
 _CENTROIDS = 64
+_DIMS = 64
+"""Most coordinates that are multiplied at once; wider points take several turns."""
+
+
+def dims_at_once(dim: int) -> int:
+    """Coordinates of a tile: a power of two, and at least 16, which a tile product takes."""
+    return min(_DIMS, max(16, triton.next_power_of_2(dim)))
 
 
 @triton.jit
 def _nearest(  # type: ignore[no-untyped-def]  # Triton compiles it, types are its own
     x_ptr, c_ptr, half_norm_ptr, out_ptr, num_points, num_centroids,
-    DIM: tl.constexpr, POINTS: tl.constexpr, CENTROIDS: tl.constexpr,
+    DIM: tl.constexpr, DIMS: tl.constexpr, POINTS: tl.constexpr, CENTROIDS: tl.constexpr,
 ):  # fmt: skip
-    rows = tl.program_id(0) * POINTS + tl.arange(0, POINTS)
-    dims = tl.arange(0, DIM)
+    rows = tl.program_id(0).to(tl.int64) * POINTS + tl.arange(0, POINTS)
     inside = rows < num_points
-    x = tl.load(x_ptr + rows[:, None] * DIM + dims[None, :], mask=inside[:, None], other=0.0)
     best = tl.full((POINTS,), float("-inf"), tl.float32)
     index = tl.zeros((POINTS,), tl.int32)
     for first in range(0, num_centroids, CENTROIDS):
         columns = first + tl.arange(0, CENTROIDS)
         real = columns < num_centroids
-        c = tl.load(c_ptr + columns[None, :] * DIM + dims[:, None], mask=real[None, :], other=0.0)
+        products = tl.zeros((POINTS, CENTROIDS), tl.float32)
+        for start in range(0, DIM, DIMS):
+            dims = start + tl.arange(0, DIMS)
+            x = tl.load(x_ptr + rows[:, None] * DIM + dims[None, :],
+                        mask=inside[:, None] & (dims < DIM)[None, :], other=0.0)  # fmt: skip
+            c = tl.load(c_ptr + columns[None, :] * DIM + dims[:, None],
+                        mask=real[None, :] & (dims < DIM)[:, None], other=0.0)  # fmt: skip
+            products = tl.dot(x, c, products, input_precision="ieee")
         half_norm = tl.load(half_norm_ptr + columns, mask=real, other=float("-inf"))
-        scores = tl.dot(x, c, input_precision="ieee") + half_norm[None, :]
+        scores = products + half_norm[None, :]
         top = tl.max(scores, axis=1)
         # Ties go to the lowest index: the first column of this tile that reaches its maximum.
         where = tl.min(tl.where(scores == top[:, None], columns[None, :], 2147483647), axis=1)
@@ -46,14 +58,11 @@ def nearest(x: torch.Tensor, centroids: torch.Tensor, half_norms: torch.Tensor) 
     Shapes: x float32 [n, s], centroids [k, s], half_norms [k] = -|c|^2 / 2.
     """
     n, dim = x.shape
-    width = max(16, triton.next_power_of_2(dim))  # the least that a tile product takes
-    if width != dim:
-        x = torch.nn.functional.pad(x, (0, width - dim))
-        centroids = torch.nn.functional.pad(centroids, (0, width - dim))
     out = torch.empty(n, dtype=torch.int32, device=x.device)
     if n:
-        _nearest[(triton.cdiv(n, _POINTS),)](
-            x.contiguous(), centroids.contiguous(), half_norms, out, n, len(centroids),
-            DIM=width, POINTS=_POINTS, CENTROIDS=_CENTROIDS,
-        )  # fmt: skip
+        with torch.cuda.device_of(x):
+            _nearest[(triton.cdiv(n, _POINTS),)](
+                x.contiguous(), centroids.contiguous(), half_norms, out, n, len(centroids),
+                DIM=dim, DIMS=dims_at_once(dim), POINTS=_POINTS, CENTROIDS=_CENTROIDS,
+            )  # fmt: skip
     return out

@@ -16,7 +16,7 @@ from torchrec.modules.embedding_configs import PoolingType
 from torchrec.streamable import Pipelineable
 
 from cce_torchrec.clustering import cluster
-from cce_torchrec.clustering.live import fused_rows
+from cce_torchrec.clustering.live import fused_rows, uncached
 from cce_torchrec.distributed.caches import bypassed, forget_prefetched
 from cce_torchrec.distributed.sharders import get_default_sharders
 from cce_torchrec.planner import make_plan
@@ -161,3 +161,12 @@ def test_caches_are_written_back_before_and_emptied_after():
     assert not cached.lxu_cache_locking_counter.any()
     forget_prefetched([lookup_of(cached)])
     assert (cached.timesteps_prefetched, cached.lxu_cache_locations_list) == ([4], [8])
+
+
+def test_clustering_waits_for_the_streams_of_pipelines(monkeypatch):
+    done = []
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: done.append("wait"))
+    with uncached(nn.Module()):
+        done.append("clustering")
+    assert done == ["wait", "clustering", "wait"]

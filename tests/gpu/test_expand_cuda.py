@@ -4,6 +4,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torchrec
+from fbgemm_gpu.split_table_batched_embeddings_ops_common import BoundsCheckMode
 from torch import nn
 from torchrec import KeyedJaggedTensor
 from torchrec.distributed import DistributedModelParallel
@@ -23,11 +24,11 @@ pytestmark = [
 N, B = 20_000, 64
 
 
-def tables():
+def tables(**settings):
     return [
         CCEEmbeddingBagConfig(
             name=name, num_embeddings=N, embedding_dim=64, feature_names=[feature],
-            num_rows=rows, pooling=pooling,
+            num_rows=rows, pooling=pooling, **settings,
         )
         for name, feature, rows, pooling in (
             ("t", "f", 100, PoolingType.SUM),
@@ -36,13 +37,14 @@ def tables():
     ]  # fmt: skip
 
 
-def batch(bad=None):
+def batch(bad=None, weighted=False):
     g = torch.Generator().manual_seed(0)
     lengths = torch.randint(0, 6, (2 * B,), generator=g)
     ids = torch.randint(N, (int(lengths.sum()),), generator=g)
     if bad is not None:
         ids[::5] = bad
-    return KeyedJaggedTensor(["f", "g"], ids, lengths=lengths)
+    weights = torch.rand(len(ids), generator=g) if weighted else None
+    return KeyedJaggedTensor(["f", "g"], ids, weights, lengths=lengths)
 
 
 class Model(nn.Module):
@@ -81,7 +83,8 @@ def test_kernel_equals_the_cpu(sharded, bad, change):
     if change is not None:
         change(sharded)
     found = sharded.module.collection.num_invalid_ids
-    got = rows_of(sharded, batch(bad).to(torch.device("cuda")))
+    features = batch(bad).pin_memory().to(torch.device("cuda", 0), non_blocking=True)
+    got = rows_of(sharded, features)
     cpu = CCEEmbeddingBagCollection(tables=sharded.module.collection.embedding_bag_configs())
     for name, codes in cpu.codes.items():
         own = sharded.module.collection.codes[name]
@@ -99,14 +102,55 @@ def test_kernel_equals_the_cpu(sharded, bad, change):
 def test_no_wait_for_the_device(sharded):
     """Input distribution is left out: TorchRec's own reads lengths back to the host."""
     module = sharded.module.collection
-    features = batch(-1).to(torch.device("cuda"))
-    for _ in range(2):  # the first call compiles and copies what it keeps
+    features = batch(-1).to(torch.device("cuda", 0))
+    for strict in (False, True):  # the first call compiles and copies what it keeps
         context = module.create_context()
         arrived = module.input_dist(context, features).wait().wait()
         torch.cuda.synchronize()
-        torch.cuda.set_sync_debug_mode("error" if _ else "default")
+        torch.cuda.set_sync_debug_mode("error" if strict else "default")
         try:
             out = module.compute_and_output_dist(context, arrived).wait().values()
             out.backward(torch.ones_like(out))
         finally:
             torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.parametrize("weighted", [False, True])
+@pytest.mark.parametrize("option", [None, "hash_ids", "track_seen", "learned_codes"])
+def test_unsharded_equals_the_cpu(option, weighted):
+    """By the kernel, and by torch where ids are hashed or kept track of."""
+    settings = {option: option != "learned_codes"} if option else {}
+    bad = None if option == "hash_ids" else -1
+    device = torch.device("cuda", 0)
+    cpu = CCEEmbeddingBagCollection(tables(**settings), is_weighted=weighted)
+    cuda = CCEEmbeddingBagCollection(tables(**settings), device=device, is_weighted=weighted)
+    cuda.load_state_dict(cpu.state_dict())
+    for _ in range(2):
+        features = batch(bad, weighted)
+        got, expected = cuda(features.to(device)).values(), cpu(features).values()
+        torch.testing.assert_close(got.cpu(), expected)
+        for module, out in ((cpu, expected), (cuda, got)):
+            module.zero_grad()
+            out.square().sum().backward()
+    for (name, one), other in zip(cpu.named_parameters(), cuda.parameters(), strict=True):
+        torch.testing.assert_close(other.grad.cpu(), one.grad, msg=name, rtol=1e-4, atol=1e-5)
+    assert cuda.num_invalid_ids == cpu.num_invalid_ids
+    if option == "track_seen":
+        for name, codes in cpu.codes.items():
+            assert torch.equal(cuda.codes[name].seen.cpu()[:-1], codes.seen[:-1])
+
+
+def test_fatal_names_the_id():
+    module = CCEEmbeddingBagCollection(
+        tables(), device="cuda", bounds_check_mode=BoundsCheckMode.FATAL
+    )
+    with pytest.raises(ValueError, match=r"table 't', feature 'f': id -1 is outside"):
+        module(batch(-1).to(torch.device("cuda", 0)))
+
+
+def test_compiled_falls_back_at_the_kernel():
+    module = CCEEmbeddingBagCollection(tables(), device="cuda")
+    features = batch(-1).to(torch.device("cuda", 0))
+    compiled = torch.compile(module, backend="eager")
+    for _ in range(2):
+        assert torch.equal(compiled(features).values(), module(features).values())

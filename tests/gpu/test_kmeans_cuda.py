@@ -14,9 +14,10 @@ pytestmark = [
 ]
 
 
+@pytest.mark.parametrize("dim", [4, 16, 150])
 @pytest.mark.parametrize("backend", ["torch", "triton", "auto"])
-def test_kmeans_on_cuda_equals_the_cpu(backend):
-    x = torch.randn(100_000, 16, generator=torch.Generator().manual_seed(0))
+def test_kmeans_on_cuda_equals_the_cpu(backend, dim):
+    x = torch.randn(100_000, dim, generator=torch.Generator().manual_seed(0))
     start = x[:50]
     cpu = kmeans(x, 50, 3, init=start, backend="torch")
     cuda = kmeans(x.cuda(), 50, 3, init=start, backend=backend)

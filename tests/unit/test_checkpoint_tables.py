@@ -5,10 +5,12 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from torch import nn
 
 from cce_torchrec import CCEEmbeddingBagCollection, CCEEmbeddingBagConfig
 from cce_torchrec.checkpoint import load_checkpoint, save_checkpoint
 from cce_torchrec.clustering import ClusteringSchedule, finalize
+from cce_torchrec.distributed.state_dict import CodesState, Part
 from cce_torchrec.train.trainer import Trainer
 
 
@@ -84,3 +86,15 @@ def test_a_run_is_finalised_from_its_last_clustering_on(tmp_path, clusterings, p
     schedule = ClusteringSchedule(steps=frozenset(range(1, clusterings + 1)))
     run = SimpleNamespace(checkpoints=tmp_path, schedule=schedule)
     assert Trainer._past_last_clustering(run) is past
+
+
+def test_shards_name_the_device_that_holds_them(monkeypatch):
+    state = CodesState(nn.ModuleDict(), [], {}, {}, 9, torch.device("cpu"), None)
+
+    def placement(owner):
+        return str(state._shard(Part(owner, range(8), range(4)), [0, 0], [8, 4]).placement)
+
+    assert placement(9) == "rank:9/cpu"
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 8)
+    state._device = torch.device("cuda", 1)
+    assert placement(9) == "rank:9/cuda:1" and placement(18) == "rank:18/cuda:2"

@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -14,7 +15,8 @@ from cce_torchrec.kmeans import kmeans
 from cce_torchrec.kmeans.triton_kernel import nearest
 
 g = torch.Generator().manual_seed(0)
-for n, k, dim in [(1, 1, 4), (63, 64, 8), (65, 130, 16), (200, 5, 32), (70, 65, 20)]:
+for n, k, dim in [(1, 1, 4), (63, 64, 8), (65, 130, 16), (200, 5, 32), (70, 65, 20),
+                  (66, 70, 150)]:
     x, c = torch.randn(n, dim, generator=g), torch.randn(k, dim, generator=g)
     half_norms = -0.5 * (c * c).sum(1)
     got = nearest(x, c, half_norms)
@@ -98,3 +100,14 @@ def test_interpreted_expansion_equals_torch():
         timeout=300,
     )
     assert done.returncode == 0, done.stderr[-3000:]
+
+
+def test_a_compiled_model_falls_back_at_the_kernel():
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", str(Path(__file__).with_name("test_compile.py"))],
+        env={**os.environ, "TRITON_INTERPRET": "1"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stdout[-3000:]

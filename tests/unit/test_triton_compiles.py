@@ -1,0 +1,62 @@
+"""The Triton kernels compile for an H100, down to machine code, on a machine without a GPU.
+
+The interpreter, which runs them elsewhere in the tests, has no types and no limits of a device.
+"""
+
+import pytest
+
+triton = pytest.importorskip("triton", reason="triton is not installed")
+
+from triton.backends.compiler import GPUTarget  # noqa: E402
+from triton.compiler import ASTSource  # noqa: E402
+
+from cce_torchrec.fused import triton_kernel as fused  # noqa: E402
+from cce_torchrec.kmeans import triton_kernel as kmeans  # noqa: E402
+
+H100 = GPUTarget("cuda", 90, 32)
+SHARED_BYTES = 227 << 10
+"""Most shared memory of one program on sm_90."""
+
+
+@pytest.fixture(autouse=True)
+def compiled_anew(monkeypatch, tmp_path):
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    if not isinstance(fused._expand, triton.runtime.jit.JITFunction):
+        pytest.skip("Triton interprets in this process")
+
+
+def compile_for_h100(kernel, types, constants):
+    signature = {name: types.get(name, "constexpr") for name in kernel.arg_names}
+    compiled = triton.compile(ASTSource(kernel, signature, constexprs=constants), target=H100)
+    assert ".target sm_90" in compiled.asm["ptx"] and compiled.asm["cubin"]
+    assert compiled.metadata.shared <= SHARED_BYTES
+
+
+@pytest.mark.parametrize(
+    "ids, weights, counts",
+    [
+        ("*i64", None, {"num_values": "i32", "num_features": "i32"}),
+        ("*i32", "*fp32", {"num_values": "i32", "num_features": "i32"}),
+        ("*i64", "*fp16", {"num_values": "i64", "num_features": "i32"}),
+        ("*i32", None, {"num_values": 1, "num_features": 1}),  # Triton takes 1 as a constant
+    ],
+)
+def test_expansion(ids, weights, counts):
+    addresses = ("starts", "table_of", "tables", "chunks", "out_starts", "out", "invalid")
+    types = {f"{name}_ptr": "*i64" for name in addresses}
+    types |= {"ids_ptr": ids, "weights_ptr": weights or ids, "out_weights_ptr": weights or "*i64"}
+    types |= {name: kind for name, kind in counts.items() if kind != 1}
+    constants = {name: kind for name, kind in counts.items() if kind == 1}
+    constants |= {"WEIGHTED": weights is not None, "CHUNKS": 4, "STEPS": 5, "VALUES": 256}
+    constants |= {"TABLE_FIELDS": fused.TABLE_FIELDS, "CHUNK_FIELDS": fused.CHUNK_FIELDS}
+    compile_for_h100(fused._expand, types, constants)
+
+
+@pytest.mark.parametrize("dim, num_centroids", [(4, "i32"), (20, 1), (64, "i32"), (512, "i32")])
+def test_nearest_centroids(dim, num_centroids):
+    types = {name: "*fp32" for name in ("x_ptr", "c_ptr", "half_norm_ptr")}
+    types |= {"out_ptr": "*i32", "num_points": "i32"}
+    constants = {"DIM": dim, "DIMS": kmeans.dims_at_once(dim), "POINTS": 64, "CENTROIDS": 64}
+    side = types if num_centroids != 1 else constants
+    side["num_centroids"] = num_centroids
+    compile_for_h100(kmeans._nearest, types, constants)
