@@ -12,8 +12,9 @@ import triton.language as tl
 
 _POINTS = 64
 _CENTROIDS = 64
-_DIMS = 64
-"""Most coordinates that are multiplied at once; wider points take several turns."""
+_DIMS = 32
+"""Most coordinates that are multiplied at once; wider points take several turns. With 64,
+registers spill on sm_90 (ptxas)."""
 
 
 def dims_at_once(dim: int) -> int:
