@@ -160,6 +160,6 @@ def physical_plan(
             shape = (config.rows_per_chunk, config.chunk_dim)
         apart = device.type == "cpu" and not fits(*shape)
         for name, sharding in fan_out(config, params[config.name]).items():
-            kept = sharding.enforce_hbm if not apart else True
-            out[name] = replace(sharding, bounds_check_mode=BoundsCheckMode.NONE, enforce_hbm=kept)
+            hbm = True if apart else sharding.enforce_hbm
+            out[name] = replace(sharding, bounds_check_mode=BoundsCheckMode.NONE, enforce_hbm=hbm)
     return out

@@ -41,7 +41,8 @@ struct Vector {
   typedef float type __attribute__((vector_size(4 * WIDTH), aligned(4), may_alias));
 };
 
-// Adds the gradient of every bag to those of its rows. A row is `count` vectors of WIDTH values, COUNT if that is not 0.
+// Adds the gradient of every bag to those of its rows. A row is `count` vectors of WIDTH values,
+// COUNT if that is not 0.
 template <int WIDTH, int COUNT>
 INLINE void gather(const Table table, const Lookups in, const Buffers to) {
   typedef typename Vector<WIDTH>::type V;

@@ -24,16 +24,16 @@ def library() -> ctypes.CDLL | None:
     for file in sorted(Path(__file__).parent.glob("_native*.so")):
         try:
             loaded = ctypes.CDLL(str(file))
-        except OSError:  # built for another platform
+            expansion, backward = loaded.cce_expand, loaded.cce_rowwise_adagrad
+        except (OSError, AttributeError):  # built for another platform, or from older sources
             continue
-        loaded.cce_expand.argtypes = [ctypes.c_void_p, ctypes.c_int64]
-        loaded.cce_expand.restype = ctypes.c_int64
         pointer, integer, real = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float
-        loaded.cce_rowwise_adagrad.argtypes = [
+        expansion.argtypes, expansion.restype = [pointer, integer], integer
+        backward.argtypes = [
             *(pointer, integer, pointer, real, real),
             *(pointer, integer, integer, integer),
         ]
-        loaded.cce_rowwise_adagrad.restype = None
+        backward.restype = None
         return loaded
     return None
 

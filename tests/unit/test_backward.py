@@ -280,3 +280,10 @@ def test_without_a_compiler_fbgemm_does_it(monkeypatch):
     module = kernel([(30, 16)])
     take_over(module)
     assert type(module) is SplitTableBatchedEmbeddingBagsCodegen
+
+
+def test_a_library_of_older_sources_is_not_used(monkeypatch):
+    """As after an update without an installation: torch and FBGEMM do the work."""
+    older = types.SimpleNamespace(cce_expand=types.SimpleNamespace())
+    monkeypatch.setattr(native.ctypes, "CDLL", lambda file: older)
+    assert native.library.__wrapped__() is None
