@@ -34,6 +34,7 @@ from torchrec.optim.apply_optimizer_in_backward import apply_optimizer_in_backwa
 from benchmarks.machine import device_name
 from cce_torchrec import CCEEmbeddingBagCollection, CCEEmbeddingBagConfig
 from cce_torchrec.checkpoint import load_checkpoint, save_checkpoint
+from cce_torchrec.distributed.process_group import end_process_group
 from cce_torchrec.distributed.sharders import get_default_sharders
 from cce_torchrec.planner import make_plan
 from cce_torchrec.versions import installed_versions
@@ -160,7 +161,7 @@ def _rank(rank: int, size: int, port: int, call: Callable[..., Any], args: Any, 
     if rank == 0:
         out.put(result)
     dist.barrier()  # rank 0 holds the store that the others still speak to
-    dist.destroy_process_group()
+    end_process_group()
 
 
 def on_ranks(size: int, call: Callable[..., Any], *args: Any) -> Any:

@@ -32,6 +32,7 @@ from benchmarks.machine import device_name
 from benchmarks.plots import ratio_plot
 from cce_torchrec.clustering.options import Options
 from cce_torchrec.clustering.pairs import find_pairs
+from cce_torchrec.distributed.process_group import end_process_group
 from cce_torchrec.kmeans import kmeans
 from cce_torchrec.kmeans.backends import make_backend
 from cce_torchrec.versions import installed_versions
@@ -143,7 +144,7 @@ def one_rank(shape: Shape, out: Path) -> None:
         taken.append(time.perf_counter() - began)
     if dist.get_rank() == 0:
         out.write_text(json.dumps(statistics.median(taken)))
-    dist.destroy_process_group()
+    end_process_group()
 
 
 def training_share(data: str, quick: bool) -> dict[str, float]:

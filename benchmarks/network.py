@@ -17,6 +17,7 @@ import torch
 import torch.distributed as dist
 
 from benchmarks.contenders import Clock, Setting, batches, build, keep_freed_memory, step
+from cce_torchrec.distributed.process_group import end_process_group
 
 SETTING = Setting(10**5, tables=8, batch=4096)
 CONTENDERS = {
@@ -89,7 +90,7 @@ def main() -> None:
     if dist.get_rank() == 0:
         Path(sys.argv[1]).write_text(json.dumps(found))
     dist.barrier()
-    dist.destroy_process_group()
+    end_process_group()
 
 
 if __name__ == "__main__":

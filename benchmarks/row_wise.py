@@ -39,6 +39,7 @@ from benchmarks.machine import device_name
 from benchmarks.network import Counted
 from cce_torchrec import CCEEmbeddingBagCollection
 from cce_torchrec.distributed.data_parallel import data_parallel_parameters
+from cce_torchrec.distributed.process_group import end_process_group
 from cce_torchrec.distributed.sharders import get_default_sharders
 from cce_torchrec.planner import make_plan
 from cce_torchrec.versions import installed_versions
@@ -143,7 +144,7 @@ def rank_main(out: str, quick: bool) -> None:
     if dist.get_rank() == 0:
         Path(out).write_text(json.dumps(found))
     dist.barrier()
-    dist.destroy_process_group()
+    end_process_group()
 
 
 def main() -> None:

@@ -40,6 +40,7 @@ from benchmarks.contenders import (
 )
 from benchmarks.machine import device_name
 from benchmarks.plots import ratio_plot
+from cce_torchrec.distributed.process_group import end_process_group
 from cce_torchrec.versions import installed_versions
 
 QUICK = [Setting(10**5, batch=1024), Setting(10**5, batch=1024, zipf=True)]
@@ -211,7 +212,7 @@ def main() -> None:
         print(line(report["rows"][-1]), flush=True)
         write(report, args.json)
         free_tables()
-    dist.destroy_process_group()
+    end_process_group()
     if not on_gpu:
         report["two_ranks"] = network.run(args.json.parent, repeats)
         for name, found in report["two_ranks"].items():

@@ -9,6 +9,7 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
+from cce_torchrec.distributed.process_group import end_process_group
 from cce_torchrec.train import options
 from cce_torchrec.train.trainer import Trainer
 
@@ -22,7 +23,7 @@ def main(argv: list[str] | None = None) -> None:
     except ValueError as error:
         sys.exit(f"error: {error}")
     finally:
-        dist.destroy_process_group()
+        end_process_group()
 
 
 def _start_ranks(timeout: timedelta) -> torch.device:

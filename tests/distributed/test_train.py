@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -14,10 +15,21 @@ KEYS = {
 }  # fmt: skip
 
 
-def train(out, *options, ranks=1, check=True):
+# What the program leaves behind, as the interpreter is about to end.
+THREADS_AT_THE_END = """
+from pathlib import Path
+from cce_torchrec.train.__main__ import main
+
+main()
+threads = [path.read_text().strip() for path in Path("/proc/self/task").glob("*/comm")]
+print("threads at the end:", *threads, flush=True)
+"""
+
+
+def train(out, *options, ranks=1, check=True, program=("-m", "cce_torchrec.train")):
     command = [
         *(sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(ranks)),
-        *("--master-port", str(free_port()), "-m", "cce_torchrec.train", "--out", str(out)),
+        *("--master-port", str(free_port()), *program, "--out", str(out)),
         *("--epochs", "2", "--dataset", "synthetic", "--batch-size", "8192"),
         *options,
     ]
@@ -43,6 +55,19 @@ def test_cce_on_two_ranks(tmp_path, plan):
     assert summary["table_bytes"] == 4 * (500 * 16 * 4 + 20_000 * 4 * (2 if finalize else 1))
     assert summary["clustering_seconds"] > 0
     assert summary["world_size"] == 2
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="reads Linux's list of threads")
+@pytest.mark.parametrize("pipeline", [[], ["--no-pipeline"]])
+def test_no_thread_outlives_the_process_group(tmp_path, pipeline):
+    program = tmp_path / "program.py"
+    program.write_text(THREADS_AT_THE_END)
+    done = train(
+        tmp_path, "--clusterings", "1", *pipeline, ranks=2, check=False, program=[str(program)]
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.count("threads at the end:") == 2
+    assert "gloo" not in "".join(line for line in done.stdout.splitlines() if "threads" in line)
 
 
 def test_hash_on_one_rank(tmp_path):
