@@ -52,8 +52,17 @@ INLINE void keep_larger(Best &best, v16f score, int64_t group) {
   best.group = better ? (v16i){} + (int32_t)group : best.group;
 }
 
-// Lowest c that maximises p[c] + q[c], c < padded (a multiple of GROUP).
+// Lowest c that maximises p[c] + q[c], c < padded (a multiple of 16): every vector is compared.
+INLINE int32_t nearest_of_few(const float *p, const float *q, int64_t padded) {
+  Best best = {load(p) + load(q), (v16i){}};
+  for (int64_t c = 16; c < padded; c += 16) keep_larger(best, load(p + c) + load(q + c), c);
+  const v16i reached = best.score == (v16f){} + top_of(best.score);
+  return lowest_of(reached ? best.group + lanes() : (v16i){} + INT32_MAX);
+}
+
+// The same for many c (a multiple of GROUP): groups of them are compared, then looked at again.
 INLINE int32_t nearest_by_scores(const float *p, const float *q, int64_t padded) {
+  if (padded <= GROUP) return nearest_of_few(p, q, padded);
   Best best = {(v16f){} - __builtin_inff(), (v16i){}};
   for (int64_t g = 0; g < padded; g += GROUP) {
     v16f m0 = load(p + g) + load(q + g), m1 = load(p + g + 16) + load(q + g + 16);
@@ -173,7 +182,7 @@ extern "C" {
 
 // out[i]: the centroid with the highest main_scores[a[i]] + helper_scores[b[i]]; pairs are sorted
 // by (a, b). `cursor` is scratch of num_main + 1.
-CLONES void cce_nearest_pairs(const float *main_scores, const float *helper_scores,
+CLONES void cce_nearest_sums(const float *main_scores, const float *helper_scores,
                               int64_t padded, int64_t num_main, int64_t num_helper,
                               const int32_t *a, const int32_t *b, int64_t n, int64_t *cursor,
                               int32_t *out) {

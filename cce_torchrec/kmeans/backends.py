@@ -103,14 +103,15 @@ class NativeBackend(Backend):
                 "this package again, or choose backend torch or faiss"
             )
         self._score_bytes = score_bytes
-        self._held: dict[str, torch.Tensor] = {}
+        self._held: tuple[PairPoints, int, native.PairScorer | None] | None = None
 
     def prepare(self, points: Points, centroids: torch.Tensor) -> Nearest:
         if isinstance(points, PairPoints):
             a, b, main, helper = points.a, points.b, points.main, points.helper
-            if self._two_scores_pay(points, len(centroids)):
-                by_pair = native.pair_scorer(*points.codebooks(), centroids, self._held)
-                return lambda start, end: by_pair(a[start:end], b[start:end])
+            two_scores = self._pair_scorer(points, len(centroids))
+            if two_scores is not None:
+                two_scores.score(centroids)
+                return lambda start, end: two_scores.nearest(a[start:end], b[start:end])
             direct = native.PointScorer(centroids)
             return lambda start, end: direct.of_sums(
                 main, helper, a[start:end], b[start:end], points.scale
@@ -121,6 +122,15 @@ class NativeBackend(Backend):
         self, points: Points, centroids: torch.Tensor
     ) -> Callable[[torch.Tensor], torch.Tensor]:
         return native.PointScorer(centroids).of_vectors
+
+    def _pair_scorer(self, points: PairPoints, k: int) -> native.PairScorer | None:
+        """The same one as long as `points` and `k` are the same; None where it does not pay."""
+        if self._held is None or self._held[0] is not points or self._held[1] != k:
+            pays = self._two_scores_pay(points, k)
+            self._held = None  # frees its scores first
+            made = native.PairScorer(*points.codebooks(), k) if pays else None
+            self._held = (points, k, made)
+        return self._held[2]
 
     def _two_scores_pay(self, points: PairPoints, k: int) -> bool:
         """Whether sums of two scores are cheaper than products with the points.

@@ -172,17 +172,20 @@ def _lloyd(
 ) -> KMeansResult:
     """At most `iterations` assignments and updates, and an assignment to the last centroids."""
     stats: list[IterationStats] = []
+    total = float(points.weights.sum())
     while True:
         began = time.perf_counter()
         sums, sizes, errors, assigned = share.scan(points, centroids, engine)
         objective = float(errors.sum()) / points.error_scale
-        updated, splits = centroids, 0
+        updated, splits, counts = centroids, 0, sizes.double()
         if len(stats) < iterations:
-            means = (sums.double() / sizes.clamp(min=1)[:, None] / points.scale).float()
-            updated = torch.where(sizes[:, None] > 0, means, centroids)
-            updated, splits = refill_empty(updated, sizes, errors)
+            updated = (sums.double() / (counts * points.scale)[:, None]).float()
+            if float(counts.min()) == 0:
+                updated = torch.where(sizes[:, None] > 0, updated, centroids)
+                updated, splits = refill_empty(updated, sizes, errors)
+        imbalance = len(counts) * float(counts.dot(counts)) / total**2 if total else 0.0
         seconds = time.perf_counter() - began
-        stats.append(IterationStats(objective, seconds, _imbalance(sizes), splits))
+        stats.append(IterationStats(objective, seconds, imbalance, splits))
         if torch.equal(updated, centroids):
             return KMeansResult(centroids, share.gather(assigned), sizes, centroids, stats)
         centroids = updated
@@ -212,8 +215,6 @@ def refill_empty(
     without error are not split: their points lie on the centroid. Returns the centroids and the
     number of splits.
     """
-    if int(sizes.min()) > 0:
-        return centroids, 0
     empty = (sizes == 0).nonzero().view(-1)
     order = torch.sort(errors, descending=True, stable=True).indices
     donors = order[errors[order] > 0][: empty.numel()]
@@ -224,11 +225,6 @@ def refill_empty(
     out[empty] = centroids[donors] * (1 + signs * _SPLIT)
     out[donors] = centroids[donors] * (1 - signs * _SPLIT)
     return out, len(donors)
-
-
-def _imbalance(sizes: torch.Tensor) -> float:
-    total = float(sizes.sum())
-    return len(sizes) * float(sizes.double().square().sum()) / (total * total) if total else 0.0
 
 
 def _start(points: Points, k: int, init: str | torch.Tensor) -> torch.Tensor:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import ctypes
 import functools
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,6 +17,8 @@ from cce_torchrec.hashing import HashFunction
 
 GROUP = 128
 """Columns of scores are padded to a multiple of this (GROUP in _native.cpp)."""
+LANES = 16
+"""Up to `GROUP` columns of sums of two scores are padded to a multiple of this."""
 TILE = 1 << 19
 """Bytes of helper scores that are kept in cache (TILE in _native.cpp)."""
 PANEL = 32
@@ -30,9 +31,11 @@ LOWEST = -3.0e38
 def _library() -> ctypes.CDLL | None:
     for file in sorted(Path(__file__).parent.glob("_native*.so")):
         try:
-            return ctypes.CDLL(str(file))
+            loaded = ctypes.CDLL(str(file))
         except OSError:  # built for another platform
             continue
+        if hasattr(loaded, "cce_nearest_sums"):  # otherwise built from older sources
+            return loaded
     return None
 
 
@@ -59,39 +62,35 @@ def _call(function: str, *args: torch.Tensor | int | float | None) -> int:
     return int(kernel(*converted))
 
 
-def pair_scorer(
-    main: torch.Tensor,
-    helper: torch.Tensor,
-    centroids: torch.Tensor,
-    held: dict[str, torch.Tensor],
-) -> Callable[[torch.Tensor, torch.Tensor], torch.Tensor]:
-    """A function (a, b) -> nearest centroid of main[a] + helper[b], by sums of two scores.
+class PairScorer:
+    """Nearest of k centroids to main[a] + helper[b], by sums of two scores.
 
     With P = M C^T - |C|^2 / 2 and Q = H C^T, centroid c scores P[a, c] + Q[b, c]: the width of
-    the vectors no longer counts. Rows: a, b int32 [n], sorted by (a, b); result int32 [n].
-    `held` keeps the scores [k + k', k] between calls, which spares their allocation.
+    the vectors no longer counts. P and Q are allocated once, float32 [rows, k], k padded.
     """
-    half_norms = -0.5 * (centroids * centroids).sum(1)
-    k, rows = len(centroids), len(main) + len(helper)
-    width = -(-k // GROUP) * GROUP
-    if held.get("scores") is None or held["scores"].shape != (rows, width):
-        held["scores"] = torch.zeros(rows, width)
-        held["scores"][: len(main), k:] = LOWEST
-    p, q = held["scores"].split([len(main), len(helper)])
-    torch.addmm(half_norms, main, centroids.t(), out=p[:, :k])
-    torch.mm(helper, centroids.t(), out=q[:, :k])
-    cursor = torch.empty(main.shape[0] + 1, dtype=torch.int64)
 
-    def nearest(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    def __init__(self, main: torch.Tensor, helper: torch.Tensor, k: int) -> None:
+        self._main, self._helper = main, helper
+        multiple = LANES if k <= GROUP else GROUP
+        width = -(-k // multiple) * multiple
+        scores = torch.zeros(len(main) + len(helper), width)
+        scores[: len(main), k:] = LOWEST
+        p, q = scores.split([len(main), len(helper)])
+        self._p, self._q = p[:, :k], q[:, :k]
+        self._args = (p, q, width, len(main), len(helper))
+        self._cursor = torch.empty(len(main) + 1, dtype=torch.int64)
+
+    def score(self, centroids: torch.Tensor) -> None:
+        """Makes P and Q of `centroids` [k, s]."""
+        half_norms = (centroids * centroids).sum(1).mul_(-0.5)
+        torch.addmm(half_norms, self._main, centroids.t(), out=self._p)
+        torch.mm(self._helper, centroids.t(), out=self._q)
+
+    def nearest(self, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+        """Of the centroids scored last; a, b int32 [n], sorted by (a, b); result int32 [n]."""
         out = torch.empty(len(a), dtype=torch.int32)
-        _call(
-            "cce_nearest_pairs",
-            *(p, q, p.shape[1], main.shape[0], helper.shape[0]),
-            *(a, b, len(a), cursor, out),
-        )
+        _call("cce_nearest_sums", *self._args, a, b, len(a), self._cursor, out)
         return out
-
-    return nearest
 
 
 class PointScorer:

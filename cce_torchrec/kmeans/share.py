@@ -90,7 +90,6 @@ class Share:
 
     def __init__(self, points: Points, k: int, group: dist.ProcessGroup | None) -> None:
         self._group = group
-        self._k, self._dim = k, points.dim
         rank, world_size = 0, 1
         if group is not None:
             rank, world_size = dist.get_rank(group), dist.get_world_size(group)
@@ -101,6 +100,8 @@ class Share:
         # The last number of each counts the ranks that failed.
         size, device = k * (points.dim + 2) + 1, points.device
         self._stats = torch.zeros(size, dtype=torch.int64, device=device)
+        sums, sizes, errors, _ = self._stats.split([k * points.dim, k, k, 1])
+        self._sums = sums.view(k, points.dim), sizes, errors
         size = 0 if self._alone else points.num_points + 1
         self._everyone = torch.zeros(size, dtype=torch.int32, device=device)
 
@@ -111,18 +112,15 @@ class Share:
 
         Sums, sizes and errors are views that the next scan overwrites.
         """
-        k, dim = self._k, self._dim
-        flat = self._stats.zero_()[:-1]
-        sums, sizes, errors = flat[: k * dim].view(k, dim), flat[k * dim : -k], flat[-k:]
+        self._stats.zero_()
 
         def score() -> torch.Tensor:
             assigned = engine.prepare(points, centroids)(self.start, self.end)
-            stats = (sums, sizes, errors)
-            points.accumulate(self.start, assigned, centroids, points.error_scale, stats)
+            points.accumulate(self.start, assigned, centroids, points.error_scale, self._sums)
             return assigned
 
         assigned = score() if self._alone else _summed(self._stats, score, self._group)
-        return sums, sizes, errors, assigned
+        return (*self._sums, assigned)
 
     def nearest(self, points: Points, centroids: torch.Tensor, engine: Backend) -> torch.Tensor:
         """The nearest of `centroids` for every point, from every rank's; int32 [n]."""

@@ -1,6 +1,7 @@
 """K-means over tensors and pairs: against a plain Lloyd loop, on nasty data, by every backend."""
 
 import math
+import types
 
 import pytest
 import torch
@@ -160,7 +161,7 @@ def test_results_do_not_depend_on_the_cut(backend):
     assert torch.equal(whole[:BLOCK], nearest(0, BLOCK))
 
 
-@pytest.mark.parametrize("k", [1, 15, 16, 33, 127, 128, 129, 300, 2100])
+@pytest.mark.parametrize("k", [1, 15, 16, 17, 33, 112, 113, 127, 128, 129, 300, 2100])
 @pytest.mark.parametrize("dim", [3, 4, 8, 16])
 @pytest.mark.skipif(not native.available(), reason="the compiled kernels were not built")
 def test_compiled_kernels_find_the_nearest(k, dim):
@@ -169,7 +170,9 @@ def test_compiled_kernels_find_the_nearest(k, dim):
     centroids = torch.randn(k, dim, generator=g)
     x = points.vectors(slice(None))
     main, helper = points.codebooks()
-    by_pair = native.pair_scorer(main, helper, centroids, {})(points.a, points.b)
+    scorer = native.PairScorer(main, helper, len(centroids))
+    scorer.score(centroids)
+    by_pair = scorer.nearest(points.a, points.b)
     direct = native.PointScorer(centroids)
     by_point = direct.of_vectors(x)
     assert torch.equal(
@@ -180,6 +183,11 @@ def test_compiled_kernels_find_the_nearest(k, dim):
     for got in (by_pair, by_point):
         mine = (x.double() - centroids[got.long()].double()).norm(dim=1)
         torch.testing.assert_close(mine, best, rtol=1e-5, atol=1e-5)
+
+
+def test_a_library_of_older_sources_is_not_used(monkeypatch):
+    monkeypatch.setattr(native.ctypes, "CDLL", lambda file: types.SimpleNamespace())
+    assert native._library.__wrapped__() is None
 
 
 @pytest.mark.parametrize("backend", ENGINES)
