@@ -2,8 +2,9 @@
 
 Its shards are columns, one per run of neighbouring chunks that a rank owns, or under ROW_WISE
 blocks of ids, so that torch.distributed.checkpoint saves them at one world size and plan and loads
-them at another, or as the plain tensor of the unsharded module. The bits of seen ids of a ROW_WISE
-table are sharded like its codes.
+them at another, or as the plain tensor of the unsharded module. Large ones are cut once more by
+ids, because whole shards are read where a part is wanted. The bits of seen ids of a ROW_WISE table
+are sharded like its codes, uncut.
 """
 
 from __future__ import annotations
@@ -27,6 +28,9 @@ from cce_torchrec.config import CCEEmbeddingBagConfig
 from cce_torchrec.distributed.id_blocks import IdBlocks
 from cce_torchrec.helper_rows import check_helper_rows, save_helper_rows
 
+SHARD_BYTES = 1 << 26
+"""Most that the codes of a shard take, or those of a single id."""
+
 
 @dataclass(frozen=True)
 class Part:
@@ -35,6 +39,28 @@ class Part:
     owner: int
     ids: range
     chunks: range
+
+    @property
+    def offsets(self) -> list[int]:
+        """Of the first of them in [N, c]."""
+        return [self.ids.start, self.chunks.start]
+
+    @property
+    def sizes(self) -> list[int]:
+        """How many ids and chunks."""
+        return [len(self.ids), len(self.chunks)]
+
+    def cut(self, itemsize: int) -> list[Part]:
+        """The same in blocks of ids, as shards have them."""
+        size = max(1, SHARD_BYTES // (itemsize * len(self.chunks)))
+        blocks = [self.ids[first : first + size] for first in range(0, len(self.ids), size)]
+        return [Part(self.owner, ids, self.chunks) for ids in blocks]
+
+    def of(self, held: ChunkCodes) -> torch.Tensor:
+        """These codes in the buffer of a rank that holds them, [ids, chunks]; a view."""
+        assert held.codes is not None
+        row, column = self.ids.start - held.ids.start, held.chunks.index(self.chunks.start)
+        return held.codes[row : row + len(self.ids), column : column + len(self.chunks)]
 
 
 def _parts(config: CCEEmbeddingBagConfig, owners: list[int], blocks: IdBlocks | None) -> list[Part]:
@@ -115,9 +141,9 @@ class CodesState:
             found = tuple(value.size()) if isinstance(value, torch.Tensor) else ()
             if found != (config.num_embeddings, config.num_chunks):
                 raise ValueError(_mismatch(config, found))
-            parts = _taken(config, value, self._own_parts(config))
+            parts = self._own_parts(config)
             if parts:
-                state[key] = torch.cat(parts, dim=1) if len(parts) > 1 else parts[0]
+                state[key] = _taken(config, value, parts, held)
             elif held is not None and held.codes is not None:  # a block without ids
                 state[key] = held.codes
             else:
@@ -135,20 +161,16 @@ class CodesState:
     def _sharded(self, config: CCEEmbeddingBagConfig) -> ShardedTensor:
         shards, local = [], []
         held = codes_of(self._codes, config.name)
-        for part in self._parts(config):
-            shard = self._shard(
-                part, [part.ids.start, part.chunks.start], [len(part.ids), len(part.chunks)]
-            )
+        dtype = code_dtype(config.num_rows)
+        for part in (p for whole in self._parts(config) for p in whole.cut(dtype.itemsize)):
+            shard = self._shard(part, part.offsets, part.sizes)
             shards.append(shard)
             if part.owner == self._rank:
-                assert held is not None and held.codes is not None
-                column = held.chunks.index(part.chunks.start)
-                # The whole buffer is its own shard; a part of it is copied, as shards must be
+                assert held is not None
+                # Rows of the buffer are their own shard; columns are copied, as shards must be
                 # contiguous.
-                codes = held.codes[:, column : column + len(part.chunks)].contiguous()
-                local.append(Shard(codes, shard))
-        size = [config.num_embeddings, config.num_chunks]
-        return self._tensor(local, shards, size, code_dtype(config.num_rows))
+                local.append(Shard(part.of(held).contiguous(), shard))
+        return self._tensor(local, shards, [config.num_embeddings, config.num_chunks], dtype)
 
     def _sharded_seen(self, config: CCEEmbeddingBagConfig) -> ShardedTensor:
         """The bits of all ids: of each block its own bytes, of the last one the spare as well."""
@@ -186,19 +208,34 @@ def _seen_key(prefix: str, table: str) -> str:
 
 
 def _taken(
-    config: CCEEmbeddingBagConfig, value: torch.Tensor, parts: list[Part]
-) -> list[torch.Tensor]:
-    """The codes of `parts`, from a plain tensor or one that is sharded in the same way."""
+    config: CCEEmbeddingBagConfig, value: torch.Tensor, own: list[Part], held: ChunkCodes | None
+) -> torch.Tensor:
+    """The codes of this rank, from a plain tensor or one that is sharded in the same way."""
     if not isinstance(value, ShardedTensor):
-        return [value[p.ids.start : p.ids.stop, p.chunks.start : p.chunks.stop] for p in parts]
+        rows = [value[p.ids.start : p.ids.stop, p.chunks.start : p.chunks.stop] for p in own]
+        return rows[0] if len(rows) == 1 else torch.cat(rows, dim=1)
+    cut = [part.cut(code_dtype(config.num_rows).itemsize) for part in own]
     shards = {tuple(shard.metadata.shard_offsets): shard for shard in value.local_shards()}
-    wanted = {(p.ids.start, p.chunks.start): [len(p.ids), len(p.chunks)] for p in parts}
-    if {at: list(shard.metadata.shard_sizes) for at, shard in shards.items()} != wanted:
+    found = {at: list(shard.metadata.shard_sizes) for at, shard in shards.items()}
+    if found != {tuple(part.offsets): part.sizes for parts in cut for part in parts}:
         raise ValueError(
             f"table {config.name!r}: the state dict is of another plan; load it by "
             "load_checkpoint, or by dcp.load into model.state_dict(), then load_state_dict"
         )
-    return [shards[at].tensor for at in wanted]
+    read = [[shards[tuple(part.offsets)].tensor for part in parts] for parts in cut]
+    if held is not None and held.codes is not None and _in_place(read, cut, held):
+        return held.codes
+    widths = [len(part.chunks) for part in own]
+    codes = read[0][0].new_empty(len(own[0].ids), sum(widths))
+    for blocks, columns in zip(read, codes.split(widths, dim=1), strict=True):
+        torch.cat(blocks, out=columns)
+    return codes
+
+
+def _in_place(read: list[list[torch.Tensor]], cut: list[list[Part]], held: ChunkCodes) -> bool:
+    """Whether all that was read lies in the buffer itself."""
+    pairs = [pair for row in zip(read, cut, strict=True) for pair in zip(*row, strict=True)]
+    return all(tensor.data_ptr() == part.of(held).data_ptr() for tensor, part in pairs)
 
 
 def _own_bits(value: torch.Tensor, held: ChunkCodes) -> torch.Tensor:

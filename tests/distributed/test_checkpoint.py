@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import copy
+
 import numpy as np
+import pytest
 import torch
 import torchrec
 from torch import nn
@@ -16,6 +19,7 @@ from cce_torchrec import CCEEmbeddingBagCollection, CCEEmbeddingBagConfig, CCEEm
 from cce_torchrec.checkpoint import load_checkpoint, save_checkpoint
 from cce_torchrec.checkpoint.optimizers import optimizer_states
 from cce_torchrec.clustering import ClusteringSchedule, cluster
+from cce_torchrec.distributed import state_dict
 from cce_torchrec.distributed.data_parallel import data_parallel_parameters
 from cce_torchrec.distributed.sharders import get_default_sharders
 from cce_torchrec.planner import make_plan
@@ -141,6 +145,8 @@ def load_all(rank, world_size, kinds, saved, net):
 
 
 def save_and_load(rank, world_size, folder, saving, loading, optimizer, saved, net=Net):
+    """Codes are in several shards, cut elsewhere for each number of ranks."""
+    state_dict.SHARD_BYTES = 100 * world_size
     found = save_all(rank, world_size, folder, saving, optimizer, net)
     load_all(rank, world_size, loading, {**saved, **found}, net)
     return found
@@ -209,6 +215,44 @@ def same_job(rank, world_size, folder):
 
 def test_same_ranks_and_plan_is_bit_equal(tmp_path):
     run_ranks(2, same_job, str(tmp_path))
+
+
+def shards_of_codes(rank, world_size):
+    """Shards are no larger than asked for, views where they can be, and found again by offset."""
+    found = {}
+    for most in (40, 300, 1 << 20):
+        state_dict.SHARD_BYTES = most
+        for kind in ("tw", "cw", "rw"):
+            model, _ = build(kind, seed=rank)
+            codes = {name: part.codes for name, part in model.module.collection.codes.items()}
+            state = model.state_dict()
+            pieces = 0
+            for name, held in codes.items():
+                shards = state[f"collection.codes.{name}.codes"].local_shards()
+                pieces += len(shards)
+                inside = range(held.data_ptr(), held.data_ptr() + held.nbytes)
+                assert all(shard.tensor.data_ptr() in inside for shard in shards) or kind == "cw"
+                for shard in shards:
+                    assert shard.tensor.nbytes <= most or len(shard.tensor) == 1
+            before = {name: held.clone() for name, held in codes.items()}
+            elsewhere, again = copy.deepcopy(state), copy.deepcopy(state)
+            model.load_state_dict(state)
+            for held in codes.values():
+                held.zero_()
+            model.load_state_dict(elsewhere)
+            for name, held in codes.items():
+                assert torch.equal(held, before[name]) and (not rank or held.any())
+            found[most, kind] = pieces
+    state_dict.SHARD_BYTES = 100
+    with pytest.raises(ValueError, match="the state dict is of another plan"):
+        model.load_state_dict(again)
+    return found
+
+
+def test_codes_are_saved_in_shards(tmp_path):
+    for found in run_ranks(2, shards_of_codes):
+        for kind in ("tw", "cw", "rw"):
+            assert found[40, kind] > found[300, kind] > found[1 << 20, kind], found
 
 
 class Plain(nn.Module):
