@@ -104,13 +104,14 @@ class CCEEmbeddingBagConfig(EmbeddingBagConfig):
             )
         if self.embedding_dim < 1 or self.embedding_dim % (4 * self.num_chunks):
             unit = 4 * self.num_chunks
-            low = self.embedding_dim // unit * unit
+            low = max(0, self.embedding_dim // unit * unit)
             allowed = f"{low} or {low + unit}" if low else f"{unit}"
-            kind = "is not divisible by" if self.embedding_dim % self.num_chunks else "over"
+            width, rest = divmod(self.embedding_dim, self.num_chunks)
+            fault = "is not divisible by" if rest else f"is {width} times"
             raise ValueError(
-                f"{self._who}: embedding_dim {self.embedding_dim} {kind} num_chunks "
-                f"{self.num_chunks} must give a chunk width that is a multiple of 4 (FBGEMM reads "
-                f"4 values at once); use {allowed}"
+                f"{self._who}: embedding_dim {self.embedding_dim} {fault} num_chunks "
+                f"{self.num_chunks}; a chunk's width must be a multiple of 4 (FBGEMM reads 4 "
+                f"values at once), use {allowed}"
             )
 
     def _check_inherited_fields(self) -> None:

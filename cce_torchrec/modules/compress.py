@@ -86,6 +86,9 @@ def compress_model(
 
     The model's own code does not change. Call it before optimizers are applied and before the
     model is sharded. Compressed tables start fresh; the others keep their weights.
+    A plan's `tables` are afterwards those of `embedding_bag_configs()` of the new collections.
+    A chosen table that would take at least as many bytes as before, or whose embedding_dim is not
+    a multiple of 4, stays full, and the report says why; where all stay, the model is unchanged.
 
     Args:
         tables: names of the tables to compress; None compresses all of at least `min_bytes`.
@@ -99,8 +102,9 @@ def compress_model(
         verbose: print the report too, on the first rank.
 
     Raises:
-        ValueError: not exactly one budget, unknown table names, a budget that does not hold the
-            codes, an optimizer applied already, or nothing to compress.
+        ValueError: not exactly one budget, unknown table names, no table named or of `min_bytes`,
+            a `table_bytes` that does not hold the codes and two rows a chunk, an optimizer applied
+            already, or a model that is an EmbeddingBagCollection itself.
     """
     if sum(value is not None for value in (compression, num_rows, table_bytes)) != 1:
         raise ValueError("give exactly one of compression, num_rows and table_bytes")
