@@ -84,11 +84,8 @@ def compress_model(
 ) -> CompressionReport:
     """Replaces, in place, every EmbeddingBagCollection of `model` that has tables to compress.
 
-    The model's own code does not change. Call it before optimizers are applied and before the
-    model is sharded. Compressed tables start fresh; the others keep their weights.
-    A plan's `tables` are afterwards those of `embedding_bag_configs()` of the new collections.
-    A chosen table that would take at least as many bytes as before, or whose embedding_dim is not
-    a multiple of 4, stays full, and the report says why; where all stay, the model is unchanged.
+    Call it before optimizers are applied and the model is sharded. Compressed tables start fresh,
+    others keep their weights; those that would not shrink stay full, and the report says why.
 
     Args:
         tables: names of the tables to compress; None compresses all of at least `min_bytes`.
@@ -102,9 +99,8 @@ def compress_model(
         verbose: print the report too, on the first rank.
 
     Raises:
-        ValueError: not exactly one budget, unknown table names, no table named or of `min_bytes`,
-            a `table_bytes` that does not hold the codes and two rows a chunk, an optimizer applied
-            already, or a model that is an EmbeddingBagCollection itself.
+        ValueError: not exactly one budget, unknown table names, no table chosen, `table_bytes` too
+            few for the codes, an optimizer applied already, or a model that is a collection itself.
     """
     if sum(value is not None for value in (compression, num_rows, table_bytes)) != 1:
         raise ValueError("give exactly one of compression, num_rows and table_bytes")

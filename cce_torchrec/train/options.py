@@ -13,20 +13,26 @@ DEFAULT_SPLIT_SEED = 20231211
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
     """The options of `python -m cce_torchrec.train`."""
-    parser = argparse.ArgumentParser(prog="cce_torchrec.train", description=__doc__)
-    add = parser.add_argument
+    purpose = "Train DLRM or GMF with full or compressed tables."
+    parser = argparse.ArgumentParser(prog="cce_torchrec.train", description=purpose)
+
+    def add(name: str, help: str = "", **kwargs: Any) -> None:
+        if kwargs.get("default") is not None:
+            help = f"{help}; default %(default)s".removeprefix("; ")
+        parser.add_argument(name, help=help, **kwargs)
+
     add("--model", choices=["dlrm", "gmf"], default="dlrm")
     add("--dataset", choices=["flights", "ml-1m", "synthetic"], default="flights")
-    add("--data", help="file or folder of the data set; flights needs none")
+    add("--data", help="file or folder of the data set; only ml-1m needs it")
     add("--method", choices=["cce", "full", "hash", "ce"], default="cce")
     add("--embedding-dim", type=int, default=16)
     add("--num-chunks", type=int, default=4)
     budget = parser.add_mutually_exclusive_group()
     budget.add_argument("--params-per-dim", type=int, help="main + helper rows of each table")
     budget.add_argument("--num-rows", type=int, help="main rows of each table; 3x helper beside")
-    budget.add_argument("--compression", type=float, help="full over compressed parameters (20)")
-    add("--epochs", type=int, default=10)
-    add("--batch-size", type=int, help="global; default 4096 for gmf, 256 for dlrm")
+    budget.add_argument("--compression", type=float, help="full over compressed rows; default 20")
+    add("--epochs", type=int, default=10, help="the same in a resumed run")
+    add("--batch-size", type=int, help="of all ranks; default 4096 for gmf, 256 for dlrm")
     add("--optimizer", choices=["rowwise_adagrad", "adagrad", "sgd"], default="rowwise_adagrad")
     add("--lr", type=float, help="of the tables; default 0.1 at compression 10 or more, else 0.03")
     add("--dense-lr", type=float, default=1e-3, help="Adam, of everything but the tables")
