@@ -70,6 +70,28 @@ def test_no_thread_outlives_the_process_group(tmp_path, pipeline):
     assert "gloo" not in "".join(line for line in done.stdout.splitlines() if "threads" in line)
 
 
+def test_resumed_on_fewer_ranks(tmp_path):
+    """Half an epoch on two ranks, the rest on one: the loss of the epoch is that of one run."""
+    whole, options = tmp_path / "whole", ["--clusterings", "0", "--seed", "3"]
+    train(whole, *options, ranks=2)
+    parts = tmp_path / "parts"
+    train(parts, *options, "--checkpoint-every", "30", ranks=2)
+    saved = sorted((parts / "checkpoints").glob("step-*"))
+    assert [int(path.name[5:14]) for path in saved] == [30, 42]  # and the end, of 2 x 21
+    (parts / "checkpoints" / "latest").write_text(saved[0].name)  # as if killed after it
+    train(parts, *options, "--resume")
+    losses = [
+        [
+            json.loads(line)["train_loss"]
+            for line in (out / "metrics.jsonl").read_text().splitlines()
+        ]
+        for out in (whole, parts)
+    ]
+    assert losses[0] == pytest.approx(losses[1], rel=0.01)
+    done = train(parts, *options, "--resume", "--epochs", "3", check=False)
+    assert "--epochs was 2 and is 3; resume with the same options" in done.stderr
+
+
 def test_hash_on_one_rank(tmp_path):
     summary = train(tmp_path, "--method", "hash", "--compression", "40")
     assert summary["table_bytes"] == 4 * 500 * 16 * 4

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+import torchrec
 from torch import nn
 from torchrec.distributed.planner.types import PlannerError
 from torchrec.modules.embedding_configs import EmbeddingBagConfig
@@ -43,6 +44,24 @@ def test_tables_for_memory_fill_the_ranks(world_size, memory):
     larger = tables_for_memory(full(), memory * 11 // 10, world_size, **settings)
     with pytest.raises(PlannerError):
         planned(larger, world_size, memory)
+
+
+@pytest.mark.parametrize("dim", [16, 64])
+@pytest.mark.parametrize("optimizer", [torchrec.optim.RowWiseAdagrad, torch.optim.Adagrad])
+def test_a_share_of_the_memory_is_left(dim, optimizer):
+    """On a CPU too, and with spread chunks, each of which has row-wise state of its own."""
+    memory, table = 24 << 20, dict(num_embeddings=1_000_000, embedding_dim=dim)
+    full = [EmbeddingBagConfig(name="t", feature_names=["t"], **table)]
+    settings = dict(kind="cw", batch_size=2)
+    made = tables_for_memory(full, memory, 2, optimizer=optimizer, **settings)
+    collection = CCEEmbeddingBagCollection(made, device="meta")
+    apply_optimizer_in_backward(optimizer, list(collection.parameters()), {"lr": 0.1})
+    model = nn.ModuleDict({"sparse": collection})
+    plan = make_planner(made, 2, CPU, memory_bytes=memory, **settings).plan(
+        model, get_default_sharders()
+    )
+    used = [plan_report(model, plan, 2).rank_bytes(rank) for rank in (0, 1)]
+    assert 0.75 * memory < max(used) <= 0.85 * memory
 
 
 def test_tables_stay_full_where_they_fit():

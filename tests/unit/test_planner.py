@@ -51,9 +51,32 @@ def test_codes_count_against_memory(kind):
         little.plan(model(configs), get_default_sharders())
 
 
-def test_no_warnings(caplog):
+def test_tables_are_in_the_memory_of_a_gpu_unless_asked_otherwise():
+    configs = [
+        CCEEmbeddingBagConfig(
+            name="t", num_embeddings=1000, embedding_dim=64, feature_names=["f"], num_rows=200_000
+        ),
+        EmbeddingBagConfig(name="p", num_embeddings=200_000, embedding_dim=64, feature_names=["g"]),
+    ]
+    for table in configs:
+        made = model([table])
+
+        def plan(memory_bytes, table=table, made=made, **options):
+            gpu = torch.device("cuda")
+            planner = make_planner([table], 2, gpu, "tw", 2, memory_bytes, **options)
+            return planner.plan(made, get_default_sharders()).plan["sparse"][table.name]
+
+        assert plan(1 << 30).compute_kernel == "fused"
+        with pytest.raises(PlannerError):
+            plan(32 << 20)
+        assert plan(32 << 20, unified_memory=True).compute_kernel.startswith("fused_uvm")
+
+
+def test_no_warnings(caplog, recwarn):
     configs = tables()
-    make_planner(configs, 2, CPU, memory_bytes=1 << 30).plan(model(configs), get_default_sharders())
+    planner = make_planner(configs, 2, CPU, memory_bytes=1 << 30)
+    assert not [warning for warning in recwarn if "StorageReservation" in str(warning.message)]
+    planner.plan(model(configs), get_default_sharders())
     assert not [record for record in caplog.records if record.levelname == "WARNING"]
 
 
