@@ -166,19 +166,26 @@ def tables_for_memory(
     `memory_bytes` a rank; it counts codes, optimizer state and what it reserves for the rest.
 
     Args:
-        tables: full tables; those below `min_bytes`, and those that compression would not make
-            smaller, stay as they are.
+        tables: those below `min_bytes`, those that compression would not make smaller, and CCE
+            tables stay as they are.
         memory_bytes, world_size, device, kind, batch_size: see `make_planner`.
         optimizer: of the tables; its state counts.
 
     Raises:
-        ValueError: not even two rows a chunk fit.
+        ValueError: no tables, or not even two rows a chunk fit.
     """
+    if not tables or num_chunks < 1:
+        raise ValueError(f"{len(tables)} tables, num_chunks {num_chunks}: at least 1 of each")
     device = device if device is not None else torch.device("cpu")
+    large = {
+        t.name
+        for t in tables
+        if full_bytes(t) >= min_bytes and not isinstance(t, CCEEmbeddingBagConfig)
+    }
 
     def at(ratio: float) -> list[EmbeddingBagConfig]:
         return [
-            compressed(t, ratio, None, num_chunks, seed)[0] if full_bytes(t) >= min_bytes else t
+            compressed(t, ratio, None, num_chunks, seed)[0] if t.name in large else t
             for t in tables
         ]
 

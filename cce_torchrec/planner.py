@@ -31,6 +31,7 @@ from torchrec.modules.embedding_configs import EmbeddingBagConfig
 from cce_torchrec.config import CCEEmbeddingBagConfig, code_dtype
 from cce_torchrec.distributed.id_blocks import IdBlocks, codebook_owners
 from cce_torchrec.distributed.sharders import get_default_sharders
+from cce_torchrec.modules.embedding_bag_collection import CCEEmbeddingBagCollection
 
 _KINDS = {
     "tw": [ShardingType.TABLE_WISE.value],
@@ -270,9 +271,17 @@ def make_plan(
     See `make_planner` for the arguments.
 
     Raises:
+        ValueError: a table of the model's CCE collections that is not in `tables`.
         PlannerError: on every rank, if the tables do not fit.
     """
     names = {table.name for table in tables}
+    collections = [m for m in model.modules() if isinstance(m, CCEEmbeddingBagCollection)]
+    held = {table.name for made in collections for table in made.embedding_bag_configs()}
+    if not held <= names:
+        raise ValueError(
+            f"tables {sorted(held - names)} are in the model, but not among the {sorted(names)} to "
+            "plan; their codes would not be counted. Pass every table of its collections"
+        )
     dense = sum(
         parameter.numel() * parameter.element_size()
         for name, parameter in model.named_parameters()

@@ -32,6 +32,11 @@ class Trainer:
         self.args = args
         self.device = device
         self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
+        if args.batch_size < self.world_size:
+            raise ValueError(
+                f"--batch-size {args.batch_size} is global; give each of {self.world_size} ranks "
+                "an example or more"
+            )
         self.dataset = data.load(args.dataset, args.data, args.model, args.split_seed)
         rows = options.rows_per_table(args, self.dataset)
         options.set_defaults(args, self.dataset, rows)

@@ -69,6 +69,21 @@ def test_tables_stay_full_where_they_fit():
     assert tables_for_memory(tables, 4 << 30, 2, batch_size=2) == tables
 
 
+def test_tables_that_are_compressed_already_stay_as_they_are():
+    made = CCEEmbeddingBagConfig(
+        **dict(name="c", num_embeddings=2_000_000, embedding_dim=32, feature_names=["c"]),
+        **dict(num_rows=64, hash_ids=True, seed=7),
+    )
+    found = tables_for_memory([*full(), made], 80 << 20, 1, batch_size=2)
+    assert found[4] is made and isinstance(found[0], CCEEmbeddingBagConfig)
+
+
+@pytest.mark.parametrize(("tables", "chunks"), [([], 4), (full(), 0)])
+def test_nothing_to_choose_from(tables, chunks):
+    with pytest.raises(ValueError, match="at least 1 of each"):
+        tables_for_memory(tables, 1 << 30, 1, num_chunks=chunks)
+
+
 def test_too_little_memory():
     with pytest.raises(ValueError, match="do not hold 4 tables with two rows a chunk"):
         tables_for_memory(full(), 4 << 20, 1, batch_size=2)

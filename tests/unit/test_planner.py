@@ -9,7 +9,7 @@ from torchrec.optim.apply_optimizer_in_backward import apply_optimizer_in_backwa
 
 from cce_torchrec import CCEEmbeddingBagCollection, CCEEmbeddingBagConfig
 from cce_torchrec.distributed.sharders import get_default_sharders
-from cce_torchrec.planner import make_planner
+from cce_torchrec.planner import make_plan, make_planner
 
 CPU = torch.device("cpu")
 
@@ -109,3 +109,8 @@ def test_data_parallel_tables_cost_every_rank_all_of_their_bytes():
         assert shard.storage.ddr == pytest.approx(configs[0].table_bytes, rel=0.02)
     with pytest.raises(ValueError, match=r"data_parallel names \['x'\]"):
         make_planner(configs, 2, CPU, data_parallel=["x"])
+
+
+def test_tables_that_the_caller_leaves_out_are_not_planned_by_chance():
+    with pytest.raises(ValueError, match=r"tables \['t'\] are in the model, but not among .*'p'"):
+        make_plan(model(tables()), tables()[1:], CPU)
