@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -208,9 +208,12 @@ def tables_for_memory(
             f"with two rows a chunk; compressed ones alone take {least}. Use more ranks or memory, "
             "fewer chunks, or kind='cw'"
         )
-    if fits(low):
-        return at(low)
+    return at(low if fits(low) else _least(fits, low, high))
+
+
+def _least(fits: Callable[[float], bool], low: float, high: float) -> float:
+    """The least ratio that fits, within 2 %; `low` does not, `high` does."""
     while high / low > 1.02:
         middle = (low * high) ** 0.5
         low, high = (low, middle) if fits(middle) else (middle, high)
-    return at(high)
+    return high

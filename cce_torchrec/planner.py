@@ -190,6 +190,16 @@ def _too_large(table: CCEEmbeddingBagConfig, topology: Topology) -> bool:
     return table.code_bytes * chunks // table.num_chunks > room
 
 
+def _check_names(tables: Sequence[EmbeddingBagConfig], **given: Collection[str]) -> None:
+    for argument, names in given.items():
+        unknown = set(names) - {table.name for table in tables}
+        if unknown:
+            raise ValueError(
+                f"{argument} names {sorted(unknown)}, which are no tables of the model; choose "
+                f"among {[table.name for table in tables]}"
+            )
+
+
 def make_planner(
     tables: Sequence[EmbeddingBagConfig],
     world_size: int,
@@ -223,13 +233,7 @@ def make_planner(
     """
     if kind not in _KINDS:
         raise ValueError(f"unknown plan {kind!r}; choose one of {list(_KINDS)}")
-    for argument, names in (("data_parallel", data_parallel), ("row_wise", row_wise)):
-        unknown = set(names) - {table.name for table in tables}
-        if unknown:
-            raise ValueError(
-                f"{argument} names {sorted(unknown)}, which are no tables of the model; choose "
-                f"among {[table.name for table in tables]}"
-            )
+    _check_names(tables, data_parallel=data_parallel, row_wise=row_wise)
     topology = _topology(world_size, device, memory_bytes)
     named = dict.fromkeys(row_wise, "rw") | dict.fromkeys(data_parallel, "dp")
     kernels = None if unified_memory or device.type != "cuda" else _IN_DEVICE_MEMORY
