@@ -177,11 +177,8 @@ def tables_for_memory(
     if not tables or num_chunks < 1:
         raise ValueError(f"{len(tables)} tables, num_chunks {num_chunks}: at least 1 of each")
     device = device if device is not None else torch.device("cpu")
-    large = {
-        t.name
-        for t in tables
-        if full_bytes(t) >= min_bytes and not isinstance(t, CCEEmbeddingBagConfig)
-    }
+    plain = (t for t in tables if not isinstance(t, CCEEmbeddingBagConfig))
+    large = {t.name for t in plain if full_bytes(t) >= min_bytes}
 
     def at(ratio: float) -> list[EmbeddingBagConfig]:
         return [
