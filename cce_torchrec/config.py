@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+import operator
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -26,6 +27,10 @@ _UNSUPPORTED_FIELDS = (
     "virtual_table_eviction_policy",
     "enable_embedding_update",
     "stash_weights",
+)
+_WHOLE_NUMBERS = (
+    *("num_embeddings", "embedding_dim"),
+    *("num_chunks", "num_rows", "num_helper_rows", "seed"),
 )
 
 
@@ -76,6 +81,7 @@ class CCEEmbeddingBagConfig(EmbeddingBagConfig):
     `cluster(weights="seen")` spends centroids on ids that were trained."""
 
     def __post_init__(self) -> None:
+        self._check_whole_numbers()
         self._check_shape()
         self._check_inherited_fields()
         if self.num_helper_rows is None:
@@ -89,6 +95,18 @@ class CCEEmbeddingBagConfig(EmbeddingBagConfig):
             )
         self.has_custom_init = self.init_fn is not None
         super().__post_init__()
+
+    def _check_whole_numbers(self) -> None:
+        for name in _WHOLE_NUMBERS:
+            value = getattr(self, name)
+            if value is None:
+                continue
+            try:
+                setattr(self, name, operator.index(value))  # NumPy's become Python's
+            except TypeError as error:
+                raise ValueError(
+                    f"{self._who}: {name} {value!r} is not a whole number; round it"
+                ) from error
 
     def _check_shape(self) -> None:
         if "#" in self.name or not self.name:
@@ -197,8 +215,13 @@ class CCEEmbeddingBagConfig(EmbeddingBagConfig):
         """A table with num_rows + num_helper_rows = `params_per_dim`, split 1 : `helper_ratio`.
 
         Raises:
-            ValueError: if `params_per_dim` is below 2, which leaves no row for one of the two.
+            ValueError: if `params_per_dim` is below 2, which leaves no row for one of the two, or
+                `helper_ratio` is negative.
         """
+        if not helper_ratio >= 0:
+            raise ValueError(
+                f"table {kwargs.get('name', '')!r}: helper_ratio {helper_ratio} must be 0 or more"
+            )
         if params_per_dim < 2:
             raise ValueError(
                 f"table {kwargs.get('name', '')!r}: params_per_dim {params_per_dim} must be at "
@@ -228,7 +251,7 @@ class CCEEmbeddingBagConfig(EmbeddingBagConfig):
                 f"table {kwargs.get('name', '')!r}: {table_bytes} bytes do not hold its codes and "
                 f"two rows a chunk, which take {smallest}; use fewer chunks or more bytes"
             )
-        low, high = 2, max(2, table_bytes // kwargs["embedding_dim"])
+        low, high = 2, max(2, min(MAX_ROWS, int(table_bytes) // kwargs["embedding_dim"]))
         while low < high:
             middle = (low + high + 1) // 2
             low, high = (middle, high) if bytes_of(middle) <= table_bytes else (low, middle - 1)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -166,19 +166,23 @@ def tables_for_memory(
     `memory_bytes` a rank; it counts codes, optimizer state and what it reserves for the rest.
 
     Args:
-        tables: full tables; those below `min_bytes`, and those that compression would not make
-            smaller, stay as they are.
+        tables: those below `min_bytes`, those that compression would not make smaller, and CCE
+            tables stay as they are.
         memory_bytes, world_size, device, kind, batch_size: see `make_planner`.
         optimizer: of the tables; its state counts.
 
     Raises:
-        ValueError: not even two rows a chunk fit.
+        ValueError: no tables, or not even two rows a chunk fit.
     """
+    if not tables or num_chunks < 1:
+        raise ValueError(f"{len(tables)} tables, num_chunks {num_chunks}: at least 1 of each")
     device = device if device is not None else torch.device("cpu")
+    plain = (t for t in tables if not isinstance(t, CCEEmbeddingBagConfig))
+    large = {t.name for t in plain if full_bytes(t) >= min_bytes}
 
     def at(ratio: float) -> list[EmbeddingBagConfig]:
         return [
-            compressed(t, ratio, None, num_chunks, seed)[0] if full_bytes(t) >= min_bytes else t
+            compressed(t, ratio, None, num_chunks, seed)[0] if t.name in large else t
             for t in tables
         ]
 
@@ -201,9 +205,12 @@ def tables_for_memory(
             f"with two rows a chunk; compressed ones alone take {least}. Use more ranks or memory, "
             "fewer chunks, or kind='cw'"
         )
-    if fits(low):
-        return at(low)
+    return at(low if fits(low) else _least(fits, low, high))
+
+
+def _least(fits: Callable[[float], bool], low: float, high: float) -> float:
+    """The least ratio that fits, within 2 %; `low` does not, `high` does."""
     while high / low > 1.02:
         middle = (low * high) ** 0.5
         low, high = (low, middle) if fits(middle) else (middle, high)
-    return at(high)
+    return high

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import copy
+import warnings
 from collections.abc import Collection, Sequence
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import nn
+from torchrec.distributed.embedding_types import EmbeddingComputeKernel
 from torchrec.distributed.planner import EmbeddingShardingPlanner, Topology
 from torchrec.distributed.planner import types as planner_types
 from torchrec.distributed.planner.enumerators import EmbeddingEnumerator
@@ -28,6 +31,7 @@ from torchrec.modules.embedding_configs import EmbeddingBagConfig
 from cce_torchrec.config import CCEEmbeddingBagConfig, code_dtype
 from cce_torchrec.distributed.id_blocks import IdBlocks, codebook_owners
 from cce_torchrec.distributed.sharders import get_default_sharders
+from cce_torchrec.modules.embedding_bag_collection import CCEEmbeddingBagCollection
 
 _KINDS = {
     "tw": [ShardingType.TABLE_WISE.value],
@@ -35,6 +39,7 @@ _KINDS = {
     "rw": [ShardingType.ROW_WISE.value],
     "auto": [ShardingType.TABLE_WISE.value, ShardingType.COLUMN_WISE.value],
 }
+_IN_DEVICE_MEMORY = [EmbeddingComputeKernel.DENSE.value, EmbeddingComputeKernel.FUSED.value]
 _RESERVED = 0.15
 """Share of a device's memory that plans leave to everything but tables (TorchRec's default)."""
 
@@ -53,7 +58,7 @@ def optimizer_bytes(
 def _optimizer_bytes(parameter: nn.Parameter, rows: int, width: int, chunk: int) -> int:
     classes = getattr(parameter, "_optimizer_classes", [])
     name = classes[0].__name__ if classes else ""
-    rowwise, whole = 4 * rows * (width // chunk if width else 0), 4 * rows * width
+    rowwise, whole = -(-4 * rows * width // chunk) if width else 0, 4 * rows * width
     return {
         "RowWiseAdagrad": rowwise,
         "Adagrad": whole,
@@ -65,8 +70,9 @@ def _optimizer_bytes(parameter: nn.Parameter, rows: int, width: int, chunk: int)
 class CodeStorageEstimator(ShardEstimator):
     """Adds codes, and what TorchRec misses of the optimizer, to the storage of CCE shards.
 
-    TorchRec's own estimator sees the proxy of the codebooks [k + k', D]; a shard of some columns
-    holds the codes of the chunks in them, and row-wise state once per chunk. Under ROW_WISE, whose
+    TorchRec's own estimator sees the proxy of the codebooks [k + k', D], and divides its row-wise
+    state among shards of columns; such a shard holds the codes of the chunks in them, and row-wise
+    state once per chunk. Under ROW_WISE, whose
     shard i TorchRec gives to rank i, it holds the codes of a block of ids and whole codebooks.
     """
 
@@ -92,7 +98,7 @@ class CodeStorageEstimator(ShardEstimator):
                 else:
                     added = -(-table.code_bytes * width // table.embedding_dim) + table.seen_bytes
                     added += optimizer_bytes(table, option.tensor, rows, width)
-                    added -= _optimizer_bytes(option.tensor, rows, width, width)
+                    added -= _optimizer_bytes(option.tensor, rows, width, table.embedding_dim)
                 assert shard.storage is not None
                 shard.storage += Storage(
                     hbm=added if self._on_gpu else 0, ddr=0 if self._on_gpu else added
@@ -133,14 +139,36 @@ def _topology(world_size: int, device: torch.device, memory_bytes: int | None) -
     )
 
 
+class _Reservation(HeuristicalStorageReservation):
+    """Leaves its share of a CPU's memory too; TorchRec's form leaves one of GPUs' alone."""
+
+    def reserve(self, topology: Topology, *args: Any, **kwargs: Any) -> Topology:
+        """What is left of `topology` for tables."""
+        if topology.compute_device == "cpu":
+            topology = copy.deepcopy(topology)
+            for device in topology.devices:
+                device.storage.ddr = int((1 - _RESERVED) * device.storage.ddr)
+        return super().reserve(topology, *args, **kwargs)
+
+
+def _reservation(dense_bytes: int) -> _Reservation:
+    with warnings.catch_warnings():  # that its guess of the dense size is wrong; we give ours
+        warnings.simplefilter("ignore", FutureWarning)
+        return _Reservation(percentage=_RESERVED, dense_tensor_estimate=dense_bytes)
+
+
 def _constraints(
-    table: EmbeddingBagConfig, kind: str, named: str | None, topology: Topology
+    table: EmbeddingBagConfig,
+    kind: str,
+    named: str | None,
+    topology: Topology,
+    kernels: list[str] | None,
 ) -> ParameterConstraints:
     """Where one table may go; `named`: as the caller says of this one."""
     if named == "dp":
         return ParameterConstraints(sharding_types=[ShardingType.DATA_PARALLEL.value])
     if not isinstance(table, CCEEmbeddingBagConfig):
-        return ParameterConstraints(sharding_types=_KINDS[named or "tw"])
+        return ParameterConstraints(sharding_types=_KINDS[named or "tw"], compute_kernels=kernels)
     kind = named or kind
     if kind == "rw" and not table.learned_codes:
         kind = "tw"  # nothing of it grows with its ids
@@ -148,6 +176,7 @@ def _constraints(
         kind = "rw"
     return ParameterConstraints(
         sharding_types=_KINDS[kind],
+        compute_kernels=kernels,
         min_partition=table.chunk_dim,
         pooling_factors=[float(table.rows_per_id)] * len(table.feature_names),
     )
@@ -161,6 +190,16 @@ def _too_large(table: CCEEmbeddingBagConfig, topology: Topology) -> bool:
     return table.code_bytes * chunks // table.num_chunks > room
 
 
+def _check_names(tables: Sequence[EmbeddingBagConfig], **given: Collection[str]) -> None:
+    for argument, names in given.items():
+        unknown = set(names) - {table.name for table in tables}
+        if unknown:
+            raise ValueError(
+                f"{argument} names {sorted(unknown)}, which are no tables of the model; choose "
+                f"among {[table.name for table in tables]}"
+            )
+
+
 def make_planner(
     tables: Sequence[EmbeddingBagConfig],
     world_size: int,
@@ -171,6 +210,7 @@ def make_planner(
     dense_bytes: int = 1,
     data_parallel: Collection[str] = (),
     row_wise: Collection[str] = (),
+    unified_memory: bool = False,
 ) -> EmbeddingShardingPlanner:
     """TorchRec's planner for these logical tables.
 
@@ -179,27 +219,27 @@ def make_planner(
             table spread over ranks by ids) or "auto" (chosen table by table: "tw" or "cw", and
             "rw" where codes of one rank's chunks would not fit its memory).
         batch_size: global.
-        memory_bytes: per rank; by default the GPU's own, on a CPU TorchRec's default.
+        memory_bytes: per rank, of which 15 % are left to other things than tables; by default
+            the GPU's own, on a CPU TorchRec's default.
         dense_bytes: of the parameters that are no tables, with their optimizer state.
         data_parallel: names of tables to keep whole on every rank, whatever `kind` says; they
             train by an optimizer over `data_parallel_parameters`.
         row_wise: names of tables to spread by ids (plain ones: by rows), whatever `kind` says.
+        unified_memory: on GPUs, whether tables may be in the host's memory, behind a cache or
+            not, where they do not fit the GPU's; otherwise there is no plan then.
 
     Raises:
         ValueError: an unknown kind, or an unknown table.
     """
     if kind not in _KINDS:
         raise ValueError(f"unknown plan {kind!r}; choose one of {list(_KINDS)}")
-    for argument, names in (("data_parallel", data_parallel), ("row_wise", row_wise)):
-        unknown = set(names) - {table.name for table in tables}
-        if unknown:
-            raise ValueError(
-                f"{argument} names {sorted(unknown)}, which are no tables of the model; choose "
-                f"among {[table.name for table in tables]}"
-            )
+    _check_names(tables, data_parallel=data_parallel, row_wise=row_wise)
     topology = _topology(world_size, device, memory_bytes)
     named = dict.fromkeys(row_wise, "rw") | dict.fromkeys(data_parallel, "dp")
-    constraints = {t.name: _constraints(t, kind, named.get(t.name), topology) for t in tables}
+    kernels = None if unified_memory or device.type != "cuda" else _IN_DEVICE_MEMORY
+    constraints = {
+        t.name: _constraints(t, kind, named.get(t.name), topology, kernels) for t in tables
+    }
     per_rank = max(1, batch_size // world_size)
     return EmbeddingShardingPlanner(
         topology=topology,
@@ -214,9 +254,7 @@ def make_planner(
                 CodeStorageEstimator(topology, tables),
             ],
         ),
-        storage_reservation=HeuristicalStorageReservation(
-            percentage=_RESERVED, dense_tensor_estimate=dense_bytes
-        ),
+        storage_reservation=_reservation(dense_bytes),
         constraints=constraints,
     )
 
@@ -230,15 +268,24 @@ def make_plan(
     memory_bytes: int | None = None,
     data_parallel: Collection[str] = (),
     row_wise: Collection[str] = (),
+    unified_memory: bool = False,
 ) -> ShardingPlan:
     """A collective plan of `model`: every rank of the default group calls it, all get the same.
 
     See `make_planner` for the arguments.
 
     Raises:
+        ValueError: a table of the model's CCE collections that is not in `tables`.
         PlannerError: on every rank, if the tables do not fit.
     """
     names = {table.name for table in tables}
+    collections = [m for m in model.modules() if isinstance(m, CCEEmbeddingBagCollection)]
+    held = {table.name for made in collections for table in made.embedding_bag_configs()}
+    if not held <= names:
+        raise ValueError(
+            f"tables {sorted(held - names)} are in the model, but not among the {sorted(names)} to "
+            "plan; their codes would not be counted. Pass every table of its collections"
+        )
     dense = sum(
         parameter.numel() * parameter.element_size()
         for name, parameter in model.named_parameters()
@@ -254,6 +301,7 @@ def make_plan(
         dense_bytes=max(1, 6 * dense),  # gradients and Adam's moments, with room
         data_parallel=data_parallel,
         row_wise=row_wise,
+        unified_memory=unified_memory,
     )
     made: list[Any] = [None, None]
     if dist.get_rank() == 0:

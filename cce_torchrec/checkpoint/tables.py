@@ -97,16 +97,15 @@ def compare_tables(saved: Tables, own: Tables, wanted: set[str] | None, grow: se
         ValueError: naming each table, what the checkpoint has and what the model has.
     """
     wrong: list[str] = []
+    remedy = "tables=[...] names it" if wanted else "pass tables=[...] to load some of them"
     for name in sorted((set(saved) | set(own)) if wanted is None else wanted):
         if name not in saved:
             wrong.append(
-                f"table {name!r}: the model has it, the checkpoint has {sorted(saved)}; pass "
-                "tables=[...] to load some of them"
+                f"table {name!r}: the model has it, the checkpoint has {sorted(saved)}; {remedy}"
             )
         elif name not in own:
             wrong.append(
-                f"table {name!r}: the checkpoint has it, the model has {sorted(own)}; pass "
-                "tables=[...] to load some of them"
+                f"table {name!r}: the checkpoint has it, the model has {sorted(own)}; {remedy}"
             )
         else:
             wrong += _differences(name, saved[name], own[name], name in grow)
@@ -131,6 +130,8 @@ def _differences(
         if field == "num_embeddings" and may_grow and own[field] > saved[field]:
             continue
         remedy = "configure the table as it was saved"
+        if field == "num_rows" and not saved["num_helper_rows"]:
+            remedy += " (it was finalised: config.finalised())"
         if field == "learned_codes":
             lacks = "model" if saved[field] else "checkpoint"
             out.append(f"{who}: the {lacks} has no codes, the other side has; {remedy}")

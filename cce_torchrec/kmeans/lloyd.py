@@ -16,7 +16,7 @@ from cce_torchrec.kmeans.backends import (
     make_backend,
     optional_module,
 )
-from cce_torchrec.kmeans.points import Points, TensorPoints, metric_root
+from cce_torchrec.kmeans.points import MAX_MAGNITUDE, Points, TensorPoints, metric_root
 from cce_torchrec.kmeans.share import Share, agreed, check_agreement
 
 _SPLIT = 1 / 1024
@@ -229,10 +229,10 @@ def refill_empty(
 
 def _start(points: Points, k: int, init: str | torch.Tensor) -> torch.Tensor:
     if isinstance(init, torch.Tensor):
-        if init.shape != (k, points.dim) or not bool(torch.isfinite(init).all()):
+        if init.shape != (k, points.dim) or not bool((init.abs() <= MAX_MAGNITUDE).all()):
             raise ValueError(
-                f"starting centroids must be finite and [{k}, {points.dim}]; got "
-                f"{tuple(init.shape)}"
+                f"starting centroids must be finite, at most {MAX_MAGNITUDE:g} and "
+                f"[{k}, {points.dim}]; got {tuple(init.shape)}"
             )
         return init.detach().float().to(points.device)
     if init not in INITS:

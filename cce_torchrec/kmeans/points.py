@@ -18,6 +18,8 @@ from cce_torchrec.kmeans import native
 _FIXED_POINT_BITS = 28
 MAX_WEIGHT = 1 << 33
 """Most that all weights may sum to: coordinates have 29 bits, sums of them 63."""
+MAX_MAGNITUDE = 1e16
+"""Of a coordinate: far beyond it scores leave float32, and no centroid is the nearest."""
 Sums = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 """Per cluster, int64: summed coordinates [k, s], sizes [k], errors [k]."""
 BLOCK = 1 << 16
@@ -110,18 +112,21 @@ def check_finite(*parts: torch.Tensor) -> float:
     """The largest magnitude of `parts`.
 
     Raises:
-        ValueError: if a value is NaN or infinite.
+        ValueError: if a value is NaN or infinite, or larger than `MAX_MAGNITUDE`.
     """
     if not all(bool(torch.isfinite(p).all()) for p in parts):
         raise ValueError("weights are not finite (NaN or infinite)")
-    return max((float(p.abs().max()) for p in parts if p.numel()), default=0.0)
+    largest = max((float(p.abs().max()) for p in parts if p.numel()), default=0.0)
+    if largest > MAX_MAGNITUDE:
+        raise ValueError(f"weights reach {largest:.3g}, K-means takes at most {MAX_MAGNITUDE:g}")
+    return largest
 
 
 def fixed_point_scale(*parts: torch.Tensor) -> float:
     """The power of two that brings the largest magnitude of `parts` to at most 2^28.
 
     Raises:
-        ValueError: if a value is NaN or infinite.
+        ValueError: what `check_finite` refuses.
     """
     largest = check_finite(*parts)
     if largest == 0.0:

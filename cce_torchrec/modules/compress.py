@@ -111,10 +111,15 @@ def compress_model(
     ]
     chosen = _choose(model, found, tables, min_bytes)
     ratio = compression if compression is not None else 1.0
+    if not ratio > 0 or num_chunks < 1:
+        raise ValueError(
+            f"compression {ratio} must be positive, and num_chunks {num_chunks} at least 1"
+        )
     picked = [c for path, m in found for c in m.embedding_bag_configs() if (path, c.name) in chosen]
     if table_bytes is not None:
         ratio = _ratio_for(picked, table_bytes, num_chunks, seed)
     made: list[CompressedTable] = []
+    replacements: dict[nn.Module, nn.Module] = {}
     for path, module in found:
         new: list[EmbeddingBagConfig] = []
         for config in module.embedding_bag_configs():
@@ -124,12 +129,20 @@ def compress_model(
             new.append(table)
             made.append(_describe(path, config, table, reason))
         if any(isinstance(table, CCEEmbeddingBagConfig) for table in new):
-            parent, _, name = path.rpartition(".")
-            setattr(model.get_submodule(parent), name, _replacement(path, module, new))
+            replacements[module] = _replacement(path, module, new)
+    _replace(model, replacements)
     report = CompressionReport(made)
     if verbose and not (dist.is_initialized() and dist.get_rank()):
         print(report)
     return report
+
+
+def _replace(model: nn.Module, replacements: dict[nn.Module, nn.Module]) -> None:
+    """Puts the new modules wherever `model` has the old ones, which may be in several places."""
+    for path, module in list(model.named_modules(remove_duplicate=False)):
+        if module in replacements:
+            parent, _, name = path.rpartition(".")
+            setattr(model.get_submodule(parent), name, replacements[module])
 
 
 def full_bytes(config: EmbeddingBagConfig) -> int:
@@ -259,5 +272,6 @@ def _replacement(
             for table in tables:
                 if not isinstance(table, CCEEmbeddingBagConfig):
                     own = made.embedding_bag_collection.embedding_bags[table.name]
-                    own.weight.copy_(module.embedding_bags[table.name].weight)
+                    given = module.embedding_bags[table.name].weight
+                    own.weight.copy_(given).requires_grad_(given.requires_grad)
     return made.train(module.training)

@@ -68,7 +68,7 @@ def rows_per_table(args: argparse.Namespace, dataset: Dataset) -> dict[str, int]
         rows = dict.fromkeys(sizes, 4 * args.num_rows)
     else:
         ratio = args.compression if args.compression is not None else 20.0
-        if ratio <= 0:
+        if not ratio > 0:
             raise ValueError(f"--compression {ratio} must be positive")
         rows = {name: max(2, round(size / ratio)) for name, size in sizes.items()}
     bad = [name for name, value in rows.items() if value < 2]

@@ -32,9 +32,19 @@ class Trainer:
         self.args = args
         self.device = device
         self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
+        if args.batch_size < self.world_size:
+            raise ValueError(
+                f"--batch-size {args.batch_size} is global; give each of {self.world_size} ranks "
+                "an example or more"
+            )
         self.dataset = data.load(args.dataset, args.data, args.model, args.split_seed)
         rows = options.rows_per_table(args, self.dataset)
         options.set_defaults(args, self.dataset, rows)
+        self.checkpoints = args.out / "checkpoints"
+        latest = latest_checkpoint(self.checkpoints) if args.resume else None
+        if latest is not None:
+            saved = read_manifest(latest)["extra"]["settings"]
+            options.check_same(saved, options.lasting(args), latest)
         torch.manual_seed(args.seed)
         # A dot product of embeddings near zero has no gradient; DLRM's dense part has its own.
         init_bound = args.embedding_dim**-0.5 if args.model == "gmf" else None
@@ -50,7 +60,6 @@ class Trainer:
         self.steps = max(1, len(self.dataset.train) // args.batch_size)
         """Optimizer steps per epoch."""
         self.schedule = ClusteringSchedule.evenly(self.steps * args.epochs, args.clusterings)
-        self.checkpoints = args.out / "checkpoints"
         if args.finalize and args.resume and self._past_last_clustering():
             self._finalise_configs()
         dense_features = self.dataset.train.dense.shape[1]
@@ -69,10 +78,13 @@ class Trainer:
             self._resume()
         if self.rank == 0:
             self.records.write_metrics(args.out)
-        for epoch in range(len(self.records.history) + 1, args.epochs + 1):
+        done = len(self.records.history)
+        for epoch in range(done + 1, args.epochs + 1):
             began = time.perf_counter() - self.records.epoch_seconds
             self._train_epoch(epoch, began)
             self._end_epoch(epoch, time.perf_counter() - began)
+        if args.checkpoint_every and len(self.records.history) > done:
+            self._save()
         if self.rank == 0:
             examples = self.steps * min(args.batch_size, len(self.dataset.train)) * args.epochs
             self.records.write_summary(
@@ -204,12 +216,11 @@ class Trainer:
     def _resume(self) -> None:
         report = load_checkpoint(self.checkpoints, self.model, optimizers=[self.optimizer])
         assert report.extra is not None
-        options.check_same(report.extra["settings"], options.lasting(self.args), report.path)
         self.step = report.step
         self.records = Records(**report.extra["records"])
         losses = report.extra["losses"]
-        same = len(losses) == self.world_size
-        mine = losses[self.rank] if same else sum(losses) if self.rank == 0 else 0.0
-        self.loss.fill_(mine)
+        if len(losses) != self.world_size:  # their mean counts, which has another divisor now
+            losses = [sum(losses) / len(losses)] * self.world_size
+        self.loss.fill_(losses[self.rank])
         if self.rank == 0:
             print(f"resumed after step {self.step} from {report.path}", flush=True)

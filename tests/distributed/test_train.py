@@ -1,6 +1,8 @@
 """The training program end to end: one and two ranks, every method, what it writes."""
 
+import contextlib
 import json
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -17,10 +19,20 @@ KEYS = {
 
 # What the program leaves behind, as the interpreter is about to end.
 THREADS_AT_THE_END = """
+import sys
 from pathlib import Path
 from cce_torchrec.train.__main__ import main
+from cce_torchrec.train.trainer import Trainer
 
-main()
+def fails(*_):
+    raise ValueError("failed on purpose")
+
+if sys.argv[-1] == "--no-pipeline":
+    Trainer._end_epoch = fails
+try:
+    main()
+except SystemExit as end:
+    print(end)
 threads = [path.read_text().strip() for path in Path("/proc/self/task").glob("*/comm")]
 print("threads at the end:", *threads, flush=True)
 """
@@ -58,7 +70,7 @@ def test_cce_on_two_ranks(tmp_path, plan):
 
 
 @pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="reads Linux's list of threads")
-@pytest.mark.parametrize("pipeline", [[], ["--no-pipeline"]])
+@pytest.mark.parametrize("pipeline", [[], ["--no-pipeline"]])  # the second one fails
 def test_no_thread_outlives_the_process_group(tmp_path, pipeline):
     program = tmp_path / "program.py"
     program.write_text(THREADS_AT_THE_END)
@@ -67,7 +79,38 @@ def test_no_thread_outlives_the_process_group(tmp_path, pipeline):
     )
     assert done.returncode == 0, done.stderr[-3000:]
     assert done.stdout.count("threads at the end:") == 2
+    assert done.stdout.count("error: failed on purpose") == 2 * len(pipeline)
     assert "gloo" not in "".join(line for line in done.stdout.splitlines() if "threads" in line)
+
+
+def test_resumed_on_fewer_ranks(tmp_path):
+    """Half an epoch on two ranks, the rest on one: the loss of the epoch is that of one run."""
+    whole, options = tmp_path / "whole", ["--clusterings", "0", "--seed", "3"]
+    train(whole, *options, ranks=2)
+    parts = tmp_path / "parts"
+    train(parts, *options, "--checkpoint-every", "30", ranks=2)
+    saved = sorted((parts / "checkpoints").glob("step-*"))
+    assert [int(path.name[5:14]) for path in saved] == [30, 42]  # and the end, of 2 x 21
+    (parts / "checkpoints" / "latest").write_text(saved[0].name)  # as if killed after it
+    train(parts, *options, "--resume")
+    metrics = [(out / "metrics.jsonl").read_text().splitlines() for out in (whole, parts)]
+    losses = [[json.loads(line)["train_loss"] for line in lines] for lines in metrics]
+    assert losses[0] == pytest.approx(losses[1], rel=0.01)
+    done = train(parts, *options, "--resume", "--epochs", "3", check=False)
+    assert "--epochs was 2 and is 3; resume with the same options" in done.stderr
+
+
+def test_without_torchrun_beside_another_program(tmp_path):
+    """Which has the port that torch.distributed takes by default."""
+    command = [sys.executable, "-m", "cce_torchrec.train", "--out", str(tmp_path)]
+    options = ["--epochs", "1", "--dataset", "synthetic", "--batch-size", "90000"]
+    with socket.socket() as other:
+        with contextlib.suppress(OSError):  # taken already: as good
+            other.bind(("", 29500))
+            other.listen()
+        done = subprocess.run([*command, *options], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert (tmp_path / "summary.json").exists()
 
 
 def test_hash_on_one_rank(tmp_path):
@@ -82,6 +125,8 @@ def test_bad_options_end_with_one_sentence(tmp_path):
     assert done.returncode != 0
     assert "error: table 'feature_0': embedding_dim 30 is not divisible" in done.stderr
     assert not list(tmp_path.iterdir())
+    done = train(tmp_path, "--batch-size", "1", ranks=2, check=False)
+    assert "error: --batch-size 1 is global; give each of 2 ranks" in done.stderr
 
 
 def test_a_finalised_run_resumes(tmp_path):

@@ -77,6 +77,31 @@ def test_tables_that_would_grow_stay_full():
     assert not reasons["user"] and "would take" in reasons["country"]
 
 
+def test_a_collection_in_several_places_is_replaced_in_all():
+    model, other = dlrm(), nn.Module()
+    model.again = nn.ModuleList([model.sparse_arch.embedding_bag_collection])
+    other.first, other.second = model, model.sparse_arch
+    report = compress_model(other, compression=50)
+    made = model.sparse_arch.embedding_bag_collection
+    assert isinstance(made, CCEEmbeddingBagCollection) and model.again[0] is made
+    assert len(report.tables) == len(SIZES)
+
+
+def test_a_call_that_fails_replaces_nothing():
+    model = nn.ModuleList([dlrm(), applied()])
+    before = list(model.modules())
+    with pytest.raises(ValueError, match="call compress_model first"):
+        compress_model(model, compression=50)
+    assert all(a is b for a, b in zip(before, model.modules(), strict=True))
+
+
+def test_frozen_tables_stay_frozen():
+    model = dlrm().requires_grad_(False)
+    compress_model(model, compression=50)
+    inner = model.sparse_arch.embedding_bag_collection.embedding_bag_collection
+    assert not inner.embedding_bags["country"].weight.requires_grad
+
+
 class Wrapped(nn.Module):
     def __init__(self):
         super().__init__()
@@ -94,6 +119,9 @@ def applied():
     [
         (lambda: compress_model(dlrm()), "exactly one of"),
         (lambda: compress_model(dlrm(), compression=5, num_rows=5), "exactly one of"),
+        (lambda: compress_model(dlrm(), compression=0), "compression 0 must be positive"),
+        (lambda: compress_model(dlrm(), compression=float("nan")), "compression nan must be"),
+        (lambda: compress_model(dlrm(), compression=5, num_chunks=0), "num_chunks 0 at least 1"),
         (lambda: compress_model(dlrm(), compression=5, tables=["usr"]), r"no tables \['usr'\]"),
         (lambda: compress_model(nn.Linear(2, 2), compression=5), "nothing to compress"),
         (lambda: compress_model(dlrm(), compression=5, min_bytes=10**9), "nothing to compress"),

@@ -1,5 +1,6 @@
 """CCEEmbeddingBagConfig: arithmetic, budgets, and the errors a user can run into."""
 
+import numpy as np
 import pytest
 import torch
 from torchrec.modules.embedding_configs import DataType, EmbeddingBagConfig, PoolingType
@@ -43,6 +44,18 @@ def test_budgets():
         assert table.table_bytes <= budget < larger.table_bytes
     with pytest.raises(ValueError, match=r"table 't'.*two rows a chunk"):
         CCEEmbeddingBagConfig.from_bytes(4_000, **kwargs)
+    of_float = CCEEmbeddingBagConfig.from_bytes(2e4, **kwargs)
+    assert of_float.num_rows == CCEEmbeddingBagConfig.from_bytes(20_000, **kwargs).num_rows
+    vast = CCEEmbeddingBagConfig.from_bytes(2**41, **{**kwargs, "embedding_dim": 16})
+    assert vast.rows_per_chunk == 2**31 - 1
+    for ratio in (-1.0, -0.5, float("nan")):
+        with pytest.raises(ValueError, match=r"table 't'.*helper_ratio .* must be 0 or more"):
+            CCEEmbeddingBagConfig.from_params_per_dim(64, helper_ratio=ratio, **kwargs)
+
+
+def test_numbers_of_numpy_become_pythons():
+    table = config(num_embeddings=np.int64(1000), num_rows=np.int32(16), seed=np.uint8(3))
+    assert [type(v) for v in (table.num_embeddings, table.table_bytes, table.seed)] == [int] * 3
 
 
 @pytest.mark.parametrize(
@@ -55,6 +68,8 @@ def test_budgets():
         ({"pooling": PoolingType.NONE}, "is not SUM or MEAN"),
         ({"name": "a#b"}, "without '#'"),
         ({"num_rows": 0}, "num_rows has no default"),
+        ({"num_rows": 16.0}, "num_rows 16.0 is not a whole number"),
+        ({"num_embeddings": 1e6}, "num_embeddings 1000000.0 is not a whole number"),
         ({"num_helper_rows": -1}, "num_helper_rows -1 is negative"),
         ({"data_type": DataType.INT8}, "use FP32, FP16 or BF16"),
         ({"need_pos": True}, "need_pos=True has no meaning"),

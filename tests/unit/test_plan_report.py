@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+import torchrec
 from torch import nn
 from torchrec.distributed.planner.types import PlannerError
 from torchrec.modules.embedding_configs import EmbeddingBagConfig
@@ -45,9 +46,42 @@ def test_tables_for_memory_fill_the_ranks(world_size, memory):
         planned(larger, world_size, memory)
 
 
+@pytest.mark.parametrize("dim", [16, 64])
+@pytest.mark.parametrize("optimizer", [torchrec.optim.RowWiseAdagrad, torch.optim.Adagrad])
+def test_a_share_of_the_memory_is_left(dim, optimizer):
+    """On a CPU too, and with spread chunks, each of which has row-wise state of its own."""
+    memory, table = 24 << 20, dict(num_embeddings=1_000_000, embedding_dim=dim)
+    full = [EmbeddingBagConfig(name="t", feature_names=["t"], **table)]
+    settings = dict(kind="cw", batch_size=2)
+    made = tables_for_memory(full, memory, 2, optimizer=optimizer, **settings)
+    collection = CCEEmbeddingBagCollection(made, device="meta")
+    apply_optimizer_in_backward(optimizer, list(collection.parameters()), {"lr": 0.1})
+    model = nn.ModuleDict({"sparse": collection})
+    plan = make_planner(made, 2, CPU, memory_bytes=memory, **settings).plan(
+        model, get_default_sharders()
+    )
+    used = [plan_report(model, plan, 2).rank_bytes(rank) for rank in (0, 1)]
+    assert 0.75 * memory < max(used) <= 0.85 * memory
+
+
 def test_tables_stay_full_where_they_fit():
     tables = full()
     assert tables_for_memory(tables, 4 << 30, 2, batch_size=2) == tables
+
+
+def test_tables_that_are_compressed_already_stay_as_they_are():
+    made = CCEEmbeddingBagConfig(
+        **dict(name="c", num_embeddings=2_000_000, embedding_dim=32, feature_names=["c"]),
+        **dict(num_rows=64, hash_ids=True, seed=7),
+    )
+    found = tables_for_memory([*full(), made], 80 << 20, 1, batch_size=2)
+    assert found[4] is made and isinstance(found[0], CCEEmbeddingBagConfig)
+
+
+@pytest.mark.parametrize(("tables", "chunks"), [([], 4), (full(), 0)])
+def test_nothing_to_choose_from(tables, chunks):
+    with pytest.raises(ValueError, match="at least 1 of each"):
+        tables_for_memory(tables, 1 << 30, 1, num_chunks=chunks)
 
 
 def test_too_little_memory():

@@ -9,7 +9,7 @@ from torchrec.optim.apply_optimizer_in_backward import apply_optimizer_in_backwa
 
 from cce_torchrec import CCEEmbeddingBagCollection, CCEEmbeddingBagConfig
 from cce_torchrec.distributed.sharders import get_default_sharders
-from cce_torchrec.planner import make_planner
+from cce_torchrec.planner import make_plan, make_planner
 
 CPU = torch.device("cpu")
 
@@ -51,9 +51,32 @@ def test_codes_count_against_memory(kind):
         little.plan(model(configs), get_default_sharders())
 
 
-def test_no_warnings(caplog):
+def test_tables_are_in_the_memory_of_a_gpu_unless_asked_otherwise():
+    configs = [
+        CCEEmbeddingBagConfig(
+            name="t", num_embeddings=1000, embedding_dim=64, feature_names=["f"], num_rows=200_000
+        ),
+        EmbeddingBagConfig(name="p", num_embeddings=200_000, embedding_dim=64, feature_names=["g"]),
+    ]
+    for table in configs:
+        made = model([table])
+
+        def plan(memory_bytes, table=table, made=made, **options):
+            gpu = torch.device("cuda")
+            planner = make_planner([table], 2, gpu, "tw", 2, memory_bytes, **options)
+            return planner.plan(made, get_default_sharders()).plan["sparse"][table.name]
+
+        assert plan(1 << 30).compute_kernel == "fused"
+        with pytest.raises(PlannerError):
+            plan(32 << 20)
+        assert plan(32 << 20, unified_memory=True).compute_kernel.startswith("fused_uvm")
+
+
+def test_no_warnings(caplog, recwarn):
     configs = tables()
-    make_planner(configs, 2, CPU, memory_bytes=1 << 30).plan(model(configs), get_default_sharders())
+    planner = make_planner(configs, 2, CPU, memory_bytes=1 << 30)
+    assert not [warning for warning in recwarn if "StorageReservation" in str(warning.message)]
+    planner.plan(model(configs), get_default_sharders())
     assert not [record for record in caplog.records if record.levelname == "WARNING"]
 
 
@@ -86,3 +109,8 @@ def test_data_parallel_tables_cost_every_rank_all_of_their_bytes():
         assert shard.storage.ddr == pytest.approx(configs[0].table_bytes, rel=0.02)
     with pytest.raises(ValueError, match=r"data_parallel names \['x'\]"):
         make_planner(configs, 2, CPU, data_parallel=["x"])
+
+
+def test_tables_that_the_caller_leaves_out_are_not_planned_by_chance():
+    with pytest.raises(ValueError, match=r"tables \['t'\] are in the model, but not among .*'p'"):
+        make_plan(model(tables()), tables()[1:], CPU)
