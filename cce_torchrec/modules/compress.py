@@ -99,7 +99,7 @@ def compress_model(
         verbose: print the report too, on the first rank.
 
     Raises:
-        ValueError: not exactly one budget, unknown table names, no table chosen, `table_bytes` too
+        ValueError: not one positive budget, unknown table names, no table chosen, `table_bytes` too
             few for the codes, an optimizer applied already, or a model that is a collection itself.
     """
     if sum(value is not None for value in (compression, num_rows, table_bytes)) != 1:
