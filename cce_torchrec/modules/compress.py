@@ -102,19 +102,13 @@ def compress_model(
         ValueError: not one positive budget, unknown table names, no table chosen, `table_bytes` too
             few for the codes, an optimizer applied already, or a model that is a collection itself.
     """
-    if sum(value is not None for value in (compression, num_rows, table_bytes)) != 1:
-        raise ValueError("give exactly one of compression, num_rows and table_bytes")
+    ratio = _checked_ratio(compression, num_rows, table_bytes, num_chunks)
     found = [
         (path, module)
         for path, module in model.named_modules()
         if type(module) is EmbeddingBagCollection
     ]
     chosen = _choose(model, found, tables, min_bytes)
-    ratio = compression if compression is not None else 1.0
-    if not ratio > 0 or num_chunks < 1:
-        raise ValueError(
-            f"compression {ratio} must be positive, and num_chunks {num_chunks} at least 1"
-        )
     picked = [c for path, m in found for c in m.embedding_bag_configs() if (path, c.name) in chosen]
     if table_bytes is not None:
         ratio = _ratio_for(picked, table_bytes, num_chunks, seed)
@@ -135,6 +129,20 @@ def compress_model(
     if verbose and not (dist.is_initialized() and dist.get_rank()):
         print(report)
     return report
+
+
+def _checked_ratio(
+    compression: float | None, num_rows: int | None, table_bytes: int | None, num_chunks: int
+) -> float:
+    """`compression`, or 1 where another of the three budgets is given."""
+    if sum(value is not None for value in (compression, num_rows, table_bytes)) != 1:
+        raise ValueError("give exactly one of compression, num_rows and table_bytes")
+    ratio = compression if compression is not None else 1.0
+    if not ratio > 0 or num_chunks < 1:
+        raise ValueError(
+            f"compression {ratio} must be positive, and num_chunks {num_chunks} at least 1"
+        )
+    return ratio
 
 
 def _replace(model: nn.Module, replacements: dict[nn.Module, nn.Module]) -> None:
