@@ -43,8 +43,8 @@ class Trainer:
         self.checkpoints = args.out / "checkpoints"
         latest = latest_checkpoint(self.checkpoints) if args.resume else None
         if latest is not None:
-            saved = read_manifest(latest)["extra"]["settings"]
-            options.check_same(saved, options.lasting(args), latest)
+            saved = read_manifest(latest)["extra"] or {}
+            options.check_same(saved.get("settings", {}), options.lasting(args), latest)
         torch.manual_seed(args.seed)
         # A dot product of embeddings near zero has no gradient; DLRM's dense part has its own.
         init_bound = args.embedding_dim**-0.5 if args.model == "gmf" else None

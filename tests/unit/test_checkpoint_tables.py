@@ -80,6 +80,16 @@ def test_finalised_state_loads_into_the_finalised_table_alone():
     raw().load_state_dict(state, strict=False)
 
 
+def test_a_finalised_checkpoint_names_its_configuration(tmp_path):
+    table = raw()
+    finalize(table)
+    save_checkpoint(tmp_path, table, step=1)
+    with pytest.raises(ValueError, match=r"num_rows is 20 in .*as it was saved, by config\.final"):
+        load_checkpoint(tmp_path, raw())
+    with pytest.raises(ValueError, match=r"table 'u': the model has .*; tables=\[...\] names it"):
+        load_checkpoint(tmp_path, raw(name="u"), tables=["u"])
+
+
 @pytest.mark.parametrize(("clusterings", "past"), [(0, False), (2, True), (5, False)])
 def test_a_run_is_finalised_from_its_last_clustering_on(tmp_path, clusterings, past):
     save_checkpoint(tmp_path, raw(), step=3)
