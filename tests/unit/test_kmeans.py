@@ -161,6 +161,20 @@ def test_results_do_not_depend_on_the_cut(backend):
     assert torch.equal(whole[:BLOCK], nearest(0, BLOCK))
 
 
+@pytest.mark.skipif(not native.available(), reason="the compiled kernels were not built")
+def test_one_backend_for_several_problems():
+    """It keeps tables of scores for the points and the number of centroids of the last call."""
+    g, engine = torch.Generator().manual_seed(0), make_backend("native", CPU)
+    made = [pairs(5000, 20, 30, 8, seed=seed)[0] for seed in (0, 1)]
+    for seed, k in ((0, 16), (1, 16), (1, 40), (0, 16)):
+        points, centroids = made[seed], torch.randn(k, 8, generator=g)
+        assert engine._pair_scorer(points, k) is not None
+        nearest = engine.prepare(points, centroids)(0, points.num_points)
+        assert torch.equal(
+            nearest, native.PointScorer(centroids).of_vectors(points.vectors(slice(None)))
+        )
+
+
 @pytest.mark.parametrize("k", [1, 15, 16, 17, 33, 112, 113, 127, 128, 129, 300, 2100])
 @pytest.mark.parametrize("dim", [3, 4, 8, 16])
 @pytest.mark.skipif(not native.available(), reason="the compiled kernels were not built")
