@@ -7,7 +7,7 @@ import cce_torchrec
 
 ROOT = Path(cce_torchrec.__file__).parent
 LAYERS = [
-    {"versions"},
+    {"gpu", "versions"},
     {"config"},
     {"hashing"},
     {"bounds", "codes", "fused", "helper_rows", "slots"},
