@@ -45,49 +45,126 @@ def test_interpreted_kernel_equals_torch():
 EXPAND = """
 import pytest, torch
 from fbgemm_gpu.split_table_batched_embeddings_ops_common import BoundsCheckMode
+from torchrec import KeyedJaggedTensor
 from cce_torchrec.bounds import BoundsCheck
-from cce_torchrec.chunk_codes import ChunkCodes
-from cce_torchrec.expand import Expansion
+from cce_torchrec.expand import Block, Expansion
 from cce_torchrec.fused import device, native
-from tests.unit.test_expand import batch, blocks
+from cce_torchrec.slots import Slot
+from tests.unit.test_expand import batch, blocks, made_codes
 
-parts, slots, keys = blocks()
-four = [b for b in parts if b.copies == 4 and b.rows_per_id == 2 and len(b.slots) == 1]
-for i, block in enumerate(four):
-    block.slots = [i]
-alike = Expansion(four, slots[: len(four)], [str(i) for i in range(4 * len(four))])
-mixed = Expansion(blocks()[0], slots, keys)
+WARNING, IGNORE, FATAL = (getattr(BoundsCheckMode, m) for m in ("WARNING", "IGNORE", "FATAL"))
 kernel, native.takes = device.takes, lambda ids: False
-for expansion, own in ((mixed, slots), (alike, slots[: len(four)])):
-    for bad, dtype, weighted in ((None, torch.int64, False), (-1, torch.int32, True)):
-        for round_ in (0, 1):
-            features, found = batch(own, bad, dtype, 3, weighted), []
-            before = features.values().clone()
-            for takes in (kernel, lambda ids: False):
-                device.takes = takes
-                check = BoundsCheck(BoundsCheckMode.WARNING)
-                expansion._described = None
-                rows = expansion(features, check)
-                found.append((rows, check.num_invalid))
-            (one, count), (other, other_count) = found
-            assert torch.equal(one.values(), other.values())
-            assert torch.equal(one.lengths(), other.lengths())
-            assert not weighted or torch.equal(one.weights(), other.weights())
-            assert count == other_count == (len(before[::7]) if bad is not None else 0)
+
+def all_blocks():
+    out, slots, keys = blocks()
+    for name, settings in {
+        "raw": {"hash_ids": True, "num_rows": 30},
+        "seen": {"track_seen": True, "num_rows": 30, "num_embeddings": 90},
+        "both": {"hash_ids": True, "track_seen": True, "num_rows": 300, "seed": 7},
+    }.items():
+        config, codes = made_codes(name, **settings)
+        out.append(Block(config, [len(slots)], codes, list(range(4))))
+        slots.append(Slot(name, "f"))
+        keys += [f"{name}#{j}" for j in range(4)]
+    return out, slots, keys
+
+def seen(expansion):
+    return [codes.seen[:-1].clone() for codes in expansion._tracked]
+
+def both_ways(expansion, features, mode):
+    found, bits = [], []
+    for takes in (kernel, lambda ids: False):
+        device.takes = takes
+        check, expansion._described, expansion._invalid = BoundsCheck(mode), None, {}
+        for codes in expansion._tracked:
+            codes.seen.zero_()
+        found.append((expansion(features, check), check.num_invalid))
+        bits.append(seen(expansion))
+    assert all(torch.equal(a, b) for a, b in zip(*bits))
+    return found, bits[0]
+
+def equal(one, other):
+    end = int(other.offsets()[-1])
+    assert torch.equal(one.values()[:end], other.values())
+    assert torch.equal(one.lengths(), other.lengths())
+    assert one.lengths().dtype == other.lengths().dtype
+    assert torch.equal(one.offsets().long(), other.offsets().long())
+    if other.weights_or_none() is not None:
+        assert torch.equal(one.weights()[:end], other.weights())
+    assert one.keys() == other.keys()
+
+mixed = Expansion(*all_blocks())
+own = mixed._slots
+for bad, dtype, weighted in ((None, torch.int64, False), (-1, torch.int32, True)):
+    for round_ in (0, 1):
+        features = batch(own, bad, dtype, 3, weighted)
+        before = features.values().clone()
+        for known in (False, True):
+            if known:
+                features.length_per_key()
+            ((one, count), (other, other_count)), bits = both_ways(mixed, features, WARNING)
+            equal(one, other)
+            assert bits[0].any() and bits[1].any()
+            assert count == other_count and (count > 0) == (bad is not None)
             assert torch.equal(features.values(), before)
-            for block in expansion._blocks:
-                if block.codes is not None:
-                    block.codes.set_rounds(block.codes.rounds + 1)
+        for block in mixed._blocks:
+            if block.codes is not None:
+                block.codes.set_rounds(block.codes.rounds + 1)
+
+# Values beyond the last bag belong to nobody, whether the lengths of the keys are known or not.
+features = batch(own, -1, torch.int64, 3, True)
+beyond = KeyedJaggedTensor(features.keys(),
+    torch.cat([features.values(), torch.full((300,), -5)]),
+    torch.cat([features.weights(), torch.ones(300)]), lengths=features.lengths())
+for known in (False, True):
+    if known:
+        beyond.length_per_key()
+    ((one, count), _), _ = both_ways(mixed, beyond, WARNING)
+    ((_, _), (other, other_count)), _ = both_ways(mixed, features, WARNING)
+    equal(one, other)
+    assert count == other_count
+    assert not known or len(one.values()) == len(other.values())
+
+# A batch size per feature, empty ones and one without any bag among them.
+g = torch.Generator().manual_seed(2)
+bags = [[int(b)] for b in torch.randint(0, 4, (len(own),), generator=g)]
+lengths = torch.randint(0, 5, (sum(b for b, in bags),), generator=g)
+ids = torch.randint(90, (int(lengths.sum()),), generator=g)
+variable = KeyedJaggedTensor(features.keys(), ids, lengths=lengths, stride_per_key_per_rank=bags)
+((one, _), (other, _)), _ = both_ways(mixed, variable, IGNORE)
+equal(one, other)
+assert one.stride_per_key() == other.stride_per_key()
+
+# FATAL names table, feature and id; without bad ids it says nothing; IGNORE counts nothing.
 device.takes = kernel
-check = BoundsCheck(BoundsCheckMode.WARNING)
+mixed._described, mixed._invalid = None, {}
+mixed(batch(own, None, torch.int64, 3), BoundsCheck(FATAL))
+with pytest.raises(ValueError, match="table 'byte', feature 'f0': id -1 is outside"):
+    mixed(batch(own, -1, torch.int64, 3), BoundsCheck(FATAL))
+mixed(batch(own, -1, torch.int64, 3), BoundsCheck(IGNORE))
+assert not mixed._invalid
+
+# Counters survive a new description, and codes that are evaluated are not marked.
+check = BoundsCheck(WARNING)
 features = batch(own, -1, torch.int64, 3)
-for _ in range(2):
-    alike(features, check)
-described = alike._described
-four[0].codes.set_rounds(9)
-alike(features, check)
-assert alike._described is not described
-assert check.num_invalid == 3 * len(features.values()[::7])
+mixed(features, check)
+each, described = check.num_invalid, mixed._described
+mixed(features, check)
+assert each > 0 and check.num_invalid == 2 * each and mixed._described is described
+mixed._blocks[0].codes.set_rounds(9)
+for codes in mixed._tracked:
+    codes.eval().seen.zero_()
+mixed(features, check)
+assert mixed._described is not described and check.num_invalid == 3 * each
+assert not any(bits.any() for bits in seen(mixed))
+
+# Weights with a gradient take the torch form, which has one.
+weighted = batch(own, None, torch.int64, 3, True)
+weights = weighted.weights().requires_grad_()
+out = mixed(KeyedJaggedTensor(weighted.keys(), weighted.values(), weights,
+    lengths=weighted.lengths()), check).weights()
+out.sum().backward()
+assert weights.grad.min() >= 1
 """
 
 

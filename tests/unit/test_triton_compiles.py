@@ -25,9 +25,10 @@ def compiled_anew(monkeypatch, tmp_path):
         pytest.skip("Triton interprets in this process")
 
 
-def compile_for_h100(kernel, types, constants):
+def compile_for_h100(kernel, types, constants, **options):
     signature = {name: types.get(name, "constexpr") for name in kernel.arg_names}
-    compiled = triton.compile(ASTSource(kernel, signature, constexprs=constants), target=H100)
+    source = ASTSource(kernel, signature, constexprs=constants)
+    compiled = triton.compile(source, target=H100, options=options)
     assert ".target sm_90" in compiled.asm["ptx"] and compiled.asm["cubin"]
     assert compiled.metadata.shared <= SHARED_BYTES
 
@@ -43,13 +44,27 @@ def compile_for_h100(kernel, types, constants):
 )
 def test_expansion(ids, weights, counts):
     addresses = ("starts", "table_of", "tables", "chunks", "out_starts", "out", "invalid")
-    types = {f"{name}_ptr": "*i64" for name in addresses}
+    types = {f"{name}_ptr": "*i64" for name in (*addresses, "first_bad")}
     types |= {"ids_ptr": ids, "weights_ptr": weights or ids, "out_weights_ptr": weights or "*i64"}
     types |= {name: kind for name, kind in counts.items() if kind != 1}
     constants = {name: kind for name, kind in counts.items() if kind == 1}
     constants |= {"WEIGHTED": weights is not None, "CHUNKS": 4, "STEPS": 5, "VALUES": 256}
+    constants |= dict.fromkeys(("RAW", "MARK", "COUNT", "FIRST_BAD"), ids == "*i64")
     constants |= {"TABLE_FIELDS": fused.TABLE_FIELDS, "CHUNK_FIELDS": fused.CHUNK_FIELDS}
-    compile_for_h100(fused._expand, types, constants)
+    compile_for_h100(fused._expand, types, constants, num_warps=8)
+
+
+@pytest.mark.parametrize("offsets, variable", [("*i32", False), ("*i64", True)])
+def test_bags(offsets, variable):
+    pointers = ("bag_starts", "out_bag_starts", "starts", "features", "tables", "out_starts", "out")
+    types = {f"{name}_ptr": "*i64" for name in pointers}
+    types |= {"offsets_ptr": offsets, "lengths_ptr": "*i32"}
+    types |= dict.fromkeys(("num_bags", "num_features", "num_tables", "stride"), "i32")
+    sizes = {"FEATURES": 32, "TABLES": 16, "BAGS": 1024, "STEPS": 5, "VARIABLE": variable}
+    fields = {"FEATURE_FIELDS": fused.FEATURE_FIELDS, "TABLE_FIELDS": fused.TABLE_FIELDS}
+    for kernel in (fused._bags, fused._starts):
+        constants = {k: v for k, v in {**sizes, **fields}.items() if k in kernel.arg_names}
+        compile_for_h100(kernel, types, constants)
 
 
 @pytest.mark.parametrize("dim, num_centroids", [(4, "i32"), (20, 1), (64, "i32"), (512, "i32")])
