@@ -21,6 +21,7 @@ import triton
 import triton.language as tl
 
 from cce_torchrec.gpu.launch import launch
+from cce_torchrec.gpu.triton_functions import code_at, hashed, mix
 
 TABLE_FIELDS = 14
 """int64 per table: ids, address of codes, bytes of a code (0: hashed, -1: the id is the row),
@@ -34,30 +35,6 @@ FEATURE_FIELDS = 4
 _VALUES, _WARPS = 256, 8
 """Ids of a program and its warps: with 4 warps, 95 registers and 29 barriers, with 8 neither."""
 _BAGS = 1024
-
-
-@triton.jit
-def _mix(ids):  # type: ignore[no-untyped-def]  # Triton's own types
-    z = ids  # int64, whose right shifts are masked to be those of unsigned numbers
-    z = (z ^ ((z >> 30) & 0x3FFFFFFFF)) * -0x40A7B892E31B1A47
-    z = (z ^ ((z >> 27) & 0x1FFFFFFFFF)) * -0x6B2FB644ECCEEE15
-    return z ^ ((z >> 31) & 0x1FFFFFFFF)
-
-
-@triton.jit
-def _hashed(mixed, multiplier, addend, rows):  # type: ignore[no-untyped-def]
-    return ((((mixed * multiplier + addend) >> 33) & 0x7FFFFFFF) * rows) >> 31
-
-
-@triton.jit
-def _code(address, cell, width, on):  # type: ignore[no-untyped-def]
-    bytes_ = address.to(tl.pointer_type(tl.uint8))
-    shorts = address.to(tl.pointer_type(tl.int16))
-    words = address.to(tl.pointer_type(tl.int32))
-    byte = tl.load(bytes_ + cell, mask=on & (width == 1), other=0).to(tl.int64)
-    short = tl.load(shorts + cell, mask=on & (width == 2), other=0).to(tl.int64) & 0xFFFF
-    word = tl.load(words + cell, mask=on & (width == 4), other=0).to(tl.int64)
-    return byte + short + word
 
 
 @triton.jit
@@ -138,7 +115,7 @@ def _expand(  # type: ignore[no-untyped-def]
     ids = tl.load(ids_ptr + at, mask=inside, other=0).to(tl.int64)
     if RAW:
         # As hashing.hash_ids: the remainder of the upper 63 bits of the id's mix with the key.
-        raw = (_mix(ids ^ tl.load(field + 11)) >> 1) & 0x7FFFFFFFFFFFFFFF
+        raw = (mix(ids ^ tl.load(field + 11)) >> 1) & 0x7FFFFFFFFFFFFFFF
         ids = tl.where(tl.load(field + 10) != 0, raw % num_embeddings, ids)
     bad = inside & ((ids < 0) | (ids >= num_embeddings))
     if COUNT:
@@ -149,7 +126,7 @@ def _expand(  # type: ignore[no-untyped-def]
     if MARK:
         seen = tl.load(field + 12)
         _mark(seen, ids, inside & (seen != 0))
-    mixed = _mix(ids)
+    mixed = mix(ids)
     has_helper = helper_rows > 0
     rows_per_id = tl.where(has_helper, 2, 1).to(tl.int64)
     to = tl.load(out_starts_ptr + table) + (at - first) * rows_per_id
@@ -159,12 +136,12 @@ def _expand(  # type: ignore[no-untyped-def]
     for j in range(CHUNKS):
         on = inside & (j < num_chunks)
         column = tl.load(chunk, mask=on, other=0)
-        hashed = _hashed(mixed, tl.load(chunk + 1, mask=on, other=0),
-                         tl.load(chunk + 2, mask=on, other=0), num_rows)  # fmt: skip
-        main = _code(address, ids * columns + column, width, on)
-        main = tl.where(width == 0, hashed, tl.where(width < 0, ids, main))
-        helper = _hashed(mixed, tl.load(chunk + 3, mask=on, other=0),
-                         tl.load(chunk + 4, mask=on, other=0), helper_rows)  # fmt: skip
+        code = hashed(mixed, tl.load(chunk + 1, mask=on, other=0),
+                      tl.load(chunk + 2, mask=on, other=0), num_rows)  # fmt: skip
+        main = code_at(address, ids * columns + column, width, on)
+        main = tl.where(width == 0, code, tl.where(width < 0, ids, main))
+        helper = hashed(mixed, tl.load(chunk + 3, mask=on, other=0),
+                        tl.load(chunk + 4, mask=on, other=0), helper_rows)  # fmt: skip
         tl.store(out_ptr + to, main, mask=on)
         tl.store(out_ptr + to + 1, num_rows + helper, mask=on & has_helper)
         if WEIGHTED:

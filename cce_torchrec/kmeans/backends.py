@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
-import os
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from typing import Any
 
 import torch
 
+from cce_torchrec.gpu.launch import unusable, usable
 from cce_torchrec.kmeans import native
 from cce_torchrec.kmeans.points import BLOCK, PairPoints, Points
 
@@ -39,12 +39,19 @@ def optional_module(module: str, extra: str) -> Any:
 
 
 class Backend(ABC):
-    """Scores points in blocks at fixed positions, so that results do not depend on the cut."""
+    """A way to find nearest centroids, whose results do not depend on how points are cut up."""
 
     name: str
 
+    @abstractmethod
     def prepare(self, points: Points, centroids: torch.Tensor) -> Nearest:
         """A function from a range of points to their nearest of `centroids` [k, s]."""
+
+
+class BlockBackend(Backend):
+    """Scores points in blocks at fixed positions, because the bits of a product depend on them."""
+
+    def prepare(self, points: Points, centroids: torch.Tensor) -> Nearest:
         block = self._block(points, centroids)
 
         def nearest(start: int, end: int) -> torch.Tensor:
@@ -64,7 +71,7 @@ class Backend(ABC):
         """A function x [n, s] -> nearest centroid, int32 [n]."""
 
 
-class TorchBackend(Backend):
+class TorchBackend(BlockBackend):
     """One product and one argmax per block; any device."""
 
     name = "torch"
@@ -91,7 +98,7 @@ class TorchBackend(Backend):
         return block
 
 
-class NativeBackend(Backend):
+class NativeBackend(BlockBackend):
     """The compiled kernels: sums of two scores over pairs, direct products elsewhere."""
 
     name = "native"
@@ -147,7 +154,7 @@ class NativeBackend(Backend):
         return rows * k * (1.05 + 0.01 * dim) + n * k * two_scores < n * k * (0.03 + 0.019 * dim)
 
 
-class FaissBackend(Backend):
+class FaissBackend(BlockBackend):
     """FAISS's exact search; on CUDA tensors its GPU form, where faiss-gpu is installed."""
 
     name = "faiss"
@@ -171,19 +178,19 @@ class FaissBackend(Backend):
 
 
 class TritonBackend(Backend):
-    """One tile kernel on CUDA; never holds the scores of a block."""
+    """Tile kernels on CUDA: the exact winner, and no scores in memory."""
 
     name = "triton"
 
-    def __init__(self) -> None:
-        optional_module("triton", "gpu")
-        self._nearest = importlib.import_module("cce_torchrec.kmeans.triton_kernel").nearest
+    def __init__(self, device: torch.device) -> None:
+        why = unusable(device)
+        if why is not None:
+            raise ValueError(f"backend 'triton': {why}; or choose backend 'torch'")
 
-    def _block(
-        self, points: Points, centroids: torch.Tensor
-    ) -> Callable[[torch.Tensor], torch.Tensor]:
-        half_norms = -0.5 * (centroids * centroids).sum(1)
-        return lambda x: self._nearest(x, centroids, half_norms)
+    def prepare(self, points: Points, centroids: torch.Tensor) -> Nearest:
+        from cce_torchrec.kmeans.triton_search import Search
+
+        return Search(points, centroids).nearest
 
 
 def score_table_bytes(num_rows: int, helper_rows: int, k: int) -> int:
@@ -192,7 +199,7 @@ def score_table_bytes(num_rows: int, helper_rows: int, k: int) -> int:
 
 
 def make_backend(name: str, device: torch.device, score_bytes: int = SCORE_BYTES) -> Backend:
-    """The backend `name`; "auto" is native, FAISS (CPU) or torch, the first there is.
+    """The backend `name`; "auto" is native or FAISS (CPU), Triton (CUDA) or torch, what there is.
 
     Args:
         score_bytes: most that native's tables of scores may take.
@@ -205,17 +212,15 @@ def make_backend(name: str, device: torch.device, score_bytes: int = SCORE_BYTES
             return NativeBackend(score_bytes)
         if device.type == "cpu" and importlib.util.find_spec("faiss") is not None:
             return FaissBackend()
-        return TorchBackend()
+        return TritonBackend(device) if usable(device) else TorchBackend()
     made: dict[str, Callable[[], Backend]] = {
         "native": lambda: NativeBackend(score_bytes),
         "torch": TorchBackend,
         "faiss": FaissBackend,
-        "triton": TritonBackend,
+        "triton": lambda: TritonBackend(device),
     }
     if name not in made:
         raise ValueError(f"unknown K-means backend {name!r}; choose one of {list(BACKENDS)}")
-    if name == "triton" and device.type != "cuda" and not os.environ.get("TRITON_INTERPRET"):
-        raise ValueError(f"backend 'triton' runs on CUDA, not on {device}; use native or torch")
     if name == "native" and device.type != "cpu":
         raise ValueError(f"backend 'native' runs on the CPU, not on {device}; use torch or faiss")
     return made[name]()

@@ -11,23 +11,69 @@ pytest.importorskip("triton", reason="triton is not installed")
 
 CHECK = """
 import torch
-from cce_torchrec.kmeans import kmeans
-from cce_torchrec.kmeans.triton_kernel import nearest
+from cce_torchrec.kmeans import PairPoints, TensorPoints, kmeans, triton_kernel, triton_search
+from cce_torchrec.kmeans.points import Points
+from cce_torchrec.kmeans.triton_search import Search
 
 g = torch.Generator().manual_seed(0)
-for n, k, dim in [(1, 1, 4), (63, 64, 8), (65, 130, 16), (200, 5, 32), (70, 65, 20),
-                  (66, 70, 150)]:
+
+def exact(points, c):
+    x = points.integers(slice(None)).double() / points.scale
+    scores = x @ c.double().t() - 0.5 * c.double().square().sum(1)
+    return scores.argmax(1).int(), scores
+
+def check(points, c):
+    got, (expected, scores) = Search(points, c).nearest(0, points.num_points), exact(points, c)
+    off = got != expected
+    if off.any():  # only where two float64 orders of summation may differ
+        at = off.nonzero().view(-1)
+        lost = scores[at, expected[at].long()] - scores[at, got[at].long()]
+        assert lost.max() < 1e-12 * scores.abs().max(), (lost, off.sum())
+    return got
+
+for n, k, dim in [(1, 1, 4), (63, 64, 8), (200, 130, 16), (200, 5, 32), (300, 200, 20),
+                  (140, 70, 150), (150, 1, 4)]:
     x, c = torch.randn(n, dim, generator=g), torch.randn(k, dim, generator=g)
-    half_norms = -0.5 * (c * c).sum(1)
-    got = nearest(x, c, half_norms)
-    scores = x.double() @ c.double().t() + half_norms.double()
-    reached = scores[torch.arange(n), got.long()]
-    torch.testing.assert_close(reached, scores.max(1).values, rtol=1e-5, atol=1e-5)
-    assert torch.equal(nearest(x, c[:1].expand(k, dim).contiguous(), half_norms[:1].expand(k)
-        .contiguous()), torch.zeros(n, dtype=torch.int32)), "ties go to the lowest index"
+    points = TensorPoints(x)
+    check(points, c)
+    same = c[:1].expand(k, dim).contiguous()
+    assert not check(points, same).any(), "ties go to the lowest index"
+    check(points, c * 1e-6)
+    check(points, c * 1e6)
+    search = Search(points, c)
+    assert torch.equal(search.nearest(n // 3, n), search.nearest(0, n)[n // 3 :])
+
+# Many near ties: centroids in pairs a hair apart, points in the middle between two of them.
+c = torch.randn(100, 8, generator=g)
+c = torch.cat([c, c * (1 + 2.0**-20), c + 2.0**-12])
+x = (c[torch.randint(300, (500,), generator=g)] + c[torch.randint(300, (500,), generator=g)]) / 2
+check(TensorPoints(x), c)
+outlier = torch.cat([x, torch.full((1, 8), 1e5)])
+check(TensorPoints(outlier), c)
+
+# Pairs, in several blocks, and their sums.
+a, b = (torch.randint(n, (1000,), generator=g).int() for n in (20, 50))
+order = (a.long() * 50 + b).argsort()
+a, b = a[order], b[order]
+weights = torch.randint(0, 9, (1000,), generator=g)
+books = torch.randn(20, 12, generator=g), torch.randn(50, 12, generator=g)
+pairs = PairPoints(*books, a, b, weights, torch.arange(1000))
+c = torch.randn(90, 12, generator=g)
+triton_search.points_at_once = lambda dim: 384
+nearest = check(pairs, c)
+stats = [torch.zeros(s, dtype=torch.int64) for s in ((90, 12), (90,), (90,))]
+Points.accumulate(pairs, 100, nearest[100:], c, pairs.error_scale, tuple(stats))
+x, at = pairs.integers(slice(100, None)), nearest[100:].long()
+sums = torch.zeros(90, 12, dtype=torch.int64).index_add_(0, at, x * weights[100:, None])
+assert torch.equal(stats[0], sums)
+assert torch.equal(stats[1], torch.zeros(90, dtype=torch.int64).index_add_(0, at, weights[100:]))
+off = (x.double() / pairs.scale - c[at].double()).square().sum(1) * weights[100:]
+torch.testing.assert_close(stats[2].sum() / pairs.error_scale, off.sum().float())
+
 x = torch.randn(300, 8, generator=g)
 one, other = (kmeans(x, 7, 5, backend=b) for b in ("triton", "torch"))
 torch.testing.assert_close(one.centroids, other.centroids)
+assert torch.equal(one.assignment, other.assignment)
 """
 
 

@@ -67,11 +67,35 @@ def test_bags(offsets, variable):
         compile_for_h100(kernel, types, constants)
 
 
-@pytest.mark.parametrize("dim, num_centroids", [(4, "i32"), (20, 1), (64, "i32"), (512, "i32")])
-def test_nearest_centroids(dim, num_centroids):
-    types = {name: "*fp32" for name in ("x_ptr", "c_ptr", "half_norm_ptr")}
-    types |= {"out_ptr": "*i32", "num_points": "i32"}
-    constants = {"DIM": dim, "DIMS": kmeans.dims_at_once(dim), "POINTS": 64, "CENTROIDS": 64}
-    side = types if num_centroids != 1 else constants
-    side["num_centroids"] = num_centroids
-    compile_for_h100(kmeans._nearest, types, constants)
+HALVES = ("high", "low", "c_high", "c_low")
+FLOATS = ("norm", "half_norm", "largest")
+NEAREST = {
+    "_split": ({"high": "*fp16", "low": "*fp16"}, {"POINTS": 64}),
+    "_best_group": ({"c": "*fp16", "bucket": "*u8"}, {"POINTS": 128}),
+    "_second_look": ({}, {"POINTS": 128}),
+    "_exact": ({"c": "*fp64", "half_norm": "*fp64"}, {"POINTS": 4, "CENTROIDS": 32}),
+    "_accumulate": ({"c": "*fp32"}, {"POINTS": 32}),
+}
+
+
+@pytest.mark.parametrize("dim", [4, 20, 32, 64, 150])
+@pytest.mark.parametrize("name", NEAREST)
+def test_nearest_centroids(name, dim):
+    kernel, (types, constants) = getattr(kmeans, name), NEAREST[name]
+    kinds = {**dict.fromkeys(HALVES, "*fp16"), **dict.fromkeys(FLOATS, "*fp32")}
+    kinds |= dict.fromkeys(("main", "helper", "a", "b", "nearest", "out", "ties"), "*i32")
+    kinds |= dict.fromkeys(("tied_bucket", "num_ties"), "*i32")
+    kinds |= dict.fromkeys(("order", "starts", "weights", "sums", "sizes", "errors"), "*i64")
+    kinds |= dict.fromkeys(("unit", "scales"), "*fp64")
+    signature = {f"{key}_ptr": kind for key, kind in {**kinds, **types}.items()}
+    signature |= dict.fromkeys(("first", "count", "num_centroids"), "i32")
+    dims = kmeans.dims_at_once(dim)
+    constants = {
+        **constants, **kmeans.tolerances(dim, 3), "DIM": dim, "WIDTH": kmeans.width(dim),
+        "DIMS": min(32, dims) if name == "_exact" else dims, "GROUPS": 64, "PAIRS": dim != 20,
+    }  # fmt: skip
+    used = {k: v for k, v in signature.items() if k in kernel.arg_names}
+    warps = 8 if name in ("_best_group", "_second_look") else 4
+    compile_for_h100(
+        kernel, used, {k: v for k, v in constants.items() if k in kernel.arg_names}, num_warps=warps
+    )
