@@ -137,14 +137,14 @@ def settle(state: ChunkState, points: PairPoints, result: KMeansResult) -> Chunk
     weight = torch.zeros(shape, dtype=torch.float32, device=device)
     weight[:k] = result.centroids
     norms = (points.helper.double() / points.scale).square().sum(1)
-    counts = torch.zeros_like(norms).index_add_(0, points.b, points.weights.double())
+    counts = torch.zeros_like(norms, dtype=torch.int64).index_add_(0, points.b, points.weights)
     return ChunkUpdate(
         weight=weight,
         optimizer_state={
             key: _new_optimizer_state(key, value, points, result)
             for key, value in state.optimizer_state.items()
         },
-        objective_before=float((norms * counts).sum()),
+        objective_before=float((norms * counts.double()).sum()),
         objective_after=result.objective[-1],
         empty_clusters=result.empty_clusters,
         scored=result.scored,
@@ -166,24 +166,26 @@ class Relabelling:
         device = points.helper.device
         self._sums = torch.zeros(points.helper.shape, dtype=torch.int64, device=device)
         self._sizes = torch.zeros(len(self._sums), dtype=torch.int64, device=device)
+        self._changed = torch.zeros(1, dtype=torch.int64, device=device)
 
     def take(self, part: NewCodes) -> None:
         """Adds the residuals of the ids of `part`, and counts those whose code changes."""
         if not self._finalise:
             stats = (self._sums, self._sizes)
             part.add_residuals(self._points, self._centroids, self._hash, stats)
-        self._update.changed += part.changed()
+        self._changed += part.changed()
 
     def add_up(self, group: dist.ProcessGroup) -> None:
         """Takes what other ranks took of their ids; collective."""
-        own = (self._sums.view(-1), self._sizes, self._sizes.new_tensor([self._update.changed]))
+        own = (self._sums.view(-1), self._sizes, self._changed)
         flat = torch.cat(own)
         dist.all_reduce(flat, group=group)
-        sums, self._sizes, changed = flat.split([len(part) for part in own])
-        self._sums, self._update.changed = sums.view(self._sums.shape), int(changed)
+        sums, self._sizes, self._changed = flat.split([len(part) for part in own])
+        self._sums = sums.view(self._sums.shape)
 
     def finish(self) -> None:
         """Helper rows become mean residuals under the new hash, or zero where there are none."""
+        self._update.changed = int(self._changed)
         if self._finalise:
             return
         means = self._sums.double() / self._sizes.clamp(min=1)[:, None] / self._points.scale

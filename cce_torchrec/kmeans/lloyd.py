@@ -173,7 +173,9 @@ def _lloyd(
     """At most `iterations` assignments and updates, and an assignment to the last centroids."""
     stats: list[IterationStats] = []
     total = float(points.weights.sum())
+    assigned: torch.Tensor | None = None
     while True:
+        del assigned  # before the next one is made
         began = time.perf_counter()
         sums, sizes, errors, assigned = share.scan(points, centroids, engine)
         objective = float(errors.sum()) / points.error_scale

@@ -97,7 +97,7 @@ class Points(ABC):
 
     def check_weights(self) -> None:
         """Raises ValueError if sums of the weighted coordinates could overflow."""
-        total = float(self.weights.double().sum())
+        total = float(self.weights.sum(dtype=torch.float64))
         if total > MAX_WEIGHT:
             raise ValueError(
                 f"weights sum to {total:.3g}, more than {MAX_WEIGHT} (2^33), beyond which exact "
@@ -207,12 +207,21 @@ class PairPoints(Points):
         starts: torch.Tensor,
     ) -> None:
         main, helper = main.double(), helper.double()
-        self.scale = fixed_point_scale(main, helper)
-        self.num_points, self.dim = a.numel(), main.shape[1]
-        self.a, self.b, self.weights = a, b, weights
+        self._fill(fixed_point_scale(main, helper), a, b, weights, starts)
         self.main = (main * self.scale).round().int()
         self.helper = (helper * self.scale).round().int()
-        self._starts = starts
+        self.dim = main.shape[1]
+
+    def _fill(
+        self,
+        scale: float,
+        a: torch.Tensor,
+        b: torch.Tensor,
+        weights: torch.Tensor,
+        starts: torch.Tensor,
+    ) -> None:
+        self.scale, self.num_points = scale, a.numel()
+        self.a, self.b, self.weights, self._starts = a, b, weights, starts
 
     @classmethod
     def from_integers(
@@ -223,8 +232,9 @@ class PairPoints(Points):
         *rest: torch.Tensor,
     ) -> PairPoints:
         """Points whose codebooks are fixed-point int32 already; `rest` is a, b, weights, starts."""
-        out = cls(main[:0].float(), helper[:0].float(), *rest)
-        out.main, out.helper, out.scale = main.contiguous(), helper.contiguous(), scale
+        out = cls.__new__(cls)  # nothing is checked, which would wait for a GPU
+        out._fill(scale, *rest)
+        out.main, out.helper, out.dim = main.contiguous(), helper.contiguous(), main.shape[1]
         return out
 
     def integers(self, at: slice | torch.Tensor) -> torch.Tensor:

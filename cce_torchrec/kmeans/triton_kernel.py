@@ -22,28 +22,16 @@ import triton
 import triton.language as tl
 
 from cce_torchrec.gpu.launch import launch
+from cce_torchrec.kmeans.gpu_blocks import dims_at_once, width
 from cce_torchrec.kmeans.points import Sources, Sums
 
 GROUPS = 64
 TOP = 256.0
 """Largest coordinate after scaling: float16 has its full precision down to 6e-5."""
-_MOST_DIMS = 64
-"""Most coordinates that are multiplied at once; wider points take several turns."""
 _EXACT_DIMS, _EXACT_POINTS, _EXACT_CENTROIDS, _EXACT_PROGRAMS = 32, 4, 32, 1056
 _ACCUMULATE_POINTS = 32
 _SPLIT_POINTS = 64
 _POINTS, _WARPS, _STAGES = 128, 8, 3
-
-
-def dims_at_once(dim: int) -> int:
-    """Coordinates of a tile: a power of two, and at least 16, which a tile product takes."""
-    return min(_MOST_DIMS, max(16, triton.next_power_of_2(dim)))
-
-
-def width(dim: int) -> int:
-    """`dim` padded to whole tiles."""
-    dims = dims_at_once(dim)
-    return triton.cdiv(dim, dims) * dims
 
 
 @triton.jit

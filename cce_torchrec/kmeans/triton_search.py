@@ -4,29 +4,9 @@ from __future__ import annotations
 
 import torch
 
+from cce_torchrec.kmeans.gpu_blocks import points_at_once, width
 from cce_torchrec.kmeans.points import MAX_INTEGER, Points, Sources
-from cce_torchrec.kmeans.triton_kernel import (
-    GROUPS,
-    TOP,
-    best_group,
-    exact,
-    second_look,
-    split,
-    width,
-)
-
-BLOCK_BYTES = 1 << 29
-"""Most that the halves, orders and results of the points that are searched at once may take."""
-
-
-def bytes_per_point(dim: int) -> int:
-    """Of a search: two halves of float16; norm, result, tie and its bucket; sorted buckets."""
-    return 4 * width(dim) + 16 + 32
-
-
-def points_at_once(dim: int) -> int:
-    """Points of a block, a multiple of 2^16."""
-    return max(1, BLOCK_BYTES // bytes_per_point(dim) >> 16) << 16
+from cce_torchrec.kmeans.triton_kernel import GROUPS, TOP, best_group, exact, second_look, split
 
 
 class Search:

@@ -88,6 +88,63 @@ def test_interpreted_kernel_equals_torch():
     assert done.returncode == 0, done.stderr[-3000:]
 
 
+CLUSTER = """
+import torch
+from cce_torchrec import CCEEmbeddingBagCollection, CCEEmbeddingBagConfig
+from cce_torchrec.clustering import cluster, finalize, ids, pairs
+from cce_torchrec.kmeans import native, points
+
+points.usable = lambda device: False  # sums are tested above
+native.available = lambda: False  # neither C++ nor torch, but the kernels for GPUs
+
+def tables():
+    torch.manual_seed(0)
+    return CCEEmbeddingBagCollection([
+        CCEEmbeddingBagConfig(name=name, num_embeddings=n, embedding_dim=24, num_chunks=2,
+            feature_names=[name], num_rows=k, num_helper_rows=h, track_seen=True)
+        for name, n, k, h in (("byte", 1200, 20, 30), ("short", 700, 300, 40), ("few", 40, 3, 2))
+    ])
+
+def seen(module):
+    for codes in module.codes.values():
+        codes.seen[:-2] = 0b01010101
+
+def run(step, usable, **options):
+    ids.usable = lambda device: usable
+    module = tables()
+    seen(module)
+    report = step(module, backend="torch", iterations=3, **options)
+    return report, module.state_dict()
+
+weights = {"byte": torch.arange(1200) % 4, "short": torch.arange(700) % 3}
+for step in (cluster, finalize):
+    for options in ({}, {"samples_per_centroid": 5}, {"weights": weights}, {"weights": "seen"},
+                    {"weights": weights, "samples_per_centroid": 5}, {"memory_limit": 46_000_000}):
+        print(step, options)
+        (one, a), (other, b) = (run(step, on, **options) for on in (True, False))
+        assert one.chunks and [r.changed for r in one.chunks] == [r.changed for r in other.chunks]
+        assert [r.objective_after for r in one.chunks] == [r.objective_after for r in other.chunks]
+        for key in a:
+            assert torch.equal(a[key], b[key]), (step, options, key)
+
+# A sample larger than the room that was made for it is drawn once more.
+pairs.sample_room = lambda ids, share: 7
+(_, a), (_, b) = (run(cluster, on, samples_per_centroid=5) for on in (True, False))
+assert all(torch.equal(a[key], b[key]) for key in a)
+"""
+
+
+def test_interpreted_clustering_equals_torch():
+    done = subprocess.run(
+        [sys.executable, "-c", CLUSTER],
+        env={**os.environ, "TRITON_INTERPRET": "1"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
 EXPAND = """
 import pytest, torch
 from fbgemm_gpu.split_table_batched_embeddings_ops_common import BoundsCheckMode

@@ -10,6 +10,7 @@ triton = pytest.importorskip("triton", reason="triton is not installed")
 from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
 
+from cce_torchrec.clustering import triton_kernel as passes  # noqa: E402
 from cce_torchrec.fused import triton_kernel as fused  # noqa: E402
 from cce_torchrec.kmeans import triton_kernel as kmeans  # noqa: E402
 
@@ -99,3 +100,24 @@ def test_nearest_centroids(name, dim):
     compile_for_h100(
         kernel, used, {k: v for k, v in constants.items() if k in kernel.arg_names}, num_warps=warps
     )
+
+
+@pytest.mark.parametrize("codes", ["*u8", "*i16", "*i32"])
+@pytest.mark.parametrize(
+    "name", ["_write_pairs", "_count_pairs", "_append_sampled", "_add_residuals", "_relabel"]
+)
+def test_passes_over_ids(name, codes):
+    kernel = getattr(passes, name)
+    pointers = {"codes": codes, "new_codes": codes, "counts": "*i32", "a": "*i32", "b": "*i32"}
+    pointers |= dict.fromkeys(("main", "helper", "centroids"), "*i32")
+    pointers |= dict.fromkeys(("weights", "keys", "sums", "sizes", "found", "changed"), "*i64")
+    types = {f"{key}_ptr": kind for key, kind in pointers.items()}
+    types |= dict.fromkeys(("columns", "column", "first", "count", "base", "room"), "i32")
+    types |= dict.fromkeys(("multiplier", "addend", "new_multiplier", "new_addend"), "i64")
+    types |= dict.fromkeys(("sample_multiplier", "sample_addend", "threshold"), "i64")
+    types["helper_rows"] = "i32"
+    constants = {"IDS": 32, "DIM": 20, "DIMS": 32, "WEIGHTED": False}
+    constants |= dict.fromkeys(("BY_PAIR", "WRITE", "KEYS"), codes != "*u8")
+    names = kernel.arg_names
+    constants = {key: value for key, value in constants.items() if key in names}
+    compile_for_h100(kernel, {k: v for k, v in types.items() if k in names}, constants)
