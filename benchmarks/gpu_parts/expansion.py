@@ -98,9 +98,7 @@ def _again(arrived: KJTList) -> KJTList:
     )
 
 
-def bytes_of(
-    setting: Setting, ids: KeyedJaggedTensor, rows: KeyedJaggedTensor
-) -> dict[str, int]:
+def bytes_of(setting: Setting, ids: KeyedJaggedTensor, rows: KeyedJaggedTensor) -> dict[str, int]:
     """What an expansion has to read and write."""
     lengths = ids.lengths()
     return {

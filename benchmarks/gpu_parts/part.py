@@ -8,7 +8,7 @@ import json
 import os
 import platform
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from benchmarks.gpu_parts.driver import CLOCKS, nvidia_smi
 from benchmarks.machine import device_name
 from cce_torchrec.versions import installed_versions
 
@@ -42,9 +43,20 @@ class Part:
         """Whether there is a GPU."""
         return self.device.type == "cuda"
 
+    @property
+    def batches(self) -> int:
+        """Of a contender's turn; the first of them is not counted."""
+        return 3 if self.quick else 6
+
+    @property
+    def turns(self) -> int:
+        """Of every contender."""
+        return 2 if self.quick else 8
+
     def add(self, table: str, row: Row) -> None:
         """A row of one of the part's tables; what is nested in it is printed below the table."""
         self.found["rows"].setdefault(table, []).append(row)
+        self.found["clocks"] = nvidia_smi(CLOCKS) if self.on_gpu else {}
         self.save()
         plain = {k: v for k, v in row.items() if not isinstance(v, dict | list)}
         print(f"{self.name}: {table}: {plain}", flush=True)
@@ -105,9 +117,6 @@ class Part:
         beside = self.path.with_suffix(".new")
         beside.write_text(json.dumps(self.found) + "\n")
         beside.replace(self.path)
-
-
-Run = Callable[[Part], None]
 
 
 def free() -> None:

@@ -15,9 +15,7 @@ from benchmarks.gpu_parts.timing import Contender, take_turns
 FULL = Setting(
     10**6, dim=128, main_rows=4096, helper_rows=12288, tables=10, bag=1, batch=65536, goal=1.0
 )
-QUICK = Setting(
-    1000, dim=32, main_rows=32, helper_rows=96, tables=3, bag=1, batch=64, goal=1.0
-)
+QUICK = Setting(1000, dim=32, main_rows=32, helper_rows=96, tables=3, bag=1, batch=64, goal=1.0)
 EXPONENT = 1.05
 QUOTED = {
     "sgd": {"FBGEMM": 0.959, "dynamicemb": 1.923},
@@ -53,10 +51,10 @@ def _measure(part: Part, setting: Setting, optimizer: str) -> None:
         n = setting.tables * setting.batch
         return [
             keyed(setting, shuffled(zipf_ranks(cdf, n, g), setting.num_ids))
-            for _ in range(3 if part.quick else 6)
+            for _ in range(part.batches)
         ]
 
-    ms = take_turns(contenders, of, part.device, 2 if part.quick else 8)
+    ms = take_turns(contenders, of, part.device, part.turns)
     profiles = {name: c.profile(of(0), part.device) for name, c in contenders.items()}
     quoted = QUOTED.get(optimizer, {})
     row = {

@@ -38,13 +38,11 @@ def run(part: Part) -> None:
                 _measure(part, setting, models, judged=ids == FULL.num_ids)
 
 
-def _measure(
-    part: Part, setting: Setting, models: Mapping[str, Contender], judged: bool
-) -> None:
+def _measure(part: Part, setting: Setting, models: Mapping[str, Contender], judged: bool) -> None:
     def of(turn: int) -> list[Any]:
-        return batches(setting, part.device, 3 if part.quick else 6, seed=turn)
+        return batches(setting, part.device, part.batches, seed=turn)
 
-    ms = take_turns(models, of, part.device, 2 if part.quick else 10, serve=True)
+    ms = take_turns(models, of, part.device, part.turns, serve=True)
     cce, kjts = models["cce"], of(0)
     parts = _parts(cce, kjts * 2, part.device)
     profiles = {kind: models[kind].profile(kjts, part.device) for kind in ("cce", "plain")}

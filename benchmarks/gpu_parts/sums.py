@@ -61,7 +61,7 @@ def clustered(part: Part) -> State:
     cluster(contender.model)
     state = _state(part, contender)
     for name, codes in contender.model.module.collection.codes.items():
-        state[f"codes of {name}"] = codes.codes.cpu().clone()
+        state[f"codes of {name}"] = codes.codes.clone()
     return state
 
 
@@ -79,12 +79,12 @@ def _state(part: Part, contender: Contender) -> State:
     setting = QUICK if part.quick else FULL
     with torch.no_grad():
         out = contender.model(batches(setting, part.device, 1, seed=9)[0])
-    state = {"output": out.cpu().clone()}
+    state = {"output": out.clone()}
     with uncached(contender.model):
         for name, (weight, optimizer) in _rows(contender.model.module.collection).items():
-            state[name] = weight.detach().cpu().clone()
+            state[name] = weight.detach().clone()
             for key, value in optimizer.items():
-                state[f"{key} of {name}"] = value.detach().cpu().clone()
+                state[f"{key} of {name}"] = value.detach().clone()
     return state
 
 
@@ -95,8 +95,6 @@ def _rows(collection: nn.Module) -> dict[str, Any]:
     found = {}
     for tables, tbe in kernels(collection._lookups):
         states = tbe.get_optimizer_state()
-        for table, weight, state in zip(
-            tables, tbe.split_embedding_weights(), states, strict=True
-        ):
+        for table, weight, state in zip(tables, tbe.split_embedding_weights(), states, strict=True):
             found[table.name] = (weight, state)
     return found

@@ -40,9 +40,9 @@ def run(part: Part) -> None:
         contenders[name] = Contender(model, raw) if name == "hash_ids" else Contender(model)
 
     def of(turn: int) -> list[Any]:
-        return batches(setting, part.device, 3 if part.quick else 6, seed=turn)
+        return batches(setting, part.device, part.batches, seed=turn)
 
-    ms = take_turns(contenders, of, part.device, 2 if part.quick else 8)
+    ms = take_turns(contenders, of, part.device, part.turns)
     kjts = of(0)
     for name, contender in contenders.items():
         profile = contender.profile(kjts, part.device)
@@ -64,5 +64,3 @@ def run(part: Part) -> None:
     for name in ("hash_ids", "track_seen"):
         figure = ratios(ms, name, "cce")[f"{name} / cce"]
         part.goal(f"26 tables: CCE with {name} / without", figure, WITH_OPTION)
-
-

@@ -14,8 +14,6 @@ from torchrec import KeyedJaggedTensor
 from benchmarks.contenders import Clock, fresh
 from benchmarks.profiled import Profile, profiled
 
-BATCHES = 6
-"""Of a contender's turn; the first of them is not counted."""
 Ids = Callable[[KeyedJaggedTensor], KeyedJaggedTensor]
 
 
@@ -123,9 +121,7 @@ def take_turns(
     }
 
 
-def device_ms(
-    calls: Sequence[Callable[[], Any]], device: torch.device, repeats: int = 7
-) -> float:
+def device_ms(calls: Sequence[Callable[[], Any]], device: torch.device, repeats: int = 7) -> float:
     """Median milliseconds of one of `calls`, with all of them in the device's queue before it
     starts on the first: what the device takes, whatever the host does. Results are kept until
     the end, so that every call writes memory of its own."""
