@@ -82,9 +82,9 @@ class Report:
 
 def run_part(name: str, folder: Path, quick: bool, seconds: float) -> Json:
     """Runs a part for at most `seconds`; what it has found by then, and how it ended."""
-    parts = folder / "parts"
-    parts.mkdir(parents=True, exist_ok=True)
-    path, log = parts / f"{name}.json", parts / f"{name}.log"
+    path = _json(folder, name)
+    log = path.with_suffix(".log")
+    path.parent.mkdir(parents=True, exist_ok=True)
     path.unlink(missing_ok=True)
     command = [sys.executable, "-m", "benchmarks.gpu_parts", name, "--json", str(path)]
     environment = {"PYTHONUNBUFFERED": "1", "OMP_NUM_THREADS": "1", **os.environ}
@@ -97,7 +97,6 @@ def run_part(name: str, folder: Path, quick: bool, seconds: float) -> Json:
             env=environment,
             start_new_session=True,
         )
-        state = "stopped with this command"
         try:
             code = process.wait(seconds)
             state = "done" if code == 0 else f"failed (exit status {code})"
@@ -115,6 +114,11 @@ def run_part(name: str, folder: Path, quick: bool, seconds: float) -> Json:
     if state != "done":
         found["log"] = log.read_text(errors="replace").splitlines()[-LOG_LINES:]
     return found
+
+
+def _json(folder: Path, name: str) -> Path:
+    """What the part `name` writes."""
+    return folder / "parts" / f"{name}.json"
 
 
 def _read(path: Path) -> Json:
@@ -136,7 +140,13 @@ def run(folder: Path, names: list[str], quick: bool, minutes: float) -> Report:
         if seconds < LEAST:
             report.add(name, {"state": "left out: no time", "seconds": 0.0, "limit": 0.0})
             continue
-        report.add(name, run_part(name, folder, quick, seconds))
+        try:
+            found = run_part(name, folder, quick, seconds)
+        except (KeyboardInterrupt, SystemExit):
+            stopped = {"state": "stopped with this command", "seconds": 0.0, "limit": seconds}
+            report.add(name, {**stopped, "quick": quick, **_read(_json(folder, name))})
+            raise
+        report.add(name, found)
         found = report.json["parts"][name]
         print(f"  {found['state']}, {found['seconds']:.0f} s", flush=True)
         for error in found.get("errors", []):

@@ -18,6 +18,7 @@ from cce_torchrec.clustering.budget import SAMPLES_PER_CENTROID, budget
 from cce_torchrec.clustering.chunk import ChunkState
 from cce_torchrec.clustering.live import local_chunks
 from cce_torchrec.clustering.pairs import find_pairs
+from cce_torchrec.kmeans.backends import make_backend
 
 ITERATIONS = 6
 CLUSTERINGS, CHUNKS, DAY = 18, 4, 86400
@@ -74,7 +75,8 @@ def run(part: Part) -> None:
         with part.attempt(f"{shape.name}: rivals"):
             _rivals(part, shape, ours)
         del ours
-        for backend in ("triton", "torch") if part.on_gpu else ("torch",):
+        others = {"triton", "torch"} if part.on_gpu else {"torch"}
+        for backend in sorted(others - {make_backend("auto", part.device).name}):
             with part.attempt(f"{shape.name}: {backend}"):
                 _ours(part, shape, "samples", backend, 1)
 
@@ -147,7 +149,8 @@ def _ours(part: Part, shape: Shape, way: str, backend: str, repeats: int) -> Run
         {
             "chunk": shape.name,
             "ids seen": way,
-            "backend": backend,
+            "backend": make_backend(backend, part.device).name,
+            "by default": backend == "auto",
             "seconds": took,
             f"share of a day, {CLUSTERINGS} of {CHUNKS} chunks": share,
             "MB": last.allocated / 1e6 if last.allocated is not None else None,

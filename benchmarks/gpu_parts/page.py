@@ -65,21 +65,21 @@ def _part(name: str, part: Json) -> list[str]:
         flat = [{k: v for k, v in row.items() if not isinstance(v, dict | list)} for row in rows]
         lines += ["", f"### {title}", "", *table(flat)]
         for row, plain in zip(rows, flat, strict=True):
-            lines += _nested(row, next(iter(plain.items())))
+            lines += _nested(row, ", ".join(map(_flat, list(plain.values())[:2])))
     if part.get("log"):
         lines += ["", "```", *part["log"], "```"]
     return [*lines, ""]
 
 
-def _nested(row: Json, named: tuple[str, Any]) -> list[str]:
+def _nested(row: Json, named: str) -> list[str]:
     """What a row holds beside plain values, a line each; kernels in a block."""
     lines = []
     for key, value in row.items():
         if key.startswith("longest kernels"):
-            lines += ["", f"{key} ({' '.join(map(str, named))})", "", "```"]
+            lines += ["", f"{key} ({named})", "", "```"]
             lines += [f"{ms:10.4f}  {kernel[:150]}" for kernel, ms in value.items()] + ["```"]
         elif isinstance(value, dict | list) and value:
-            lines += ["", f"{key} ({' '.join(map(str, named))}): {_flat(value)}"]
+            lines += ["", f"{key} ({named}): {_flat(value)}"]
     return lines
 
 

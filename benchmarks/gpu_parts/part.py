@@ -7,6 +7,7 @@ import gc
 import json
 import os
 import platform
+import time
 import traceback
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -21,6 +22,8 @@ from benchmarks.machine import device_name
 from cce_torchrec.versions import installed_versions
 
 Row = dict[str, Any]
+SAMPLE_SECONDS = 5.0
+"""Between two questions to the driver."""
 
 
 @dataclass
@@ -36,6 +39,7 @@ class Part:
     found: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        self._sampled = -SAMPLE_SECONDS
         self.found = {"goals": [], "rows": {}, "notes": [], "errors": []}
 
     @property
@@ -56,7 +60,8 @@ class Part:
     def add(self, table: str, row: Row) -> None:
         """A row of one of the part's tables; what is nested in it is printed below the table."""
         self.found["rows"].setdefault(table, []).append(row)
-        self.found["clocks"] = nvidia_smi(CLOCKS) if self.on_gpu else {}
+        if self.on_gpu and time.monotonic() > self._sampled + SAMPLE_SECONDS:
+            self.found["clocks"], self._sampled = nvidia_smi(CLOCKS), time.monotonic()
         self.save()
         plain = {k: v for k, v in row.items() if not isinstance(v, dict | list)}
         print(f"{self.name}: {table}: {plain}", flush=True)

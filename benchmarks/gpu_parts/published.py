@@ -8,9 +8,9 @@ from typing import Any
 import torch
 
 from benchmarks.contenders import Setting, build, keyed, shuffled
-from benchmarks.gpu_parts.part import Part, largest, start_group
+from benchmarks.gpu_parts.part import Part, Row, largest, start_group
 from benchmarks.gpu_parts.step import ratios
-from benchmarks.gpu_parts.timing import Contender, take_turns
+from benchmarks.gpu_parts.timing import Contender, add_kernels, take_turns
 
 FULL = Setting(
     10**6, dim=128, main_rows=4096, helper_rows=12288, tables=10, bag=1, batch=65536, goal=1.0
@@ -55,21 +55,18 @@ def _measure(part: Part, setting: Setting, optimizer: str) -> None:
         ]
 
     ms = take_turns(contenders, of, part.device, part.turns)
-    profiles = {name: c.profile(of(0), part.device) for name, c in contenders.items()}
     quoted = QUOTED.get(optimizer, {})
-    row = {
+    row: Row = {
         "optimizer": optimizer,
         **ratios(ms, "cce", "plain"),
         **{f"{n} {key}": ms[n][key] for n in contenders for key in ("step", "wall", "host")},
-        **{f"{name} kernels ms": p.milliseconds for name, p in profiles.items()},
-        **{f"{name} launches": p.launches for name, p in profiles.items()},
         **{f"quoted: {name}": value for name, value in quoted.items()},
         "milliseconds": ms,
-        **{f"longest kernels of {n}, ms": p.longest for n, p in profiles.items()},
         "setting": {**asdict(setting), "zipf_exponent": EXPONENT},
     }
     part.add("milliseconds forward and backward (quoted: published for an H100)", row)
     part.goal(f"10 tables, Zipf 1.05, {optimizer}: CCE / FBGEMM's plain", row["cce / plain"], 1.0)
+    add_kernels(part, optimizer, contenders, of(0))
 
 
 def zipf_cdf(num_ids: int, device: torch.device) -> torch.Tensor:

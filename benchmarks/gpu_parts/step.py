@@ -9,8 +9,8 @@ from typing import Any
 import torch
 
 from benchmarks.contenders import Clock, Setting, batches, build
-from benchmarks.gpu_parts.part import Part, largest, start_group
-from benchmarks.gpu_parts.timing import Contender, median, take_turns
+from benchmarks.gpu_parts.part import Part, Row, largest, start_group
+from benchmarks.gpu_parts.timing import Contender, add_kernels, median, take_turns
 from benchmarks.step_time import breakdown
 
 OPTIMIZER = "rowwise_adagrad"
@@ -44,25 +44,21 @@ def _measure(part: Part, setting: Setting, models: Mapping[str, Contender], judg
 
     ms = take_turns(models, of, part.device, part.turns, serve=True)
     cce, kjts = models["cce"], of(0)
-    parts = _parts(cce, kjts * 2, part.device)
-    profiles = {kind: models[kind].profile(kjts, part.device) for kind in ("cce", "plain")}
-    row = {
+    row: Row = {
         "bag": setting.bag,
         "ids": "Zipf" if setting.zipf else "uniform",
         **ratios(ms, "cce", "plain"),
         **{f"{kind} {key}": ms[kind][key] for kind in KINDS for key in ("step", "wall", "host")},
-        **{f"{kind} kernels ms": p.milliseconds for kind, p in profiles.items()},
-        **{f"{kind} launches": p.launches for kind, p in profiles.items()},
         "finalised / plain, serving": ms["finalised"]["serve"] / ms["plain"]["serve"],
-        "parts of cce, ms": parts,
+        "parts of cce, ms": _parts(cce, kjts * 2, part.device),
         "milliseconds": ms,
-        **{f"longest kernels of {kind}, ms": p.longest for kind, p in profiles.items()},
         "setting": asdict(setting),
         "optimizer": OPTIMIZER,
     }
     part.add("milliseconds a step", row)
-    name = f"step, bag {setting.bag}, {row['ids']}: CCE / plain"
-    part.goal(name, row["cce / plain"], 1.0, AIM, judged=judged)
+    name = f"bag {setting.bag}, {row['ids']}"
+    part.goal(f"step, {name}: CCE / plain", row["cce / plain"], 1.0, AIM, judged=judged)
+    add_kernels(part, name, models, kjts)
 
 
 def ratios(ms: Mapping[str, Mapping[str, float]], one: str, other: str) -> dict[str, float]:

@@ -10,7 +10,7 @@ from torchrec import KeyedJaggedTensor
 from benchmarks.contenders import Setting, batches, build, keyed
 from benchmarks.gpu_parts.part import Part, largest, start_group
 from benchmarks.gpu_parts.step import OPTIMIZER, ratios
-from benchmarks.gpu_parts.timing import Contender, take_turns
+from benchmarks.gpu_parts.timing import Contender, add_kernels, take_turns
 
 FULL = Setting(10**6, dim=128, tables=26, bag=1, batch=65536, goal=1.2)
 QUICK = Setting(1000, dim=32, main_rows=32, helper_rows=32, tables=4, bag=1, batch=64, goal=1.2)
@@ -43,19 +43,14 @@ def run(part: Part) -> None:
         return batches(setting, part.device, part.batches, seed=turn)
 
     ms = take_turns(contenders, of, part.device, part.turns)
-    kjts = of(0)
-    for name, contender in contenders.items():
-        profile = contender.profile(kjts, part.device)
+    for name in contenders:
         part.add(
             "milliseconds a step",
             {
                 "contender": name,
                 **{key: ms[name][key] for key in ("forward", "backward", "step", "wall", "host")},
-                "kernels ms": profile.milliseconds,
-                "launches": profile.launches,
                 **{f"/ {o}": ms[name]["step"] / ms[o]["step"] for o in ("plain", "cce")},
                 **{f"/ {o}, on end": ms[name]["wall"] / ms[o]["wall"] for o in ("plain", "cce")},
-                "longest kernels, ms": profile.longest,
                 "setting": asdict(setting),
                 "optimizer": OPTIMIZER,
             },
@@ -64,3 +59,4 @@ def run(part: Part) -> None:
     for name in ("hash_ids", "track_seen"):
         figure = ratios(ms, name, "cce")[f"{name} / cce"]
         part.goal(f"26 tables: CCE with {name} / without", figure, WITH_OPTION)
+    add_kernels(part, "26 tables", contenders, of(0))

@@ -12,6 +12,7 @@ from torch import nn
 from torchrec import KeyedJaggedTensor
 
 from benchmarks.contenders import Clock, fresh
+from benchmarks.gpu_parts.part import Part
 from benchmarks.profiled import Profile, profiled
 
 Ids = Callable[[KeyedJaggedTensor], KeyedJaggedTensor]
@@ -119,6 +120,18 @@ def take_turns(
         }
         for name in contenders
     }
+
+
+def add_kernels(
+    part: Part, what: str, contenders: Mapping[str, Contender], kjts: Sequence[KeyedJaggedTensor]
+) -> None:
+    """Adds what each contender runs on the device in a step; where it fails, the rest stays."""
+    with part.attempt(f"kernels, {what}"):
+        for name, contender in contenders.items():
+            profile = contender.profile(kjts, part.device)
+            row = {"step": what, "contender": name, "kernels ms": profile.milliseconds}
+            row |= {"launches": profile.launches, "longest kernels, ms": profile.longest}
+            part.add("kernels of a step", row)
 
 
 def device_ms(calls: Sequence[Callable[[], Any]], device: torch.device, repeats: int = 7) -> float:
