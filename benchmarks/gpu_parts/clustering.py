@@ -66,8 +66,9 @@ class Run:
 def run(part: Part) -> None:
     """Shape by shape: ours in both ways, then the rivals, then the other backends."""
     for shape in QUICK if part.quick else FULL:
-        with part.attempt(f"{shape.name}: warming up"):
-            warm_up(part, shape)
+        for backend in ("auto", "triton", "torch") if part.on_gpu else ("auto",):
+            with part.attempt(f"{shape.name}: warming up {backend}"):
+                warm_up(part, shape, backend)
         ours: dict[str, Run] = {}
         for way in WAYS:
             with part.attempt(f"{shape.name}: {way}"):
@@ -81,11 +82,11 @@ def run(part: Part) -> None:
                 _ours(part, shape, "samples", backend, 1)
 
 
-def warm_up(part: Part, shape: Shape) -> None:
-    """A small clustering of the same widths, by every backend: compiles what is compiled."""
+def warm_up(part: Part, shape: Shape, backend: str) -> None:
+    """A small clustering of the same widths: compiles what is compiled."""
     small = replace(shape, num_ids=min(shape.num_ids, 10**6))
-    for backend in ("auto", "triton", "torch") if part.on_gpu else ("auto",):
-        once(part, small, backend, samples_per_centroid=10)
+    for samples in (10, None):
+        once(part, small, backend, samples_per_centroid=samples)
 
 
 def build(shape: Shape, device: torch.device) -> CCEEmbeddingBagCollection:
