@@ -7,6 +7,7 @@ import torch.distributed as dist
 
 from cce_torchrec.clustering.options import Options
 from cce_torchrec.clustering.plan import Task
+from cce_torchrec.kmeans.ieee import ieee_float32
 from cce_torchrec.kmeans.lloyd import KMeansResult, kmeans
 from cce_torchrec.kmeans.points import PairPoints, metric_root
 from cce_torchrec.kmeans.share import assign
@@ -38,7 +39,9 @@ class Scoring:
         """`points` in the space of the metric, in which `nearest` takes them."""
         if self._metric is None:
             return points
-        return points.transformed(metric_root(self._metric, self._task.dim).to(self._device))
+        root = metric_root(self._metric, self._task.dim).to(self._device)
+        with ieee_float32(self._device):
+            return points.transformed(root)
 
     def nearest(
         self, moved: PairPoints, scored: torch.Tensor, group: dist.ProcessGroup | None
