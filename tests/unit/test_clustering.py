@@ -111,6 +111,26 @@ def test_failed_step_leaves_everything_as_it_was(value, told):
     assert all(torch.equal(before[key], after[key]) for key in before)
 
 
+def test_optimizer_state_that_is_not_finite_is_refused():
+    """What the step averages; first moments start at zero again, whatever they were."""
+    m = module()
+    optimizer = torch.optim.Adam(m.parameters(), lr=0.1)
+    lookup = KeyedJaggedTensor(["f"], torch.arange(10), torch.ones(10, dtype=torch.int32))
+    m(lookup).values().sum().backward()
+    optimizer.step()
+    state = optimizer.state[m.embedding_bag_collection.embedding_bags["t#1"].weight]
+    state["exp_avg_sq"][5, 0] = float("inf")
+    before = copy.deepcopy(m.state_dict())
+    told = "table 't', chunk 1: optimizer state 'exp_avg_sq' is not finite .* restore the last"
+    with pytest.raises(ValueError, match=told):
+        cluster(m, optimizer=optimizer)
+    after = m.state_dict()
+    assert all(torch.equal(before[key], after[key]) for key in before)
+    state["exp_avg_sq"][5, 0], state["exp_avg"][5, 0] = 1.0, float("nan")
+    cluster(m, optimizer=optimizer)
+    assert (state["exp_avg"] == 0).all()
+
+
 def test_tables_that_do_not_cluster_are_left_alone():
     for m in (module(num_helper_rows=0), module(num_helper_rows=0, learned_codes=False)):
         before = embeddings(m)
