@@ -115,7 +115,7 @@ def test_optimizer_state_that_is_not_finite_is_refused():
     """What the step averages; first moments start at zero again, whatever they were."""
     m = module()
     optimizer = torch.optim.Adam(m.parameters(), lr=0.1)
-    lookup = KeyedJaggedTensor(["f"], torch.arange(10), torch.ones(10, dtype=torch.int32))
+    lookup = KeyedJaggedTensor(["f"], torch.arange(10), lengths=torch.ones(10).int())
     m(lookup).values().sum().backward()
     optimizer.step()
     state = optimizer.state[m.embedding_bag_collection.embedding_bags["t#1"].weight]
