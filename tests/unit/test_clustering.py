@@ -15,6 +15,7 @@ from cce_torchrec.clustering.ids import ChunkIds, starting_pairs
 from cce_torchrec.codes import seen_ids, widen
 from cce_torchrec.hashing import helper_hash
 from cce_torchrec.kmeans import native
+from tests.optional import needs
 
 
 def module(**kwargs):
@@ -335,7 +336,15 @@ def test_metric_spends_precision_where_it_counts():
         cluster(grouped(), metric={"t": torch.eye(4)})
 
 
-@pytest.mark.parametrize("backend", ["faiss", "sklearn", "sklearn-minibatch", "torch"])
+@pytest.mark.parametrize(
+    "backend",
+    [
+        pytest.param("faiss", marks=needs("faiss")),
+        pytest.param("sklearn", marks=needs("sklearn")),
+        pytest.param("sklearn-minibatch", marks=needs("sklearn")),
+        "torch",
+    ],
+)
 @pytest.mark.parametrize("init", ["random", "k-means++", "main"])
 def test_backends_and_starts(backend, init):
     reference = cluster(grouped(), backend="torch", init=init).chunks[0]
