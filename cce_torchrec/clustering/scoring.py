@@ -7,6 +7,7 @@ import torch.distributed as dist
 
 from cce_torchrec.clustering.options import Options
 from cce_torchrec.clustering.plan import Task
+from cce_torchrec.kmeans.ieee import ieee_float32
 from cce_torchrec.kmeans.lloyd import KMeansResult, kmeans
 from cce_torchrec.kmeans.points import PairPoints, metric_root
 from cce_torchrec.kmeans.share import assign
@@ -41,7 +42,8 @@ class Scoring:
             return points
         if self._moved is None or self._moved[0] is not points.main:
             root = metric_root(self._metric, self._task.dim).to(self._device)
-            self._moved = (points.main, points.transformed(root))
+            with ieee_float32(self._device):
+                self._moved = (points.main, points.transformed(root))
         books = self._moved[1]  # those of every block of ids
         rest = (points.a, points.b, points.weights, points.starts(1 << 40))
         return PairPoints.from_integers(books.main, books.helper, books.scale, *rest)

@@ -6,12 +6,13 @@ import importlib
 import importlib.util
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 
 from cce_torchrec.gpu.launch import unusable, usable
 from cce_torchrec.kmeans import native
+from cce_torchrec.kmeans.ieee import ieee_float32
 from cce_torchrec.kmeans.points import BLOCK, PairPoints, Points
 
 Nearest = Callable[[int, int], torch.Tensor]
@@ -72,9 +73,19 @@ class BlockBackend(Backend):
 
 
 class TorchBackend(BlockBackend):
-    """One product and one argmax per block; any device."""
+    """One product and one argmax per block, in IEEE float32; any device."""
 
     name = "torch"
+
+    def prepare(self, points: Points, centroids: torch.Tensor) -> Nearest:
+        """As `Backend.prepare`; what a job has set for its own products does not count."""
+        nearest = super().prepare(points, centroids)
+
+        def in_ieee(start: int, end: int) -> torch.Tensor:
+            with ieee_float32(points.device):
+                return nearest(start, end)
+
+        return in_ieee
 
     def _block(
         self, points: Points, centroids: torch.Tensor
@@ -158,6 +169,9 @@ class FaissBackend(BlockBackend):
     """FAISS's exact search; on CUDA tensors its GPU form, where faiss-gpu is installed."""
 
     name = "faiss"
+    _resources: ClassVar[dict[int, Any]] = {}
+    """By device, for the life of the process: up to 1.5 GiB of scratch memory each, which would
+    otherwise be allocated anew, with waits, in every iteration."""
 
     def __init__(self) -> None:
         self._faiss = optional_module("faiss", "faiss")
@@ -167,14 +181,39 @@ class FaissBackend(BlockBackend):
     ) -> Callable[[torch.Tensor], torch.Tensor]:
         faiss = self._faiss
         if points.device.type == "cuda":
-            importlib.import_module("faiss.contrib.torch_utils")
-            index = faiss.GpuIndexFlatL2(faiss.StandardGpuResources(), centroids.shape[1])
-            index.add(centroids)
-            return lambda x: index.search(x, 1)[1][:, 0].int()
+            return self._block_on_gpu(points.device, centroids)
         held = centroids.contiguous().numpy()
         return lambda x: torch.from_numpy(
             faiss.knn(x.contiguous().numpy(), held, 1)[1][:, 0].astype("int32")
         )
+
+    def _block_on_gpu(
+        self, device: torch.device, centroids: torch.Tensor
+    ) -> Callable[[torch.Tensor], torch.Tensor]:
+        faiss = self._faiss
+        if not hasattr(faiss, "StandardGpuResources"):
+            raise ValueError(
+                f"backend 'faiss' runs on {device} by faiss-gpu only, and faiss-cpu is installed; "
+                "pip uninstall faiss-cpu, pip install 'cce-torchrec[faiss-gpu]', or choose backend "
+                "triton or torch"
+            )
+        importlib.import_module("faiss.contrib.torch_utils")  # add and search take tensors then
+        number = 0 if device.index is None else device.index
+        if number not in self._resources:
+            self._resources[number] = faiss.StandardGpuResources()
+        config = faiss.GpuIndexFlatConfig()
+        config.device = number
+        # torch_utils orders FAISS's work by the current stream of torch's current device, so that
+        # must be the index's.
+        with torch.cuda.device(number):
+            index = faiss.GpuIndexFlatL2(self._resources[number], centroids.shape[1], config)
+            index.add(centroids.contiguous())
+
+        def block(x: torch.Tensor) -> torch.Tensor:
+            with torch.cuda.device(number):
+                return index.search(x.contiguous(), 1)[1][:, 0].int()
+
+        return block
 
 
 class TritonBackend(Backend):
