@@ -20,8 +20,8 @@ def width(dim: int) -> int:
 
 
 def bytes_per_point(dim: int) -> int:
-    """Of a search: two halves in float16; norm, bucket, ties; what sorting the buckets takes."""
-    return 4 * width(dim) + 4 + 1 + 8 + 26
+    """Of a search: two halves in float16; tolerances, bucket, ties; sorting the buckets."""
+    return 4 * width(dim) + 8 + 1 + 8 + 26
 
 
 def points_at_once(dim: int) -> int:

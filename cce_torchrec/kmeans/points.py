@@ -16,6 +16,7 @@ import torch
 
 from cce_torchrec.gpu.launch import usable
 from cce_torchrec.kmeans import native
+from cce_torchrec.kmeans.gpu_blocks import points_at_once
 
 _FIXED_POINT_BITS = 28
 MAX_INTEGER = 1 << (_FIXED_POINT_BITS + 1)
@@ -126,8 +127,10 @@ class Points(ABC):
             values = (1 / self.scale, error_scale)
             scales = torch.tensor(values, dtype=torch.float64, device=self.device)
             weights, sources = self.weights.contiguous(), self.sources()
-            centers = centroids.contiguous()
-            triton_kernel.accumulate(sources, weights, start, nearest, centers, scales, stats)
+            centers, size = centroids.contiguous(), points_at_once(self.dim)
+            for begin in range(0, nearest.numel(), size):
+                part, own = nearest[begin : begin + size], start + begin
+                triton_kernel.accumulate(sources, weights, own, part, centers, scales, stats)
             return
         sums, sizes, errors = stats
         for first in range(0, nearest.numel(), BLOCK):

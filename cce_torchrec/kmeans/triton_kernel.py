@@ -28,10 +28,11 @@ from cce_torchrec.kmeans.points import Sources, Sums
 GROUPS = 64
 TOP = 256.0
 """Largest coordinate after scaling: float16 has its full precision down to 6e-5."""
-_EXACT_DIMS, _EXACT_POINTS, _EXACT_CENTROIDS, _EXACT_PROGRAMS = 32, 4, 32, 1056
-_ACCUMULATE_POINTS = 32
+_EXACT_DIMS, _EXACT_POINTS, _EXACT_CENTROIDS, _EXACT_PROGRAMS = 32, 1, 128, 2112
+_ACCUMULATE_POINTS = 64
 _SPLIT_POINTS = 64
-_POINTS, _WARPS, _STAGES = 128, 8, 3
+_POINTS, _WARPS, _STAGES = 128, 4, 3
+_LOOK_POINTS, _LOOK_WARPS = 128, 8
 
 
 @triton.jit
@@ -48,40 +49,49 @@ def _coordinates(  # type: ignore[no-untyped-def]  # Triton compiles it, types a
         return tl.load(main_ptr + point[:, None] * DIM + dims[None, :], mask=on, other=0)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["first", "count"])
 def _split(  # type: ignore[no-untyped-def]
-    main_ptr, helper_ptr, a_ptr, b_ptr, unit_ptr, high_ptr, low_ptr, norm_ptr, first, count,
-    DIM: tl.constexpr, WIDTH: tl.constexpr, DIMS: tl.constexpr, POINTS: tl.constexpr,
-    PAIRS: tl.constexpr,
+    main_ptr, helper_ptr, a_ptr, b_ptr, unit_ptr, reach_ptr, high_ptr, low_ptr, tolerances_ptr,
+    first, count, DIM: tl.constexpr, WIDTH: tl.constexpr, DIMS: tl.constexpr, POINTS: tl.constexpr,
+    PAIRS: tl.constexpr, ONE: tl.constexpr, THREE: tl.constexpr,
 ):  # fmt: skip
     at = tl.program_id(0).to(tl.int64) * POINTS + tl.arange(0, POINTS)
     inside = at < count
     unit = tl.load(unit_ptr)
-    total = tl.zeros((POINTS,), tl.float32)
+    norm = tl.zeros((POINTS,), tl.float32)
+    off_high = tl.zeros((POINTS,), tl.float32)
+    off_both = tl.zeros((POINTS,), tl.float32)
     for start in range(0, WIDTH, DIMS):
         dims = start + tl.arange(0, DIMS)
         x = _coordinates(main_ptr, helper_ptr, a_ptr, b_ptr, first + at, dims, inside, DIM, PAIRS)
         x = (x.to(tl.float64) * unit).to(tl.float32)
         high = x.to(tl.float16)
+        rest = x - high.to(tl.float32)
+        low = rest.to(tl.float16)
         to = at[:, None] * WIDTH + dims[None, :]
         tl.store(high_ptr + to, high, mask=inside[:, None])
-        tl.store(low_ptr + to, (x - high.to(tl.float32)).to(tl.float16), mask=inside[:, None])
-        total += tl.sum(x * x, axis=1)
-    tl.store(norm_ptr + at, tl.sqrt(total), mask=inside)
+        tl.store(low_ptr + to, low, mask=inside[:, None])
+        lost = rest - low.to(tl.float32)
+        norm += tl.sum(x * x, axis=1)
+        off_high += tl.sum(rest * rest, axis=1)
+        off_both += tl.sum(lost * lost, axis=1)
+    # Cauchy and Schwarz: |x . c - x' . c'| is at most |x - x'| |c| + |x'| |c - c'|.
+    norm = tl.sqrt(norm)
+    rounded = norm * 5.9604645e-08  # 2^-24: x itself, in float32
+    off_high, off_both = tl.sqrt(off_high) + rounded, tl.sqrt(off_both) + rounded
+    c_norm, half_norm = tl.load(reach_ptr), tl.load(reach_ptr + 1)
+    c_off_high, c_off_both = tl.load(reach_ptr + 2), tl.load(reach_ptr + 3)
+    added = norm * c_norm + half_norm
+    one = off_high * c_norm + (norm + off_high) * c_off_high + ONE * added
+    three = off_both * c_norm + (norm + off_both) * c_off_both + off_high * c_off_high
+    # Twice, as two scores are compared, and a little for the rounding of all this.
+    tl.store(tolerances_ptr + 2 * at, 2.02 * one, mask=inside)
+    tl.store(tolerances_ptr + 2 * at + 1, 2.02 * (three + THREE * added), mask=inside)
 
 
-@triton.jit
-def _tolerance(norm, largest_ptr, PRODUCT: tl.constexpr, TINY: tl.constexpr, SUM: tl.constexpr):  # type: ignore[no-untyped-def]
-    # Twice what a score of these points can be off by, as two are compared: see `tolerances`.
-    largest, half_norm = tl.load(largest_ptr), tl.load(largest_ptr + 1)
-    product = norm * largest
-    return PRODUCT * product + TINY * (norm + largest) + SUM * (product + half_norm)
-
-
-@triton.jit
+@triton.jit(do_not_specialize=["count", "num_centroids"])
 def _best_group(  # type: ignore[no-untyped-def]
-    high_ptr, norm_ptr, c_ptr, half_norm_ptr, largest_ptr, bucket_ptr, count, num_centroids,
-    PRODUCT: tl.constexpr, TINY: tl.constexpr, SUM: tl.constexpr,
+    high_ptr, tolerances_ptr, c_ptr, half_norm_ptr, bucket_ptr, count, num_centroids,
     WIDTH: tl.constexpr, DIMS: tl.constexpr, POINTS: tl.constexpr, GROUPS: tl.constexpr,
 ):  # fmt: skip
     rows = tl.program_id(0).to(tl.int64) * POINTS + tl.arange(0, POINTS)
@@ -105,16 +115,14 @@ def _best_group(  # type: ignore[no-untyped-def]
     top = tl.max(best, axis=1)
     group = tl.min(tl.where(best == top[:, None], columns[None, :], GROUPS), axis=1)
     rest = tl.max(tl.where(columns[None, :] == group[:, None], float("-inf"), best), axis=1)
-    norm = tl.load(norm_ptr + rows, mask=inside, other=0.0)
-    certain = top - rest > _tolerance(norm, largest_ptr, PRODUCT, TINY, SUM)
+    certain = top - rest > tl.load(tolerances_ptr + 2 * rows, mask=inside, other=0.0)
     tl.store(bucket_ptr + rows, tl.where(certain, group + 1, 0).to(tl.uint8), mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_centroids"])
 def _second_look(  # type: ignore[no-untyped-def]
-    high_ptr, low_ptr, norm_ptr, c_high_ptr, c_low_ptr, half_norm_ptr, largest_ptr, order_ptr,
+    high_ptr, low_ptr, tolerances_ptr, c_high_ptr, c_low_ptr, half_norm_ptr, order_ptr,
     starts_ptr, out_ptr, ties_ptr, tied_bucket_ptr, num_ties_ptr, num_centroids,
-    PRODUCT: tl.constexpr, TINY: tl.constexpr, SUM: tl.constexpr,
     WIDTH: tl.constexpr, DIMS: tl.constexpr, POINTS: tl.constexpr, GROUPS: tl.constexpr,
 ):  # fmt: skip
     # Which bucket is this program's, and which of its points: buckets are cut into tiles.
@@ -153,6 +161,7 @@ def _second_look(  # type: ignore[no-untyped-def]
             low = tl.load(low_ptr + x_at + start, mask=inside[:, None], other=0.0)
             c_high = tl.load(c_high_ptr + c_at, mask=real[None, :], other=0.0)
             c_low = tl.load(c_low_ptr + c_at, mask=real[None, :], other=0.0)
+            # The small products first, while what they are added to is small.
             scores = tl.dot(low, c_high, scores)
             scores = tl.dot(high, c_low, scores)
             scores = tl.dot(high, c_high, scores)
@@ -165,14 +174,14 @@ def _second_look(  # type: ignore[no-untyped-def]
         index = tl.where(top > best, where, index)
         best = tl.maximum(best, top)
     tl.store(out_ptr + rows, index, mask=inside)
-    norm = tl.load(norm_ptr + rows, mask=inside, other=0.0)
-    tied = inside & (best - second <= _tolerance(norm, largest_ptr, PRODUCT, TINY, SUM))
+    tolerance = tl.load(tolerances_ptr + 2 * rows + 1, mask=inside, other=0.0)
+    tied = inside & (best - second <= tolerance)
     slot = tl.atomic_add(num_ties_ptr + tl.zeros((POINTS,), tl.int32), 1, mask=tied)
     tl.store(ties_ptr + slot, rows.to(tl.int32), mask=tied)
     tl.store(tied_bucket_ptr + slot, tl.zeros((POINTS,), tl.int32) + own, mask=tied)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["first", "num_centroids"])
 def _exact(  # type: ignore[no-untyped-def]
     main_ptr, helper_ptr, a_ptr, b_ptr, unit_ptr, c_ptr, half_norm_ptr, ties_ptr, tied_bucket_ptr,
     num_ties_ptr, out_ptr, first, num_centroids,
@@ -210,65 +219,102 @@ def _exact(  # type: ignore[no-untyped-def]
 
 
 @triton.jit
+def _add_rows(sums_ptr, cluster, rows, chosen, cell, on):  # type: ignore[no-untyped-def]
+    # The chosen rows are of one cluster: their sum is added at once.
+    total = tl.sum(tl.where(chosen[:, None], rows, 0), axis=0)
+    tl.atomic_add(sums_ptr + cluster + cell, total, mask=on, sem="relaxed")
+
+
+@triton.jit
+def _add_values(sums_ptr, cluster, values, chosen):  # type: ignore[no-untyped-def]
+    tl.atomic_add(
+        sums_ptr + cluster, tl.sum(tl.where(chosen, values, 0), axis=0), sem="relaxed"
+    )  # fmt: skip
+
+
+@triton.jit(do_not_specialize=["first", "count"])
 def _accumulate(  # type: ignore[no-untyped-def]
-    main_ptr, helper_ptr, a_ptr, b_ptr, weights_ptr, nearest_ptr, c_ptr, scales_ptr,
+    main_ptr, helper_ptr, a_ptr, b_ptr, weights_ptr, order_ptr, clusters_ptr, c_ptr, scales_ptr,
     sums_ptr, sizes_ptr, errors_ptr, first, count,
     DIM: tl.constexpr, WIDTH: tl.constexpr, DIMS: tl.constexpr, POINTS: tl.constexpr,
     PAIRS: tl.constexpr,
 ):  # fmt: skip
-    at = tl.program_id(0).to(tl.int64) * POINTS + tl.arange(0, POINTS)
+    start = tl.program_id(0).to(tl.int64) * POINTS
+    at = start + tl.arange(0, POINTS)
     inside = at < count
-    cluster = tl.load(nearest_ptr + at, mask=inside, other=0).to(tl.int64)
-    weight = tl.load(weights_ptr + first + at, mask=inside, other=0)
-    inside &= weight != 0
+    cluster = tl.load(clusters_ptr + at, mask=inside, other=0).to(tl.int64)
+    # Points come by cluster, so that most of these are of the first one's or of the last one's:
+    # the sums of both are added at once, and one by one only what lies between.
+    head = tl.load(clusters_ptr + start).to(tl.int64)
+    tail = tl.load(clusters_ptr + tl.minimum(start + POINTS, count) - 1).to(tl.int64)
+    ahead, behind = inside & (cluster == head), inside & (cluster == tail) & (tail != head)
+    between = inside & (cluster != head) & (cluster != tail)
+    point = first + tl.load(order_ptr + at, mask=inside, other=0)
+    weight = tl.load(weights_ptr + point, mask=inside, other=0)
     unit, error_scale = tl.load(scales_ptr), tl.load(scales_ptr + 1)
     error = tl.zeros((POINTS,), tl.float64)
-    for start in range(0, WIDTH, DIMS):
-        dims = start + tl.arange(0, DIMS)
-        on = inside[:, None] & (dims < DIM)[None, :]
-        x = _coordinates(main_ptr, helper_ptr, a_ptr, b_ptr, first + at, dims, inside, DIM, PAIRS)
+    for begin in range(0, WIDTH, DIMS):
+        dims = begin + tl.arange(0, DIMS)
+        real = dims < DIM
+        x = _coordinates(main_ptr, helper_ptr, a_ptr, b_ptr, point, dims, inside, DIM, PAIRS)
+        weighted = x.to(tl.int64) * weight[:, None]
+        _add_rows(sums_ptr, head * DIM, weighted, ahead, dims, real)
+        if tail != head:
+            _add_rows(sums_ptr, tail * DIM, weighted, behind, dims, real)
         cell = cluster[:, None] * DIM + dims[None, :]
-        tl.atomic_add(sums_ptr + cell, x.to(tl.int64) * weight[:, None], mask=on, sem="relaxed")
+        alone = between[:, None] & real[None, :]
+        tl.atomic_add(sums_ptr + cell, weighted, mask=alone, sem="relaxed")
+        on = inside[:, None] & real[None, :]
         center = tl.load(c_ptr + cell, mask=on, other=0.0).to(tl.float64)
         off = tl.where(on, x.to(tl.float64) * unit - center, 0.0)
         error += tl.sum(off * off, axis=1)
-    tl.atomic_add(sizes_ptr + cluster, weight, mask=inside, sem="relaxed")
-    rounded = (error * error_scale + 0.5).to(tl.int64)
-    tl.atomic_add(errors_ptr + cluster, rounded * weight, mask=inside, sem="relaxed")
+    rounded = (error * error_scale + 0.5).to(tl.int64) * weight
+    _add_values(sizes_ptr, head, weight, ahead)
+    _add_values(errors_ptr, head, rounded, ahead)
+    if tail != head:
+        _add_values(sizes_ptr, tail, weight, behind)
+        _add_values(errors_ptr, tail, rounded, behind)
+    tl.atomic_add(sizes_ptr + cluster, weight, mask=between, sem="relaxed")
+    tl.atomic_add(errors_ptr + cluster, rounded, mask=between, sem="relaxed")
 
 
-def tolerances(dim: int, products: int) -> dict[str, float]:
-    """Of twice the error of a score by `products` products of halves, the constants.
+def tolerances(dim: int) -> dict[str, float]:
+    """How far a score by one product, or by three, is off in what is added up, at most.
 
-    A coordinate is off by 2^-11 of itself (by both halves: 2^-22, and 2^-24 as float32 before) and
-    by half of float16's smallest number, 2^-25; tensor cores add up by float32, each turn of 16
-    coordinates off by at most 2^-22 of what is added.
+    Tensor cores add 16 coordinates in a turn, in float32 and off by at most 2^-22 of what is
+    there by then; half of the norm is added too. The small products come first, but for points of
+    several tiles, whose small products are added to sums that are large already.
     """
-    one = 2.0**-11 if products == 1 else 1.75 * 2.0**-22
-    turns = products * width(dim) / 16 + 4
-    return {
-        "PRODUCT": 2 * 2.02 * one,
-        "TINY": 2 * 1.01 * 2.0**-25 * dim**0.5,
-        "SUM": 2 * turns * 2.0**-22,
-    }
+    turns, tile = width(dim) / 16, dims_at_once(dim) / 16
+    return {"ONE": (turns + 2) * 2.0**-22, "THREE": (tile + 3 * (turns - tile) + 3) * 2.0**-22}
 
 
 def split(
     points: Sources,
     first: int,
     unit: torch.Tensor,
+    reach: torch.Tensor,
     high: torch.Tensor,
     low: torch.Tensor,
-    norm: torch.Tensor,
+    tolerance: torch.Tensor,
 ) -> None:
-    """Writes the halves, float16 [n, width], and norms, float32 [n], of n points from `first` on.
+    """Writes the halves and tolerances of n points from `first` on.
 
-    `unit`: float64 [1], by which their integers are multiplied.
+    Args:
+        points: integers of a common scale.
+        first: a point.
+        unit: float64 [1], by which the integers are multiplied.
+        reach: float32 [4], of the centroids: the largest norm, half of its square, and how far
+            their high halves, and both halves together, are off at most.
+        high: float16 [n, width].
+        low: float16 [n, width].
+        tolerance: float32 [n, 2]: a lead of more is certain, in scores by the high halves and by
+            both.
     """
     dim = points.dim
     launch(
-        _split, (triton.cdiv(len(norm), _SPLIT_POINTS),),
-        *points.tensors, unit, high, low, norm, first, len(norm),
+        _split, (triton.cdiv(len(high), _SPLIT_POINTS),),
+        *points.tensors, unit, reach, high, low, tolerance, first, len(high), **tolerances(dim),
         DIM=dim, WIDTH=width(dim), DIMS=dims_at_once(dim), POINTS=_SPLIT_POINTS,
         PAIRS=points.pairs,
     )  # fmt: skip
@@ -276,10 +322,9 @@ def split(
 
 def best_group(
     high: torch.Tensor,
-    norm: torch.Tensor,
+    tolerance: torch.Tensor,
     centroids: torch.Tensor,
     half_norms: torch.Tensor,
-    largest: torch.Tensor,
     bucket: torch.Tensor,
     dim: int,
 ) -> None:
@@ -287,27 +332,25 @@ def best_group(
 
     Args:
         high: float16 [n, width].
-        norm: float32 [n], of the points.
+        tolerance: float32 [n, 2], as `split` writes it.
         centroids: float16 [k, width], k a multiple of GROUPS.
         half_norms: float32 [k], minus half of the squared norms; -inf is never the nearest.
-        largest: float32 [2], largest norm of a centroid, and half of its square.
         bucket: uint8 [n].
         dim: of the points.
     """
     launch(
-        _best_group, (triton.cdiv(len(norm), _POINTS),),
-        high, norm, centroids, half_norms, largest, bucket, len(norm), len(centroids),
-        **tolerances(dim, 1), WIDTH=width(dim), DIMS=dims_at_once(dim), POINTS=_POINTS,
-        GROUPS=GROUPS, num_warps=_WARPS, num_stages=_STAGES,
+        _best_group, (triton.cdiv(len(high), _POINTS),),
+        high, tolerance, centroids, half_norms, bucket, len(high), len(centroids),
+        WIDTH=width(dim), DIMS=dims_at_once(dim), POINTS=_POINTS, GROUPS=GROUPS,
+        num_warps=_WARPS, num_stages=_STAGES,
     )  # fmt: skip
 
 
 def second_look(
     halves: tuple[torch.Tensor, torch.Tensor],
-    norm: torch.Tensor,
+    tolerance: torch.Tensor,
     centroids: tuple[torch.Tensor, torch.Tensor],
     half_norms: torch.Tensor,
-    largest: torch.Tensor,
     order: torch.Tensor,
     starts: torch.Tensor,
     out: torch.Tensor,
@@ -318,9 +361,9 @@ def second_look(
 
     Args:
         halves: of the points, as `split` writes them.
-        norm: float32 [n].
+        tolerance: likewise.
         centroids: their halves, float16 [k, width].
-        half_norms, largest: as `best_group`.
+        half_norms: as `best_group`.
         order: int64 [n], points sorted by bucket.
         starts: int64 [GROUPS + 2], where each bucket starts in `order`.
         out: int32 [n].
@@ -329,10 +372,10 @@ def second_look(
         dim: of the points.
     """
     launch(
-        _second_look, (triton.cdiv(len(norm), _POINTS) + GROUPS + 1,),
-        *halves, norm, *centroids, half_norms, largest, order, starts, out, *ties,
-        len(half_norms), **tolerances(dim, 3), WIDTH=width(dim), DIMS=dims_at_once(dim),
-        POINTS=_POINTS, GROUPS=GROUPS, num_warps=_WARPS,
+        _second_look, (triton.cdiv(len(order), _LOOK_POINTS) + GROUPS + 1,),
+        *halves, tolerance, *centroids, half_norms, order, starts, out, *ties, len(half_norms),
+        WIDTH=width(dim), DIMS=dims_at_once(dim), POINTS=_LOOK_POINTS, GROUPS=GROUPS,
+        num_warps=_LOOK_WARPS,
     )  # fmt: skip
 
 
@@ -384,9 +427,10 @@ def accumulate(
         stats: int64 [k, dim], [k] and [k].
     """
     dim = points.dim
+    clusters, order = torch.sort(nearest)
     launch(
         _accumulate, (triton.cdiv(len(nearest), _ACCUMULATE_POINTS),),
-        *points.tensors, weights, nearest, centroids, scales, *stats, first, len(nearest),
+        *points.tensors, weights, order, clusters, centroids, scales, *stats, first, len(nearest),
         DIM=dim, WIDTH=width(dim), DIMS=dims_at_once(dim), POINTS=_ACCUMULATE_POINTS,
         PAIRS=points.pairs,
     )  # fmt: skip

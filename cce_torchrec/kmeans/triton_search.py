@@ -27,10 +27,16 @@ class Search:
         norms = padded.square().sum(1)
         half_norms = torch.full_like(norms, -torch.inf)
         half_norms[:k] = -0.5 * norms[:k]
-        largest = norms.amax()
-        self._largest = torch.stack([largest.sqrt() * (1 + 2.0**-20), largest / 2]).float()
         high = padded.half()
         low = (padded - high.double()).half()
+        rest = padded - high.double()
+        off_high, off_both = (
+            rest.square().sum(1).amax(),
+            (rest - low.double()).square().sum(1).amax(),
+        )
+        largest = norms.amax()
+        reach = torch.stack([largest.sqrt(), largest / 2, off_high.sqrt(), off_both.sqrt()])
+        self._reach = (reach * (1 + 2.0**-20)).float()
         self._halves, self._half_norms = (high, low), half_norms.float()
         self._exact = (padded, half_norms)
         self._buckets = torch.arange(GROUPS + 2, dtype=torch.uint8, device=device)
@@ -48,12 +54,12 @@ class Search:
         n, new = len(out), out.new_empty
         shape = (n, width(self._dim))
         halves = new(shape, dtype=torch.float16), new(shape, dtype=torch.float16)
-        norm, bucket = new(n, dtype=torch.float32), new(n, dtype=torch.uint8)
-        split(self._sources, first, self._unit, *halves, norm)
-        tables = self._half_norms, self._largest
-        best_group(halves[0], norm, self._halves[0], *tables, bucket, self._dim)
+        tolerance, bucket = new(n, 2, dtype=torch.float32), new(n, dtype=torch.uint8)
+        split(self._sources, first, self._unit, self._reach, *halves, tolerance)
+        best_group(halves[0], tolerance, self._halves[0], self._half_norms, bucket, self._dim)
         sorted_, order = torch.sort(bucket, stable=True)
         starts = torch.searchsorted(sorted_, self._buckets)
         ties = new(n), new(n), torch.zeros(1, dtype=torch.int32, device=out.device)
-        second_look(halves, norm, self._halves, *tables, order, starts, out, ties, self._dim)
+        looked_at = (halves, tolerance, self._halves, self._half_norms, order, starts)
+        second_look(*looked_at, out, ties, self._dim)
         exact(self._sources, first, self._unit, *self._exact, ties, out)

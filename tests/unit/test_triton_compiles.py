@@ -69,13 +69,13 @@ def test_bags(offsets, variable):
 
 
 HALVES = ("high", "low", "c_high", "c_low")
-FLOATS = ("norm", "half_norm", "largest")
+FLOATS = ("tolerances", "half_norm", "reach")
 NEAREST = {
     "_split": ({"high": "*fp16", "low": "*fp16"}, {"POINTS": 64}),
     "_best_group": ({"c": "*fp16", "bucket": "*u8"}, {"POINTS": 128}),
     "_second_look": ({}, {"POINTS": 128}),
-    "_exact": ({"c": "*fp64", "half_norm": "*fp64"}, {"POINTS": 4, "CENTROIDS": 32}),
-    "_accumulate": ({"c": "*fp32"}, {"POINTS": 32}),
+    "_exact": ({"c": "*fp64", "half_norm": "*fp64"}, {"POINTS": 1, "CENTROIDS": 128}),
+    "_accumulate": ({"c": "*fp32"}, {"POINTS": 64}),
 }
 
 
@@ -84,7 +84,7 @@ NEAREST = {
 def test_nearest_centroids(name, dim):
     kernel, (types, constants) = getattr(kmeans, name), NEAREST[name]
     kinds = {**dict.fromkeys(HALVES, "*fp16"), **dict.fromkeys(FLOATS, "*fp32")}
-    kinds |= dict.fromkeys(("main", "helper", "a", "b", "nearest", "out", "ties"), "*i32")
+    kinds |= dict.fromkeys(("main", "helper", "a", "b", "clusters", "out", "ties"), "*i32")
     kinds |= dict.fromkeys(("tied_bucket", "num_ties"), "*i32")
     kinds |= dict.fromkeys(("order", "starts", "weights", "sums", "sizes", "errors"), "*i64")
     kinds |= dict.fromkeys(("unit", "scales"), "*fp64")
@@ -92,11 +92,11 @@ def test_nearest_centroids(name, dim):
     signature |= dict.fromkeys(("first", "count", "num_centroids"), "i32")
     dims = kmeans.dims_at_once(dim)
     constants = {
-        **constants, **kmeans.tolerances(dim, 3), "DIM": dim, "WIDTH": kmeans.width(dim),
+        **constants, **kmeans.tolerances(dim), "DIM": dim, "WIDTH": kmeans.width(dim),
         "DIMS": min(32, dims) if name == "_exact" else dims, "GROUPS": 64, "PAIRS": dim != 20,
     }  # fmt: skip
     used = {k: v for k, v in signature.items() if k in kernel.arg_names}
-    warps = 8 if name in ("_best_group", "_second_look") else 4
+    warps = 8 if name == "_second_look" else 4
     compile_for_h100(
         kernel, used, {k: v for k, v in constants.items() if k in kernel.arg_names}, num_warps=warps
     )
