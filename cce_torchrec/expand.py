@@ -234,7 +234,7 @@ class Expansion:
         check: BoundsCheck,
         inverse_indices: tuple[list[str], torch.Tensor] | None,
     ) -> KeyedJaggedTensor:
-        """All blocks in three launches, without waiting for the device (but in FATAL mode).
+        """All blocks in one launch, without waiting for the device (but in FATAL mode).
 
         Where `length_per_key` is not known there is room for as many rows as all values may have,
         and those of no bag are left behind the last one.
@@ -256,7 +256,6 @@ class Expansion:
             weights,
             tables.bags_of(features, self._sources),
             num_out,
-            features.lengths().dtype,
             self._counters(ids.device, check),
             first_bad,
         )
@@ -266,8 +265,7 @@ class Expansion:
             keys=self._keys,
             values=rows.values,
             weights=rows.weights,
-            lengths=rows.lengths,
-            offsets=rows.offsets,
+            offsets=rows.offsets,  # lengths follow from them, and lookups do not ask
             length_per_key=out_per_key,
             **self._batch_sizes(features, inverse_indices),
         )

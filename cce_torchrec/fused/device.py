@@ -51,14 +51,12 @@ class Table:
 
 @dataclass(frozen=True)
 class Rows:
-    """What an expansion gives: rows [R] of all bags, their weights, and the bags."""
+    """What an expansion gives: rows [R] of all bags, their weights, and their bags."""
 
     values: torch.Tensor
     weights: torch.Tensor | None
-    lengths: torch.Tensor
-    """Of the type of the batch's lengths, [physical features * stride]."""
     offsets: torch.Tensor
-    """int64 [physical features * stride + 1]."""
+    """int64 [bags of all physical features + 1]."""
 
 
 def takes(ids: torch.Tensor) -> bool:
@@ -96,13 +94,18 @@ class DeviceTables:
                 for j in range(len(table.chunks))
                 for f in range(table.num_features)
             ]
-        self._tables = torch.tensor(rows, device=device)
-        self._chunks = torch.tensor(chunks, device=device)
-        self._table_of = torch.tensor(table_of, device=device)
-        self._features = torch.tensor(features, device=device)
-        self._most_chunks = max(len(table.chunks) for table in tables)
-        self._raw = any(table.raw_id_key is not None for table in tables)
-        self._mark = any(table.seen is not None for table in tables)
+        from cce_torchrec.fused.triton_kernel import Description
+
+        self._described = Description(
+            tables=torch.tensor(rows, device=device),
+            chunks=torch.tensor(chunks, device=device),
+            table_of=torch.tensor(table_of, device=device),
+            features=torch.tensor(features, device=device),
+            most_chunks=max(len(table.chunks) for table in tables),
+            alike=len({table.copies for table in tables}) == 1,
+            raw=any(table.raw_id_key is not None for table in tables),
+            mark=any(table.seen is not None for table in tables),
+        )
         self.most_copies = max(table.copies for table in tables)
         """Rows per id of the table that has most of them."""
 
@@ -112,7 +115,6 @@ class DeviceTables:
         weights: torch.Tensor | None,
         bags: triton_kernel.Bags,
         num_out: int,
-        length_type: torch.dtype,
         invalid: torch.Tensor | None,
         first_bad: torch.Tensor | None,
     ) -> Rows:
@@ -123,44 +125,26 @@ class DeviceTables:
             weights: [V], or None.
             bags: of ids.
             num_out: rows to make room for; of all values in bags, or more.
-            length_type: of the lengths of the bags.
             invalid: int64 [tables], to which ids out of bounds are added, or None.
             first_bad: int64 [tables], see `no_positions`, or None.
         """
         from cce_torchrec.fused import triton_kernel
 
-        new = ids.new_empty
-        starts, out_starts = triton_kernel.find_starts(bags, self._tables, len(self._table_of))
         out = Rows(
-            new(num_out, dtype=torch.int64),
+            ids.new_empty(num_out, dtype=torch.int64),
             None if weights is None else weights.new_empty(num_out),
-            new(bags.num_out, dtype=length_type),
-            new(bags.num_out + 1, dtype=torch.int64),
+            ids.new_empty(bags.num_out + 1, dtype=torch.int64),
         )
         triton_kernel.expand(
-            ids=ids,
-            weights=None if weights is None else weights.contiguous(),
-            starts=starts,
-            table_of=self._table_of,
-            tables=self._tables,
-            chunks=self._chunks,
-            out_starts=out_starts,
+            self._described,
+            ids,
+            None if weights is None else weights.contiguous(),
+            bags,
             out=out.values,
             out_weights=out.weights,
+            offsets=out.offsets,
             invalid=invalid,
             first_bad=first_bad,
-            most_chunks=self._most_chunks,
-            raw=self._raw,
-            mark=self._mark,
-        )
-        triton_kernel.write_bags(
-            bags=bags,
-            starts=starts,
-            features=self._features,
-            tables=self._tables,
-            out_starts=out_starts,
-            lengths=out.lengths,
-            offsets=out.offsets,
         )
         return out
 

@@ -1,14 +1,14 @@
-"""Expansion in Triton: all tables, features, chunks and options of a lookup in three launches.
+"""Expansion in Triton: all tables, features, chunks and options of a lookup in one launch.
 
 It compiles on CUDA, and under TRITON_INTERPRET=1 runs on the CPU, where tests compare it with the
 torch form in expand.py. Nothing here is read back by the host.
 
-1. `_starts`, one program: where each feature's ids start in the batch, and each table's rows in
-   the output.
-2. `_expand`: each program takes a run of the batch's ids, finds the table of each by a search in
-   the features' starts, hashes raw ids, checks bounds, marks seen ids, and writes rows (and
-   weights) of all chunks.
-3. `_bags`: lengths and offsets of the bags of rows.
+- `_expand`: some of its programs take a run of the batch's ids, find the table of each by a search
+  in the features' starts, hash raw ids, check bounds, mark seen ids, and write rows (and weights)
+  of all chunks. The others write the offsets of the bags of rows.
+- `_starts`, one program before it, only where tables differ in rows per id or features in bags:
+  where each feature's ids start in the batch, and each table's rows in the output. Otherwise both
+  follow from the offsets of the batch.
 """
 
 from __future__ import annotations
@@ -35,6 +35,8 @@ FEATURE_FIELDS = 4
 _VALUES, _WARPS = 256, 8
 """Ids of a program and its warps: with 4 warps, 95 registers and 29 barriers, with 8 neither."""
 _BAGS = 1024
+_JOIN = False
+"""Whether both rows of an id are stored at once."""
 
 
 @triton.jit
@@ -55,19 +57,32 @@ def _first_bag(feature, bag_starts_ptr, stride, mask, VARIABLE: tl.constexpr):  
 
 
 @triton.jit
-def _last_at(starts_ptr, at, count, STEPS: tl.constexpr):  # type: ignore[no-untyped-def]
+def _last_at(starts_ptr, step, at, count, STEPS: tl.constexpr):  # type: ignore[no-untyped-def]
     # The last of `count` rising starts that is at or before each of `at`; empty ones are passed.
     found = tl.zeros(at.shape, tl.int32)
     end = tl.zeros(at.shape, tl.int32) + count
     for _ in range(STEPS):
         middle = (found + end) // 2
-        before = tl.load(starts_ptr + middle) <= at
+        before = tl.load(starts_ptr + middle.to(tl.int64) * step) <= at
         found = tl.where(before, middle, found)
         end = tl.where(before, end, middle)
     return found
 
 
 @triton.jit
+def _start(starts_ptr, feature, step):  # type: ignore[no-untyped-def]
+    return tl.load(starts_ptr + feature * step).to(tl.int64)
+
+
+@triton.jit
+def _out_start(out_starts_ptr, table, first, copies, ALIKE: tl.constexpr):  # type: ignore[no-untyped-def]
+    if ALIKE:
+        return first * copies
+    else:
+        return tl.load(out_starts_ptr + table)
+
+
+@triton.jit(do_not_specialize=["num_features", "num_tables", "stride"])
 def _starts(  # type: ignore[no-untyped-def]
     offsets_ptr, bag_starts_ptr, tables_ptr, starts_ptr, out_starts_ptr, num_features, num_tables,
     stride, FEATURES: tl.constexpr, TABLES: tl.constexpr, TABLE_FIELDS: tl.constexpr,
@@ -93,23 +108,25 @@ def _starts(  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def _expand(  # type: ignore[no-untyped-def]
-    ids_ptr, weights_ptr, starts_ptr, table_of_ptr, tables_ptr, chunks_ptr, out_starts_ptr,
-    out_ptr, out_weights_ptr, invalid_ptr, first_bad_ptr, num_values, num_features,
+def _rows(  # type: ignore[no-untyped-def]
+    program, ids_ptr, weights_ptr, starts_ptr, table_of_ptr, tables_ptr, chunks_ptr, out_starts_ptr,
+    out_ptr, out_weights_ptr, invalid_ptr, first_bad_ptr, num_values, num_features, step,
     WEIGHTED: tl.constexpr, CHUNKS: tl.constexpr, STEPS: tl.constexpr, VALUES: tl.constexpr,
     RAW: tl.constexpr, MARK: tl.constexpr, COUNT: tl.constexpr, FIRST_BAD: tl.constexpr,
-    TABLE_FIELDS: tl.constexpr, CHUNK_FIELDS: tl.constexpr,
+    ALIKE: tl.constexpr, JOIN: tl.constexpr, TABLE_FIELDS: tl.constexpr,
+    CHUNK_FIELDS: tl.constexpr,
 ):  # fmt: skip
-    at = tl.program_id(0).to(tl.int64) * VALUES + tl.arange(0, VALUES)
+    at = program * VALUES + tl.arange(0, VALUES)
     # A batch may have values beyond its last bag, which belong to no table.
-    inside = (at < num_values) & (at < tl.load(starts_ptr + num_features))
-    feature = _last_at(starts_ptr, at, num_features, STEPS)
+    inside = (at < num_values) & (at < _start(starts_ptr, num_features, step))
+    feature = _last_at(starts_ptr, step, at, num_features, STEPS)
     table = tl.load(table_of_ptr + feature, mask=inside, other=0)
     field = tables_ptr + table * TABLE_FIELDS
     num_embeddings, address = tl.load(field), tl.load(field + 1)
     width, columns = tl.load(field + 2), tl.load(field + 3)
     num_rows, helper_rows = tl.load(field + 4), tl.load(field + 5)
-    first, last = tl.load(starts_ptr + tl.load(field + 6)), tl.load(starts_ptr + tl.load(field + 7))
+    first = _start(starts_ptr, tl.load(field + 6), step)
+    last = _start(starts_ptr, tl.load(field + 7), step)
     num_chunks, chunk = tl.load(field + 8), chunks_ptr + tl.load(field + 9) * CHUNK_FIELDS
 
     ids = tl.load(ids_ptr + at, mask=inside, other=0).to(tl.int64)
@@ -129,8 +146,10 @@ def _expand(  # type: ignore[no-untyped-def]
     mixed = mix(ids)
     has_helper = helper_rows > 0
     rows_per_id = tl.where(has_helper, 2, 1).to(tl.int64)
-    to = tl.load(out_starts_ptr + table) + (at - first) * rows_per_id
-    step = (last - first) * rows_per_id
+    to = _out_start(out_starts_ptr, table, first, tl.load(field + 13), ALIKE)
+    to += (at - first) * rows_per_id
+    step_out = (last - first) * rows_per_id
+    half = tl.arange(0, 2)
     if WEIGHTED:
         weights = tl.load(weights_ptr + at, mask=inside, other=0)
     for j in range(CHUNKS):
@@ -142,26 +161,31 @@ def _expand(  # type: ignore[no-untyped-def]
         main = tl.where(width == 0, code, tl.where(width < 0, ids, main))
         helper = hashed(mixed, tl.load(chunk + 3, mask=on, other=0),
                         tl.load(chunk + 4, mask=on, other=0), helper_rows)  # fmt: skip
-        tl.store(out_ptr + to, main, mask=on)
-        tl.store(out_ptr + to + 1, num_rows + helper, mask=on & has_helper)
+        if JOIN:
+            both = on[:, None] & ((half == 0)[None, :] | has_helper[:, None])
+            rows = tl.join(main, num_rows + helper)
+            tl.store(out_ptr + to[:, None] + half[None, :], rows, mask=both)
+        else:
+            tl.store(out_ptr + to, main, mask=on)
+            tl.store(out_ptr + to + 1, num_rows + helper, mask=on & has_helper)
         if WEIGHTED:
             tl.store(out_weights_ptr + to, weights, mask=on)
             tl.store(out_weights_ptr + to + 1, weights, mask=on & has_helper)
-        to += step
+        to += step_out
         chunk += CHUNK_FIELDS
 
 
 @triton.jit
 def _bags(  # type: ignore[no-untyped-def]
-    offsets_ptr, bag_starts_ptr, out_bag_starts_ptr, starts_ptr, features_ptr, tables_ptr,
-    out_starts_ptr, lengths_ptr, out_ptr, num_bags, num_features, num_tables, stride,
+    program, offsets_ptr, bag_starts_ptr, out_bag_starts_ptr, starts_ptr, features_ptr, tables_ptr,
+    out_starts_ptr, out_ptr, num_bags, num_features, num_out_features, num_tables, stride, step,
     BAGS: tl.constexpr, STEPS: tl.constexpr, FEATURE_FIELDS: tl.constexpr,
-    TABLE_FIELDS: tl.constexpr, VARIABLE: tl.constexpr,
+    TABLE_FIELDS: tl.constexpr, VARIABLE: tl.constexpr, ALIKE: tl.constexpr,
 ):  # fmt: skip
-    bag = tl.program_id(0).to(tl.int64) * BAGS + tl.arange(0, BAGS)
+    bag = program * BAGS + tl.arange(0, BAGS)
     real = bag < num_bags
     if VARIABLE:
-        number = tl.where(real, _last_at(out_bag_starts_ptr, bag, num_features, STEPS), 0)
+        number = tl.where(real, _last_at(out_bag_starts_ptr, 1, bag, num_out_features, STEPS), 0)
         within = bag - tl.load(out_bag_starts_ptr + number)
     else:
         number = tl.where(real, bag // stride, 0)
@@ -171,13 +195,68 @@ def _bags(  # type: ignore[no-untyped-def]
     chunk, rows = tl.load(feature + 2), tl.load(feature + 3)
     at = _first_bag(slot, bag_starts_ptr, stride, real, VARIABLE) + within
     start = tl.load(offsets_ptr + at, mask=real, other=0).to(tl.int64)
-    length = tl.load(offsets_ptr + at + 1, mask=real, other=0).to(tl.int64) - start
     field = tables_ptr + table * TABLE_FIELDS
-    first, last = tl.load(starts_ptr + tl.load(field + 6)), tl.load(starts_ptr + tl.load(field + 7))
-    begins = tl.load(out_starts_ptr + table) + (chunk * (last - first) + start - first) * rows
-    tl.store(lengths_ptr + bag, length * rows, mask=real)
+    first = _start(starts_ptr, tl.load(field + 6), step)
+    last = _start(starts_ptr, tl.load(field + 7), step)
+    copies = tl.load(field + 13)
+    begins = _out_start(out_starts_ptr, table, first, copies, ALIKE)
+    begins += (chunk * (last - first) + start - first) * rows
     tl.store(out_ptr + bag, begins, mask=real)
-    tl.store(out_ptr + bag, tl.load(out_starts_ptr + num_tables), mask=bag == num_bags)
+    end = _start(starts_ptr, num_features, step)
+    tl.store(out_ptr + bag, _out_start(out_starts_ptr, num_tables, end, copies, ALIKE),
+             mask=bag == num_bags)  # fmt: skip
+
+
+@triton.jit(
+    do_not_specialize=[
+        "num_values", "num_features", "num_out_features", "num_tables", "num_bags", "stride",
+        "step", "row_programs",
+    ]
+)  # fmt: skip
+def _expand(  # type: ignore[no-untyped-def]
+    ids_ptr, weights_ptr, starts_ptr, table_of_ptr, tables_ptr, chunks_ptr, features_ptr,
+    out_starts_ptr, out_ptr, out_weights_ptr, invalid_ptr, first_bad_ptr, offsets_ptr,
+    bag_starts_ptr, out_bag_starts_ptr, out_offsets_ptr, num_values, num_features,
+    num_out_features, num_tables, num_bags, stride, step, row_programs,
+    WEIGHTED: tl.constexpr, CHUNKS: tl.constexpr, STEPS: tl.constexpr, VALUES: tl.constexpr,
+    RAW: tl.constexpr, MARK: tl.constexpr, COUNT: tl.constexpr, FIRST_BAD: tl.constexpr,
+    BAGS: tl.constexpr, BAG_STEPS: tl.constexpr, VARIABLE: tl.constexpr, ALIKE: tl.constexpr,
+    JOIN: tl.constexpr, TABLE_FIELDS: tl.constexpr, CHUNK_FIELDS: tl.constexpr,
+    FEATURE_FIELDS: tl.constexpr,
+):  # fmt: skip
+    program = tl.program_id(0).to(tl.int64)
+    if program < row_programs:
+        _rows(program, ids_ptr, weights_ptr, starts_ptr, table_of_ptr, tables_ptr, chunks_ptr,
+              out_starts_ptr, out_ptr, out_weights_ptr, invalid_ptr, first_bad_ptr, num_values,
+              num_features, step, WEIGHTED, CHUNKS, STEPS, VALUES, RAW, MARK, COUNT, FIRST_BAD,
+              ALIKE, JOIN, TABLE_FIELDS, CHUNK_FIELDS)  # fmt: skip
+    else:
+        _bags(program - row_programs, offsets_ptr, bag_starts_ptr, out_bag_starts_ptr, starts_ptr,
+              features_ptr, tables_ptr, out_starts_ptr, out_offsets_ptr, num_bags, num_features,
+              num_out_features, num_tables, stride, step, BAGS, BAG_STEPS, FEATURE_FIELDS,
+              TABLE_FIELDS, VARIABLE, ALIKE)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Description:
+    """The tables of a lookup on their device, all int64."""
+
+    tables: torch.Tensor
+    """[T, TABLE_FIELDS]."""
+    chunks: torch.Tensor
+    """[chunks of all tables, CHUNK_FIELDS]."""
+    table_of: torch.Tensor
+    """[F], table of each logical feature."""
+    features: torch.Tensor
+    """[P, FEATURE_FIELDS], of the physical features."""
+    most_chunks: int
+    """Of any table."""
+    alike: bool
+    """Whether all tables have as many rows per id, all chunks together."""
+    raw: bool
+    """Whether any table hashes raw ids."""
+    mark: bool
+    """Whether any table marks seen ids."""
 
 
 @dataclass(frozen=True)
@@ -195,108 +274,69 @@ class Bags:
     """Bags of all physical features."""
 
 
-def find_starts(
-    bags: Bags, tables: torch.Tensor, num_features: int
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Where each feature's ids start [F + 1] and each table's rows [T + 1], both int64.
-
-    Args:
-        bags: of the logical input.
-        tables: int64 [T, TABLE_FIELDS].
-        num_features: F.
-    """
-    new = functools.partial(torch.empty, dtype=torch.int64, device=bags.offsets.device)
-    starts, out_starts = new(num_features + 1), new(len(tables) + 1)
-    launch(
-        _starts, (1,),
-        bags.offsets, bags.offsets if bags.starts is None else bags.starts, tables, starts,
-        out_starts, num_features, len(tables), bags.stride,
-        FEATURES=triton.next_power_of_2(num_features + 1),
-        TABLES=triton.next_power_of_2(len(tables)), TABLE_FIELDS=TABLE_FIELDS,
-        VARIABLE=bags.starts is not None,
-    )  # fmt: skip
-    return starts, out_starts
-
-
 def expand(
-    *,
+    lookup: Description,
     ids: torch.Tensor,
     weights: torch.Tensor | None,
-    starts: torch.Tensor,
-    table_of: torch.Tensor,
-    tables: torch.Tensor,
-    chunks: torch.Tensor,
-    out_starts: torch.Tensor,
+    bags: Bags,
+    *,
     out: torch.Tensor,
     out_weights: torch.Tensor | None,
+    offsets: torch.Tensor,
     invalid: torch.Tensor | None,
     first_bad: torch.Tensor | None,
-    most_chunks: int,
-    raw: bool,
-    mark: bool,
 ) -> None:
-    """Writes the rows of `ids` into `out`, and their weights into `out_weights`.
+    """Writes the rows of `ids` into `out`, their weights, and the offsets of their bags.
 
     Args:
+        lookup: the tables.
         ids: int32 or int64 [V]; those out of bounds are read as 0.
         weights: [V], or None.
-        starts: int64 [F + 1], where each feature's ids start; the last is their end, at most V.
-        table_of: int64 [F], table of each feature.
-        tables: int64 [T, TABLE_FIELDS].
-        chunks: int64 [chunks of all tables, CHUNK_FIELDS].
-        out_starts: int64 [T + 1], where each table's rows start in `out`.
+        bags: of ids.
         out: int64; per table [chunks, its ids, rows per id].
         out_weights: like `out`, of the type of `weights`, or None.
+        offsets: int64 [bags of all physical features + 1], in the order of their rows.
         invalid: int64 [T]; ids out of bounds are added per table. None: they are not counted.
         first_bad: int64 [T]; takes the lowest position in `ids` of one out of bounds, or None.
-        most_chunks: of any table.
-        raw: whether any table hashes raw ids.
-        mark: whether any table marks seen ids.
     """
-    if not len(ids):
-        return
-    counts = invalid if invalid is not None else starts
+    variable = bags.starts is not None
+    alike = lookup.alike and not variable
+    starts, out_starts, step = bags.offsets, lookup.tables, bags.stride
+    if not alike:
+        starts, out_starts = _find_starts(lookup, bags)
+        step = 1
+    row_programs = triton.cdiv(len(ids), _VALUES)
+    counts = lookup.tables if invalid is None else invalid
     launch(
-        _expand, (triton.cdiv(len(ids), _VALUES),),
-        ids, weights if weights is not None else ids, starts, table_of, tables, chunks,
-        out_starts, out, out_weights if out_weights is not None else out, counts,
-        first_bad if first_bad is not None else counts, len(ids), len(table_of),
-        WEIGHTED=weights is not None, CHUNKS=most_chunks, STEPS=len(table_of).bit_length(),
-        VALUES=_VALUES, RAW=raw, MARK=mark, COUNT=invalid is not None,
-        FIRST_BAD=first_bad is not None, TABLE_FIELDS=TABLE_FIELDS, CHUNK_FIELDS=CHUNK_FIELDS,
+        _expand, (row_programs + triton.cdiv(len(offsets), _BAGS),),
+        ids, ids if weights is None else weights, starts, lookup.table_of, lookup.tables,
+        lookup.chunks, lookup.features, out_starts, out,
+        out if out_weights is None else out_weights, counts,
+        counts if first_bad is None else first_bad, bags.offsets,
+        bags.offsets if bags.starts is None else bags.starts,
+        bags.offsets if bags.out_starts is None else bags.out_starts, offsets, len(ids),
+        len(lookup.table_of), len(lookup.features), len(lookup.tables), len(offsets) - 1,
+        bags.stride, step, row_programs,
+        WEIGHTED=weights is not None, CHUNKS=lookup.most_chunks,
+        STEPS=len(lookup.table_of).bit_length(), VALUES=_VALUES, RAW=lookup.raw, MARK=lookup.mark,
+        COUNT=invalid is not None, FIRST_BAD=first_bad is not None, BAGS=_BAGS,
+        BAG_STEPS=len(lookup.features).bit_length(), VARIABLE=variable, ALIKE=alike, JOIN=_JOIN,
+        TABLE_FIELDS=TABLE_FIELDS, CHUNK_FIELDS=CHUNK_FIELDS, FEATURE_FIELDS=FEATURE_FIELDS,
         num_warps=_WARPS,
     )  # fmt: skip
 
 
-def write_bags(
-    *,
-    bags: Bags,
-    starts: torch.Tensor,
-    features: torch.Tensor,
-    tables: torch.Tensor,
-    out_starts: torch.Tensor,
-    lengths: torch.Tensor,
-    offsets: torch.Tensor,
-) -> None:
-    """Writes the bags of rows: `lengths` [R] and `offsets`, int64 [R + 1].
-
-    Args:
-        bags: of the logical input.
-        starts: int64 [F + 1], where each feature's ids start.
-        features: int64 [P, FEATURE_FIELDS], of the physical features.
-        tables: int64 [T, TABLE_FIELDS].
-        out_starts: int64 [T + 1], where each table's rows start.
-        lengths: of any integer type, in the order of the physical features, which is that of
-            their rows.
-        offsets: likewise.
-    """
-    starts_of_bags = bags.offsets if bags.starts is None else bags.starts
+def _find_starts(lookup: Description, bags: Bags) -> tuple[torch.Tensor, torch.Tensor]:
+    """Where each feature's ids start [F + 1] and each table's rows [T + 1], both int64."""
+    num_features, num_tables = len(lookup.table_of), len(lookup.tables)
+    new = functools.partial(torch.empty, dtype=torch.int64, device=bags.offsets.device)
+    starts, out_starts = new(num_features + 1), new(num_tables + 1)
     launch(
-        _bags, (triton.cdiv(len(lengths) + 1, _BAGS),),
-        bags.offsets, starts_of_bags,
-        starts_of_bags if bags.out_starts is None else bags.out_starts,
-        starts, features, tables, out_starts, lengths, offsets,
-        len(lengths), len(features), len(tables), bags.stride,
-        BAGS=_BAGS, STEPS=len(features).bit_length(), FEATURE_FIELDS=FEATURE_FIELDS,
-        TABLE_FIELDS=TABLE_FIELDS, VARIABLE=bags.starts is not None,
+        _starts, (1,),
+        bags.offsets, bags.offsets if bags.starts is None else bags.starts, lookup.tables, starts,
+        out_starts, num_features, num_tables, bags.stride,
+        FEATURES=triton.next_power_of_2(num_features + 1),
+        TABLES=triton.next_power_of_2(num_tables), TABLE_FIELDS=TABLE_FIELDS,
+        VARIABLE=bags.starts is not None,
     )  # fmt: skip
+    return starts, out_starts

@@ -44,28 +44,30 @@ def compile_for_h100(kernel, types, constants, **options):
     ],
 )
 def test_expansion(ids, weights, counts):
-    addresses = ("starts", "table_of", "tables", "chunks", "out_starts", "out", "invalid")
-    types = {f"{name}_ptr": "*i64" for name in (*addresses, "first_bad")}
+    addresses = ("starts", "table_of", "tables", "chunks", "features", "out_starts", "out")
+    bags = ("offsets", "bag_starts", "out_bag_starts", "out_offsets")
+    types = {f"{name}_ptr": "*i64" for name in (*addresses, *bags, "invalid", "first_bad")}
     types |= {"ids_ptr": ids, "weights_ptr": weights or ids, "out_weights_ptr": weights or "*i64"}
+    numbers = ("num_out_features", "num_tables", "num_bags", "stride", "step", "row_programs")
+    types |= dict.fromkeys(numbers, "i32")
     types |= {name: kind for name, kind in counts.items() if kind != 1}
     constants = {name: kind for name, kind in counts.items() if kind == 1}
     constants |= {"WEIGHTED": weights is not None, "CHUNKS": 4, "STEPS": 5, "VALUES": 256}
-    constants |= dict.fromkeys(("RAW", "MARK", "COUNT", "FIRST_BAD"), ids == "*i64")
+    constants |= dict.fromkeys(("RAW", "MARK", "COUNT", "FIRST_BAD", "JOIN"), ids == "*i64")
+    constants |= {"ALIKE": weights is None, "VARIABLE": weights is not None}
+    constants |= {"BAGS": 1024, "BAG_STEPS": 5, "FEATURE_FIELDS": fused.FEATURE_FIELDS}
     constants |= {"TABLE_FIELDS": fused.TABLE_FIELDS, "CHUNK_FIELDS": fused.CHUNK_FIELDS}
     compile_for_h100(fused._expand, types, constants, num_warps=8)
 
 
 @pytest.mark.parametrize("offsets, variable", [("*i32", False), ("*i64", True)])
-def test_bags(offsets, variable):
-    pointers = ("bag_starts", "out_bag_starts", "starts", "features", "tables", "out_starts", "out")
-    types = {f"{name}_ptr": "*i64" for name in pointers}
-    types |= {"offsets_ptr": offsets, "lengths_ptr": "*i32"}
-    types |= dict.fromkeys(("num_bags", "num_features", "num_tables", "stride"), "i32")
-    sizes = {"FEATURES": 32, "TABLES": 16, "BAGS": 1024, "STEPS": 5, "VARIABLE": variable}
-    fields = {"FEATURE_FIELDS": fused.FEATURE_FIELDS, "TABLE_FIELDS": fused.TABLE_FIELDS}
-    for kernel in (fused._bags, fused._starts):
-        constants = {k: v for k, v in {**sizes, **fields}.items() if k in kernel.arg_names}
-        compile_for_h100(kernel, types, constants)
+def test_starts(offsets, variable):
+    pointers = ("bag_starts", "tables", "starts", "out_starts")
+    types = {f"{name}_ptr": "*i64" for name in pointers} | {"offsets_ptr": offsets}
+    types |= dict.fromkeys(("num_features", "num_tables", "stride"), "i32")
+    constants = {"FEATURES": 32, "TABLES": 16, "VARIABLE": variable}
+    constants["TABLE_FIELDS"] = fused.TABLE_FIELDS
+    compile_for_h100(fused._starts, types, constants)
 
 
 HALVES = ("high", "low", "c_high", "c_low")
