@@ -22,6 +22,7 @@ from cce_torchrec.chunk_codes import ChunkCodes
 from cce_torchrec.codes import mark_seen
 from cce_torchrec.config import CCEEmbeddingBagConfig
 from cce_torchrec.fused import device, native
+from cce_torchrec.fused.narrow import MOST
 from cce_torchrec.hashing import hash_ids, raw_id_key
 from cce_torchrec.slots import Slot
 
@@ -139,6 +140,8 @@ class Expansion:
             b.codes for b in blocks if b.codes is not None and b.codes.seen is not None
         ]
         self._invalid: dict[torch.device, torch.Tensor] = {}
+        self.narrow = False
+        """Whether rows may be int32, where kernels write them (fused/narrow.py)."""
         self._count_rows()
 
     def _count_rows(self) -> None:
@@ -247,6 +250,7 @@ class Expansion:
             sources = zip(self._sources, self._rows_per_id, strict=True)
             out_per_key = [per_key[slot] * rows for slot, rows in sources]
         num_out = sum(out_per_key) if out_per_key else ids.numel() * tables.most_copies
+        narrow = self.narrow and num_out <= MOST and not features.variable_stride_per_key()
         fatal = check.mode == BoundsCheckMode.FATAL
         if fatal:
             check.refuse_capture()
@@ -256,6 +260,7 @@ class Expansion:
             weights,
             tables.bags_of(features, self._sources),
             num_out,
+            torch.int32 if narrow else torch.int64,
             self._counters(ids.device, check),
             first_bad,
         )

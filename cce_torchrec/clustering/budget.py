@@ -148,7 +148,8 @@ def _sklearn_bytes(points: int, dim: int, engine: Engine) -> int:
 
 def _book_bytes(clusters: int, helper_rows: int, dim: int, engine: Engine) -> int:
     """Fixed-point codebooks, sums, centroids and their temporaries."""
-    total = (40 * (clusters + helper_rows) + 120 * clusters) * dim + _SLACK
+    each = (20, 60) if engine.on_gpu else (40, 120)  # kernels leave fewer temporaries
+    total = (each[0] * (clusters + helper_rows) + each[1] * clusters) * dim + _SLACK
     if engine.init == "k-means++":
         total += 32 * clusters * (48 * dim + 64)
     return total

@@ -13,10 +13,15 @@ from torch.nn.parallel import DistributedDataParallel
 def kernels(lookups: Iterable[nn.Module]) -> Iterator[tuple[Any, Any]]:
     """Each group of tables of TorchRec's `lookups` with the FBGEMM module that holds them."""
     for lookup in lookups:
-        while isinstance(lookup, DistributedDataParallel):
-            lookup = lookup.module
-        for kernel in lookup._emb_modules:  # type: ignore[union-attr]  # a ModuleList
+        for kernel in torchrec_kernels(lookup):
             yield kernel._config.embedding_tables, kernel.emb_module
+
+
+def torchrec_kernels(lookup: nn.Module) -> Iterable[Any]:
+    """TorchRec's modules around FBGEMM's, of one lookup."""
+    while isinstance(lookup, DistributedDataParallel):
+        lookup = lookup.module
+    return lookup._emb_modules  # type: ignore[union-attr,return-value]  # a ModuleList
 
 
 def _cached(lookups: Iterable[nn.Module]) -> Iterator[Any]:

@@ -33,7 +33,7 @@ from torchrec.sparse.jagged_tensor import KeyedJaggedTensor, KeyedTensor
 from cce_torchrec.bounds import BoundsCheck
 from cce_torchrec.chunk_codes import ChunkCodes, codes_of
 from cce_torchrec.config import CCEEmbeddingBagConfig
-from cce_torchrec.distributed.caches import forget_prefetched, kernels
+from cce_torchrec.distributed.caches import forget_prefetched, kernels, torchrec_kernels
 from cce_torchrec.distributed.code_fetch import CodeFetch, mark_answered
 from cce_torchrec.distributed.context import CCEContext
 from cce_torchrec.distributed.id_blocks import IdBlocks, check_group, is_row_wise
@@ -45,6 +45,7 @@ from cce_torchrec.distributed.plan import (
     warn_of_ignored_optimizers,
 )
 from cce_torchrec.distributed.state_dict import CodesState
+from cce_torchrec.fused import narrow
 from cce_torchrec.fused.backward import take_over
 from cce_torchrec.modules.embedding_bag_collection import (
     CCEEmbeddingBagCollection,
@@ -111,6 +112,9 @@ class ShardedCCEEmbeddingBagCollection(
         self._inputs = sharding_inputs(
             *(inner, self._configs, self._output, self.codes, self.id_blocks, env.rank)
         )
+        for sharded, lookup in zip(self._inputs, self._lookups, strict=True):
+            if sharded.expansion is not None and device.type == "cuda":
+                sharded.expansion.narrow = narrow.take_over(torchrec_kernels(lookup))
         self._fetch = CodeFetch.of(self._configs, self.codes, self.id_blocks, self.process_group)
         self._input_dists += [sharded.dist for sharded in self._inputs]
         self._feature_order = [slot.feature for sharded in self._inputs for slot in sharded.slots]
@@ -206,6 +210,8 @@ class ShardedCCEEmbeddingBagCollection(
             ctx.fetched_for, ctx.rewrites = features, self._fetch.rewrites
             features, ctx.answered = self._fetch.replace(features, check)
         ordered = select_slots(features, self._feature_order)
+        # Also what is known of the lengths afterwards, so that values beyond the last bag are.
+        ordered.length_per_key()
         pieces = ordered.split([len(sharded.slots) for sharded in self._inputs])
         ctx.sharding_contexts = [
             EmbeddingShardingContext(

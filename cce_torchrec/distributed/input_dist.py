@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+import torch.distributed as dist
 from torch import nn
 from torchrec.distributed.embeddingbag import ShardedEmbeddingBagCollection
 from torchrec.distributed.sharding.dp_sharding import (
@@ -87,11 +88,9 @@ def _input(
     counts = [len(slots) for slots in slots_per_rank]
     mine = 0 if data_parallel else rank
     names, slots = list(per_rank[mine]), slots_per_rank[mine]
-    make = (
-        DpSparseFeaturesDist
-        if data_parallel
-        else partial(TwSparseFeaturesDist, sharding._pg, counts)
-    )
+    # A rank that is alone in its group keeps its ids: nothing is sent, and nothing waits for it.
+    stays = data_parallel or dist.get_world_size(sharding._pg) == 1
+    make = DpSparseFeaturesDist if stays else partial(TwSparseFeaturesDist, sharding._pg, counts)
     return ShardingInput(
         dist=make(),
         dist_again=make(),

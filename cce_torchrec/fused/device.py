@@ -56,7 +56,7 @@ class Rows:
     values: torch.Tensor
     weights: torch.Tensor | None
     offsets: torch.Tensor
-    """int64 [bags of all physical features + 1]."""
+    """Of the type of the rows, [bags of all physical features + 1]."""
 
 
 def takes(ids: torch.Tensor) -> bool:
@@ -115,6 +115,7 @@ class DeviceTables:
         weights: torch.Tensor | None,
         bags: triton_kernel.Bags,
         num_out: int,
+        dtype: torch.dtype,
         invalid: torch.Tensor | None,
         first_bad: torch.Tensor | None,
     ) -> Rows:
@@ -125,15 +126,16 @@ class DeviceTables:
             weights: [V], or None.
             bags: of ids.
             num_out: rows to make room for; of all values in bags, or more.
+            dtype: of rows and offsets, int64, or int32 if `num_out` and every row fit.
             invalid: int64 [tables], to which ids out of bounds are added, or None.
             first_bad: int64 [tables], see `no_positions`, or None.
         """
         from cce_torchrec.fused import triton_kernel
 
         out = Rows(
-            ids.new_empty(num_out, dtype=torch.int64),
+            ids.new_empty(num_out, dtype=dtype),
             None if weights is None else weights.new_empty(num_out),
-            ids.new_empty(bags.num_out + 1, dtype=torch.int64),
+            ids.new_empty(bags.num_out + 1, dtype=dtype),
         )
         triton_kernel.expand(
             self._described,

@@ -35,8 +35,8 @@ FEATURE_FIELDS = 4
 _VALUES, _WARPS = 256, 8
 """Ids of a program and its warps: with 4 warps, 95 registers and 29 barriers, with 8 neither."""
 _BAGS = 1024
-_JOIN = False
-"""Whether both rows of an id are stored at once."""
+_UNROLL = True
+"""Whether the chunks of a table are taken side by side."""
 
 
 @triton.jit
@@ -108,12 +108,32 @@ def _starts(  # type: ignore[no-untyped-def]
 
 
 @triton.jit
+def _chunk(  # type: ignore[no-untyped-def]
+    chunk, on, ids, mixed, address, width, columns, num_rows, helper_rows, out_ptr,
+    out_weights_ptr, to, weights, WEIGHTED: tl.constexpr,
+):  # fmt: skip
+    column = tl.load(chunk, mask=on, other=0)
+    main = code_at(address, ids * columns + column, width, on)
+    code = hashed(mixed, tl.load(chunk + 1, mask=on, other=0),
+                  tl.load(chunk + 2, mask=on, other=0), num_rows)  # fmt: skip
+    helper = hashed(mixed, tl.load(chunk + 3, mask=on, other=0),
+                    tl.load(chunk + 4, mask=on, other=0), helper_rows)  # fmt: skip
+    main = tl.where(width == 0, code, tl.where(width < 0, ids, main))
+    has_helper = helper_rows > 0
+    tl.store(out_ptr + to, main, mask=on)
+    tl.store(out_ptr + to + 1, num_rows + helper, mask=on & has_helper)
+    if WEIGHTED:
+        tl.store(out_weights_ptr + to, weights, mask=on)
+        tl.store(out_weights_ptr + to + 1, weights, mask=on & has_helper)
+
+
+@triton.jit
 def _rows(  # type: ignore[no-untyped-def]
     program, ids_ptr, weights_ptr, starts_ptr, table_of_ptr, tables_ptr, chunks_ptr, out_starts_ptr,
     out_ptr, out_weights_ptr, invalid_ptr, first_bad_ptr, num_values, num_features, step,
     WEIGHTED: tl.constexpr, CHUNKS: tl.constexpr, STEPS: tl.constexpr, VALUES: tl.constexpr,
     RAW: tl.constexpr, MARK: tl.constexpr, COUNT: tl.constexpr, FIRST_BAD: tl.constexpr,
-    ALIKE: tl.constexpr, JOIN: tl.constexpr, TABLE_FIELDS: tl.constexpr,
+    ALIKE: tl.constexpr, UNROLL: tl.constexpr, TABLE_FIELDS: tl.constexpr,
     CHUNK_FIELDS: tl.constexpr,
 ):  # fmt: skip
     at = program * VALUES + tl.arange(0, VALUES)
@@ -149,30 +169,19 @@ def _rows(  # type: ignore[no-untyped-def]
     to = _out_start(out_starts_ptr, table, first, tl.load(field + 13), ALIKE)
     to += (at - first) * rows_per_id
     step_out = (last - first) * rows_per_id
-    half = tl.arange(0, 2)
+    weights = ids
     if WEIGHTED:
         weights = tl.load(weights_ptr + at, mask=inside, other=0)
-    for j in range(CHUNKS):
-        on = inside & (j < num_chunks)
-        column = tl.load(chunk, mask=on, other=0)
-        code = hashed(mixed, tl.load(chunk + 1, mask=on, other=0),
-                      tl.load(chunk + 2, mask=on, other=0), num_rows)  # fmt: skip
-        main = code_at(address, ids * columns + column, width, on)
-        main = tl.where(width == 0, code, tl.where(width < 0, ids, main))
-        helper = hashed(mixed, tl.load(chunk + 3, mask=on, other=0),
-                        tl.load(chunk + 4, mask=on, other=0), helper_rows)  # fmt: skip
-        if JOIN:
-            both = on[:, None] & ((half == 0)[None, :] | has_helper[:, None])
-            rows = tl.join(main, num_rows + helper)
-            tl.store(out_ptr + to[:, None] + half[None, :], rows, mask=both)
-        else:
-            tl.store(out_ptr + to, main, mask=on)
-            tl.store(out_ptr + to + 1, num_rows + helper, mask=on & has_helper)
-        if WEIGHTED:
-            tl.store(out_weights_ptr + to, weights, mask=on)
-            tl.store(out_weights_ptr + to + 1, weights, mask=on & has_helper)
-        to += step_out
-        chunk += CHUNK_FIELDS
+    if UNROLL:
+        for j in tl.static_range(CHUNKS):
+            _chunk(chunk + j * CHUNK_FIELDS, inside & (j < num_chunks), ids, mixed, address, width,
+                   columns, num_rows, helper_rows, out_ptr, out_weights_ptr, to + j * step_out,
+                   weights, WEIGHTED)  # fmt: skip
+    else:
+        for j in range(CHUNKS):
+            _chunk(chunk + j * CHUNK_FIELDS, inside & (j < num_chunks), ids, mixed, address, width,
+                   columns, num_rows, helper_rows, out_ptr, out_weights_ptr, to + j * step_out,
+                   weights, WEIGHTED)  # fmt: skip
 
 
 @triton.jit
@@ -221,7 +230,7 @@ def _expand(  # type: ignore[no-untyped-def]
     WEIGHTED: tl.constexpr, CHUNKS: tl.constexpr, STEPS: tl.constexpr, VALUES: tl.constexpr,
     RAW: tl.constexpr, MARK: tl.constexpr, COUNT: tl.constexpr, FIRST_BAD: tl.constexpr,
     BAGS: tl.constexpr, BAG_STEPS: tl.constexpr, VARIABLE: tl.constexpr, ALIKE: tl.constexpr,
-    JOIN: tl.constexpr, TABLE_FIELDS: tl.constexpr, CHUNK_FIELDS: tl.constexpr,
+    UNROLL: tl.constexpr, TABLE_FIELDS: tl.constexpr, CHUNK_FIELDS: tl.constexpr,
     FEATURE_FIELDS: tl.constexpr,
 ):  # fmt: skip
     program = tl.program_id(0).to(tl.int64)
@@ -229,7 +238,7 @@ def _expand(  # type: ignore[no-untyped-def]
         _rows(program, ids_ptr, weights_ptr, starts_ptr, table_of_ptr, tables_ptr, chunks_ptr,
               out_starts_ptr, out_ptr, out_weights_ptr, invalid_ptr, first_bad_ptr, num_values,
               num_features, step, WEIGHTED, CHUNKS, STEPS, VALUES, RAW, MARK, COUNT, FIRST_BAD,
-              ALIKE, JOIN, TABLE_FIELDS, CHUNK_FIELDS)  # fmt: skip
+              ALIKE, UNROLL, TABLE_FIELDS, CHUNK_FIELDS)  # fmt: skip
     else:
         _bags(program - row_programs, offsets_ptr, bag_starts_ptr, out_bag_starts_ptr, starts_ptr,
               features_ptr, tables_ptr, out_starts_ptr, out_offsets_ptr, num_bags, num_features,
@@ -293,9 +302,9 @@ def expand(
         ids: int32 or int64 [V]; those out of bounds are read as 0.
         weights: [V], or None.
         bags: of ids.
-        out: int64; per table [chunks, its ids, rows per id].
+        out: int64 or int32; per table [chunks, its ids, rows per id].
         out_weights: like `out`, of the type of `weights`, or None.
-        offsets: int64 [bags of all physical features + 1], in the order of their rows.
+        offsets: int64 or int32 [bags of all physical features + 1], in the order of their rows.
         invalid: int64 [T]; ids out of bounds are added per table. None: they are not counted.
         first_bad: int64 [T]; takes the lowest position in `ids` of one out of bounds, or None.
     """
@@ -320,7 +329,8 @@ def expand(
         WEIGHTED=weights is not None, CHUNKS=lookup.most_chunks,
         STEPS=len(lookup.table_of).bit_length(), VALUES=_VALUES, RAW=lookup.raw, MARK=lookup.mark,
         COUNT=invalid is not None, FIRST_BAD=first_bad is not None, BAGS=_BAGS,
-        BAG_STEPS=len(lookup.features).bit_length(), VARIABLE=variable, ALIKE=alike, JOIN=_JOIN,
+        BAG_STEPS=len(lookup.features).bit_length(), VARIABLE=variable, ALIKE=alike,
+        UNROLL=_UNROLL and lookup.most_chunks <= 8,
         TABLE_FIELDS=TABLE_FIELDS, CHUNK_FIELDS=CHUNK_FIELDS, FEATURE_FIELDS=FEATURE_FIELDS,
         num_warps=_WARPS,
     )  # fmt: skip

@@ -188,7 +188,7 @@ def both_ways(expansion, features, mode):
 
 def equal(one, other):
     end = int(other.offsets()[-1])
-    assert torch.equal(one.values()[:end], other.values())
+    assert torch.equal(one.values()[:end].long(), other.values())
     assert torch.equal(one.lengths().long(), other.lengths().long())
     assert torch.equal(one.offsets().long(), other.offsets().long())
     if other.weights_or_none() is not None:
@@ -213,7 +213,7 @@ for bad, dtype, weighted in ((None, torch.int64, False), (-1, torch.int32, True)
             if block.codes is not None:
                 block.codes.set_rounds(block.codes.rounds + 1)
 
-# Tables of as many rows per id need one launch, and others two; both with rows stored at once too.
+# Tables of as many rows per id need one launch, and others two; int32 rows where they may be.
 from cce_torchrec.fused import triton_kernel
 parts, slots, keys = all_blocks()
 four = [b for b in parts if b.copies == 4 and b.rows_per_id == 2 and len(b.slots) == 1]
@@ -224,13 +224,16 @@ launched, usual = [], triton_kernel.launch
 triton_kernel.launch = lambda kernel, *rest, **named: (launched.append(kernel),
                                                        usual(kernel, *rest, **named))
 for expansion, count in ((alike, 1), (mixed, 2)):
-    for join in (False, True):
-        triton_kernel._JOIN = join
+    for narrow in (False, True):
+        triton_kernel._UNROLL, expansion.narrow = not narrow, narrow
         features = batch(expansion._slots, -1, torch.int64, 3, True)
         launched.clear()
         ((one, _), (other, _)), _ = both_ways(expansion, features, WARNING)
+        for kind in (one.values(), one.offsets()):
+            assert kind.dtype == (torch.int32 if narrow else torch.int64)
         equal(one, other)
         assert len(launched) == count
+    expansion.narrow = False
 
 # Values beyond the last bag belong to nobody, whether the lengths of the keys are known or not.
 features = batch(own, -1, torch.int64, 3, True)

@@ -53,7 +53,7 @@ def test_expansion(ids, weights, counts):
     types |= {name: kind for name, kind in counts.items() if kind != 1}
     constants = {name: kind for name, kind in counts.items() if kind == 1}
     constants |= {"WEIGHTED": weights is not None, "CHUNKS": 4, "STEPS": 5, "VALUES": 256}
-    constants |= dict.fromkeys(("RAW", "MARK", "COUNT", "FIRST_BAD", "JOIN"), ids == "*i64")
+    constants |= dict.fromkeys(("RAW", "MARK", "COUNT", "FIRST_BAD", "UNROLL"), ids == "*i64")
     constants |= {"ALIKE": weights is None, "VARIABLE": weights is not None}
     constants |= {"BAGS": 1024, "BAG_STEPS": 5, "FEATURE_FIELDS": fused.FEATURE_FIELDS}
     constants |= {"TABLE_FIELDS": fused.TABLE_FIELDS, "CHUNK_FIELDS": fused.CHUNK_FIELDS}
