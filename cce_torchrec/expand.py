@@ -175,7 +175,10 @@ class Expansion:
         logical features become those of the physical ones.
         """
         if self._fits_device(features):
-            return self._on_device(features, check, inverse_indices)
+            # Only a graph needs to be kept away from the kernels, which read codes by address.
+            compiling = torch.compiler.is_compiling()
+            on_device = self._outside_graphs if compiling else self._on_device
+            return on_device(features, check, inverse_indices)
         per_key = features.length_per_key()
         starts = list(itertools.accumulate(per_key, initial=0))
         out_per_key = [
@@ -230,7 +233,10 @@ class Expansion:
             and (weights is None or not weights.requires_grad)  # the kernel has no gradient
         )
 
-    @torch.compiler.disable  # the kernels read codes by address, which a graph cannot follow
+    @torch.compiler.disable
+    def _outside_graphs(self, *args: Any) -> KeyedJaggedTensor:
+        return self._on_device(*args)
+
     def _on_device(
         self,
         features: KeyedJaggedTensor,

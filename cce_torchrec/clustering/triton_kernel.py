@@ -139,7 +139,7 @@ def _read_code(codes_ptr, cell, on):  # type: ignore[no-untyped-def]  # Triton's
         return code.to(tl.int64)
 
 
-@triton.jit(do_not_specialize=["column", "first", "count", "base"])
+@triton.jit(do_not_specialize=["column", "first", "count", "base", "helper_rows"])
 def _write_pairs(  # type: ignore[no-untyped-def]
     codes_ptr, columns, column, first, count, base, multiplier, addend, helper_rows, a_ptr, b_ptr,
     KEYS: tl.constexpr, IDS: tl.constexpr,
@@ -156,7 +156,7 @@ def _write_pairs(  # type: ignore[no-untyped-def]
         tl.store(b_ptr + at, b.to(tl.int32), mask=on)
 
 
-@triton.jit(do_not_specialize=["column", "first", "count", "base"])
+@triton.jit(do_not_specialize=["column", "first", "count", "base", "helper_rows"])
 def _count_pairs(  # type: ignore[no-untyped-def]
     codes_ptr, columns, column, first, count, base, multiplier, addend, helper_rows,
     weights_ptr, counts_ptr, WEIGHTED: tl.constexpr, IDS: tl.constexpr,
@@ -173,7 +173,7 @@ def _count_pairs(  # type: ignore[no-untyped-def]
     tl.atomic_add(counts_ptr + key, weight, mask=on, sem="relaxed")
 
 
-@triton.jit(do_not_specialize=["column", "first", "count", "base", "room"])
+@triton.jit(do_not_specialize=["column", "first", "count", "base", "helper_rows", "room"])
 def _append_sampled(  # type: ignore[no-untyped-def]
     codes_ptr, columns, column, first, count, base, multiplier, addend, helper_rows,
     weights_ptr, keys_ptr, sums_ptr, found_ptr, room, sample_multiplier, sample_addend, threshold,
@@ -203,7 +203,7 @@ def _new_code(new_codes_ptr, key, at, on, BY_PAIR: tl.constexpr):  # type: ignor
         return _read_code(new_codes_ptr, at, on)
 
 
-@triton.jit(do_not_specialize=["column", "first", "count", "base"])
+@triton.jit(do_not_specialize=["column", "first", "count", "base", "helper_rows"])
 def _add_residuals(  # type: ignore[no-untyped-def]
     codes_ptr, columns, column, first, count, base, multiplier, addend, helper_rows,
     new_codes_ptr, new_multiplier, new_addend, main_ptr, helper_ptr, centroids_ptr, sums_ptr,
@@ -227,7 +227,7 @@ def _add_residuals(  # type: ignore[no-untyped-def]
     tl.atomic_add(sizes_ptr + row, tl.full((IDS,), 1, tl.int64), mask=on, sem="relaxed")
 
 
-@triton.jit(do_not_specialize=["column", "first", "count", "base"])
+@triton.jit(do_not_specialize=["column", "first", "count", "base", "helper_rows"])
 def _relabel(  # type: ignore[no-untyped-def]
     codes_ptr, columns, column, first, count, base, multiplier, addend, helper_rows,
     new_codes_ptr, changed_ptr, BY_PAIR: tl.constexpr, WRITE: tl.constexpr, IDS: tl.constexpr,

@@ -205,7 +205,9 @@ class ShardedCCEEmbeddingBagCollection(
     ) -> Awaitable[Awaitable[KJTList]]:
         """Sends `features` to their tables' owners; ids of ROW_WISE tables become rows before."""
         check = self._bounds_check.once_more() if again else self._bounds_check
-        bags = dict(zip(features.keys(), features.stride_per_key(), strict=True))
+        variable = ctx.variable_batch_per_feature  # TorchRec asks for sizes only then
+        sizes = features.stride_per_key() if variable else []
+        bags = dict(zip(features.keys(), sizes, strict=False))
         if self._fetch is not None:
             ctx.fetched_for, ctx.rewrites = features, self._fetch.rewrites
             features, ctx.answered = self._fetch.replace(features, check)
@@ -215,8 +217,10 @@ class ShardedCCEEmbeddingBagCollection(
         pieces = ordered.split([len(sharded.slots) for sharded in self._inputs])
         ctx.sharding_contexts = [
             EmbeddingShardingContext(
-                batch_size_per_feature_pre_a2a=[bags[s.feature] for s in sharded.looked_up],
-                variable_batch_per_feature=ctx.variable_batch_per_feature,
+                batch_size_per_feature_pre_a2a=[
+                    bags[s.feature] for s in sharded.looked_up if variable
+                ],
+                variable_batch_per_feature=variable,
             )
             for sharded in self._inputs
         ]

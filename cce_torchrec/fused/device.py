@@ -13,7 +13,7 @@ from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 from cce_torchrec.gpu.launch import usable
 
 if TYPE_CHECKING:  # Triton may not be installed
-    from cce_torchrec.fused import triton_kernel
+    from cce_torchrec.fused.triton_expand import Bags
 
 _NO_POSITION = torch.iinfo(torch.int64).max
 
@@ -94,18 +94,9 @@ class DeviceTables:
                 for j in range(len(table.chunks))
                 for f in range(table.num_features)
             ]
-        from cce_torchrec.fused.triton_kernel import Description
+        from cce_torchrec.fused.triton_expand import Lookup
 
-        self._described = Description(
-            tables=torch.tensor(rows, device=device),
-            chunks=torch.tensor(chunks, device=device),
-            table_of=torch.tensor(table_of, device=device),
-            features=torch.tensor(features, device=device),
-            most_chunks=max(len(table.chunks) for table in tables),
-            alike=len({table.copies for table in tables}) == 1,
-            raw=any(table.raw_id_key is not None for table in tables),
-            mark=any(table.seen is not None for table in tables),
-        )
+        self._lookup = Lookup(rows, chunks, features, table_of, device)
         self.most_copies = max(table.copies for table in tables)
         """Rows per id of the table that has most of them."""
 
@@ -113,7 +104,7 @@ class DeviceTables:
         self,
         ids: torch.Tensor,
         weights: torch.Tensor | None,
-        bags: triton_kernel.Bags,
+        bags: Bags,
         num_out: int,
         dtype: torch.dtype,
         invalid: torch.Tensor | None,
@@ -130,15 +121,15 @@ class DeviceTables:
             invalid: int64 [tables], to which ids out of bounds are added, or None.
             first_bad: int64 [tables], see `no_positions`, or None.
         """
-        from cce_torchrec.fused import triton_kernel
+        from cce_torchrec.fused.triton_expand import expand
 
         out = Rows(
             ids.new_empty(num_out, dtype=dtype),
             None if weights is None else weights.new_empty(num_out),
             ids.new_empty(bags.num_out + 1, dtype=dtype),
         )
-        triton_kernel.expand(
-            self._described,
+        expand(
+            self._lookup,
             ids,
             None if weights is None else weights.contiguous(),
             bags,
@@ -150,9 +141,9 @@ class DeviceTables:
         )
         return out
 
-    def bags_of(self, features: KeyedJaggedTensor, slots: Sequence[int]) -> triton_kernel.Bags:
+    def bags_of(self, features: KeyedJaggedTensor, slots: Sequence[int]) -> Bags:
         """The bags of `features` for `expand`; `slots`: of each physical feature."""
-        from cce_torchrec.fused.triton_kernel import Bags
+        from cce_torchrec.fused.triton_expand import Bags
 
         offsets = features.offsets()
         if not features.variable_stride_per_key():

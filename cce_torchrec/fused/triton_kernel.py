@@ -1,26 +1,23 @@
 """Expansion in Triton: all tables, features, chunks and options of a lookup in one launch.
 
 It compiles on CUDA, and under TRITON_INTERPRET=1 runs on the CPU, where tests compare it with the
-torch form in expand.py. Nothing here is read back by the host.
+torch form in expand.py. Nothing here is read back by the host; triton_expand.py launches it.
 
-- `_expand`: some of its programs take a run of the batch's ids, find the table of each by a search
+- `expand`: some of its programs take a run of the batch's ids, find the table of each by a search
   in the features' starts, hash raw ids, check bounds, mark seen ids, and write rows (and weights)
   of all chunks. The others write the offsets of the bags of rows.
-- `_starts`, one program before it, only where tables differ in rows per id or features in bags:
+- `starts`, one program before it, only where tables differ in rows per id or features in bags:
   where each feature's ids start in the batch, and each table's rows in the output. Otherwise both
   follow from the offsets of the batch.
+
+What a lookup does not need is None: each pointer that is passed costs the host a microsecond.
 """
 
 from __future__ import annotations
 
-import functools
-from dataclasses import dataclass
-
-import torch
 import triton
 import triton.language as tl
 
-from cce_torchrec.gpu.launch import launch
 from cce_torchrec.gpu.triton_functions import code_at, hashed, mix
 
 TABLE_FIELDS = 14
@@ -32,11 +29,6 @@ CHUNK_FIELDS = 5
 """int64 per chunk: column, multiplier and addend of the main hash, of the helper hash."""
 FEATURE_FIELDS = 4
 """int64 per physical feature: the slot it reads, its table, its chunk in the table, rows per id."""
-_VALUES, _WARPS = 256, 8
-"""Ids of a program and its warps: with 4 warps, 95 registers and 29 barriers, with 8 neither."""
-_BAGS = 1024
-_UNROLL = True
-"""Whether the chunks of a table are taken side by side."""
 
 
 @triton.jit
@@ -83,7 +75,7 @@ def _out_start(out_starts_ptr, table, first, copies, ALIKE: tl.constexpr):  # ty
 
 
 @triton.jit(do_not_specialize=["num_features", "num_tables", "stride"])
-def _starts(  # type: ignore[no-untyped-def]
+def starts(  # type: ignore[no-untyped-def]
     offsets_ptr, bag_starts_ptr, tables_ptr, starts_ptr, out_starts_ptr, num_features, num_tables,
     stride, FEATURES: tl.constexpr, TABLES: tl.constexpr, TABLE_FIELDS: tl.constexpr,
     VARIABLE: tl.constexpr,
@@ -108,46 +100,36 @@ def _starts(  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def _chunk(  # type: ignore[no-untyped-def]
-    chunk, on, ids, mixed, address, width, columns, num_rows, helper_rows, out_ptr,
-    out_weights_ptr, to, weights, WEIGHTED: tl.constexpr,
-):  # fmt: skip
-    column = tl.load(chunk, mask=on, other=0)
-    main = code_at(address, ids * columns + column, width, on)
-    code = hashed(mixed, tl.load(chunk + 1, mask=on, other=0),
-                  tl.load(chunk + 2, mask=on, other=0), num_rows)  # fmt: skip
-    helper = hashed(mixed, tl.load(chunk + 3, mask=on, other=0),
-                    tl.load(chunk + 4, mask=on, other=0), helper_rows)  # fmt: skip
-    main = tl.where(width == 0, code, tl.where(width < 0, ids, main))
-    has_helper = helper_rows > 0
-    tl.store(out_ptr + to, main, mask=on)
-    tl.store(out_ptr + to + 1, num_rows + helper, mask=on & has_helper)
-    if WEIGHTED:
-        tl.store(out_weights_ptr + to, weights, mask=on)
-        tl.store(out_weights_ptr + to + 1, weights, mask=on & has_helper)
+def _codes(address, cell, on, BYTES: tl.constexpr):  # type: ignore[no-untyped-def]
+    if BYTES == 1:
+        return tl.load(address.to(tl.pointer_type(tl.uint8)) + cell, mask=on, other=0).to(tl.int64)
+    elif BYTES == 2:
+        code = tl.load(address.to(tl.pointer_type(tl.int16)) + cell, mask=on, other=0)
+        return code.to(tl.int64) & 0xFFFF
+    else:
+        return tl.load(address.to(tl.pointer_type(tl.int32)) + cell, mask=on, other=0).to(tl.int64)
 
 
 @triton.jit
 def _rows(  # type: ignore[no-untyped-def]
-    program, ids_ptr, weights_ptr, starts_ptr, table_of_ptr, tables_ptr, chunks_ptr, out_starts_ptr,
+    program, ids_ptr, weights_ptr, starts_ptr, lookup_ptr, chunks_at, table_of_at, out_starts_ptr,
     out_ptr, out_weights_ptr, invalid_ptr, first_bad_ptr, num_values, num_features, step,
-    WEIGHTED: tl.constexpr, CHUNKS: tl.constexpr, STEPS: tl.constexpr, VALUES: tl.constexpr,
-    RAW: tl.constexpr, MARK: tl.constexpr, COUNT: tl.constexpr, FIRST_BAD: tl.constexpr,
-    ALIKE: tl.constexpr, UNROLL: tl.constexpr, TABLE_FIELDS: tl.constexpr,
-    CHUNK_FIELDS: tl.constexpr,
+    CHUNKS: tl.constexpr, STEPS: tl.constexpr, VALUES: tl.constexpr, CODE_BYTES: tl.constexpr,
+    RAW: tl.constexpr, MARK: tl.constexpr, ALIKE: tl.constexpr,
+    TABLE_FIELDS: tl.constexpr, CHUNK_FIELDS: tl.constexpr,
 ):  # fmt: skip
     at = program * VALUES + tl.arange(0, VALUES)
     # A batch may have values beyond its last bag, which belong to no table.
     inside = (at < num_values) & (at < _start(starts_ptr, num_features, step))
     feature = _last_at(starts_ptr, step, at, num_features, STEPS)
-    table = tl.load(table_of_ptr + feature, mask=inside, other=0)
-    field = tables_ptr + table * TABLE_FIELDS
+    table = tl.load(lookup_ptr + table_of_at + feature, mask=inside, other=0)
+    field = lookup_ptr + table * TABLE_FIELDS
     num_embeddings, address = tl.load(field), tl.load(field + 1)
-    width, columns = tl.load(field + 2), tl.load(field + 3)
     num_rows, helper_rows = tl.load(field + 4), tl.load(field + 5)
     first = _start(starts_ptr, tl.load(field + 6), step)
     last = _start(starts_ptr, tl.load(field + 7), step)
-    num_chunks, chunk = tl.load(field + 8), chunks_ptr + tl.load(field + 9) * CHUNK_FIELDS
+    num_chunks = tl.load(field + 8)
+    chunk = lookup_ptr + chunks_at + tl.load(field + 9) * CHUNK_FIELDS
 
     ids = tl.load(ids_ptr + at, mask=inside, other=0).to(tl.int64)
     if RAW:
@@ -155,9 +137,9 @@ def _rows(  # type: ignore[no-untyped-def]
         raw = (mix(ids ^ tl.load(field + 11)) >> 1) & 0x7FFFFFFFFFFFFFFF
         ids = tl.where(tl.load(field + 10) != 0, raw % num_embeddings, ids)
     bad = inside & ((ids < 0) | (ids >= num_embeddings))
-    if COUNT:
+    if invalid_ptr is not None:
         tl.atomic_add(invalid_ptr + table, tl.full((VALUES,), 1, tl.int64), mask=bad)
-    if FIRST_BAD:
+    if first_bad_ptr is not None:
         tl.atomic_min(first_bad_ptr + table, at, mask=bad)
     ids = tl.where(bad, 0, ids)
     if MARK:
@@ -169,42 +151,58 @@ def _rows(  # type: ignore[no-untyped-def]
     to = _out_start(out_starts_ptr, table, first, tl.load(field + 13), ALIKE)
     to += (at - first) * rows_per_id
     step_out = (last - first) * rows_per_id
-    weights = ids
-    if WEIGHTED:
+    cell = ids * tl.load(field + 3)
+    if weights_ptr is not None:
         weights = tl.load(weights_ptr + at, mask=inside, other=0)
-    if UNROLL:
-        for j in tl.static_range(CHUNKS):
-            _chunk(chunk + j * CHUNK_FIELDS, inside & (j < num_chunks), ids, mixed, address, width,
-                   columns, num_rows, helper_rows, out_ptr, out_weights_ptr, to + j * step_out,
-                   weights, WEIGHTED)  # fmt: skip
-    else:
-        for j in range(CHUNKS):
-            _chunk(chunk + j * CHUNK_FIELDS, inside & (j < num_chunks), ids, mixed, address, width,
-                   columns, num_rows, helper_rows, out_ptr, out_weights_ptr, to + j * step_out,
-                   weights, WEIGHTED)  # fmt: skip
+    for j in range(CHUNKS):
+        on = inside & (j < num_chunks)
+        column = tl.load(chunk, mask=on, other=0)
+        if CODE_BYTES > 0:
+            main = _codes(address, cell + column, on, CODE_BYTES)
+        else:  # tables differ: in bytes of a code, or some have none
+            width = tl.load(field + 2)
+            code = hashed(mixed, tl.load(chunk + 1, mask=on, other=0),
+                          tl.load(chunk + 2, mask=on, other=0), num_rows)  # fmt: skip
+            main = code_at(address, cell + column, width, on)
+            main = tl.where(width == 0, code, tl.where(width < 0, ids, main))
+        helper = hashed(mixed, tl.load(chunk + 3, mask=on, other=0),
+                        tl.load(chunk + 4, mask=on, other=0), helper_rows)  # fmt: skip
+        tl.store(out_ptr + to, main, mask=on)
+        tl.store(out_ptr + to + 1, num_rows + helper, mask=on & has_helper)
+        if weights_ptr is not None:
+            tl.store(out_weights_ptr + to, weights, mask=on)
+            tl.store(out_weights_ptr + to + 1, weights, mask=on & has_helper)
+        to += step_out
+        chunk += CHUNK_FIELDS
 
 
 @triton.jit
 def _bags(  # type: ignore[no-untyped-def]
-    program, offsets_ptr, bag_starts_ptr, out_bag_starts_ptr, starts_ptr, features_ptr, tables_ptr,
+    program, offsets_ptr, bag_starts_ptr, out_bag_starts_ptr, starts_ptr, lookup_ptr, features_at,
     out_starts_ptr, out_ptr, num_bags, num_features, num_out_features, num_tables, stride, step,
     BAGS: tl.constexpr, STEPS: tl.constexpr, FEATURE_FIELDS: tl.constexpr,
-    TABLE_FIELDS: tl.constexpr, VARIABLE: tl.constexpr, ALIKE: tl.constexpr,
+    TABLE_FIELDS: tl.constexpr, VARIABLE: tl.constexpr, LONG: tl.constexpr, ALIKE: tl.constexpr,
 ):  # fmt: skip
-    bag = program * BAGS + tl.arange(0, BAGS)
+    begin = program * BAGS
+    bag = begin + tl.arange(0, BAGS)
     real = bag < num_bags
     if VARIABLE:
         number = tl.where(real, _last_at(out_bag_starts_ptr, 1, bag, num_out_features, STEPS), 0)
         within = bag - tl.load(out_bag_starts_ptr + number)
+    elif LONG:  # the bags of a program are of one feature, or of two: one division is enough
+        number = begin // stride
+        number += (bag >= (number + 1) * stride).to(tl.int64)
+        within = bag - number * stride
+        number = tl.where(real, number, 0)
     else:
         number = tl.where(real, bag // stride, 0)
         within = bag % stride
-    feature = features_ptr + number * FEATURE_FIELDS
+    feature = lookup_ptr + features_at + number * FEATURE_FIELDS
     slot, table = tl.load(feature), tl.load(feature + 1)
     chunk, rows = tl.load(feature + 2), tl.load(feature + 3)
     at = _first_bag(slot, bag_starts_ptr, stride, real, VARIABLE) + within
     start = tl.load(offsets_ptr + at, mask=real, other=0).to(tl.int64)
-    field = tables_ptr + table * TABLE_FIELDS
+    field = lookup_ptr + table * TABLE_FIELDS
     first = _start(starts_ptr, tl.load(field + 6), step)
     last = _start(starts_ptr, tl.load(field + 7), step)
     copies = tl.load(field + 13)
@@ -218,135 +216,33 @@ def _bags(  # type: ignore[no-untyped-def]
 
 @triton.jit(
     do_not_specialize=[
-        "num_values", "num_features", "num_out_features", "num_tables", "num_bags", "stride",
-        "step", "row_programs",
+        "chunks_at", "features_at", "table_of_at", "num_values", "num_features",
+        "num_out_features", "num_tables", "num_bags", "stride", "step", "row_programs",
     ]
 )  # fmt: skip
-def _expand(  # type: ignore[no-untyped-def]
-    ids_ptr, weights_ptr, starts_ptr, table_of_ptr, tables_ptr, chunks_ptr, features_ptr,
-    out_starts_ptr, out_ptr, out_weights_ptr, invalid_ptr, first_bad_ptr, offsets_ptr,
-    bag_starts_ptr, out_bag_starts_ptr, out_offsets_ptr, num_values, num_features,
+def expand(  # type: ignore[no-untyped-def]
+    ids_ptr, weights_ptr, offsets_ptr, bag_starts_ptr, out_bag_starts_ptr, starts_ptr,
+    out_starts_ptr, lookup_ptr, out_ptr, out_weights_ptr, out_offsets_ptr, invalid_ptr,
+    first_bad_ptr, chunks_at, features_at, table_of_at, num_values, num_features,
     num_out_features, num_tables, num_bags, stride, step, row_programs,
-    WEIGHTED: tl.constexpr, CHUNKS: tl.constexpr, STEPS: tl.constexpr, VALUES: tl.constexpr,
-    RAW: tl.constexpr, MARK: tl.constexpr, COUNT: tl.constexpr, FIRST_BAD: tl.constexpr,
-    BAGS: tl.constexpr, BAG_STEPS: tl.constexpr, VARIABLE: tl.constexpr, ALIKE: tl.constexpr,
-    UNROLL: tl.constexpr, TABLE_FIELDS: tl.constexpr, CHUNK_FIELDS: tl.constexpr,
+    CHUNKS: tl.constexpr, STEPS: tl.constexpr, BAG_STEPS: tl.constexpr, VALUES: tl.constexpr,
+    BAGS: tl.constexpr, CODE_BYTES: tl.constexpr, RAW: tl.constexpr, MARK: tl.constexpr,
+    LONG: tl.constexpr, TABLE_FIELDS: tl.constexpr, CHUNK_FIELDS: tl.constexpr,
     FEATURE_FIELDS: tl.constexpr,
 ):  # fmt: skip
+    """Programs below `row_programs` write rows, the others offsets; see triton_expand.expand."""
+    ALIKE: tl.constexpr = out_starts_ptr is None
+    VARIABLE: tl.constexpr = bag_starts_ptr is not None
+    if ALIKE:
+        starts_ptr = offsets_ptr
     program = tl.program_id(0).to(tl.int64)
     if program < row_programs:
-        _rows(program, ids_ptr, weights_ptr, starts_ptr, table_of_ptr, tables_ptr, chunks_ptr,
+        _rows(program, ids_ptr, weights_ptr, starts_ptr, lookup_ptr, chunks_at, table_of_at,
               out_starts_ptr, out_ptr, out_weights_ptr, invalid_ptr, first_bad_ptr, num_values,
-              num_features, step, WEIGHTED, CHUNKS, STEPS, VALUES, RAW, MARK, COUNT, FIRST_BAD,
-              ALIKE, UNROLL, TABLE_FIELDS, CHUNK_FIELDS)  # fmt: skip
+              num_features, step, CHUNKS, STEPS, VALUES, CODE_BYTES, RAW, MARK, ALIKE,
+              TABLE_FIELDS, CHUNK_FIELDS)  # fmt: skip
     else:
         _bags(program - row_programs, offsets_ptr, bag_starts_ptr, out_bag_starts_ptr, starts_ptr,
-              features_ptr, tables_ptr, out_starts_ptr, out_offsets_ptr, num_bags, num_features,
+              lookup_ptr, features_at, out_starts_ptr, out_offsets_ptr, num_bags, num_features,
               num_out_features, num_tables, stride, step, BAGS, BAG_STEPS, FEATURE_FIELDS,
-              TABLE_FIELDS, VARIABLE, ALIKE)  # fmt: skip
-
-
-@dataclass(frozen=True)
-class Description:
-    """The tables of a lookup on their device, all int64."""
-
-    tables: torch.Tensor
-    """[T, TABLE_FIELDS]."""
-    chunks: torch.Tensor
-    """[chunks of all tables, CHUNK_FIELDS]."""
-    table_of: torch.Tensor
-    """[F], table of each logical feature."""
-    features: torch.Tensor
-    """[P, FEATURE_FIELDS], of the physical features."""
-    most_chunks: int
-    """Of any table."""
-    alike: bool
-    """Whether all tables have as many rows per id, all chunks together."""
-    raw: bool
-    """Whether any table hashes raw ids."""
-    mark: bool
-    """Whether any table marks seen ids."""
-
-
-@dataclass(frozen=True)
-class Bags:
-    """The bags of a batch: `stride` of every feature, or else as many as the starts say."""
-
-    offsets: torch.Tensor
-    """int32 or int64 [bags + 1], of all features' bags one after the other."""
-    stride: int
-    starts: torch.Tensor | None = None
-    """int64 [F + 1], where the bags of each feature start, where they differ in number."""
-    out_starts: torch.Tensor | None = None
-    """int64 [P + 1], likewise of each physical feature."""
-    num_out: int = 0
-    """Bags of all physical features."""
-
-
-def expand(
-    lookup: Description,
-    ids: torch.Tensor,
-    weights: torch.Tensor | None,
-    bags: Bags,
-    *,
-    out: torch.Tensor,
-    out_weights: torch.Tensor | None,
-    offsets: torch.Tensor,
-    invalid: torch.Tensor | None,
-    first_bad: torch.Tensor | None,
-) -> None:
-    """Writes the rows of `ids` into `out`, their weights, and the offsets of their bags.
-
-    Args:
-        lookup: the tables.
-        ids: int32 or int64 [V]; those out of bounds are read as 0.
-        weights: [V], or None.
-        bags: of ids.
-        out: int64 or int32; per table [chunks, its ids, rows per id].
-        out_weights: like `out`, of the type of `weights`, or None.
-        offsets: int64 or int32 [bags of all physical features + 1], in the order of their rows.
-        invalid: int64 [T]; ids out of bounds are added per table. None: they are not counted.
-        first_bad: int64 [T]; takes the lowest position in `ids` of one out of bounds, or None.
-    """
-    variable = bags.starts is not None
-    alike = lookup.alike and not variable
-    starts, out_starts, step = bags.offsets, lookup.tables, bags.stride
-    if not alike:
-        starts, out_starts = _find_starts(lookup, bags)
-        step = 1
-    row_programs = triton.cdiv(len(ids), _VALUES)
-    counts = lookup.tables if invalid is None else invalid
-    launch(
-        _expand, (row_programs + triton.cdiv(len(offsets), _BAGS),),
-        ids, ids if weights is None else weights, starts, lookup.table_of, lookup.tables,
-        lookup.chunks, lookup.features, out_starts, out,
-        out if out_weights is None else out_weights, counts,
-        counts if first_bad is None else first_bad, bags.offsets,
-        bags.offsets if bags.starts is None else bags.starts,
-        bags.offsets if bags.out_starts is None else bags.out_starts, offsets, len(ids),
-        len(lookup.table_of), len(lookup.features), len(lookup.tables), len(offsets) - 1,
-        bags.stride, step, row_programs,
-        WEIGHTED=weights is not None, CHUNKS=lookup.most_chunks,
-        STEPS=len(lookup.table_of).bit_length(), VALUES=_VALUES, RAW=lookup.raw, MARK=lookup.mark,
-        COUNT=invalid is not None, FIRST_BAD=first_bad is not None, BAGS=_BAGS,
-        BAG_STEPS=len(lookup.features).bit_length(), VARIABLE=variable, ALIKE=alike,
-        UNROLL=_UNROLL and lookup.most_chunks <= 8,
-        TABLE_FIELDS=TABLE_FIELDS, CHUNK_FIELDS=CHUNK_FIELDS, FEATURE_FIELDS=FEATURE_FIELDS,
-        num_warps=_WARPS,
-    )  # fmt: skip
-
-
-def _find_starts(lookup: Description, bags: Bags) -> tuple[torch.Tensor, torch.Tensor]:
-    """Where each feature's ids start [F + 1] and each table's rows [T + 1], both int64."""
-    num_features, num_tables = len(lookup.table_of), len(lookup.tables)
-    new = functools.partial(torch.empty, dtype=torch.int64, device=bags.offsets.device)
-    starts, out_starts = new(num_features + 1), new(num_tables + 1)
-    launch(
-        _starts, (1,),
-        bags.offsets, bags.offsets if bags.starts is None else bags.starts, lookup.tables, starts,
-        out_starts, num_features, num_tables, bags.stride,
-        FEATURES=triton.next_power_of_2(num_features + 1),
-        TABLES=triton.next_power_of_2(num_tables), TABLE_FIELDS=TABLE_FIELDS,
-        VARIABLE=bags.starts is not None,
-    )  # fmt: skip
-    return starts, out_starts
+              TABLE_FIELDS, VARIABLE, LONG, ALIKE)  # fmt: skip

@@ -25,10 +25,13 @@ def interpreted() -> bool:
 
 def usable(device: torch.device) -> bool:
     """Whether kernels run on `device`; where a GPU has to do without, one warning says why."""
-    if device.type != "cuda" and not interpreted():
-        return False
+    return _gpu_is_usable(device) if device.type == "cuda" else unusable(device) is None
+
+
+@functools.cache
+def _gpu_is_usable(device: torch.device) -> bool:
     why = unusable(device)
-    if why is not None and device.type == "cuda":
+    if why is not None:
         _warn_once(f"{why}; the same is done in torch, several times slower")
     return why is None
 
@@ -71,9 +74,18 @@ def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **constants: Any) -> 
 
     The one place where kernels are launched, so that tests can count launches.
     """
-    tensor = next(arg for arg in args if isinstance(arg, torch.Tensor))
-    with torch.cuda.device_of(tensor):
-        kernel[grid](*args, **constants)
+    device = next(arg for arg in args if isinstance(arg, torch.Tensor)).device
+    if device.type != "cuda" or device.index == torch.cuda.current_device():
+        _run(kernel, grid, args, constants)
+        return
+    with torch.cuda.device(device):
+        _run(kernel, grid, args, constants)
+
+
+def _run(
+    kernel: Any, grid: tuple[int, ...], args: tuple[Any, ...], constants: dict[str, Any]
+) -> None:
+    kernel[grid](*args, **constants)
 
 
 def _dotted(capability: tuple[int, int]) -> str:

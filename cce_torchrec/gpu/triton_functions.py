@@ -23,8 +23,10 @@ def bits31(mixed, multiplier, addend):  # type: ignore[no-untyped-def]
 
 @triton.jit
 def hashed(mixed, multiplier, addend, rows):  # type: ignore[no-untyped-def]
-    """HashFunction.of_mixed."""
-    return (bits31(mixed, multiplier, addend) * rows) >> 31
+    """HashFunction.of_mixed, of fewer than 2^31 rows."""
+    # Of 31 bits times rows the bits from 31 on: of twice as much the upper 32, one instruction.
+    twice = ((mixed * multiplier + addend) >> 32) & 0xFFFFFFFE
+    return tl.umulhi(twice.to(tl.uint32), rows.to(tl.uint32)).to(tl.int64)
 
 
 @triton.jit

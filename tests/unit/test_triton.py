@@ -214,18 +214,22 @@ for bad, dtype, weighted in ((None, torch.int64, False), (-1, torch.int32, True)
                 block.codes.set_rounds(block.codes.rounds + 1)
 
 # Tables of as many rows per id need one launch, and others two; int32 rows where they may be.
-from cce_torchrec.fused import triton_kernel
+from cce_torchrec.fused import triton_expand
 parts, slots, keys = all_blocks()
 four = [b for b in parts if b.copies == 4 and b.rows_per_id == 2 and len(b.slots) == 1]
 for i, block in enumerate(four):
     block.slots = [i]
 alike = Expansion(four, slots[: len(four)], [str(i) for i in range(4 * len(four))])
-launched, usual = [], triton_kernel.launch
-triton_kernel.launch = lambda kernel, *rest, **named: (launched.append(kernel),
+launched, usual = [], triton_expand.launch
+triton_expand.launch = lambda kernel, *rest, **named: (launched.append(kernel),
                                                        usual(kernel, *rest, **named))
-for expansion, count in ((alike, 1), (mixed, 2)):
+one_table = next(b for b in four if b.codes.codes is not None and b.config.num_rows == 300)
+one_table = Block(one_table.config, [0], one_table.codes, one_table.columns)
+short = Expansion([one_table], [Slot("short", "f")], [str(i) for i in range(4)])
+triton_expand._BAGS = 32  # a feature of 37 bags has at least as many as a program writes
+for expansion, count in ((alike, 1), (short, 1), (mixed, 2)):
     for narrow in (False, True):
-        triton_kernel._UNROLL, expansion.narrow = not narrow, narrow
+        expansion.narrow = narrow
         features = batch(expansion._slots, -1, torch.int64, 3, True)
         launched.clear()
         ((one, _), (other, _)), _ = both_ways(expansion, features, WARNING)

@@ -22,7 +22,7 @@ SHARED_BYTES = 227 << 10
 @pytest.fixture(autouse=True)
 def compiled_anew(monkeypatch, tmp_path):
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
-    if not isinstance(fused._expand, triton.runtime.jit.JITFunction):
+    if not isinstance(fused.expand, triton.runtime.jit.JITFunction):
         pytest.skip("Triton interprets in this process")
 
 
@@ -34,30 +34,25 @@ def compile_for_h100(kernel, types, constants, **options):
     assert compiled.metadata.shared <= SHARED_BYTES
 
 
-@pytest.mark.parametrize(
-    "ids, weights, counts",
-    [
-        ("*i64", None, {"num_values": "i32", "num_features": "i32"}),
-        ("*i32", "*fp32", {"num_values": "i32", "num_features": "i32"}),
-        ("*i64", "*fp16", {"num_values": "i64", "num_features": "i32"}),
-        ("*i32", None, {"num_values": 1, "num_features": 1}),  # Triton takes 1 as a constant
-    ],
-)
-def test_expansion(ids, weights, counts):
-    addresses = ("starts", "table_of", "tables", "chunks", "features", "out_starts", "out")
-    bags = ("offsets", "bag_starts", "out_bag_starts", "out_offsets")
-    types = {f"{name}_ptr": "*i64" for name in (*addresses, *bags, "invalid", "first_bad")}
-    types |= {"ids_ptr": ids, "weights_ptr": weights or ids, "out_weights_ptr": weights or "*i64"}
-    numbers = ("num_out_features", "num_tables", "num_bags", "stride", "step", "row_programs")
-    types |= dict.fromkeys(numbers, "i32")
-    types |= {name: kind for name, kind in counts.items() if kind != 1}
-    constants = {name: kind for name, kind in counts.items() if kind == 1}
-    constants |= {"WEIGHTED": weights is not None, "CHUNKS": 4, "STEPS": 5, "VALUES": 256}
-    constants |= dict.fromkeys(("RAW", "MARK", "COUNT", "FIRST_BAD", "UNROLL"), ids == "*i64")
-    constants |= {"ALIKE": weights is None, "VARIABLE": weights is not None}
-    constants |= {"BAGS": 1024, "BAG_STEPS": 5, "FEATURE_FIELDS": fused.FEATURE_FIELDS}
-    constants |= {"TABLE_FIELDS": fused.TABLE_FIELDS, "CHUNK_FIELDS": fused.CHUNK_FIELDS}
-    compile_for_h100(fused._expand, types, constants, num_warps=8)
+@pytest.mark.parametrize("ids, weights", [("*i64", None), ("*i32", "*fp32"), ("*i64", "*fp16")])
+@pytest.mark.parametrize("code_bytes", [0, 2])
+@pytest.mark.parametrize("rows", ["*i32", "*i64"])
+def test_expansion(ids, weights, code_bytes, rows):
+    alike, variable = weights is None, weights == "*fp16"
+    types = {"ids": ids, "offsets": ids, "lookup": "*i64", "out": rows, "out_offsets": rows}
+    types |= {"weights": weights, "out_weights": weights, "invalid": "*i64"}
+    types["first_bad"] = None if alike else "*i64"
+    types |= dict.fromkeys(("starts", "out_starts"), None if alike else "*i64")
+    types |= dict.fromkeys(("bag_starts", "out_bag_starts"), "*i64" if variable else None)
+    signature = {f"{name}_ptr": kind for name, kind in types.items() if kind is not None}
+    constants = {f"{name}_ptr": None for name, kind in types.items() if kind is None}
+    constants |= {"CHUNKS": 4, "STEPS": 5, "BAG_STEPS": 5, "VALUES": 256, "BAGS": 1024}
+    constants |= {"CODE_BYTES": code_bytes, "RAW": alike, "MARK": alike, "LONG": alike}
+    fields = ("TABLE_FIELDS", "CHUNK_FIELDS", "FEATURE_FIELDS")
+    constants |= {name: getattr(fused, name) for name in fields}
+    numbers = [name for name in fused.expand.arg_names if name not in {*signature, *constants}]
+    signature |= dict.fromkeys(numbers, "i32")
+    compile_for_h100(fused.expand, signature, constants, num_warps=8)
 
 
 @pytest.mark.parametrize("offsets, variable", [("*i32", False), ("*i64", True)])
@@ -67,7 +62,7 @@ def test_starts(offsets, variable):
     types |= dict.fromkeys(("num_features", "num_tables", "stride"), "i32")
     constants = {"FEATURES": 32, "TABLES": 16, "VARIABLE": variable}
     constants["TABLE_FIELDS"] = fused.TABLE_FIELDS
-    compile_for_h100(fused._starts, types, constants)
+    compile_for_h100(fused.starts, types, constants)
 
 
 HALVES = ("high", "low", "c_high", "c_low")

@@ -1,0 +1,132 @@
+"""Launches the kernels of triton_kernel.py on the tables of a lookup."""
+
+from __future__ import annotations
+
+import functools
+import itertools
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import triton
+
+from cce_torchrec.fused import triton_kernel as kernels
+from cce_torchrec.gpu.launch import launch
+
+_VALUES, _WARPS = 256, 8
+"""Ids of a program and its warps; measured on an H100, where 64 or 512 ids take half more time."""
+_BAGS = 1024
+
+
+class Lookup:
+    """The tables of a lookup, described on their device.
+
+    Args:
+        tables: TABLE_FIELDS numbers for each table.
+        chunks: CHUNK_FIELDS numbers for each chunk of the tables in turn.
+        features: FEATURE_FIELDS numbers for each physical feature.
+        table_of: table of each logical feature.
+        device: where ids will be.
+    """
+
+    def __init__(
+        self,
+        tables: Sequence[Sequence[int]],
+        chunks: Sequence[Sequence[int]],
+        features: Sequence[Sequence[int]],
+        table_of: Sequence[int],
+        device: torch.device,
+    ) -> None:
+        flat = [list(itertools.chain.from_iterable(part)) for part in (tables, chunks, features)]
+        self.numbers = torch.tensor([*flat[0], *flat[1], *flat[2], *table_of], device=device)
+        """int64: what describes tables, chunks, features, and the table of each logical one."""
+        self.places = tuple(itertools.accumulate(map(len, flat)))
+        """Where chunks, features and the tables of logical features start in `numbers`."""
+        self.num_tables, self.num_features = len(tables), len(table_of)
+        self.num_out_features = len(features)
+        self.most_chunks = max(table[8] for table in tables)
+        self.alike = len({table[13] for table in tables}) == 1
+        """Whether all tables have as many rows per id, all chunks together."""
+        widths = {table[2] for table in tables}
+        self.code_bytes = max(0, *widths) if len(widths) == 1 else 0
+        """Of every table, or 0 where they differ or some have no codes."""
+        self.raw = any(table[10] for table in tables)
+        self.mark = any(table[12] for table in tables)
+
+
+@dataclass(frozen=True)
+class Bags:
+    """The bags of a batch: `stride` of every feature, or else as many as the starts say."""
+
+    offsets: torch.Tensor
+    """int32 or int64 [bags + 1], of all features' bags one after the other."""
+    stride: int
+    starts: torch.Tensor | None = None
+    """int64 [F + 1], where the bags of each feature start, where they differ in number."""
+    out_starts: torch.Tensor | None = None
+    """int64 [P + 1], likewise of each physical feature."""
+    num_out: int = 0
+    """Bags of all physical features."""
+
+
+def expand(
+    lookup: Lookup,
+    ids: torch.Tensor,
+    weights: torch.Tensor | None,
+    bags: Bags,
+    *,
+    out: torch.Tensor,
+    out_weights: torch.Tensor | None,
+    offsets: torch.Tensor,
+    invalid: torch.Tensor | None,
+    first_bad: torch.Tensor | None,
+) -> None:
+    """Writes the rows of `ids` into `out`, their weights, and the offsets of their bags.
+
+    Args:
+        lookup: the tables.
+        ids: int32 or int64 [V]; those out of bounds are read as 0.
+        weights: [V], or None.
+        bags: of ids.
+        out: int64 or int32; per table [chunks, its ids, rows per id].
+        out_weights: like `out`, of the type of `weights`, or None.
+        offsets: int64 or int32 [bags of all physical features + 1], in the order of their rows.
+        invalid: int64 [T]; ids out of bounds are added per table. None: they are not counted.
+        first_bad: int64 [T]; takes the lowest position in `ids` of one out of bounds, or None.
+    """
+    variable = bags.starts is not None
+    starts, out_starts, step = None, None, bags.stride
+    if variable or not lookup.alike:
+        starts, out_starts = _find_starts(lookup, bags)
+        step = 1
+    num_values = ids.numel()
+    row_programs = triton.cdiv(num_values, _VALUES)
+    launch(
+        kernels.expand, (row_programs + triton.cdiv(bags.num_out + 1, _BAGS),),
+        ids, weights, bags.offsets, bags.starts, bags.out_starts, starts, out_starts,
+        lookup.numbers, out, out_weights, offsets, invalid, first_bad, *lookup.places, num_values,
+        lookup.num_features, lookup.num_out_features, lookup.num_tables, bags.num_out,
+        bags.stride, step, row_programs,
+        CHUNKS=lookup.most_chunks, STEPS=lookup.num_features.bit_length(),
+        BAG_STEPS=lookup.num_out_features.bit_length() if variable else 0,
+        VALUES=_VALUES, BAGS=_BAGS, CODE_BYTES=lookup.code_bytes, RAW=lookup.raw,
+        MARK=lookup.mark, LONG=bags.stride >= _BAGS, TABLE_FIELDS=kernels.TABLE_FIELDS,
+        CHUNK_FIELDS=kernels.CHUNK_FIELDS, FEATURE_FIELDS=kernels.FEATURE_FIELDS,
+        num_warps=_WARPS,
+    )  # fmt: skip
+
+
+def _find_starts(lookup: Lookup, bags: Bags) -> tuple[torch.Tensor, torch.Tensor]:
+    """Where each feature's ids start [F + 1] and each table's rows [T + 1], both int64."""
+    num_features, num_tables = lookup.num_features, lookup.num_tables
+    new = functools.partial(torch.empty, dtype=torch.int64, device=bags.offsets.device)
+    starts, out_starts = new(num_features + 1), new(num_tables + 1)
+    launch(
+        kernels.starts, (1,),
+        bags.offsets, bags.offsets if bags.starts is None else bags.starts, lookup.numbers, starts,
+        out_starts, num_features, num_tables, bags.stride,
+        FEATURES=triton.next_power_of_2(num_features + 1),
+        TABLES=triton.next_power_of_2(num_tables), TABLE_FIELDS=kernels.TABLE_FIELDS,
+        VARIABLE=bags.starts is not None,
+    )  # fmt: skip
+    return starts, out_starts
