@@ -102,9 +102,7 @@ def note_operation(func: torch._ops.OpOverload, args: tuple, kwargs: dict) -> No
     if not _active:
         return
     name = func._schema.name.split("::")[-1]
-    if name in _WAITS:
-        waited(name)
-    elif name == "repeat_interleave" and kwargs.get("output_size") is None:
+    if name in _WAITS or (name == "repeat_interleave" and kwargs.get("output_size") is None):
         waited(name)
     elif name == "copy_" and args[0].device != args[1].device and not _asynchronous(*args):
         waited("copy_ between devices")

@@ -1,4 +1,4 @@
-"""Makes `device="cuda"`, `.to("cuda")`, `torch.cuda` and Triton launches work on emulated tensors."""
+"""Makes `device="cuda"`, `.to("cuda")`, `torch.cuda` and Triton launches work when emulated."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from triton.runtime.interpreter import InterpretedFunction
 from cce_torchrec.gpu import launch
 from tests.desk import counts
 from tests.desk.emulated import CUDA, Emulated, emulated
+from tests.desk.kernels import run_interpreted
 
 TOTAL_BYTES, FREE_BYTES = 80 << 30, 70 << 30
 RESERVED_BYTES, ALLOCATED_BYTES = 3 << 30, 1 << 30
@@ -27,7 +28,7 @@ def emulated_cuda() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         for name, stub in _STUBS.items():
             patch.setattr(torch.cuda, name, stub)
-        patch.setattr(InterpretedFunction, "run", _run_interpreted)
+        patch.setattr(InterpretedFunction, "run", run_interpreted)
         launch._fault_of.cache_clear()
         # Parameters become new ones in Module.to(): data of a CPU one cannot be set to emulated.
         torch.__future__.set_overwrite_module_params_on_conversion(True)
@@ -37,21 +38,6 @@ def emulated_cuda() -> Iterator[None]:
         finally:
             torch.__future__.set_overwrite_module_params_on_conversion(False)
     launch._fault_of.cache_clear()
-
-
-def _run_interpreted(self: Any, *args: Any, **kwargs: Any) -> Any:
-    """A launch of a Triton kernel, on the memory of its tensors."""
-    counts.launched(f"Triton's {self.__name__}")
-    tensors = [t for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)]
-    if any(isinstance(t, Emulated) for t in tensors) and not all(
-        isinstance(t, Emulated) for t in tensors
-    ):
-        raise ValueError("Pointer argument cannot be accessed from Triton (cpu tensor?)")
-    args, kwargs = tree_map_only(Emulated, lambda t: t.on_cpu, (args, kwargs))
-    return _interpret(self, *args, **kwargs)
-
-
-_interpret = InterpretedFunction.run
 
 
 class _Device(TorchFunctionMode):
