@@ -1,0 +1,144 @@
+"""Clusterings of a collection on the device, against the CPU, and how often the host waits."""
+
+import pytest
+import torch
+
+from cce_torchrec.clustering import budget, cluster, finalize
+from cce_torchrec.clustering.budget import Engine
+from tests.desk.counts import counting
+from tests.desk.emulated import on_cpu
+from tests.desk.twins import N, assert_same_state, batch, table, twins, two_tables
+
+ON_CUDA = ["auto", "torch", "triton"]
+CLOSE = 1e-6
+"""Relative, of objectives; see test_kmeans."""
+WAITS_A_CHUNK = 60
+"""Of a chunk of 6 Lloyd iterations: each asks for the objective, whether a cluster is empty, the
+imbalance and whether a centroid moved; the rest are sizes of what is found (pairs, samples,
+starts) and checks of the input. Some 60 waits of 10 microseconds are half a millisecond of the
+0.1 s that a large chunk may take."""
+
+
+def metric(chunks, dim):
+    root = torch.randn(chunks, dim, dim, generator=torch.Generator().manual_seed(3))
+    return root @ root.transpose(1, 2)
+
+
+OPTIONS = {
+    "default": {},
+    "samples_per_centroid": {"samples_per_centroid": 3},
+    "k-means++": {"init": "k-means++"},
+    "main": {"init": "main"},
+    "seen": {"weights": "seen"},
+    "seen, sampled": {"weights": "seen", "samples_per_centroid": 3},
+    "weights": {"weights": {"t0": torch.arange(N) % 5}},
+    "weights, sampled": {"weights": {"t1": torch.arange(N) % 5}, "samples_per_centroid": 3},
+    "metric": {"metric": {"t0": metric(4, 4), "t1": metric(4, 4)}},
+    "metric, sampled": {"metric": {"t0": metric(4, 4)}, "samples_per_centroid": 3},
+    "tolerance": {"tolerance": 0.5},
+    "little memory": {"memory_limit": 0},
+}
+
+
+def prepared(tables, options, **settings):
+    """Twins after a batch of training, so that ids were seen."""
+    seen = options.get("weights") == "seen"
+    cpu, cuda = twins(tables(track_seen=seen, **settings))
+    cpu(batch()), cuda(batch().to("cuda"))
+    return cpu, cuda
+
+
+def fitting(options, cpu, step, backend):
+    """`options` with the least limit that the CPU takes for it, where they say 0."""
+    if options.get("memory_limit") != 0:
+        return options
+    with pytest.raises(ValueError, match="needs up to") as error:
+        step(cpu, backend=backend, memory_limit=1)
+    needed = int(str(error.value).split("up to ")[1].split()[0])
+    return {**options, "memory_limit": needed}
+
+
+@pytest.mark.parametrize("backend", ON_CUDA)
+@pytest.mark.parametrize("option", OPTIONS)
+@pytest.mark.parametrize("step", [cluster, finalize])
+def test_equals_the_cpu(step, option, backend):
+    options = OPTIONS[option]
+    if step is finalize and option == "main":
+        pytest.skip("finalize refuses it")
+    cpu, cuda = prepared(two_tables, options)
+    one = step(cpu, backend="torch", **fitting(options, cpu, step, "torch"))
+    other = step(cuda, backend=backend, **fitting(options, cuda, step, backend))
+    assert len(one.chunks) == len(other.chunks) == 8
+    for a, b in zip(one.chunks, other.chunks, strict=True):
+        assert b.objective_before == pytest.approx(a.objective_before, rel=CLOSE)
+        assert b.objective_after == pytest.approx(a.objective_after, rel=CLOSE)
+        assert b.empty_clusters == a.empty_clusters
+    if backend == "torch":  # the same scores, so the same codes
+        assert_same_state(cpu, cuda)
+    expected = cpu(batch()).values()
+    got = on_cpu(cuda(batch().to("cuda")).values())
+    if backend == "torch":
+        torch.testing.assert_close(got, expected)
+
+
+@pytest.mark.parametrize("weights", [None, "seen"])
+@pytest.mark.parametrize("samples", [None, 2], ids=["all pairs", "sampled"])
+@pytest.mark.parametrize("step", [cluster, finalize])
+def test_waits_do_not_grow_with_the_ids(step, samples, weights):
+    counted = []
+    for num_ids in (200_000, 800_000):
+        _, cuda = twins([table(0, num_embeddings=num_ids, track_seen=True)])
+        cuda(batch(1, num_ids=num_ids).to("cuda"))
+        with counting() as counts:
+            step(cuda, backend="torch", samples_per_centroid=samples, weights=weights)
+        counted.append(counts)
+    assert counted[0].num_waits == counted[1].num_waits, f"{counted[0]}\n{counted[1]}"
+
+
+@pytest.mark.parametrize("option", OPTIONS)
+@pytest.mark.parametrize("backend", ON_CUDA)
+def test_waits_of_a_chunk(backend, option):
+    options = OPTIONS[option]
+    _, cuda = prepared(two_tables, options)
+    options = fitting(options, cuda, cluster, backend)
+    with counting() as counts:
+        done = cluster(cuda, backend=backend, **options)
+    assert counts.num_waits <= WAITS_A_CHUNK * len(done.chunks), str(counts)
+
+
+def test_state_of_an_optimizer_follows():
+    cpu, cuda = twins(two_tables())
+    optimizers = [torch.optim.Adam(module.parameters()) for module in (cpu, cuda)]
+    for module, features in ((cpu, batch()), (cuda, batch().to("cuda"))):
+        module(features).values().square().sum().backward()
+    for optimizer in optimizers:
+        optimizer.step()
+    cuda.load_state_dict(cpu.state_dict())  # float32 sums of gradients differ in their last bits
+    for one, other in zip(*(o.state.values() for o in optimizers), strict=True):
+        for key, value in one.items():
+            on_cpu(other[key]).copy_(value)
+    for module, optimizer in zip((cpu, cuda), optimizers, strict=True):
+        cluster(module, backend="torch", optimizer=optimizer)
+    for one, other in zip(*(o.state.values() for o in optimizers), strict=True):
+        for key, value in one.items():
+            torch.testing.assert_close(on_cpu(other[key]), value, msg=key)
+    assert_same_state(cpu, cuda)
+
+
+def test_unusable_weights_are_refused_and_nothing_is_written():
+    _, cuda = twins(two_tables())
+    with torch.no_grad():
+        next(cuda.parameters())[3, 1] = torch.nan
+    before = [on_cpu(b).clone() for b in cuda.buffers()]
+    with pytest.raises(ValueError, match=r"table 't0', chunk 0: .* not finite"):
+        cluster(cuda)
+    assert all(torch.equal(on_cpu(b), a) for a, b in zip(before, cuda.buffers(), strict=True))
+
+
+@pytest.mark.parametrize("backend", ON_CUDA)
+def test_budgets_on_cuda_hold_a_block_of_scores(backend):
+    """Of what is computed without a device; what is taken is for a real one to say."""
+    shape = (10**8, 8192, 3 * 8192, 32)
+    cpu = budget.budget(*shape, 20 << 30, 200, Engine("torch", device="cpu"))
+    cuda = budget.budget(*shape, 20 << 30, 200, Engine(backend, device="cuda"))
+    assert cuda.working_bytes >= cpu.working_bytes and cuda.code_bytes == cpu.code_bytes
