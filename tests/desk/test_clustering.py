@@ -5,11 +5,12 @@ import torch
 
 from cce_torchrec.clustering import budget, cluster, finalize
 from cce_torchrec.clustering.budget import Engine
+from cce_torchrec.kmeans import native
 from tests.desk.counts import counting
 from tests.desk.emulated import on_cpu
-from tests.desk.twins import N, assert_same_state, batch, table, twins, two_tables
+from tests.desk.twins import assert_same_state, batch, table, twins, two_tables
 
-ON_CUDA = ["auto", "torch", "triton"]
+N = 500
 CLOSE = 1e-6
 """Relative, of objectives; see test_kmeans."""
 WAITS_A_CHUNK = 60
@@ -33,76 +34,93 @@ OPTIONS = {
     "seen, sampled": {"weights": "seen", "samples_per_centroid": 3},
     "weights": {"weights": {"t0": torch.arange(N) % 5}},
     "weights, sampled": {"weights": {"t1": torch.arange(N) % 5}, "samples_per_centroid": 3},
-    "metric": {"metric": {"t0": metric(4, 4), "t1": metric(4, 4)}},
-    "metric, sampled": {"metric": {"t0": metric(4, 4)}, "samples_per_centroid": 3},
+    "metric": {"metric": {"t0": metric(2, 8), "t1": metric(1, 16)}},
+    "metric, sampled": {"metric": {"t0": metric(2, 8)}, "samples_per_centroid": 3},
     "tolerance": {"tolerance": 0.5},
     "little memory": {"memory_limit": 0},
 }
 
+pytestmark = pytest.mark.usefixtures("small_blocks")
+WAITS_A_BLOCK = "bincount, masks and int() wait once a block of ids (issue 15)"
+WAITS_A_CENTROID = "k-means++ draws each centroid on the host (issue 15)"
 
-def prepared(tables, options, **settings):
-    """Twins after a batch of training, so that ids were seen."""
-    seen = options.get("weights") == "seen"
-    cpu, cuda = twins(tables(track_seen=seen, **settings))
-    cpu(batch()), cuda(batch().to("cuda"))
+
+def prepared(options):
+    """Small twins (kernels are interpreted) after a batch of training, so that ids were seen."""
+    settings = {"num_embeddings": N, "track_seen": options.get("weights") == "seen"}
+    tables = [table(0, num_chunks=2, num_rows=9, **settings), table(1, num_chunks=1, **settings)]
+    cpu, cuda = twins(tables)
+    cpu(batch(num_ids=N)), cuda(batch(num_ids=N).to("cuda"))
     return cpu, cuda
 
 
-def fitting(options, cpu, step, backend):
-    """`options` with the least limit that the CPU takes for it, where they say 0."""
-    if options.get("memory_limit") != 0:
-        return options
-    with pytest.raises(ValueError, match="needs up to") as error:
-        step(cpu, backend=backend, memory_limit=1)
-    needed = int(str(error.value).split("up to ")[1].split()[0])
-    return {**options, "memory_limit": needed}
+def fitted(step, module, backend, options):
+    """The step's report; a `memory_limit` of 0 stands for the least that it does not refuse."""
+    needed = 1
+    while options.get("memory_limit") == 0:
+        try:
+            return step(module, backend=backend, **{**options, "memory_limit": needed})
+        except ValueError as error:
+            needed = int(str(error).split("needs up to ")[1].split()[0])
+    return step(module, backend=backend, **options)
 
 
-@pytest.mark.parametrize("backend", ON_CUDA)
-@pytest.mark.parametrize("option", OPTIONS)
-@pytest.mark.parametrize("step", [cluster, finalize])
-def test_equals_the_cpu(step, option, backend):
-    options = OPTIONS[option]
-    if step is finalize and option == "main":
-        pytest.skip("finalize refuses it")
-    cpu, cuda = prepared(two_tables, options)
-    one = step(cpu, backend="torch", **fitting(options, cpu, step, "torch"))
-    other = step(cuda, backend=backend, **fitting(options, cuda, step, backend))
-    assert len(one.chunks) == len(other.chunks) == 8
+def compare(step, cpu, cuda, backend, options):
+    one = fitted(step, cpu, "auto" if backend != "torch" else "torch", options)
+    other = fitted(step, cuda, backend, options)
+    assert len(one.chunks) == len(other.chunks) == 3
     for a, b in zip(one.chunks, other.chunks, strict=True):
         assert b.objective_before == pytest.approx(a.objective_before, rel=CLOSE)
-        assert b.objective_after == pytest.approx(a.objective_after, rel=CLOSE)
+        close = CLOSE * a.objective_before  # what is left may be rounding alone
+        assert b.objective_after == pytest.approx(a.objective_after, rel=CLOSE, abs=close)
         assert b.empty_clusters == a.empty_clusters
-    if backend == "torch":  # the same scores, so the same codes
-        assert_same_state(cpu, cuda)
-    expected = cpu(batch()).values()
-    got = on_cpu(cuda(batch().to("cuda")).values())
-    if backend == "torch":
-        torch.testing.assert_close(got, expected)
+
+
+@pytest.mark.parametrize("option", OPTIONS)
+@pytest.mark.parametrize("step", [cluster, finalize])
+def test_equals_torch_on_the_cpu(monkeypatch, step, option):
+    """The same operations on both, so the same codes and codebooks, bit by bit."""
+    if step is finalize and option == "main":
+        pytest.skip("finalize refuses it")
+    monkeypatch.setattr(native, "available", lambda: False)
+    cpu, cuda = prepared(OPTIONS[option])
+    compare(step, cpu, cuda, "torch", OPTIONS[option])
+    assert_same_state(cpu, cuda, rtol=0, atol=0)
+    got = on_cpu(cuda(batch(num_ids=N).to("cuda")).values())
+    torch.testing.assert_close(got, cpu(batch(num_ids=N)).values())
+
+
+@pytest.mark.parametrize("option", ["default", "seen, sampled", "metric"])
+@pytest.mark.parametrize("backend", ["auto", "triton"])
+@pytest.mark.parametrize("step", [cluster, finalize])
+def test_equals_compiled_kernels_on_the_cpu(step, backend, option):
+    cpu, cuda = prepared(OPTIONS[option])
+    compare(step, cpu, cuda, backend, OPTIONS[option])
 
 
 @pytest.mark.parametrize("weights", [None, "seen"])
 @pytest.mark.parametrize("samples", [None, 2], ids=["all pairs", "sampled"])
 @pytest.mark.parametrize("step", [cluster, finalize])
+@pytest.mark.xfail(strict=True, reason=WAITS_A_BLOCK)
 def test_waits_do_not_grow_with_the_ids(step, samples, weights):
     counted = []
-    for num_ids in (200_000, 800_000):
-        _, cuda = twins([table(0, num_embeddings=num_ids, track_seen=True)])
+    for num_ids in (1 << 15, 1 << 17):
+        _, cuda = twins([table(0, num_embeddings=num_ids, num_chunks=1, track_seen=True)])
         cuda(batch(1, num_ids=num_ids).to("cuda"))
         with counting() as counts:
-            step(cuda, backend="torch", samples_per_centroid=samples, weights=weights)
+            step(cuda, backend="torch", samples_per_centroid=samples, weights=weights, iterations=1)
         counted.append(counts)
     assert counted[0].num_waits == counted[1].num_waits, f"{counted[0]}\n{counted[1]}"
 
 
 @pytest.mark.parametrize("option", OPTIONS)
-@pytest.mark.parametrize("backend", ON_CUDA)
-def test_waits_of_a_chunk(backend, option):
+def test_waits_of_a_chunk(request, option):
+    if option == "k-means++":
+        request.applymarker(pytest.mark.xfail(strict=True, reason=WAITS_A_CENTROID))
     options = OPTIONS[option]
-    _, cuda = prepared(two_tables, options)
-    options = fitting(options, cuda, cluster, backend)
+    _, cuda = prepared(options)
     with counting() as counts:
-        done = cluster(cuda, backend=backend, **options)
+        done = fitted(cluster, cuda, "torch", options)
     assert counts.num_waits <= WAITS_A_CHUNK * len(done.chunks), str(counts)
 
 
@@ -135,7 +153,7 @@ def test_unusable_weights_are_refused_and_nothing_is_written():
     assert all(torch.equal(on_cpu(b), a) for a, b in zip(before, cuda.buffers(), strict=True))
 
 
-@pytest.mark.parametrize("backend", ON_CUDA)
+@pytest.mark.parametrize("backend", ["auto", "torch", "triton"])
 def test_budgets_on_cuda_hold_a_block_of_scores(backend):
     """Of what is computed without a device; what is taken is for a real one to say."""
     shape = (10**8, 8192, 3 * 8192, 32)

@@ -10,6 +10,7 @@ from tests.desk import device
 from tests.desk.counts import counting
 from tests.desk.emulated import CUDA, on_cpu
 
+pytestmark = pytest.mark.usefixtures("small_blocks")
 ON_CUDA = ["auto", "torch", "triton"]
 CLOSE = 1e-6
 """Relative, of objectives: float32 scores in another order may send a point that lies between two
