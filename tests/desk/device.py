@@ -4,22 +4,29 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from fbgemm_gpu.split_table_batched_embeddings_ops_training import (
+    SplitTableBatchedEmbeddingBagsCodegen,
+)
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves, tree_map_only
+from torchrec.distributed import batched_embedding_kernel
 from triton.runtime.interpreter import InterpretedFunction
 
 from cce_torchrec.gpu import launch
 from tests.desk import counts
 from tests.desk.emulated import CUDA, Emulated, emulated
 from tests.desk.kernels import run_interpreted
+from tests.desk.stand_ins import lookup, table_slice
 
 TOTAL_BYTES, FREE_BYTES = 80 << 30, 70 << 30
 RESERVED_BYTES, ALLOCATED_BYTES = 3 << 30, 1 << 30
 CAPABILITY = (9, 0)
+NAME = "NVIDIA H100 (emulated)"
 
 
 @contextlib.contextmanager
@@ -29,6 +36,8 @@ def emulated_cuda() -> Iterator[None]:
         for name, stub in _STUBS.items():
             patch.setattr(torch.cuda, name, stub)
         patch.setattr(InterpretedFunction, "run", run_interpreted)
+        patch.setattr(batched_embedding_kernel, "TableBatchedEmbeddingSlice", table_slice)
+        patch.setattr(SplitTableBatchedEmbeddingBagsCodegen, "forward", _looked_up)
         launch._fault_of.cache_clear()
         # Parameters become new ones in Module.to(): data of a CPU one cannot be set to emulated.
         torch.__future__.set_overwrite_module_params_on_conversion(True)
@@ -38,6 +47,14 @@ def emulated_cuda() -> Iterator[None]:
         finally:
             torch.__future__.set_overwrite_module_params_on_conversion(False)
     launch._fault_of.cache_clear()
+
+
+_fbgemm_forward = SplitTableBatchedEmbeddingBagsCodegen.forward
+
+
+def _looked_up(module: Any, *args: Any, **kwargs: Any) -> torch.Tensor:
+    emulates = isinstance(module.weights_dev, Emulated)
+    return (lookup if emulates else _fbgemm_forward)(module, *args, **kwargs)
 
 
 class _Device(TorchFunctionMode):
@@ -147,7 +164,18 @@ def _pinned(func: Any, tensor: torch.Tensor, *_: Any, **__: Any) -> torch.Tensor
     return out
 
 
+def _new_tensor(func: Any, like: torch.Tensor, data: Any, **kwargs: Any) -> torch.Tensor:
+    kwargs.setdefault("dtype", like.dtype)
+    kwargs.setdefault("device", like.device)
+    return (
+        torch.tensor(data, **kwargs)
+        if like.device.type == "cpu"
+        else _made(torch.tensor, "tensor", False, (data,), kwargs)
+    )
+
+
 _METHODS = {
+    "new_tensor": _new_tensor,
     "to": _to,
     "cuda": lambda _, tensor, device=None, non_blocking=False, **__: _moved(
         tensor, CUDA, non_blocking
@@ -214,7 +242,10 @@ _STUBS: dict[str, Any] = {
     "current_device": _constant(0),
     "set_device": _constant(None),
     "get_device_capability": _constant(CAPABILITY),
-    "get_device_name": _constant("NVIDIA H100 (emulated)"),
+    "get_device_name": _constant(NAME),
+    "get_device_properties": _constant(
+        SimpleNamespace(name=NAME, total_memory=TOTAL_BYTES, major=9, minor=0)
+    ),
     "mem_get_info": _constant((FREE_BYTES, TOTAL_BYTES)),
     "memory_reserved": _constant(RESERVED_BYTES),
     "memory_allocated": _constant(ALLOCATED_BYTES),
