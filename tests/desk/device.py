@@ -251,6 +251,8 @@ _STUBS: dict[str, Any] = {
     "memory_allocated": _constant(ALLOCATED_BYTES),
     "is_current_stream_capturing": _constant(False),
     "synchronize": lambda *_: counts.waited("torch.cuda.synchronize"),
+    "get_rng_state": lambda *_: torch.zeros(16, dtype=torch.uint8),
+    "set_rng_state": _constant(None),
     "empty_cache": _constant(None),
     "current_stream": _Handle,
     "default_stream": _Handle,

@@ -97,6 +97,8 @@ class Emulated(torch.Tensor):
         found = STAND_INS.get(func._schema.name, func)(*own, **own_kwargs)
         if func._schema.name.split("::")[-1] in _TO_HOST:
             return found
+        if args and found is args[0]:  # copy_ to the host
+            return found
         out = tree_map_only(torch.Tensor, emulated, found)
         return return_and_correct_aliasing(func, args, kwargs, out) if _is_aten(func) else out
 

@@ -20,7 +20,8 @@ def test_a_tensor_says_where_it_is():
     assert own(1.0).cpu().device == torch.device("cpu")
     assert torch.zeros_like(own(1.0), device="cpu").device == torch.device("cpu")
     assert torch.zeros(3).device == torch.device("cpu")
-    assert own(1).new_zeros(3).is_cuda and torch.empty(3, device=own(1).device).is_cuda
+    assert own(1).new_zeros(3).is_cuda and own(1).new_tensor([1]).is_cuda
+    assert torch.empty(3, device=own(1).device).is_cuda
 
 
 @pytest.mark.parametrize(
@@ -76,6 +77,7 @@ def test_host_memory_is_refused():
         (1, lambda t: t.repeat_interleave(t)),
         (1, lambda t: t.cpu()),
         (1, lambda t: torch.tensor([1], device="cuda")),
+        (1, lambda t: t.new_tensor([1])),
         (1, lambda t: torch.ones(2, dtype=torch.int64).to("cuda")),
         (1, lambda t: t.copy_(torch.ones(3, dtype=torch.int64))),
         (1, lambda t: t.to("cuda").to("cpu", torch.float64)),

@@ -58,6 +58,12 @@ def sharded_twins(kind, weighted=False, **settings):
     return cpu, cuda
 
 
+def copy_rows(cuda, cpu):
+    rows = fused_rows(cuda.module.collection)
+    for name, (weight, _) in unsharded_rows(cpu.collection, None).items():
+        weight.copy_(on_cpu(rows[name][0]))
+
+
 def step(cpu, cuda, features):
     expected = cpu(features).values()
     got = cuda(features.to("cuda")).wait().values()
@@ -93,13 +99,13 @@ def test_steps_equal_the_unsharded_collection(kind, option, weighted):
 def test_lookups_after_a_clustering(change, kind):
     cpu, cuda = sharded_twins(kind, num_rows=9, num_embeddings=500)
     step(cpu, cuda, batch(3, num_ids=500))
+    copy_rows(cuda, cpu)  # gradients differ in their last bits
     one, other = change(cpu), change(cuda)
     for a, b in zip(one.chunks, other.chunks, strict=True):
-        assert b.objective_before == pytest.approx(a.objective_before, rel=1e-5)
-        assert b.objective_after == pytest.approx(a.objective_after, rel=0.05)
+        assert b.objective_before == pytest.approx(a.objective_before, rel=1e-6)
+        assert b.objective_after == pytest.approx(a.objective_after, rel=1e-6)
     own = cuda.module.collection
-    for name, (weight, _) in unsharded_rows(cpu.collection, None).items():
-        weight.copy_(on_cpu(fused_rows(own)[name][0]))
+    copy_rows(cuda, cpu)
     for name, codes in cpu.collection.codes.items():
         codes.codes.copy_(on_cpu(own.codes[name].codes))
         codes.set_rounds(own.codes[name].rounds)

@@ -91,13 +91,13 @@ def twins(
     return cpu, cuda
 
 
-def assert_same_state(cpu: torch.nn.Module, cuda: torch.nn.Module, **tolerance: float) -> None:
+def assert_same_state(expected: torch.nn.Module, cuda: torch.nn.Module, **tolerance: float) -> None:
     """Parameters (within `tolerance`), and buffers, bit by bit."""
-    for (name, one), other in zip(cpu.named_parameters(), cuda.parameters(), strict=True):
+    for (name, one), other in zip(expected.named_parameters(), cuda.parameters(), strict=True):
         assert other.is_cuda, name
         torch.testing.assert_close(on_cpu(other), on_cpu(one), msg=name, **tolerance)
-    for (name, one), other in zip(cpu.named_buffers(), cuda.buffers(), strict=True):
+    for (name, one), other in zip(expected.named_buffers(), cuda.buffers(), strict=True):
         assert other.is_cuda, name
         if name.endswith("seen"):  # the last byte belongs to no id
             one, other = one[:-1], other[:-1]
-        assert torch.equal(on_cpu(other), one), name
+        assert torch.equal(on_cpu(other), on_cpu(one)), name
