@@ -57,7 +57,8 @@ def lookup(
 
     Weights get no gradient.
     """
-    assert not any(value is not None for value in others.values()), others
+    others = {key: value for key, value in others.items() if value is not None}
+    assert not others, f"not emulated: {others}"
     if "desk_twin" not in module.__dict__:
         module.__dict__["desk_twin"] = _cpu_twin(module)
     twin = module.__dict__["desk_twin"]

@@ -115,11 +115,12 @@ def test_values_beyond_the_last_bag(option, weighted):
     assert_same_state(cpu, cuda)
 
 
+@pytest.mark.usefixtures("small_blocks")
 def test_after_clusterings_the_kernel_reads_the_new_codes():
-    cpu, cuda = twins([table(0), table(1, num_rows=300)])
+    cpu, cuda = twins([table(0), table(1, num_chunks=1, num_rows=300)])
     for _ in range(2):
         lookup(cpu, cuda, batch())
-        cluster(cuda)
+        cluster(cuda, backend="torch", iterations=1)
         cpu.load_state_dict({name: on_cpu(t) for name, t in cuda.state_dict().items()})
     lookup(cpu, cuda, batch())
 

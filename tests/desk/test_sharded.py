@@ -1,7 +1,9 @@
 """Sharded collections on one rank, against the unsharded one on the CPU.
 
 The process group is gloo's: which collectives are called on what is checked, not NCCL. FBGEMM's
-lookup and update are its CPU forms over the same memory (stand_ins.py).
+lookup and update are its CPU forms over the same memory (stand_ins.py). Left to a real device:
+sequences and a batch size per feature (FBGEMM's output has another form there), data-parallel
+tables (DistributedDataParallel is C++), tables in unified memory and the pipelines that prefetch.
 """
 
 import pytest
@@ -13,6 +15,7 @@ from torchrec.distributed import DistributedModelParallel
 from torchrec.optim.apply_optimizer_in_backward import apply_optimizer_in_backward
 
 from cce_torchrec import CCEEmbeddingBagCollection
+from cce_torchrec.checkpoint import load_checkpoint, save_checkpoint
 from cce_torchrec.clustering import cluster, finalize
 from cce_torchrec.clustering.live import fused_rows, unsharded_rows
 from cce_torchrec.distributed.sharders import get_default_sharders
@@ -126,3 +129,22 @@ def test_a_received_batch_is_looked_up_without_a_wait(option):
         with counting() as counts:
             module.compute_and_output_dist(context, arrived).wait().values()
     assert counts.num_waits == 0, str(counts)
+
+
+@pytest.mark.parametrize("kind", ["tw", "rw"])
+def test_a_checkpoint_is_resumed(tmp_path, kind):
+    cpu, cuda = sharded_twins(kind, num_rows=9, track_seen=True)
+    step(cpu, cuda, batch(3))
+    save_checkpoint(tmp_path, cuda, step=1)
+    _, other = sharded_twins(kind, num_rows=9, track_seen=True)
+    assert load_checkpoint(tmp_path, other).dropped == []
+    state = other.module.collection.state_dict()
+    for name, value in cuda.module.collection.state_dict().items():
+        held = [getattr(t, "local_tensor", lambda t=t: t)() for t in (value, state[name])]
+        assert torch.equal(*map(on_cpu, held)), name
+    features = batch(3, seed=1)
+    for _ in range(2):  # the optimizer's state too
+        outs = [model(features.to("cuda")).wait().values() for model in (cuda, other)]
+        assert torch.equal(*map(on_cpu, outs))
+        for out in outs:
+            out.square().sum().backward()
