@@ -6,7 +6,7 @@ import ctypes
 import ctypes.util
 import itertools
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -92,8 +92,10 @@ class DenseCCE(nn.Module):
         return torch.cat(out, dim=1)
 
 
-def tables(setting: Setting, kind: str) -> list[EmbeddingBagConfig]:
-    """The tables of one contender."""
+def tables(
+    setting: Setting, kind: str, options: Mapping[str, Any] | None = None
+) -> list[EmbeddingBagConfig]:
+    """The tables of one contender; `options`: of the CCE tables (hash_ids, say)."""
     out: list[EmbeddingBagConfig] = []
     for t in range(setting.tables):
         common: dict[str, Any] = {
@@ -107,6 +109,7 @@ def tables(setting: Setting, kind: str) -> list[EmbeddingBagConfig]:
             num_rows=setting.main_rows,
             num_helper_rows=setting.helper_rows,
             **common,
+            **(options or {}),
         )
         if kind == "plain":
             out.append(EmbeddingBagConfig(**common))
@@ -133,14 +136,23 @@ OPTIMIZERS: dict[str, type[torch.optim.Optimizer]] = {
     "rowwise_adagrad": torchrec.optim.RowWiseAdagrad,
     "adagrad": torch.optim.Adagrad,
     "sgd": torch.optim.SGD,
+    "adam": torch.optim.Adam,  # FBGEMM has it on GPUs only
 }
 
 
 def build(
-    setting: Setting, kind: str, device: torch.device, optimizer: str, plan_kind: str = "tw"
+    setting: Setting,
+    kind: str,
+    device: torch.device,
+    optimizer: str,
+    plan_kind: str = "tw",
+    options: Mapping[str, Any] | None = None,
 ) -> DistributedModelParallel:
-    """A contender under DistributedModelParallel; "plain" is TorchRec's own collection."""
-    configs = tables(setting, kind)
+    """A contender under DistributedModelParallel; "plain" is TorchRec's own collection.
+
+    Tables are made on `device`, where they are filled: 51 GB of them never pass the host.
+    """
+    configs = tables(setting, kind, options)
     made = EmbeddingBagCollection if kind == "plain" else CCEEmbeddingBagCollection
     collection = made(tables=configs, device=torch.device("meta"))
     apply_optimizer_in_backward(OPTIMIZERS[optimizer], list(collection.parameters()), {"lr": 0.01})
@@ -157,25 +169,36 @@ def build(
 def batches(
     setting: Setting, device: torch.device, count: int, seed: int = 0
 ) -> list[KeyedJaggedTensor]:
-    """Ids of fixed bags."""
-    g = torch.Generator().manual_seed(seed)
+    """Ids of fixed bags, made on `device`."""
+    g = torch.Generator(device=device).manual_seed(seed)
     out = []
     for _ in range(count):
         n = setting.tables * setting.batch * setting.bag
-        ids = torch.randint(setting.num_ids, (n,), generator=g)
         if setting.zipf:
-            rank = (float(setting.num_ids) ** torch.rand(n, generator=g).double()).long()
-            ids = rank * 2_654_435_761 % setting.num_ids
-        lengths = torch.full((setting.tables * setting.batch,), setting.bag, dtype=torch.int32)
-        out.append(
-            KeyedJaggedTensor(
-                keys=[f"f{t}" for t in range(setting.tables)],
-                values=ids.to(device),
-                lengths=lengths.to(device),
-                stride=setting.batch,
-            )
-        )
+            uniform = torch.rand(n, generator=g, device=device).double()
+            ids = shuffled((float(setting.num_ids) ** uniform).long(), setting.num_ids)
+        else:
+            ids = torch.randint(setting.num_ids, (n,), generator=g, device=device)
+        out.append(keyed(setting, ids))
     return out
+
+
+def shuffled(ranks: torch.Tensor, num_ids: int) -> torch.Tensor:
+    """Ids of `ranks`, spread over the id space; one to one if `num_ids` is a power of ten."""
+    return ranks * 2_654_435_761 % num_ids
+
+
+def keyed(setting: Setting, ids: torch.Tensor) -> KeyedJaggedTensor:
+    """A batch of fixed bags of `ids`, table after table."""
+    lengths = torch.full(
+        (setting.tables * setting.batch,), setting.bag, dtype=torch.int32, device=ids.device
+    )
+    return KeyedJaggedTensor(
+        keys=[f"f{t}" for t in range(setting.tables)],
+        values=ids,
+        lengths=lengths,
+        stride=setting.batch,
+    )
 
 
 def fresh(ids: KeyedJaggedTensor) -> KeyedJaggedTensor:

@@ -40,6 +40,7 @@ from benchmarks.contenders import (
 )
 from benchmarks.machine import device_name
 from benchmarks.plots import ratio_plot
+from benchmarks.profiled import profiled
 from cce_torchrec.distributed.process_group import end_process_group
 from cce_torchrec.versions import installed_versions
 
@@ -72,9 +73,12 @@ that the caches are its own."""
 
 
 def breakdown(
-    model: DistributedModelParallel, ids: KeyedJaggedTensor, clock: Clock
+    model: DistributedModelParallel,
+    ids: KeyedJaggedTensor,
+    clock: Clock,
+    gradient: torch.Tensor | None = None,
 ) -> dict[str, float]:
-    """A step of a CCE collection in its parts."""
+    """A step of a CCE collection in its parts; `gradient`: of its output, by default ones."""
     sharded = model.module.collection
     context = sharded.create_context()
     clock.start()
@@ -86,7 +90,7 @@ def breakdown(
     clock.mark("lookup")
     out = sharded.output_dist(context, pooled).wait().values()
     clock.mark("output_dist")
-    out.backward(torch.ones_like(out))
+    out.backward(torch.ones_like(out) if gradient is None else gradient)
     clock.mark("backward")
     return clock.read()
 
@@ -111,15 +115,8 @@ def median(rows: list[dict[str, float]]) -> dict[str, float]:
 
 def kernels(call: Step, kjts: list[KeyedJaggedTensor], clock: Clock) -> dict[str, float]:
     """The ten longest kernels of a step (on a CPU: operators) in milliseconds, by the profiler."""
-    on_gpu = kjts[0].device().type == "cuda"
-    activity = torch.profiler.ProfilerActivity
-    with torch.profiler.profile(activities=[activity.CUDA if on_gpu else activity.CPU]) as profile:
-        for ids in kjts:
-            call(fresh(ids), clock)
-    own = "self_device_time_total" if on_gpu else "self_cpu_time_total"
-    events = [e for e in profile.key_averages() if not e.key.startswith(("[", "#"))]  # named ranges
-    found = {e.key: getattr(e, own) / 1e3 / len(kjts) for e in events}
-    return dict(sorted(found.items(), key=lambda item: -item[1])[:10])
+    calls = [lambda ids=ids: call(fresh(ids), clock) for ids in kjts]
+    return profiled(calls, kjts[0].device()).longest
 
 
 def measure(

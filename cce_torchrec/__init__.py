@@ -1,8 +1,9 @@
 """CCE (Clustered Compositional Embeddings) for TorchRec."""
 
-from cce_torchrec.versions import check_versions
+from cce_torchrec.versions import check_fbgemm, check_versions
 
 check_versions()
+check_fbgemm()
 
 from cce_torchrec.config import CCEEmbeddingBagConfig  # noqa: E402
 from cce_torchrec.modules.compress import compress_model  # noqa: E402

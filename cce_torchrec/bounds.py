@@ -47,6 +47,8 @@ class BoundsCheck:
                 self._on_device[who] = torch.zeros((), dtype=torch.int64, device=ids.device)
             self._on_device[who].add_(invalid.sum())
         elif self.mode != BoundsCheckMode.IGNORE:
+            if ids.is_cuda:
+                self.refuse_capture()
             count = int(invalid.sum())
             if count == 0:
                 return ids
@@ -65,17 +67,35 @@ class BoundsCheck:
                 count += self._on_device[who].to(count.device)
             self._on_device[who] = count
 
-    def found(self, who: str, count: int, first: int, num_embeddings: int) -> None:
-        """Treats `count` bad ids, the first of which is `first`, as the mode says."""
+    def found(self, who: str, count: int | None, first: int, num_embeddings: int) -> None:
+        """Treats `count` bad ids (None: not counted), the first of which is `first`.
+
+        Raises:
+            ValueError: in FATAL mode.
+        """
         if self.mode not in (BoundsCheckMode.FATAL, BoundsCheckMode.WARNING):
             return
-        message = (
-            f"{who}: id {first} is outside [0, {num_embeddings}) ({count} such ids in this batch)"
-        )
+        message = f"{who}: id {first} is outside [0, {num_embeddings})"
+        if count is not None:
+            message += f" ({count} such ids in this batch)"
         if self.mode == BoundsCheckMode.FATAL:
             raise ValueError(f"{message}; raise num_embeddings or map the ids into range")
-        self._found += count
+        self._found += count or 0
         self._warn(who, message)
+
+    def refuse_capture(self) -> None:
+        """Refuses FATAL mode while a CUDA graph is captured, which cannot ask for the first bad id.
+
+        Raises:
+            ValueError: naming the remedy.
+        """
+        capturing = torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()
+        if self.mode == BoundsCheckMode.FATAL and capturing:
+            raise ValueError(
+                "bounds_check_mode FATAL reads ids out of bounds back from the GPU, which a CUDA "
+                "graph that is being captured cannot do; build the collection with WARNING and "
+                "look at num_invalid_ids"
+            )
 
     def _warn(self, who: str, message: str) -> None:
         if who not in self._warned:

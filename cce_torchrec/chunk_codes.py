@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from cce_torchrec.codes import hashed_codes, read_codes
+from cce_torchrec.codes import hashed_codes, in_whole_words, no_seen_ids, read_codes
 from cce_torchrec.config import CCEEmbeddingBagConfig
 from cce_torchrec.hashing import code_hash, hash_rows, helper_hash
 
@@ -43,8 +43,8 @@ class ChunkCodes(nn.Module):
         self.register_buffer("codes", codes)
         self.register_buffer("clusterings", torch.zeros((), dtype=torch.int64, device=device))
         self.seen: torch.Tensor | None
-        bits = torch.zeros(len(self.ids) // 8 + 2, dtype=torch.uint8, device=device)
-        self.register_buffer("seen", bits if config.track_seen else None)
+        bits = no_seen_ids(len(self.ids), device) if config.track_seen else None
+        self.register_buffer("seen", bits)
         self._rounds = 0
         self._hashes: dict[tuple[int, torch.device], torch.Tensor] = {}
 
@@ -123,7 +123,10 @@ class ChunkCodes(nn.Module):
 
     def _apply(self, *args: Any, **kwargs: Any) -> ChunkCodes:
         ChunkCodes.version += 1
-        return super()._apply(*args, **kwargs)
+        super()._apply(*args, **kwargs)
+        if self.seen is not None:
+            self.seen = in_whole_words(self.seen)
+        return self
 
     def _load_from_state_dict(
         self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any

@@ -70,6 +70,23 @@ def converted(codes: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     return out
 
 
+def no_seen_ids(count: int, device: torch.device) -> torch.Tensor:
+    """Bits of `count` ids, none set: uint8 [count // 8 + 2], in memory of whole words."""
+    return in_whole_words(torch.zeros(count // 8 + 2, dtype=torch.uint8, device=device))
+
+
+def in_whole_words(bits: torch.Tensor) -> torch.Tensor:
+    """`bits`, or a copy of them, in memory of whole words of 4 bytes.
+
+    A GPU has no atomic operation on bytes: the kernel that marks ids reads and writes words.
+    """
+    padding = -len(bits) % 4
+    room = bits.untyped_storage().nbytes() - bits.storage_offset()
+    if bits.device.type == "meta" or room >= len(bits) + padding:
+        return bits
+    return torch.nn.functional.pad(bits, (0, padding))[: len(bits)]
+
+
 def mark_seen(seen: torch.Tensor, ids: torch.Tensor) -> None:
     """Sets the bits of `ids` (int64, in range) in `seen`, uint8 [N // 8 + 2].
 

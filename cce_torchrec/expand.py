@@ -22,11 +22,8 @@ from cce_torchrec.chunk_codes import ChunkCodes
 from cce_torchrec.codes import mark_seen
 from cce_torchrec.config import CCEEmbeddingBagConfig
 from cce_torchrec.fused import device, native
-from cce_torchrec.hashing import hash_ids
+from cce_torchrec.hashing import hash_ids, raw_id_key
 from cce_torchrec.slots import Slot
-
-_ID = ((0, 0, 0, 0, 0),)
-"""A plain table has one chunk, and hashes nothing."""
 
 
 @dataclass
@@ -98,15 +95,22 @@ class Block:
         )
 
     def on_device(self) -> device.Table:
-        """The block as the Triton kernel reads it."""
-        if self.codes is None:
-            return device.Table(self.config.num_embeddings, None, True, 0, 0, len(self.slots), _ID)
-        config = self.codes.config
-        hashes = self.codes.hashes(torch.device("cpu")).tolist()
-        chunks = tuple(tuple(hashes[column]) for column in self.columns)
+        """The block as the Triton kernels read it."""
+        codes, num_embeddings = self.codes, self.config.num_embeddings
+        if codes is None:
+            return device.Table(
+                num_embeddings=num_embeddings, num_features=len(self.slots), plain=True
+            )
+        config, hashes = codes.config, codes.hashes(torch.device("cpu")).tolist()
         return device.Table(
-            *(config.num_embeddings, self.codes.codes, False, config.num_rows),
-            *(config.helper_rows, len(self.slots), chunks),
+            num_embeddings=num_embeddings,
+            num_features=len(self.slots),
+            codes=codes.codes,
+            num_rows=config.num_rows,
+            helper_rows=config.helper_rows,
+            chunks=tuple(tuple(hashes[column]) for column in self.columns),
+            raw_id_key=raw_id_key(config.seed, config.name) if config.hash_ids else None,
+            seen=codes.seen if codes.training else None,
         )
 
 
@@ -127,14 +131,14 @@ class Expansion:
         for block in blocks:
             features = ", ".join(f"feature {slots[s].feature!r}" for s in block.slots)
             self._who.append(f"table {block.config.name!r}, {features}")
-        # The kernel takes the ids in order, not raw ones, and does not mark them as seen.
+        # The kernels take the ids in their order.
         self._kernel_takes = len(blocks) > 0 and [s for b in blocks for s in b.slots] == list(
             range(len(slots))
         )
-        self._kernel_takes &= not any(b.hashes_ids for b in blocks)
         self._tracked = [
             b.codes for b in blocks if b.codes is not None and b.codes.seen is not None
         ]
+        self._invalid: dict[torch.device, torch.Tensor] = {}
         self._count_rows()
 
     def _count_rows(self) -> None:
@@ -167,8 +171,8 @@ class Expansion:
         Nothing of `features` is written to. With a batch size per feature, `inverse_indices` of
         logical features become those of the physical ones.
         """
-        if self._fits_device(features, check):
-            return self._on_device(features, check)
+        if self._fits_device(features):
+            return self._on_device(features, check, inverse_indices)
         per_key = features.length_per_key()
         starts = list(itertools.accumulate(per_key, initial=0))
         out_per_key = [
@@ -214,48 +218,81 @@ class Expansion:
             if count:
                 check.found(who, count, int(job.ids[first]), job.num_embeddings)
 
-    def _fits_device(self, features: KeyedJaggedTensor, check: BoundsCheck) -> bool:
+    def _fits_device(self, features: KeyedJaggedTensor) -> bool:
+        weights = features.weights_or_none()
         return (
             device.takes(features.values())
             and self._kernel_takes
-            and check.mode != BoundsCheckMode.FATAL  # its message needs the first bad id
-            and not features.variable_stride_per_key()
-            and features.stride() > 0
-            and not any(codes.training for codes in self._tracked)
+            and len(features.lengths()) > 0
+            and (weights is None or not weights.requires_grad)  # the kernel has no gradient
         )
 
-    @torch.compiler.disable  # the kernel reads codes by address, which a graph cannot follow
-    def _on_device(self, features: KeyedJaggedTensor, check: BoundsCheck) -> KeyedJaggedTensor:
-        """All blocks in one kernel, without waiting for the device.
+    @torch.compiler.disable  # the kernels read codes by address, which a graph cannot follow
+    def _on_device(
+        self,
+        features: KeyedJaggedTensor,
+        check: BoundsCheck,
+        inverse_indices: tuple[list[str], torch.Tensor] | None,
+    ) -> KeyedJaggedTensor:
+        """All blocks in three launches, without waiting for the device (but in FATAL mode).
 
-        Only where tables differ in rows per id, all chunks together, do sizes depend on each
-        table's ids; `length_per_key` is then asked, which may wait.
+        Where `length_per_key` is not known there is room for as many rows as all values may have,
+        and those of no bag are left behind the last one.
         """
-        ids, tables = features.values(), self._device_tables(features.device(), check)
-        per_key = features.length_per_key_or_none()
-        if tables.copies is None:
-            per_key = features.length_per_key()
-        sources = zip(self._sources, self._rows_per_id, strict=True)
-        out_per_key = [per_key[slot] * rows for slot, rows in sources] if per_key else None
-        num_out = sum(out_per_key) if out_per_key else ids.numel() * (tables.copies or 0)
-        starts = features.offsets()[:: features.stride()].long()
-        values, weights = tables.expand(ids, features.weights_or_none(), starts, num_out)
+        ids, weights = features.values(), features.weights_or_none()
+        tables = self._device_tables(features.device())
+        per_key, out_per_key = features.length_per_key_or_none(), None
+        if per_key is not None:
+            ids = ids[: sum(per_key)]
+            sources = zip(self._sources, self._rows_per_id, strict=True)
+            out_per_key = [per_key[slot] * rows for slot, rows in sources]
+        num_out = sum(out_per_key) if out_per_key else ids.numel() * tables.most_copies
+        fatal = check.mode == BoundsCheckMode.FATAL
+        if fatal:
+            check.refuse_capture()
+        first_bad = device.no_positions(len(self._blocks), ids.device) if fatal else None
+        rows = tables.expand(
+            ids,
+            weights,
+            tables.bags_of(features, self._sources),
+            num_out,
+            features.lengths().dtype,
+            self._counters(ids.device, check),
+            first_bad,
+        )
+        if first_bad is not None:
+            self._raise_for(ids, first_bad, check)
         return KeyedJaggedTensor(
             keys=self._keys,
-            values=values,
-            weights=weights,
-            lengths=self._lengths(features),
-            stride=features.stride(),
+            values=rows.values,
+            weights=rows.weights,
+            lengths=rows.lengths,
+            offsets=rows.offsets,
             length_per_key=out_per_key,
+            **self._batch_sizes(features, inverse_indices),
         )
 
-    def _device_tables(self, where: torch.device, check: BoundsCheck) -> device.DeviceTables:
-        """The blocks as the kernel reads them; described again only when codes were rewritten."""
-        key = (where, ChunkCodes.version)
+    def _counters(self, where: torch.device, check: BoundsCheck) -> torch.Tensor | None:
+        """Where ids out of bounds are counted, int64 [blocks]; None in modes that do not count."""
+        if check.mode != BoundsCheckMode.WARNING:
+            return None
+        if where not in self._invalid:
+            self._invalid[where] = torch.zeros(len(self._blocks), dtype=torch.int64, device=where)
+            for who, count in zip(self._who, self._invalid[where], strict=True):
+                check.watch(who, count)
+        return self._invalid[where]
+
+    def _raise_for(self, ids: torch.Tensor, first_bad: torch.Tensor, check: BoundsCheck) -> None:
+        """Raises for the first table that has an id out of bounds; waits for the device."""
+        for who, block, first in zip(self._who, self._blocks, first_bad.tolist(), strict=True):
+            if first < len(ids):
+                check.found(who, None, int(ids[first]), block.config.num_embeddings)
+
+    def _device_tables(self, where: torch.device) -> device.DeviceTables:
+        """The blocks as the kernels read them; described again only when codes were rewritten."""
+        key = (where, ChunkCodes.version, [codes.training for codes in self._tracked])
         if self._described is None or self._described[0] != key:
             tables = device.DeviceTables([block.on_device() for block in self._blocks], where)
-            for who, count in zip(self._who, tables.invalid, strict=True):
-                check.watch(who, count)
             self._described = (key, tables)
         return self._described[1]
 

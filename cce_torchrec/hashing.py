@@ -108,5 +108,9 @@ def hash_ids(ids: torch.Tensor, seed: int, table: str, num_embeddings: int) -> t
     The remainder of the upper 63 bits of each id's mix, xored with a seed before it: raw ids meet
     only in the remainder.
     """
-    key = hash_function(seed, table, 0, RAW_ID_ROLE).addend
-    return _shifted(mix(ids.long() ^ key), 1) % num_embeddings
+    return _shifted(mix(ids.long() ^ raw_id_key(seed, table)), 1) % num_embeddings
+
+
+def raw_id_key(seed: int, table: str) -> int:
+    """The signed 64-bit seed that raw ids of a table are xored with."""
+    return hash_function(seed, table, 0, RAW_ID_ROLE).addend

@@ -1,7 +1,9 @@
-"""At import: is the installed triple of torch, fbgemm and torchrec one that was tested?"""
+"""At import: is the installed triple of torch, fbgemm and torchrec tested, and does it load?"""
 
 from __future__ import annotations
 
+import importlib
+import re
 import warnings
 from importlib.metadata import PackageNotFoundError, version
 
@@ -38,3 +40,39 @@ def check_versions() -> None:
             f"(fbgemm-gpu-cpu without a GPU) and torchrec=={torchrec}",
             stacklevel=3,
         )
+
+
+def check_fbgemm() -> None:
+    """Loads FBGEMM's libraries before TorchRec does, whose errors do not say what to do.
+
+    Raises:
+        ImportError: in one sentence, what is missing on this machine and the remedy.
+    """
+    try:
+        importlib.import_module("fbgemm_gpu")
+    except ModuleNotFoundError:
+        raise  # not installed; `check_versions` has said what to install
+    except (ImportError, OSError) as error:
+        raise ImportError(_unloadable(str(error) or type(error).__name__)) from error
+    import torch  # installed where FBGEMM is; `check_versions` needs to run without it
+
+    if not hasattr(torch.ops.fbgemm, "asynchronous_complete_cumsum"):  # builds that only log errors
+        raise ImportError(_unloadable("it has logged why"))
+
+
+def _unloadable(told: str) -> str:
+    """What is missing where the loader says `told`, and the remedy."""
+    found = re.search(r"lib[\w+-]+\.so[.\d]*", told)
+    library = found.group() if found else ""
+    if library.startswith(("libcuda.", "libnvidia-")):
+        return (
+            f"fbgemm-gpu, the CUDA build, needs NVIDIA's driver, and this machine lacks it (no "
+            f"{library}): run where there is a GPU and its driver (a container: with --gpus all), "
+            "or install the CPU build, cce-torchrec[cpu]"
+        )
+    torch_, fbgemm, _ = TESTED[0]
+    return (
+        f"FBGEMM's libraries do not load ({told.splitlines()[0]}): "
+        f"install torch=={torch_} and then fbgemm-gpu=={fbgemm}, both for the same CUDA, or "
+        f"fbgemm-gpu-cpu=={fbgemm} for a machine without a GPU"
+    )

@@ -4,15 +4,19 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
+
+from cce_torchrec.clustering import gpu_budget
 from cce_torchrec.config import code_dtype
 from cce_torchrec.kmeans import native
 from cce_torchrec.kmeans.backends import SCORE_BYTES, SKLEARN_BACKENDS, score_table_bytes
+from cce_torchrec.kmeans.gpu_blocks import points_at_once
 from cce_torchrec.kmeans.points import BLOCK
 
 SAMPLES_PER_CENTROID = 200
 """Ids per cluster that K-means sees where all distinct pairs would not fit (kmeans-notes)."""
 ASSIGN_BLOCK = 1 << 19
-"""Ids that get their codes at once, where K-means did not see them all."""
+"""Ids that get their codes at once, where K-means did not see them all; on a CPU."""
 _SLACK = 1 << 23
 
 
@@ -32,6 +36,18 @@ class Budget:
     """New codes, which wait until all chunks commit or are found again when they do."""
 
 
+def assign_block(device: torch.device, dim: int) -> int:
+    """Ids that get their codes at once on `device`, where K-means did not see them all."""
+    if device.type != "cuda":
+        return ASSIGN_BLOCK
+    return points_at_once(dim)
+
+
+def sample_room(ids: int, share: float) -> int:
+    """Room for a sample of a `share` of `ids`, drawn by hash: about as many."""
+    return min(ids, round(1.1 * share * ids) + 1024)
+
+
 @dataclass(frozen=True)
 class Engine:
     """What K-means runs on, as far as memory depends on it."""
@@ -40,6 +56,14 @@ class Engine:
     init: str = "random"
     weighted: bool = False
     device: str = "cpu"
+
+    triton: bool = False
+    """Whether the Triton kernels run where K-means does."""
+
+    @property
+    def on_gpu(self) -> bool:
+        """Whether all passes and the scoring run in Triton."""
+        return self.triton and self.backend in ("auto", "triton", *SKLEARN_BACKENDS)
 
     @property
     def compiled(self) -> bool:
@@ -69,16 +93,25 @@ def budget(
     code = code_dtype(clusters).itemsize
     scores = score_table_bytes(num_rows, helper_rows, clusters)
     score_bytes = scores if scores <= min(SCORE_BYTES, memory_limit // 4) else 0
+    if engine.device != "cpu":
+        score_bytes = 0  # tables of scores are the compiled kernels' alone
     fixed = score_bytes + _book_bytes(clusters, helper_rows, dim, engine)
     room = 3 * memory_limit // 4
 
     grid = 8 * cells * (1 + engine.weighted) + code * cells
     by_pair = grid + 48 * pairs + _point_bytes(pairs, dim, engine) + fixed
     pairs_repeat = cells <= max(2 * num_ids, 1 << 20)
+    if engine.on_gpu:
+        extra = _sklearn_bytes(pairs, dim, engine) + fixed
+        by_pair = gpu_budget.by_cells(num_ids, cells, dim, code, engine.weighted) + extra
+        pairs_repeat = cells <= max(gpu_budget.CELLS_PER_ID * num_ids, 1 << 20)
     if samples_per_centroid is None and pairs_repeat and by_pair <= room:
         return Budget(True, None, score_bytes, by_pair, code * cells)
 
     def listed(ids: int) -> int:
+        if engine.on_gpu:
+            extra = _sklearn_bytes(ids, dim, engine) + fixed
+            return gpu_budget.by_list(ids, dim, engine.weighted) + extra
         return (64 + 16 * engine.weighted) * ids + _point_bytes(ids, dim, engine) + fixed
 
     column = code * num_ids
@@ -88,7 +121,10 @@ def budget(
     samples = samples_per_centroid or SAMPLES_PER_CENTROID
     if samples * clusters >= num_ids:
         return Budget(False, None, score_bytes, every, column)
-    most = min(num_ids, round(1.1 * samples * clusters) + 1024)  # drawn by hash: about as many
+    most = sample_room(num_ids, samples * clusters / num_ids)
+    if engine.on_gpu:
+        assigning = gpu_budget.by_id(num_ids, dim) + fixed
+        return Budget(False, samples, score_bytes, max(listed(most), assigning), column)
     block = 100 * min(num_ids, ASSIGN_BLOCK)
     return Budget(False, samples, score_bytes, listed(most) + block, column)
 
@@ -101,9 +137,13 @@ def _point_bytes(points: int, dim: int, engine: Engine) -> int:
         total += rows * (72 * dim + 64) + (1 << 25)
         if engine.device != "cpu":
             total += 1 << 29  # scores of a block
-    if engine.backend in SKLEARN_BACKENDS:
-        total += points * (16 * dim + 32) + (1 << 25)
-    return total
+    return total + _sklearn_bytes(points, dim, engine)
+
+
+def _sklearn_bytes(points: int, dim: int, engine: Engine) -> int:
+    if engine.backend not in SKLEARN_BACKENDS:
+        return 0
+    return points * (16 * dim + 32) + (1 << 25)
 
 
 def _book_bytes(clusters: int, helper_rows: int, dim: int, engine: Engine) -> int:

@@ -8,6 +8,7 @@ import torch
 import torch.distributed as dist
 
 from cce_torchrec.chunk_codes import ChunkCodes
+from cce_torchrec.clustering.exact_sums import weighted_sums
 from cce_torchrec.clustering.ids import ChunkIds, NewCodes
 from cce_torchrec.codes import code_dtype
 from cce_torchrec.hashing import helper_hash
@@ -21,7 +22,7 @@ _HELPER_STATE_KEPT = 0.1
 
 Measured: from zero, the first steps after a clustering have the size of the learning rate and undo
 part of what it won; from all of it, the fresh helper learns too slowly. README, Measured."""
-_STATE_BLOCK = 1 << 13
+_NOT_FINITE = "nothing was clustered. Lower the learning rate, or restore the last checkpoint"
 
 
 @dataclass(frozen=True)
@@ -104,14 +105,20 @@ class ChunkState:
             )
 
     def check(self) -> None:
-        """Raises ValueError, naming table and chunk, if a weight is not finite."""
+        """Raises ValueError, naming table and chunk, if a weight is not finite.
+
+        Or a value of the optimizer's state that the step averages.
+        """
         try:
             check_finite(self.weight)
         except ValueError as error:
-            raise ValueError(
-                f"{self.who}: codebook {error}; nothing was clustered. Lower the learning rate, "
-                "or restore the last checkpoint"
-            ) from error
+            raise ValueError(f"{self.who}: codebook {error}; {_NOT_FINITE}") from error
+        for name, value in self.optimizer_state.items():
+            if name not in _FIRST_MOMENTS and not bool(torch.isfinite(value).all()):
+                raise ValueError(
+                    f"{self.who}: optimizer state {name!r} is not finite (NaN or infinite); "
+                    f"{_NOT_FINITE}"
+                )
 
 
 @dataclass
@@ -136,15 +143,17 @@ def settle(state: ChunkState, points: PairPoints, result: KMeansResult) -> Chunk
     shape, device = (config.rows_per_chunk, config.chunk_dim), points.main.device
     weight = torch.zeros(shape, dtype=torch.float32, device=device)
     weight[:k] = result.centroids
+    # Counts are exact in any order: integers, and all weights sum to 2^33 at most (MAX_WEIGHT),
+    # far below 2^53.
     norms = (points.helper.double() / points.scale).square().sum(1)
-    counts = torch.zeros_like(norms).index_add_(0, points.b, points.weights.double())
+    counts = torch.zeros_like(norms, dtype=torch.int64).index_add_(0, points.b, points.weights)
     return ChunkUpdate(
         weight=weight,
         optimizer_state={
             key: _new_optimizer_state(key, value, points, result)
             for key, value in state.optimizer_state.items()
         },
-        objective_before=float((norms * counts).sum()),
+        objective_before=float((norms * counts.double()).sum()),
         objective_after=result.objective[-1],
         empty_clusters=result.empty_clusters,
         scored=result.scored,
@@ -166,24 +175,26 @@ class Relabelling:
         device = points.helper.device
         self._sums = torch.zeros(points.helper.shape, dtype=torch.int64, device=device)
         self._sizes = torch.zeros(len(self._sums), dtype=torch.int64, device=device)
+        self._changed = torch.zeros(1, dtype=torch.int64, device=device)
 
     def take(self, part: NewCodes) -> None:
         """Adds the residuals of the ids of `part`, and counts those whose code changes."""
         if not self._finalise:
             stats = (self._sums, self._sizes)
             part.add_residuals(self._points, self._centroids, self._hash, stats)
-        self._update.changed += part.changed()
+        self._changed += part.changed()
 
     def add_up(self, group: dist.ProcessGroup) -> None:
         """Takes what other ranks took of their ids; collective."""
-        own = (self._sums.view(-1), self._sizes, self._sizes.new_tensor([self._update.changed]))
+        own = (self._sums.view(-1), self._sizes, self._changed)
         flat = torch.cat(own)
         dist.all_reduce(flat, group=group)
-        sums, self._sizes, changed = flat.split([len(part) for part in own])
-        self._sums, self._update.changed = sums.view(self._sums.shape), int(changed)
+        sums, self._sizes, self._changed = flat.split([len(part) for part in own])
+        self._sums = sums.view(self._sums.shape)
 
     def finish(self) -> None:
         """Helper rows become mean residuals under the new hash, or zero where there are none."""
+        self._update.changed = int(self._changed)
         if self._finalise:
             return
         means = self._sums.double() / self._sizes.clamp(min=1)[:, None] / self._points.scale
@@ -214,11 +225,7 @@ def _new_optimizer_state(
         return new
     old_rows, new_rows = len(points.main), len(result.centroids)
     main = old[:old_rows].double().reshape(old_rows, -1)
-    sums = main.new_zeros(new_rows, main.shape[1])
-    for first in range(0, points.num_points, _STATE_BLOCK):
-        at = slice(first, first + _STATE_BLOCK)
-        weighted = main[points.a[at].long()] * points.weights[at, None]
-        sums.index_add_(0, result.assignment[at].long(), weighted)
+    sums = weighted_sums(main, points.a, points.weights, result.assignment, new_rows)
     sizes = result.sizes[:, None]
     means = torch.where(sizes > 0, sums / sizes.clamp(min=1), main.mean(0))
     new[:new_rows] = means.reshape(new[:new_rows].shape).to(old.dtype)

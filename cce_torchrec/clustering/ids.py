@@ -4,15 +4,25 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 
 from cce_torchrec.codes import pack, seen_ids, widen
+from cce_torchrec.gpu.launch import usable
 from cce_torchrec.hashing import HashFunction
 from cce_torchrec.kmeans import native
 from cce_torchrec.kmeans.points import PairPoints
 
+if TYPE_CHECKING:  # Triton may not be installed
+    from cce_torchrec.clustering import triton_kernel
+
 ID_BLOCK = 1 << 16
+"""Ids of a block of the torch form; the kernels take all ids at once."""
+PAIR_BLOCK = 1 << 24
+"""Pairs whose place in a table of all pairs is found at once."""
+GPU_ID_BLOCK = 1 << 25
+"""Ids whose weights are read at once on a GPU."""
 
 
 @dataclass(frozen=True)
@@ -56,6 +66,25 @@ class ChunkIds:
         """Whether passes run compiled."""
         return self.codes.device.type == "cpu" and native.available()
 
+    @property
+    def on_gpu(self) -> bool:
+        """Whether passes run in Triton."""
+        return not self.compiled and usable(self.codes.device)
+
+    def gpu_range(self, first: int, last: int) -> triton_kernel.Range:
+        """Ids [first, last) for the Triton kernels."""
+        from cce_torchrec.clustering.triton_kernel import Range
+
+        return Range(
+            codes=self.codes,
+            column=self.column,
+            base=self.held.start,
+            first=first,
+            last=last,
+            hash=self.hash,
+            helper_rows=self.helper_rows,
+        )
+
     def native_column(self, first: int, last: int) -> native.Column:
         """Ids [first, last) for the compiled kernels."""
         return native.Column(self.codes, self.column, first, last, self.held.start)
@@ -75,8 +104,14 @@ class ChunkIds:
             yield first, min(first + size, self.held.stop)
 
     def count_pairs(self, weights: IdWeights | None = None) -> torch.Tensor:
-        """Ids (or their summed weights) of every pair, int64 [k * k']."""
-        counts = torch.zeros(self.cells, dtype=torch.int64, device=self.codes.device)
+        """Ids (or their summed weights) of every pair [k * k'], int64 or, on a GPU, int32."""
+        dtype = self.count_type(weights is not None)
+        counts = torch.zeros(self.cells, dtype=dtype, device=self.codes.device)
+        if self.on_gpu:
+            for first, last in self.blocks(len(self.held) if weights is None else GPU_ID_BLOCK):
+                weight = None if weights is None else weights.of(first, last)
+                self.gpu_range(first, last).count(weight, counts)
+            return counts
         for first, last in self.blocks():
             weight = None if weights is None else weights.of(first, last)
             if self.compiled:
@@ -86,6 +121,11 @@ class ChunkIds:
             keys = self.keys(self.range(first, last))
             counts.index_add_(0, keys, torch.ones_like(keys) if weight is None else weight)
         return counts
+
+    def count_type(self, weighted: bool) -> torch.dtype:
+        """Type of counts of pairs: on a GPU, where they are many, int32 if numbers of ids fit."""
+        fits = self.on_gpu and not weighted and self.num_ids < 1 << 31
+        return torch.int32 if fits else torch.int64
 
     def drawn(self, sample: HashFunction, count: int) -> torch.Tensor:
         """Ids of the whole table in hashed order, or many times `count` that are drawn by hash."""
@@ -122,10 +162,13 @@ class NewCodes:
     last: int
 
     @classmethod
-    def of_pairs(cls, ids: ChunkIds, keys: torch.Tensor, assignment: torch.Tensor) -> NewCodes:
-        """Of all ids that are held, by lookup of their pairs among `keys`."""
-        table = torch.zeros(ids.cells, dtype=ids.codes.dtype, device=keys.device)
-        table[keys] = pack(assignment, table.dtype)
+    def of_pairs(cls, ids: ChunkIds, points: PairPoints, assignment: torch.Tensor) -> NewCodes:
+        """Of all ids that are held, by lookup of their pairs among `points`."""
+        table = torch.zeros(ids.cells, dtype=ids.codes.dtype, device=points.a.device)
+        for first in range(0, points.num_points, PAIR_BLOCK):
+            at = slice(first, first + PAIR_BLOCK)
+            keys = points.a[at].long() * ids.helper_rows + points.b[at]
+            table[keys] = pack(assignment[at], table.dtype)
         return cls(ids, table, True, ids.held.start, ids.held.stop)
 
     def of(self, first: int, last: int) -> torch.Tensor:
@@ -138,11 +181,13 @@ class NewCodes:
         for first in range(self.first, self.last, ID_BLOCK):
             yield first, min(first + ID_BLOCK, self.last)
 
-    def changed(self) -> int:
-        """Ids whose code is another one."""
+    def changed(self) -> int | torch.Tensor:
+        """Ids whose code is another one; on a GPU int64 [1], which is not waited for."""
         own = self.ids
         if own.compiled:
             return self._relabel(write=False)
+        if own.on_gpu:
+            return self._relabel_on_gpu(write=False)
         old, base = own.codes[:, own.column], own.held.start
         return sum(
             int((widen(old[i - base : j - base]) != self.of(i, j)).sum()) for i, j in self._blocks()
@@ -154,6 +199,9 @@ class NewCodes:
         if own.compiled:
             self._relabel(write=True)
             return
+        if own.on_gpu:
+            self._relabel_on_gpu(write=True)
+            return
         for first, last in self._blocks():
             at = slice(first - own.held.start, last - own.held.start)
             own.codes[at, own.column] = pack(self.of(first, last), own.codes.dtype)
@@ -161,6 +209,12 @@ class NewCodes:
     def _relabel(self, write: bool) -> int:
         column, own = self.ids.native_column(self.first, self.last), self.ids
         return column.relabel(self.packed, self.by_pair, own.hash, own.helper_rows, write)
+
+    def _relabel_on_gpu(self, write: bool) -> torch.Tensor:
+        changed = torch.zeros(1, dtype=torch.int64, device=self.packed.device)
+        column = self.ids.gpu_range(self.first, self.last)
+        column.relabel(self.packed, self.by_pair, write, changed)
+        return changed
 
     def add_residuals(
         self,
@@ -175,6 +229,11 @@ class NewCodes:
             hashes, books = (own.hash, new_hash), (points.main, points.helper, centroids)
             column = own.native_column(self.first, self.last)
             column.residuals(self.packed, self.by_pair, hashes, books, stats)
+            return
+        if own.on_gpu:
+            books = (points.main, points.helper, centroids)
+            part = own.gpu_range(self.first, self.last)
+            part.residuals(self.packed, self.by_pair, new_hash, books, stats)
             return
         for first, last in self._blocks():
             ids = own.range(first, last)

@@ -10,6 +10,7 @@ import torch
 from cce_torchrec.clustering.budget import Engine
 from cce_torchrec.clustering.chunk import ChunkState
 from cce_torchrec.clustering.ids import IdWeights
+from cce_torchrec.gpu.launch import usable
 from cce_torchrec.kmeans.backends import SKLEARN_BACKENDS
 from cce_torchrec.kmeans.points import metric_root
 
@@ -74,7 +75,9 @@ class Options:
 
     def engine(self, device: torch.device) -> Engine:
         """What the memory of a step depends on."""
-        return Engine(self.backend, self.init, self.weights is not None, device.type)
+        weighted = self.weights is not None
+        triton = device.type == "cuda" and usable(device)
+        return Engine(self.backend, self.init, weighted, device.type, triton)
 
     def weights_of(self, state: ChunkState) -> IdWeights | None:
         """Weights of a table's ids, or None for one each.

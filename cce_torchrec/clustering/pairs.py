@@ -9,13 +9,22 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 
-from cce_torchrec.clustering.budget import ASSIGN_BLOCK, Budget
+from cce_torchrec.clustering.budget import Budget, assign_block, sample_room
 from cce_torchrec.clustering.chunk import ChunkState
-from cce_torchrec.clustering.ids import ChunkIds, IdWeights, NewCodes, starting_pairs
+from cce_torchrec.clustering.ids import (
+    GPU_ID_BLOCK,
+    ChunkIds,
+    IdWeights,
+    NewCodes,
+    starting_pairs,
+)
 from cce_torchrec.codes import pack
 from cce_torchrec.hashing import SAMPLE_ROLE, HashFunction, hash_function
 from cce_torchrec.kmeans.points import PairPoints
 from cce_torchrec.kmeans.share import agreed
+
+_KEY_BLOCK = 1 << 24
+"""Pairs that are converted at once, so that temporaries stay small beside them."""
 
 
 @dataclass
@@ -23,8 +32,6 @@ class Sampled:
     """The pairs of a chunk that K-means runs over, and where they come from."""
 
     ids: ChunkIds
-    keys: torch.Tensor
-    """int64 [P], rising."""
     points: PairPoints
     pair_of_id: torch.Tensor | None
     """int32 [N], where the pairs of all ids were listed: position in `keys`."""
@@ -49,7 +56,7 @@ def find_pairs(state: ChunkState, plan: Budget, weights: IdWeights | None = None
     if plan.by_pair:
         grid = ids.count_pairs()
         keys = grid.nonzero().view(-1)
-        counts = (grid if weights is None else ids.count_pairs(weights))[keys]
+        counts = taken_at(grid if weights is None else ids.count_pairs(weights), keys)
         del grid
     else:
         taken, weight = list_ids(ids, sample, most_ids(state, plan), weights)
@@ -62,7 +69,26 @@ def find_pairs(state: ChunkState, plan: Budget, weights: IdWeights | None = None
         if plan.samples_per_centroid is None:
             pair_of_id = inverse.int()
     drawn = ids.keys(ids.drawn(sample, starts_wanted(state, weights)))
-    return Sampled(ids, keys, points_of(state, keys, counts, drawn, weights), pair_of_id)
+    return Sampled(ids, points_of(state, keys, counts, drawn, weights), pair_of_id)
+
+
+def taken_at(table: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
+    """`table[keys]` as int64, without another copy of its size."""
+    out = torch.empty_like(keys)
+    for first in range(0, len(keys), _KEY_BLOCK):
+        at = slice(first, first + _KEY_BLOCK)
+        out[at] = table[keys[at]]
+    return out
+
+
+def rows_of_keys(keys: torch.Tensor, helper_rows: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Main and helper rows, int32, of pairs main * k' + helper."""
+    a = torch.empty_like(keys, dtype=torch.int32)
+    b = torch.empty_like(a)
+    for first in range(0, len(keys), _KEY_BLOCK):
+        at = slice(first, first + _KEY_BLOCK)
+        a[at], b[at] = keys[at] // helper_rows, keys[at] % helper_rows
+    return a, b
 
 
 def starts_wanted(state: ChunkState, weights: IdWeights | None) -> int:
@@ -85,7 +111,7 @@ def points_of(
         starts = starts[counts[starts] > 0]
     num_rows, helper_rows = state.codes.config.num_rows, state.codes.config.helper_rows
     weight = state.weight.detach()
-    a, b = (keys // helper_rows).int(), (keys % helper_rows).int()
+    a, b = rows_of_keys(keys, helper_rows)
     return PairPoints(weight[:num_rows], weight[num_rows:], a, b, counts, starts)
 
 
@@ -97,6 +123,13 @@ def list_ids(
     Sampled are about `most` of all ids of the table.
     """
     share = 1.0 if most is None else min(1.0, most / ids.num_ids)
+    if ids.on_gpu and share < 1.0:
+        return _sample_on_gpu(ids, sample, share, weights)
+    if ids.on_gpu:
+        every = ids.gpu_range(ids.held.start, ids.held.stop).keys()
+        if weights is None:
+            return every, every.new_ones(()).expand(len(every))
+        return every, weights.of(ids.held.start, ids.held.stop)
     keys, counts = [ids.codes.new_empty(0, dtype=torch.int64)], []
     for first, last in ids.blocks():
         block = ids.range(first, last)
@@ -110,20 +143,40 @@ def list_ids(
     return listed, torch.cat(counts)
 
 
+def _sample_on_gpu(
+    ids: ChunkIds, sample: HashFunction, share: float, weights: IdWeights | None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """`list_ids` of a sample, in any order; two passes if more are drawn than were expected."""
+    room, found = sample_room(len(ids.held), share), 0
+    while True:
+        keys = torch.empty(room, dtype=torch.int64, device=ids.codes.device)
+        sums = None if weights is None else torch.empty_like(keys)
+        count = torch.zeros(1, dtype=torch.int64, device=ids.codes.device)
+        for first, last in ids.blocks(len(ids.held) if weights is None else GPU_ID_BLOCK):
+            weight = None if weights is None else weights.of(first, last)
+            part = ids.gpu_range(first, last)
+            part.sampled(sample, round(share * 2**31), weight, keys, sums, count)
+        found = int(count)
+        if found <= room:
+            listed = keys[:found]
+            return listed, listed.new_ones(()).expand(found) if sums is None else sums[:found]
+        room = found
+
+
 def codebooks_only(state: ChunkState, plan: Budget, weights: IdWeights | None = None) -> Sampled:
     """The chunk without pairs, for scoring its ids in blocks; arguments as `find_pairs`."""
     num_rows, weight = state.codes.config.num_rows, state.weight.detach()
     none = torch.zeros(0, dtype=torch.int32, device=weight.device)
     rest = (none, none, none.long(), none.long())
     points = PairPoints(weight[:num_rows], weight[num_rows:], *rest)
-    return Sampled(state.ids, none.long(), points, None)
+    return Sampled(state.ids, points, None)
 
 
 def of_all_ids(sampled: Sampled, assignment: torch.Tensor) -> NewCodes:
     """New codes of all ids, where K-means saw all their pairs."""
     ids = sampled.ids
     if sampled.pair_of_id is None:
-        return NewCodes.of_pairs(ids, sampled.keys, assignment)
+        return NewCodes.of_pairs(ids, sampled.points, assignment)
     packed = pack(assignment, ids.codes.dtype)[sampled.pair_of_id]
     return NewCodes(ids, packed, False, ids.held.start, ids.held.stop)
 
@@ -135,22 +188,36 @@ class IdBlock:
     ids: ChunkIds
     first: int
     points: PairPoints
-    pair_of_id: torch.Tensor
+    pair_of_id: torch.Tensor | None
+    """Position of each id's pair among the points; None where every id is a point."""
 
     @classmethod
     def of(cls, sampled: Sampled, first: int) -> IdBlock:
-        """The block of `ASSIGN_BLOCK` ids, or what is left."""
+        """The block of `assign_block` ids, or what is left.
+
+        Pairs of a block hardly repeat where K-means saw a sample of them: on a GPU, where finding
+        those that do takes longer than scoring them, every id is a point.
+        """
         ids, books = sampled.ids, sampled.points
-        block = ids.range(first, min(first + ASSIGN_BLOCK, ids.held.stop))
+        last = min(first + assign_block(ids.codes.device, books.dim), ids.held.stop)
+        if ids.on_gpu:
+            a, b = ids.gpu_range(first, last).pairs()
+            none = a[:0].long()
+            rest = (a, b, none.new_ones(()).expand(len(a)), none)
+            points = PairPoints.from_integers(books.main, books.helper, books.scale, *rest)
+            return cls(ids, first, points, None)
+        block = ids.range(first, last)
         keys, inverse = torch.unique(ids.keys(block), return_inverse=True)
-        a, b = (keys // ids.helper_rows).int(), (keys % ids.helper_rows).int()
+        a, b = rows_of_keys(keys, ids.helper_rows)
         rest = (a, b, torch.ones_like(keys), keys[:0])
         points = PairPoints.from_integers(books.main, books.helper, books.scale, *rest)
         return cls(ids, first, points, inverse)
 
     def new_codes(self, nearest: torch.Tensor) -> NewCodes:
         """New codes of these ids, from the nearest centroid of their pairs."""
-        packed = pack(nearest, self.ids.codes.dtype)[self.pair_of_id]
+        packed = pack(nearest, self.ids.codes.dtype)
+        if self.pair_of_id is not None:
+            packed = packed[self.pair_of_id]
         return NewCodes(self.ids, packed, False, self.first, self.first + len(packed))
 
 

@@ -13,7 +13,7 @@ from typing import TypeVar
 import torch
 import torch.distributed as dist
 
-from cce_torchrec.clustering.budget import ASSIGN_BLOCK
+from cce_torchrec.clustering.budget import assign_block
 from cce_torchrec.clustering.chunk import ChunkState, ChunkUpdate, Relabelling, settle
 from cce_torchrec.clustering.ids import ChunkIds, IdWeights, NewCodes
 from cce_torchrec.clustering.options import Options
@@ -27,6 +27,7 @@ from cce_torchrec.clustering.pairs import (
     points_of,
     sample_hash,
     starts_wanted,
+    taken_at,
 )
 from cce_torchrec.clustering.plan import Task
 from cce_torchrec.clustering.scoring import Scoring
@@ -111,7 +112,7 @@ class RowWiseSolver:
         if weights is None:
             return keys, counts
         weighted = self._grid(ids, weights)
-        return keys, self._agree(lambda: weighted[keys])
+        return keys, self._agree(lambda: taken_at(weighted, keys))
 
     def _found(self, ids: ChunkIds) -> tuple[torch.Tensor, torch.Tensor]:
         """As `_counted`, without weights; the grid is freed."""
@@ -119,7 +120,7 @@ class RowWiseSolver:
 
         def found() -> tuple[torch.Tensor, torch.Tensor]:
             keys = grid.nonzero().view(-1)
-            return keys, grid[keys]
+            return keys, taken_at(grid, keys)
 
         return self._agree(found)
 
@@ -200,19 +201,19 @@ class RowWiseSolver:
         """New codes of this rank's ids."""
         ids = self._state.ids
         if nearest is None:
-            books = Sampled(ids, points.a[:0].long(), points, None)
-            for first in ids.held[::ASSIGN_BLOCK]:
+            books = Sampled(ids, points, None)
+            for first in ids.held[:: assign_block(self._device, points.dim)]:
                 block = IdBlock.of(books, first)
                 moved = self._scoring.moved(block.points)
                 yield block.new_codes(self._scoring.nearest(moved, update.scored, None))
             return
-        keys = points.a.long() * ids.helper_rows + points.b
         if self._task.budget.by_pair:
-            yield NewCodes.of_pairs(ids, keys, nearest)
+            yield NewCodes.of_pairs(ids, points, nearest)
             return
-        packed = pack(nearest, ids.codes.dtype)
-        for first in ids.held[::ASSIGN_BLOCK]:
-            last = min(first + ASSIGN_BLOCK, ids.held.stop)
+        keys = points.a.long() * ids.helper_rows + points.b
+        packed, size = pack(nearest, ids.codes.dtype), assign_block(self._device, points.dim)
+        for first in ids.held[::size]:
+            last = min(first + size, ids.held.stop)
             at = torch.searchsorted(keys, ids.keys(ids.range(first, last)))
             yield NewCodes(ids, packed[at], False, first, last)
 

@@ -7,6 +7,7 @@ import torch.distributed as dist
 
 from cce_torchrec.clustering.options import Options
 from cce_torchrec.clustering.plan import Task
+from cce_torchrec.kmeans.ieee import ieee_float32
 from cce_torchrec.kmeans.lloyd import KMeansResult, kmeans
 from cce_torchrec.kmeans.points import PairPoints, metric_root
 from cce_torchrec.kmeans.share import assign
@@ -18,6 +19,7 @@ class Scoring:
     def __init__(self, task: Task, options: Options, device: torch.device) -> None:
         self._task, self._options, self._device = task, options, device
         self._metric = options.metric_of(task.table, task.chunk, task.dim)
+        self._moved: tuple[torch.Tensor, PairPoints] | None = None
 
     def kmeans(self, points: PairPoints, group: dist.ProcessGroup | None) -> KMeansResult:
         """Clusters `points`; collective where a group is given."""
@@ -38,7 +40,13 @@ class Scoring:
         """`points` in the space of the metric, in which `nearest` takes them."""
         if self._metric is None:
             return points
-        return points.transformed(metric_root(self._metric, self._task.dim).to(self._device))
+        if self._moved is None or self._moved[0] is not points.main:
+            root = metric_root(self._metric, self._task.dim).to(self._device)
+            with ieee_float32(self._device):
+                self._moved = (points.main, points.transformed(root))
+        books = self._moved[1]  # those of every block of ids
+        rest = (points.a, points.b, points.weights, points.starts(1 << 40))
+        return PairPoints.from_integers(books.main, books.helper, books.scale, *rest)
 
     def nearest(
         self, moved: PairPoints, scored: torch.Tensor, group: dist.ProcessGroup | None

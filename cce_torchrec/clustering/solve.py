@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 
-from cce_torchrec.clustering.budget import ASSIGN_BLOCK
+from cce_torchrec.clustering.budget import assign_block
 from cce_torchrec.clustering.chunk import ChunkState, ChunkUpdate, Relabelling, settle
 from cce_torchrec.clustering.ids import NewCodes
 from cce_torchrec.clustering.options import Options
@@ -142,7 +142,8 @@ class Solver:
     def _scored_blocks(
         self, sampled: Sampled | None, points: PairPoints, update: ChunkUpdate | None
     ) -> Iterator[NewCodes | None]:
-        for first in range(0, self._task.num_ids, ASSIGN_BLOCK):
+        size = assign_block(self._device, self._task.dim)
+        for first in range(0, self._task.num_ids, size):
             block = self._try(IdBlock.of, sampled, first)
             shared = self._everywhere(block.points if block else None)
             nearest = self._assign(shared, update)

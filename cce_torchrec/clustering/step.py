@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 import torch.distributed as dist
@@ -21,6 +21,7 @@ from cce_torchrec.clustering.plan import DEFAULT_MEMORY_LIMIT, Key, Plan, Task, 
 from cce_torchrec.clustering.row_wise import RowWiseSolver
 from cce_torchrec.clustering.solve import Solver
 from cce_torchrec.codes import converted
+from cce_torchrec.gpu.memory import free_bytes
 from cce_torchrec.kmeans.backends import make_backend
 from cce_torchrec.kmeans.share import gathered, raise_failures, reason
 
@@ -90,8 +91,10 @@ def cluster(
         tolerance: see `cce_torchrec.kmeans.kmeans`.
         samples_per_centroid: ids per cluster that K-means sees, drawn by hash; by default all
             distinct pairs, or 200 where those do not fit `memory_limit`.
-        memory_limit: bytes beside the model per rank, by default 1 GiB or a tenth of the rank's
-            codes, whichever is larger.
+        memory_limit: bytes beside the model per rank. By default on a CPU 1 GiB or a tenth of the
+            rank's codes, whichever is larger; on a GPU half of what is free, of the rank that
+            has least. Whether all pairs are seen then depends on what else is on the GPU: give a
+            limit where runs have to be repeated bit for bit.
         weights: how much each id counts in K-means: per table name int64 [num_embeddings], or
             "seen": ids that were looked up in training since the last clustering count once,
             others not (tables with `track_seen`). All ids get new codes.
@@ -135,6 +138,11 @@ def _run(
     group: dist.ProcessGroup | None,
     began: float,
 ) -> tuple[ClusteringReport, set[str]]:
+    # Ranks plan alike only under the same limit: the tightest one's.
+    free = min(gathered(_free_share(model), group), key=lambda share: (share is None, share))
+    asked = options.memory_limit
+    if asked is None and free is not None:
+        options = replace(options, memory_limit=free)
     states: list[tuple[str, ChunkState]] = []
     tasks: list[Task] = []
     failure: str | None = None
@@ -161,7 +169,8 @@ def _run(
     rank = 0 if group is None else dist.get_rank(group)
     plan = Plan([theirs for _, theirs, *_ in told], rank, held)
     options.check_names({task.table for task in plan.tasks.values()})
-    peak_bytes, kept = _memory(plan, states, options.memory_limit, group)
+    whose = "half of what is free on the GPU" if asked is None and free is not None else None
+    peak_bytes, kept = _memory(plan, states, options.memory_limit, whose, group)
     replicas.share_seen(model)
     work = _Work(mine, plan, kept, options, _device(states), group)
     with _wider_codes(states, group):
@@ -286,6 +295,7 @@ def _memory(
     plan: Plan,
     states: list[tuple[str, ChunkState]],
     memory_limit: int | None,
+    whose: str | None,
     group: dist.ProcessGroup | None,
 ) -> tuple[int, set[Key]]:
     """Most bytes beside the model on this rank, and the chunks of all ranks whose codes wait.
@@ -302,8 +312,9 @@ def _memory(
     failure = None
     if peak > limit:
         failure = (
-            f"clustering needs up to {peak} bytes beside the model and memory_limit is {limit}; "
-            "raise it, or lower samples_per_centroid"
+            f"clustering needs up to {peak} bytes beside the model and memory_limit is {limit}"
+            + (f", {whose}; free some" if whose else "; raise it")
+            + ", or lower samples_per_centroid"
         )
     told = gathered((failure, kept, [key for key in plan.row_wise if key not in kept]), group)
     raise_failures([f for f, *_ in told])
@@ -329,6 +340,12 @@ def _group(process_group: dist.ProcessGroup | None) -> dist.ProcessGroup | None:
     if not (dist.is_available() and dist.is_initialized()):
         return None
     return process_group if process_group is not None else dist.group.WORLD
+
+
+def _free_share(model: nn.Module) -> int | None:
+    """Half of what is free on this rank's GPU; None on a CPU."""
+    device = next((p.device for p in model.parameters()), torch.device("cpu"))
+    return free_bytes(device) // 2 if device.type == "cuda" else None
 
 
 def _device(states: list[tuple[str, ChunkState]]) -> torch.device:

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from fbgemm_gpu.split_table_batched_embeddings_ops_common import BoundsCheckMode
 from torch import nn
 from torchrec.distributed.embedding_sharding import EmbeddingShardingContext, KJTListSplitsAwaitable
 from torchrec.distributed.embedding_types import KJTList, ShardedEmbeddingModule
@@ -103,6 +104,8 @@ class ShardedCCEEmbeddingBagCollection(
         self._has_uninitialized_input_dist = False
         self._lookups = inner._lookups
         for _, kernel in kernels(self._lookups):
+            # Rows are in bounds: ids were checked before they were expanded, all of them.
+            kernel.bounds_check_mode_int = BoundsCheckMode.NONE.value
             take_over(kernel)
         self._pieces = self._output.column_pieces(inner._embedding_names, inner._embedding_dims)
         self._inputs = sharding_inputs(

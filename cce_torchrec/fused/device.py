@@ -1,105 +1,193 @@
-"""The tables of one lookup as the Triton kernel reads them, kept on the device between batches."""
+"""The tables of one lookup as the Triton kernels read them, kept on the device between batches."""
 
 from __future__ import annotations
 
-import functools
-import importlib.util
-import os
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
+from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
+
+from cce_torchrec.gpu.launch import usable
+
+if TYPE_CHECKING:  # Triton may not be installed
+    from cce_torchrec.fused import triton_kernel
+
+_NO_POSITION = torch.iinfo(torch.int64).max
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Table:
     """One table of a lookup; its features follow one another in the input."""
 
     num_embeddings: int
-    codes: torch.Tensor | None
-    """[N, c] in storage type, None where the code is a hash."""
-    plain: bool
-    """The id is the row."""
-    num_rows: int
-    helper_rows: int
     num_features: int
-    chunks: tuple[tuple[int, ...], ...]
-    """Per chunk: column of `codes`, multiplier and addend of the main and the helper hash."""
+    codes: torch.Tensor | None = None
+    """[N, c] in storage type, None where the code is a hash."""
+    plain: bool = False
+    """The id is the row."""
+    num_rows: int = 0
+    helper_rows: int = 0
+    chunks: tuple[tuple[int, ...], ...] = ((0, 0, 0, 0, 0),)
+    """Per chunk: column of `codes`, multiplier and addend of the main and the helper hash. A plain
+    table has one, and hashes nothing."""
+    raw_id_key: int | None = None
+    """What raw ids are hashed with; None where ids are not hashed."""
+    seen: torch.Tensor | None = None
+    """Bits of seen ids, uint8 in whole words of 4 bytes, where they are to be marked."""
+
+    @property
+    def rows_per_id(self) -> int:
+        """Rows per id and chunk."""
+        return 2 if self.helper_rows else 1
 
     @property
     def copies(self) -> int:
         """Rows per id, all chunks together."""
-        return len(self.chunks) * (2 if self.helper_rows else 1)
+        return len(self.chunks) * self.rows_per_id
 
 
-@functools.cache
-def available() -> bool:
-    """Whether Triton is installed."""
-    return importlib.util.find_spec("triton") is not None
+@dataclass(frozen=True)
+class Rows:
+    """What an expansion gives: rows [R] of all bags, their weights, and the bags."""
+
+    values: torch.Tensor
+    weights: torch.Tensor | None
+    lengths: torch.Tensor
+    """Of the type of the batch's lengths, [physical features * stride]."""
+    offsets: torch.Tensor
+    """int64 [physical features * stride + 1]."""
 
 
 def takes(ids: torch.Tensor) -> bool:
-    """Whether the kernel runs on these ids: on CUDA, or on a CPU that interprets Triton."""
-    on = ids.is_cuda or os.environ.get("TRITON_INTERPRET") == "1"
-    return on and ids.dtype in (torch.int32, torch.int64) and ids.is_contiguous() and available()
+    """Whether the kernels run on these ids: on CUDA, or on a CPU that interprets Triton."""
+    return ids.dtype in (torch.int32, torch.int64) and ids.is_contiguous() and usable(ids.device)
 
 
 class DeviceTables:
-    """The tables of one lookup, described to the kernel on its device."""
+    """The tables of one lookup, described to the kernels on their device."""
 
     def __init__(self, tables: Sequence[Table], device: torch.device) -> None:
         rows: list[list[int]] = []
         chunks: list[tuple[int, ...]] = []
         table_of: list[int] = []
+        features: list[list[int]] = []
         for i, table in enumerate(tables):
-            codes, feature = table.codes, len(table_of)
+            codes, slot = table.codes, len(table_of)
             width = -1 if table.plain else 0 if codes is None else codes.element_size()
             address, columns = (0, 0) if codes is None else (codes.data_ptr(), codes.shape[1])
             rows.append(
                 [
                     *(table.num_embeddings, address, width, columns),
                     *(table.num_rows, table.helper_rows),
-                    *(feature, feature + table.num_features),
+                    *(slot, slot + table.num_features),
                     *(len(table.chunks), len(chunks)),
+                    *(int(table.raw_id_key is not None), table.raw_id_key or 0),
+                    0 if table.seen is None else table.seen.data_ptr(),
+                    table.copies,
                 ]
             )
             chunks += table.chunks
             table_of += [i] * table.num_features
+            features += [
+                [slot + f, i, j, table.rows_per_id]
+                for j in range(len(table.chunks))
+                for f in range(table.num_features)
+            ]
         self._tables = torch.tensor(rows, device=device)
         self._chunks = torch.tensor(chunks, device=device)
         self._table_of = torch.tensor(table_of, device=device)
-        self._copies = torch.tensor([table.copies for table in tables], device=device)
+        self._features = torch.tensor(features, device=device)
         self._most_chunks = max(len(table.chunks) for table in tables)
-        copies = {table.copies for table in tables}
-        self.copies = copies.pop() if len(copies) == 1 else None
-        """Rows per id, if it is one number for all tables."""
-        self.invalid = torch.zeros(len(tables), dtype=torch.int64, device=device)
-        """Ids out of bounds so far, per table."""
+        self._raw = any(table.raw_id_key is not None for table in tables)
+        self._mark = any(table.seen is not None for table in tables)
+        self.most_copies = max(table.copies for table in tables)
+        """Rows per id of the table that has most of them."""
 
     def expand(
         self,
         ids: torch.Tensor,
         weights: torch.Tensor | None,
-        starts: torch.Tensor,
+        bags: triton_kernel.Bags,
         num_out: int,
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Rows (int64 [num_out]) and weights of `ids`, whose features start at `starts` [F + 1]."""
+        length_type: torch.dtype,
+        invalid: torch.Tensor | None,
+        first_bad: torch.Tensor | None,
+    ) -> Rows:
+        """Rows, weights and bags of `ids`.
+
+        Args:
+            ids: int32 or int64 [V].
+            weights: [V], or None.
+            bags: of ids.
+            num_out: rows to make room for; of all values in bags, or more.
+            length_type: of the lengths of the bags.
+            invalid: int64 [tables], to which ids out of bounds are added, or None.
+            first_bad: int64 [tables], see `no_positions`, or None.
+        """
         from cce_torchrec.fused import triton_kernel
 
-        out = torch.empty(num_out, dtype=torch.int64, device=ids.device)
-        out_weights = weights.new_empty(num_out) if weights is not None else None
-        sizes = (starts[self._tables[:, 7]] - starts[self._tables[:, 6]]) * self._copies
+        new = ids.new_empty
+        starts, out_starts = triton_kernel.find_starts(bags, self._tables, len(self._table_of))
+        out = Rows(
+            new(num_out, dtype=torch.int64),
+            None if weights is None else weights.new_empty(num_out),
+            new(bags.num_out, dtype=length_type),
+            new(bags.num_out + 1, dtype=torch.int64),
+        )
         triton_kernel.expand(
             ids=ids,
-            weights=weights.contiguous() if weights is not None else None,
-            starts=starts.contiguous(),
+            weights=None if weights is None else weights.contiguous(),
+            starts=starts,
             table_of=self._table_of,
             tables=self._tables,
             chunks=self._chunks,
-            out_starts=sizes.cumsum(0) - sizes,
-            out=out,
-            out_weights=out_weights,
-            invalid=self.invalid,
+            out_starts=out_starts,
+            out=out.values,
+            out_weights=out.weights,
+            invalid=invalid,
+            first_bad=first_bad,
             most_chunks=self._most_chunks,
+            raw=self._raw,
+            mark=self._mark,
         )
-        return out, out_weights
+        triton_kernel.write_bags(
+            bags=bags,
+            starts=starts,
+            features=self._features,
+            tables=self._tables,
+            out_starts=out_starts,
+            lengths=out.lengths,
+            offsets=out.offsets,
+        )
+        return out
+
+    def bags_of(self, features: KeyedJaggedTensor, slots: Sequence[int]) -> triton_kernel.Bags:
+        """The bags of `features` for `expand`; `slots`: of each physical feature."""
+        from cce_torchrec.fused.triton_kernel import Bags
+
+        offsets = features.offsets()
+        if not features.variable_stride_per_key():
+            stride = features.stride()
+            return Bags(offsets, stride, num_out=len(slots) * stride)
+        sizes = features.stride_per_key()
+        out_sizes = [sizes[slot] for slot in slots]
+        return Bags(
+            *(offsets, 1, _starts_of(sizes, offsets.device), _starts_of(out_sizes, offsets.device)),
+            num_out=sum(out_sizes),
+        )
+
+
+def _starts_of(sizes: Sequence[int], device: torch.device) -> torch.Tensor:
+    """int64 [len(sizes) + 1]; copied to a GPU from pinned memory, which nothing waits for."""
+    starts = torch.tensor(list(itertools.accumulate(sizes, initial=0)))
+    if device.type == "cuda":
+        starts = starts.pin_memory()
+    return starts.to(device, non_blocking=True)
+
+
+def no_positions(tables: int, device: torch.device) -> torch.Tensor:
+    """int64 [tables] beyond every position, for the lowest position of a bad id of each table."""
+    return torch.full((tables,), _NO_POSITION, dtype=torch.int64, device=device)

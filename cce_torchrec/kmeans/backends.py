@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
-import os
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 
+from cce_torchrec.gpu.launch import unusable, usable
 from cce_torchrec.kmeans import native
+from cce_torchrec.kmeans.ieee import ieee_float32
 from cce_torchrec.kmeans.points import BLOCK, PairPoints, Points
 
 Nearest = Callable[[int, int], torch.Tensor]
@@ -39,12 +40,19 @@ def optional_module(module: str, extra: str) -> Any:
 
 
 class Backend(ABC):
-    """Scores points in blocks at fixed positions, so that results do not depend on the cut."""
+    """A way to find nearest centroids, whose results do not depend on how points are cut up."""
 
     name: str
 
+    @abstractmethod
     def prepare(self, points: Points, centroids: torch.Tensor) -> Nearest:
         """A function from a range of points to their nearest of `centroids` [k, s]."""
+
+
+class BlockBackend(Backend):
+    """Scores points in blocks at fixed positions, because the bits of a product depend on them."""
+
+    def prepare(self, points: Points, centroids: torch.Tensor) -> Nearest:
         block = self._block(points, centroids)
 
         def nearest(start: int, end: int) -> torch.Tensor:
@@ -64,10 +72,20 @@ class Backend(ABC):
         """A function x [n, s] -> nearest centroid, int32 [n]."""
 
 
-class TorchBackend(Backend):
-    """One product and one argmax per block; any device."""
+class TorchBackend(BlockBackend):
+    """One product and one argmax per block, in IEEE float32; any device."""
 
     name = "torch"
+
+    def prepare(self, points: Points, centroids: torch.Tensor) -> Nearest:
+        """As `Backend.prepare`; what a job has set for its own products does not count."""
+        nearest = super().prepare(points, centroids)
+
+        def in_ieee(start: int, end: int) -> torch.Tensor:
+            with ieee_float32(points.device):
+                return nearest(start, end)
+
+        return in_ieee
 
     def _block(
         self, points: Points, centroids: torch.Tensor
@@ -91,7 +109,7 @@ class TorchBackend(Backend):
         return block
 
 
-class NativeBackend(Backend):
+class NativeBackend(BlockBackend):
     """The compiled kernels: sums of two scores over pairs, direct products elsewhere."""
 
     name = "native"
@@ -147,10 +165,13 @@ class NativeBackend(Backend):
         return rows * k * (1.05 + 0.01 * dim) + n * k * two_scores < n * k * (0.03 + 0.019 * dim)
 
 
-class FaissBackend(Backend):
+class FaissBackend(BlockBackend):
     """FAISS's exact search; on CUDA tensors its GPU form, where faiss-gpu is installed."""
 
     name = "faiss"
+    _resources: ClassVar[dict[int, Any]] = {}
+    """By device, for the life of the process: up to 1.5 GiB of scratch memory each, which would
+    otherwise be allocated anew, with waits, in every iteration."""
 
     def __init__(self) -> None:
         self._faiss = optional_module("faiss", "faiss")
@@ -160,30 +181,55 @@ class FaissBackend(Backend):
     ) -> Callable[[torch.Tensor], torch.Tensor]:
         faiss = self._faiss
         if points.device.type == "cuda":
-            importlib.import_module("faiss.contrib.torch_utils")
-            index = faiss.GpuIndexFlatL2(faiss.StandardGpuResources(), centroids.shape[1])
-            index.add(centroids)
-            return lambda x: index.search(x, 1)[1][:, 0].int()
+            return self._block_on_gpu(points.device, centroids)
         held = centroids.contiguous().numpy()
         return lambda x: torch.from_numpy(
             faiss.knn(x.contiguous().numpy(), held, 1)[1][:, 0].astype("int32")
         )
 
+    def _block_on_gpu(
+        self, device: torch.device, centroids: torch.Tensor
+    ) -> Callable[[torch.Tensor], torch.Tensor]:
+        faiss = self._faiss
+        if not hasattr(faiss, "StandardGpuResources"):
+            raise ValueError(
+                f"backend 'faiss' runs on {device} by faiss-gpu only, and faiss-cpu is installed; "
+                "pip uninstall faiss-cpu, pip install 'cce-torchrec[faiss-gpu]', or choose backend "
+                "triton or torch"
+            )
+        importlib.import_module("faiss.contrib.torch_utils")  # add and search take tensors then
+        number = 0 if device.index is None else device.index
+        if number not in self._resources:
+            self._resources[number] = faiss.StandardGpuResources()
+        config = faiss.GpuIndexFlatConfig()
+        config.device = number
+        # torch_utils orders FAISS's work by the current stream of torch's current device, so that
+        # must be the index's.
+        with torch.cuda.device(number):
+            index = faiss.GpuIndexFlatL2(self._resources[number], centroids.shape[1], config)
+            index.add(centroids.contiguous())
+
+        def block(x: torch.Tensor) -> torch.Tensor:
+            with torch.cuda.device(number):
+                return index.search(x.contiguous(), 1)[1][:, 0].int()
+
+        return block
+
 
 class TritonBackend(Backend):
-    """One tile kernel on CUDA; never holds the scores of a block."""
+    """Tile kernels on CUDA: the exact winner, and no scores in memory."""
 
     name = "triton"
 
-    def __init__(self) -> None:
-        optional_module("triton", "gpu")
-        self._nearest = importlib.import_module("cce_torchrec.kmeans.triton_kernel").nearest
+    def __init__(self, device: torch.device) -> None:
+        why = unusable(device)
+        if why is not None:
+            raise ValueError(f"backend 'triton': {why}; or choose backend 'torch'")
 
-    def _block(
-        self, points: Points, centroids: torch.Tensor
-    ) -> Callable[[torch.Tensor], torch.Tensor]:
-        half_norms = -0.5 * (centroids * centroids).sum(1)
-        return lambda x: self._nearest(x, centroids, half_norms)
+    def prepare(self, points: Points, centroids: torch.Tensor) -> Nearest:
+        from cce_torchrec.kmeans.triton_search import Search
+
+        return Search(points, centroids).nearest
 
 
 def score_table_bytes(num_rows: int, helper_rows: int, k: int) -> int:
@@ -192,7 +238,7 @@ def score_table_bytes(num_rows: int, helper_rows: int, k: int) -> int:
 
 
 def make_backend(name: str, device: torch.device, score_bytes: int = SCORE_BYTES) -> Backend:
-    """The backend `name`; "auto" is native, FAISS (CPU) or torch, the first there is.
+    """The backend `name`; "auto" is native or FAISS (CPU), Triton (CUDA) or torch, what there is.
 
     Args:
         score_bytes: most that native's tables of scores may take.
@@ -205,17 +251,15 @@ def make_backend(name: str, device: torch.device, score_bytes: int = SCORE_BYTES
             return NativeBackend(score_bytes)
         if device.type == "cpu" and importlib.util.find_spec("faiss") is not None:
             return FaissBackend()
-        return TorchBackend()
+        return TritonBackend(device) if usable(device) else TorchBackend()
     made: dict[str, Callable[[], Backend]] = {
         "native": lambda: NativeBackend(score_bytes),
         "torch": TorchBackend,
         "faiss": FaissBackend,
-        "triton": TritonBackend,
+        "triton": lambda: TritonBackend(device),
     }
     if name not in made:
         raise ValueError(f"unknown K-means backend {name!r}; choose one of {list(BACKENDS)}")
-    if name == "triton" and device.type != "cuda" and not os.environ.get("TRITON_INTERPRET"):
-        raise ValueError(f"backend 'triton' runs on CUDA, not on {device}; use native or torch")
     if name == "native" and device.type != "cpu":
         raise ValueError(f"backend 'native' runs on the CPU, not on {device}; use torch or faiss")
     return made[name]()

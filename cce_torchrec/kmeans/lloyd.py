@@ -16,6 +16,8 @@ from cce_torchrec.kmeans.backends import (
     make_backend,
     optional_module,
 )
+from cce_torchrec.kmeans.ieee import ieee_float32
+from cce_torchrec.kmeans.plus_plus import plus_plus
 from cce_torchrec.kmeans.points import MAX_MAGNITUDE, Points, TensorPoints, metric_root
 from cce_torchrec.kmeans.share import Share, agreed, check_agreement
 
@@ -156,8 +158,10 @@ class _Problem:
         self.original = self.points = points
         if metric is not None:
             root = metric_root(metric, points.dim).to(points.device)
-            self.points = points.transformed(root)
-            init = init.float().to(points.device) @ root if isinstance(init, torch.Tensor) else init
+            with ieee_float32(points.device):
+                self.points = points.transformed(root)
+                if isinstance(init, torch.Tensor):
+                    init = init.float().to(points.device) @ root
         self.start = _start(self.points, k, init)
         self.shape = (points.num_points, points.dim, k)
 
@@ -173,20 +177,31 @@ def _lloyd(
     """At most `iterations` assignments and updates, and an assignment to the last centroids."""
     stats: list[IterationStats] = []
     total = float(points.weights.sum())
+    assigned: torch.Tensor | None = None
     while True:
+        del assigned  # before the next one is made
         began = time.perf_counter()
         sums, sizes, errors, assigned = share.scan(points, centroids, engine)
-        objective = float(errors.sum()) / points.error_scale
         updated, splits, counts = centroids, 0, sizes.double()
         if len(stats) < iterations:
             updated = (sums.double() / (counts * points.scale)[:, None]).float()
-            if float(counts.min()) == 0:
-                updated = torch.where(sizes[:, None] > 0, updated, centroids)
-                updated, splits = refill_empty(updated, sizes, errors)
-        imbalance = len(counts) * float(counts.dot(counts)) / total**2 if total else 0.0
+            updated = torch.where(sizes[:, None] > 0, updated, centroids)
+        # All that the host reads of an iteration, at once: each read waits for the device.
+        numbers = (
+            errors.sum(),
+            counts.dot(counts),
+            (sizes == 0).sum(),
+            (updated != centroids).any(),
+        )
+        error, squares, empty, moved = torch.stack([n.double() for n in numbers]).tolist()
+        if empty and len(stats) < iterations:
+            updated, splits = refill_empty(updated, sizes, errors)
+            moved = not torch.equal(updated, centroids)  # a split may come out as it was
+        objective = error / points.error_scale
+        imbalance = len(counts) * squares / total**2 if total else 0.0
         seconds = time.perf_counter() - began
         stats.append(IterationStats(objective, seconds, imbalance, splits))
-        if torch.equal(updated, centroids):
+        if not moved:
             return KMeansResult(centroids, share.gather(assigned), sizes, centroids, stats)
         centroids = updated
         least = tolerance * stats[-2].objective if tolerance and len(stats) > 1 else None
@@ -201,7 +216,7 @@ def _means(points: Points, result: KMeansResult) -> torch.Tensor:
     sizes, errors = torch.zeros_like(result.sizes), torch.zeros_like(result.sizes)
     origin = torch.zeros(k, points.dim, device=points.device)
     points.accumulate(0, result.assignment, origin, 0.0, (sums, sizes, errors))
-    overall = sums.double().sum(0) / sizes.sum()
+    overall = sums.sum(0).double() / sizes.sum()  # at most 2^62, see MAX_WEIGHT
     means = torch.where(sizes[:, None] > 0, sums.double() / sizes.clamp(min=1)[:, None], overall)
     return (means / points.scale).float()
 
@@ -215,16 +230,16 @@ def refill_empty(
     without error are not split: their points lie on the centroid. Returns the centroids and the
     number of splits.
     """
-    empty = (sizes == 0).nonzero().view(-1)
-    order = torch.sort(errors, descending=True, stable=True).indices
-    donors = order[errors[order] > 0][: empty.numel()]
-    empty = empty[: donors.numel()]
+    is_empty, has_error = sizes == 0, errors > 0
+    splits = int(torch.minimum(is_empty.sum(), has_error.sum()))  # the only wait for the device
+    empty = torch.sort(is_empty.byte(), descending=True, stable=True).indices[:splits]
+    donors = torch.sort(errors, descending=True, stable=True).indices[:splits]
     signs = torch.ones(centroids.shape[1], device=centroids.device)
     signs[1::2] = -1
     out = centroids.clone()
     out[empty] = centroids[donors] * (1 + signs * _SPLIT)
     out[donors] = centroids[donors] * (1 - signs * _SPLIT)
-    return out, len(donors)
+    return out, splits
 
 
 def _start(points: Points, k: int, init: str | torch.Tensor) -> torch.Tensor:
@@ -238,25 +253,10 @@ def _start(points: Points, k: int, init: str | torch.Tensor) -> torch.Tensor:
     if init not in INITS:
         raise ValueError(f"unknown init {init!r}; choose one of {list(INITS)} or give centroids")
     if init == "k-means++":
-        return _plus_plus(points.vectors(points.starts(_PLUS_PLUS_SAMPLE * k)), k)
+        return plus_plus(points.vectors(points.starts(_PLUS_PLUS_SAMPLE * k)), k)
     first = points.vectors(points.starts(k))
     out = torch.zeros(k, points.dim, device=points.device)
     out[: len(first)] = first
-    return out
-
-
-def _plus_plus(sample: torch.Tensor, k: int) -> torch.Tensor:
-    """k-means++ over `sample`, with draws that depend on its size and k alone."""
-    generator = torch.Generator().manual_seed(len(sample) * 1_000_003 + k)
-    out = torch.zeros(k, sample.shape[1], device=sample.device)
-    distance = torch.full((len(sample),), torch.inf, dtype=torch.float64, device=sample.device)
-    pick = 0
-    for i in range(min(k, len(sample))):
-        out[i] = sample[pick]
-        distance = torch.minimum(distance, (sample - sample[pick]).double().square().sum(1))
-        total = distance.cumsum(0)
-        draw = float(torch.rand((), generator=generator, dtype=torch.float64)) * float(total[-1])
-        pick = min(int(torch.searchsorted(total, draw, right=True)), len(sample) - 1)
     return out
 
 

@@ -10,12 +10,16 @@ from __future__ import annotations
 import functools
 import math
 from abc import ABC, abstractmethod
+from dataclasses import dataclass
 
 import torch
 
+from cce_torchrec.gpu.launch import usable
 from cce_torchrec.kmeans import native
 
 _FIXED_POINT_BITS = 28
+MAX_INTEGER = 1 << (_FIXED_POINT_BITS + 1)
+"""Of a coordinate in fixed point: two rows of 28 bits."""
 MAX_WEIGHT = 1 << 33
 """Most that all weights may sum to: coordinates have 29 bits, sums of them 63."""
 MAX_MAGNITUDE = 1e16
@@ -24,6 +28,37 @@ Sums = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 """Per cluster, int64: summed coordinates [k, s], sizes [k], errors [k]."""
 BLOCK = 1 << 16
 """Points scored at once; a fixed cut, because the bits of a product depend on its shape."""
+
+
+@dataclass(frozen=True)
+class Sources:
+    """Where a kernel finds the fixed-point coordinates of points: main[a] + helper[b], or main."""
+
+    main: torch.Tensor
+    """int32 [rows, dim], contiguous."""
+    helper: torch.Tensor | None = None
+    """int32 [rows, dim], contiguous, where points are pairs."""
+    a: torch.Tensor | None = None
+    """int32 [num_points]."""
+    b: torch.Tensor | None = None
+    """int32 [num_points]."""
+
+    @property
+    def dim(self) -> int:
+        """Coordinates of a point."""
+        return self.main.shape[1]
+
+    @property
+    def pairs(self) -> bool:
+        """Whether points are pairs of rows."""
+        return self.helper is not None
+
+    @property
+    def tensors(self) -> tuple[torch.Tensor, ...]:
+        """main, helper, a and b; main stands for those that are not there."""
+        return tuple(
+            self.main if t is None else t for t in (self.main, self.helper, self.a, self.b)
+        )
 
 
 class Points(ABC):
@@ -45,6 +80,10 @@ class Points(ABC):
         """Fixed-point coordinates of the points `at` (a range or indices), int64 [., dim]."""
 
     @abstractmethod
+    def sources(self) -> Sources:
+        """The same, for kernels."""
+
+    @abstractmethod
     def starts(self, count: int) -> torch.Tensor:
         """Indices of up to `count` different points, drawn by hash; int64."""
 
@@ -58,7 +97,7 @@ class Points(ABC):
 
     def check_weights(self) -> None:
         """Raises ValueError if sums of the weighted coordinates could overflow."""
-        total = float(self.weights.double().sum())
+        total = float(self.weights.sum(dtype=torch.float64))
         if total > MAX_WEIGHT:
             raise ValueError(
                 f"weights sum to {total:.3g}, more than {MAX_WEIGHT} (2^33), beyond which exact "
@@ -81,6 +120,15 @@ class Points(ABC):
         stats: Sums,
     ) -> None:
         """Adds points from `start` on to their clusters' sums, sizes and errors (all int64)."""
+        if usable(self.device):
+            from cce_torchrec.kmeans import triton_kernel
+
+            values = (1 / self.scale, error_scale)
+            scales = torch.tensor(values, dtype=torch.float64, device=self.device)
+            weights, sources = self.weights.contiguous(), self.sources()
+            centers = centroids.contiguous()
+            triton_kernel.accumulate(sources, weights, start, nearest, centers, scales, stats)
+            return
         sums, sizes, errors = stats
         for first in range(0, nearest.numel(), BLOCK):
             cluster = nearest[first : first + BLOCK].long()
@@ -159,12 +207,21 @@ class PairPoints(Points):
         starts: torch.Tensor,
     ) -> None:
         main, helper = main.double(), helper.double()
-        self.scale = fixed_point_scale(main, helper)
-        self.num_points, self.dim = a.numel(), main.shape[1]
-        self.a, self.b, self.weights = a, b, weights
+        self._fill(fixed_point_scale(main, helper), a, b, weights, starts)
         self.main = (main * self.scale).round().int()
         self.helper = (helper * self.scale).round().int()
-        self._starts = starts
+        self.dim = main.shape[1]
+
+    def _fill(
+        self,
+        scale: float,
+        a: torch.Tensor,
+        b: torch.Tensor,
+        weights: torch.Tensor,
+        starts: torch.Tensor,
+    ) -> None:
+        self.scale, self.num_points = scale, a.numel()
+        self.a, self.b, self.weights, self._starts = a, b, weights, starts
 
     @classmethod
     def from_integers(
@@ -175,12 +232,16 @@ class PairPoints(Points):
         *rest: torch.Tensor,
     ) -> PairPoints:
         """Points whose codebooks are fixed-point int32 already; `rest` is a, b, weights, starts."""
-        out = cls(main[:0].float(), helper[:0].float(), *rest)
-        out.main, out.helper, out.scale = main.contiguous(), helper.contiguous(), scale
+        out = cls.__new__(cls)  # nothing is checked, which would wait for a GPU
+        out._fill(scale, *rest)
+        out.main, out.helper, out.dim = main.contiguous(), helper.contiguous(), main.shape[1]
         return out
 
     def integers(self, at: slice | torch.Tensor) -> torch.Tensor:
         return (self.main[self.a[at].long()] + self.helper[self.b[at].long()]).long()
+
+    def sources(self) -> Sources:
+        return Sources(self.main, self.helper, self.a.contiguous(), self.b.contiguous())
 
     def starts(self, count: int) -> torch.Tensor:
         return self._starts[:count]
@@ -236,10 +297,13 @@ class TensorPoints(Points):
             raise ValueError("weights must be at least 0, and one of them more")
         self.weights = weights.long()
         self.scale = fixed_point_scale(points)
-        self._integers = (points.double() * self.scale).round().int()
+        self._integers = (points.double() * self.scale).round().int().contiguous()
 
     def integers(self, at: slice | torch.Tensor) -> torch.Tensor:
         return self._integers[at].long()
+
+    def sources(self) -> Sources:
+        return Sources(self._integers)
 
     def transformed(self, matrix: torch.Tensor) -> TensorPoints:
         return TensorPoints(self.vectors(slice(None)) @ matrix, self.weights)

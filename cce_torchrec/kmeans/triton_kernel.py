@@ -1,7 +1,18 @@
-"""Nearest centroids in one Triton tile kernel: no [points, centroids] matrix in memory.
+"""Exact nearest centroids on tensor cores, and the sums of clusters, in Triton.
 
-It compiles on CUDA, and under TRITON_INTERPRET=1 runs on the CPU, where tests compare it with
-torch. Products are IEEE float32, not tf32, as in the other backends.
+The winner is that of float64, ties to the lowest index, however it is found and in whatever blocks:
+
+1. `_split` writes points in float16, as a high and a low half, scaled to 256.
+2. `_best_group` scores the high halves: one product and one maximum per score. Centroids are
+   dealt into 64 groups (c modulo 64); what is kept of a point is the best score of each group.
+   Where the best group leads by more than the rounding of float16 can be, the winner is in it.
+3. `_second_look` scores by both halves (three products, 22 bits) the members of that group, with
+   points sorted by group, so that it is a product of matrices again; points without a certain
+   group look at all centroids. A lead within rounding is a tie.
+4. `_exact` scores what is tied in float64.
+
+They compile on CUDA, and under TRITON_INTERPRET=1 run on the CPU, where tests compare them with
+float64 in torch. Nothing is read back by the host.
 """
 
 from __future__ import annotations
@@ -10,60 +21,372 @@ import torch
 import triton
 import triton.language as tl
 
-_POINTS = 64
-_CENTROIDS = 64
-_DIMS = 32
-"""Most coordinates that are multiplied at once; wider points take several turns. With 64,
-registers spill on sm_90 (ptxas)."""
+from cce_torchrec.gpu.launch import launch
+from cce_torchrec.kmeans.gpu_blocks import dims_at_once, width
+from cce_torchrec.kmeans.points import Sources, Sums
 
-
-def dims_at_once(dim: int) -> int:
-    """Coordinates of a tile: a power of two, and at least 16, which a tile product takes."""
-    return min(_DIMS, max(16, triton.next_power_of_2(dim)))
+GROUPS = 64
+TOP = 256.0
+"""Largest coordinate after scaling: float16 has its full precision down to 6e-5."""
+_EXACT_DIMS, _EXACT_POINTS, _EXACT_CENTROIDS, _EXACT_PROGRAMS = 32, 4, 32, 1056
+_ACCUMULATE_POINTS = 32
+_SPLIT_POINTS = 64
+_POINTS, _WARPS, _STAGES = 128, 8, 3
 
 
 @triton.jit
-def _nearest(  # type: ignore[no-untyped-def]  # Triton compiles it, types are its own
-    x_ptr, c_ptr, half_norm_ptr, out_ptr, num_points, num_centroids,
-    DIM: tl.constexpr, DIMS: tl.constexpr, POINTS: tl.constexpr, CENTROIDS: tl.constexpr,
+def _coordinates(  # type: ignore[no-untyped-def]  # Triton compiles it, types are its own
+    main_ptr, helper_ptr, a_ptr, b_ptr, point, dims, inside, DIM: tl.constexpr, PAIRS: tl.constexpr
+):  # fmt: skip
+    on = inside[:, None] & (dims < DIM)[None, :]
+    if PAIRS:
+        a = tl.load(a_ptr + point, mask=inside, other=0).to(tl.int64)
+        b = tl.load(b_ptr + point, mask=inside, other=0).to(tl.int64)
+        x = tl.load(main_ptr + a[:, None] * DIM + dims[None, :], mask=on, other=0)
+        return x + tl.load(helper_ptr + b[:, None] * DIM + dims[None, :], mask=on, other=0)
+    else:
+        return tl.load(main_ptr + point[:, None] * DIM + dims[None, :], mask=on, other=0)
+
+
+@triton.jit
+def _split(  # type: ignore[no-untyped-def]
+    main_ptr, helper_ptr, a_ptr, b_ptr, unit_ptr, high_ptr, low_ptr, norm_ptr, first, count,
+    DIM: tl.constexpr, WIDTH: tl.constexpr, DIMS: tl.constexpr, POINTS: tl.constexpr,
+    PAIRS: tl.constexpr,
+):  # fmt: skip
+    at = tl.program_id(0).to(tl.int64) * POINTS + tl.arange(0, POINTS)
+    inside = at < count
+    unit = tl.load(unit_ptr)
+    total = tl.zeros((POINTS,), tl.float32)
+    for start in range(0, WIDTH, DIMS):
+        dims = start + tl.arange(0, DIMS)
+        x = _coordinates(main_ptr, helper_ptr, a_ptr, b_ptr, first + at, dims, inside, DIM, PAIRS)
+        x = (x.to(tl.float64) * unit).to(tl.float32)
+        high = x.to(tl.float16)
+        to = at[:, None] * WIDTH + dims[None, :]
+        tl.store(high_ptr + to, high, mask=inside[:, None])
+        tl.store(low_ptr + to, (x - high.to(tl.float32)).to(tl.float16), mask=inside[:, None])
+        total += tl.sum(x * x, axis=1)
+    tl.store(norm_ptr + at, tl.sqrt(total), mask=inside)
+
+
+@triton.jit
+def _tolerance(norm, largest_ptr, PRODUCT: tl.constexpr, TINY: tl.constexpr, SUM: tl.constexpr):  # type: ignore[no-untyped-def]
+    # Twice what a score of these points can be off by, as two are compared: see `tolerances`.
+    largest, half_norm = tl.load(largest_ptr), tl.load(largest_ptr + 1)
+    product = norm * largest
+    return PRODUCT * product + TINY * (norm + largest) + SUM * (product + half_norm)
+
+
+@triton.jit
+def _best_group(  # type: ignore[no-untyped-def]
+    high_ptr, norm_ptr, c_ptr, half_norm_ptr, largest_ptr, bucket_ptr, count, num_centroids,
+    PRODUCT: tl.constexpr, TINY: tl.constexpr, SUM: tl.constexpr,
+    WIDTH: tl.constexpr, DIMS: tl.constexpr, POINTS: tl.constexpr, GROUPS: tl.constexpr,
 ):  # fmt: skip
     rows = tl.program_id(0).to(tl.int64) * POINTS + tl.arange(0, POINTS)
-    inside = rows < num_points
+    inside = rows < count
+    columns, dims = tl.arange(0, GROUPS), tl.arange(0, DIMS)
+    x_ptr = high_ptr + rows[:, None] * WIDTH + dims[None, :]
+    c_ptr += columns[None, :] * WIDTH + dims[:, None]
+    best = tl.full((POINTS, GROUPS), float("-inf"), tl.float32)
+    if WIDTH == DIMS:
+        x = tl.load(x_ptr, mask=inside[:, None], other=0.0)
+        for first in range(0, num_centroids, GROUPS):
+            scores = tl.dot(x, tl.load(c_ptr + first * WIDTH))
+            best = tl.maximum(best, scores + tl.load(half_norm_ptr + first + columns)[None, :])
+    else:
+        for first in range(0, num_centroids, GROUPS):
+            scores = tl.zeros((POINTS, GROUPS), tl.float32)
+            for start in range(0, WIDTH, DIMS):
+                part = tl.load(x_ptr + start, mask=inside[:, None], other=0.0)
+                scores = tl.dot(part, tl.load(c_ptr + first * WIDTH + start), scores)
+            best = tl.maximum(best, scores + tl.load(half_norm_ptr + first + columns)[None, :])
+    top = tl.max(best, axis=1)
+    group = tl.min(tl.where(best == top[:, None], columns[None, :], GROUPS), axis=1)
+    rest = tl.max(tl.where(columns[None, :] == group[:, None], float("-inf"), best), axis=1)
+    norm = tl.load(norm_ptr + rows, mask=inside, other=0.0)
+    certain = top - rest > _tolerance(norm, largest_ptr, PRODUCT, TINY, SUM)
+    tl.store(bucket_ptr + rows, tl.where(certain, group + 1, 0).to(tl.uint8), mask=inside)
+
+
+@triton.jit
+def _second_look(  # type: ignore[no-untyped-def]
+    high_ptr, low_ptr, norm_ptr, c_high_ptr, c_low_ptr, half_norm_ptr, largest_ptr, order_ptr,
+    starts_ptr, out_ptr, ties_ptr, tied_bucket_ptr, num_ties_ptr, num_centroids,
+    PRODUCT: tl.constexpr, TINY: tl.constexpr, SUM: tl.constexpr,
+    WIDTH: tl.constexpr, DIMS: tl.constexpr, POINTS: tl.constexpr, GROUPS: tl.constexpr,
+):  # fmt: skip
+    # Which bucket is this program's, and which of its points: buckets are cut into tiles.
+    buckets = tl.arange(0, 2 * GROUPS)
+    begins = tl.load(starts_ptr + buckets, mask=buckets <= GROUPS, other=0)
+    ends = tl.load(starts_ptr + buckets + 1, mask=buckets <= GROUPS, other=0)
+    tiles = (ends - begins + POINTS - 1) // POINTS
+    upto = tl.cumsum(tiles, axis=0)
+    program = tl.program_id(0)
+    own = tl.sum((upto <= program).to(tl.int32), axis=0)
+    if own > GROUPS:
+        return
+    mine = buckets == own
+    tile = program - tl.sum(tl.where(mine, upto - tiles, 0), axis=0)
+    begin, end = tl.sum(tl.where(mine, begins, 0), axis=0), tl.sum(tl.where(mine, ends, 0), axis=0)
+    at = begin + tile * POINTS + tl.arange(0, POINTS)
+    inside = at < end
+    rows = tl.load(order_ptr + at, mask=inside, other=0)
+    # The centroids of bucket 0 are all, those of bucket g + 1 the members of group g.
+    step = tl.where(own == 0, 1, GROUPS)
+    base = tl.where(own == 0, 0, own - 1)
+    members = num_centroids // step
+    dims = tl.arange(0, DIMS)
+    x_at = rows[:, None] * WIDTH + dims[None, :]
     best = tl.full((POINTS,), float("-inf"), tl.float32)
+    second = tl.full((POINTS,), float("-inf"), tl.float32)
     index = tl.zeros((POINTS,), tl.int32)
-    for first in range(0, num_centroids, CENTROIDS):
-        columns = first + tl.arange(0, CENTROIDS)
-        real = columns < num_centroids
-        products = tl.zeros((POINTS, CENTROIDS), tl.float32)
-        for start in range(0, DIM, DIMS):
-            dims = start + tl.arange(0, DIMS)
-            x = tl.load(x_ptr + rows[:, None] * DIM + dims[None, :],
-                        mask=inside[:, None] & (dims < DIM)[None, :], other=0.0)  # fmt: skip
-            c = tl.load(c_ptr + columns[None, :] * DIM + dims[:, None],
-                        mask=real[None, :] & (dims < DIM)[:, None], other=0.0)  # fmt: skip
-            products = tl.dot(x, c, products, input_precision="ieee")
-        half_norm = tl.load(half_norm_ptr + columns, mask=real, other=float("-inf"))
-        scores = products + half_norm[None, :]
+    for first in range(0, members, GROUPS):
+        member = first + tl.arange(0, GROUPS)
+        real = member < members
+        column = base + member * step
+        scores = tl.zeros((POINTS, GROUPS), tl.float32)
+        for start in range(0, WIDTH, DIMS):
+            c_at = column[None, :] * WIDTH + start + dims[:, None]
+            high = tl.load(high_ptr + x_at + start, mask=inside[:, None], other=0.0)
+            low = tl.load(low_ptr + x_at + start, mask=inside[:, None], other=0.0)
+            c_high = tl.load(c_high_ptr + c_at, mask=real[None, :], other=0.0)
+            c_low = tl.load(c_low_ptr + c_at, mask=real[None, :], other=0.0)
+            scores = tl.dot(low, c_high, scores)
+            scores = tl.dot(high, c_low, scores)
+            scores = tl.dot(high, c_high, scores)
+        half_norm = tl.load(half_norm_ptr + column, mask=real, other=float("-inf"))
+        scores += half_norm[None, :]
         top = tl.max(scores, axis=1)
-        # Ties go to the lowest index: the first column of this tile that reaches its maximum.
-        where = tl.min(tl.where(scores == top[:, None], columns[None, :], 2147483647), axis=1)
-        better = top > best
-        best = tl.where(better, top, best)
-        index = tl.where(better, where, index)
+        where = tl.min(tl.where(scores == top[:, None], column[None, :], 2147483647), axis=1)
+        rest = tl.where(column[None, :] == where[:, None], float("-inf"), scores)
+        second = tl.maximum(tl.minimum(best, top), tl.maximum(second, tl.max(rest, axis=1)))
+        index = tl.where(top > best, where, index)
+        best = tl.maximum(best, top)
     tl.store(out_ptr + rows, index, mask=inside)
+    norm = tl.load(norm_ptr + rows, mask=inside, other=0.0)
+    tied = inside & (best - second <= _tolerance(norm, largest_ptr, PRODUCT, TINY, SUM))
+    slot = tl.atomic_add(num_ties_ptr + tl.zeros((POINTS,), tl.int32), 1, mask=tied)
+    tl.store(ties_ptr + slot, rows.to(tl.int32), mask=tied)
+    tl.store(tied_bucket_ptr + slot, tl.zeros((POINTS,), tl.int32) + own, mask=tied)
 
 
-def nearest(x: torch.Tensor, centroids: torch.Tensor, half_norms: torch.Tensor) -> torch.Tensor:
-    """Index of the centroid with the highest x . c + half_norm(c), int32 [n].
+@triton.jit
+def _exact(  # type: ignore[no-untyped-def]
+    main_ptr, helper_ptr, a_ptr, b_ptr, unit_ptr, c_ptr, half_norm_ptr, ties_ptr, tied_bucket_ptr,
+    num_ties_ptr, out_ptr, first, num_centroids,
+    DIM: tl.constexpr, WIDTH: tl.constexpr, DIMS: tl.constexpr, POINTS: tl.constexpr,
+    CENTROIDS: tl.constexpr, GROUPS: tl.constexpr, PAIRS: tl.constexpr,
+):  # fmt: skip
+    count, unit = tl.load(num_ties_ptr), tl.load(unit_ptr)
+    for turn in range(tl.program_id(0) * POINTS, count, tl.num_programs(0) * POINTS):
+        slot = turn + tl.arange(0, POINTS)
+        inside = slot < count
+        row = tl.load(ties_ptr + slot, mask=inside, other=0).to(tl.int64)
+        bucket = tl.load(tied_bucket_ptr + slot, mask=inside, other=1)
+        step = tl.where(bucket == 0, 1, GROUPS)
+        base = tl.where(bucket == 0, 0, bucket - 1)
+        members = num_centroids // step
+        best = tl.full((POINTS,), float("-inf"), tl.float64)
+        index = tl.zeros((POINTS,), tl.int32)
+        for start in range(0, tl.max(members, axis=0), CENTROIDS):
+            member = start + tl.arange(0, CENTROIDS)
+            column = base[:, None] + member[None, :] * step[:, None]
+            real = inside[:, None] & (member[None, :] < members[:, None])
+            scores = tl.load(half_norm_ptr + column, mask=real, other=float("-inf"))
+            for begin in range(0, WIDTH, DIMS):
+                dims = begin + tl.arange(0, DIMS)
+                x = _coordinates(main_ptr, helper_ptr, a_ptr, b_ptr, first + row, dims, inside,
+                                 DIM, PAIRS).to(tl.float64) * unit  # fmt: skip
+                c_at = column[:, :, None] * WIDTH + dims[None, None, :]
+                c = tl.load(c_ptr + c_at, mask=real[:, :, None], other=0.0)
+                scores += tl.sum(x[:, None, :] * c, axis=2)
+            top = tl.max(scores, axis=1)
+            where = tl.min(tl.where(scores == top[:, None], column, 2147483647), axis=1)
+            index = tl.where(top > best, where, index)
+            best = tl.maximum(best, top)
+        tl.store(out_ptr + row, index, mask=inside)
 
-    Shapes: x float32 [n, s], centroids [k, s], half_norms [k] = -|c|^2 / 2.
+
+@triton.jit
+def _accumulate(  # type: ignore[no-untyped-def]
+    main_ptr, helper_ptr, a_ptr, b_ptr, weights_ptr, nearest_ptr, c_ptr, scales_ptr,
+    sums_ptr, sizes_ptr, errors_ptr, first, count,
+    DIM: tl.constexpr, WIDTH: tl.constexpr, DIMS: tl.constexpr, POINTS: tl.constexpr,
+    PAIRS: tl.constexpr,
+):  # fmt: skip
+    at = tl.program_id(0).to(tl.int64) * POINTS + tl.arange(0, POINTS)
+    inside = at < count
+    cluster = tl.load(nearest_ptr + at, mask=inside, other=0).to(tl.int64)
+    weight = tl.load(weights_ptr + first + at, mask=inside, other=0)
+    inside &= weight != 0
+    unit, error_scale = tl.load(scales_ptr), tl.load(scales_ptr + 1)
+    error = tl.zeros((POINTS,), tl.float64)
+    for start in range(0, WIDTH, DIMS):
+        dims = start + tl.arange(0, DIMS)
+        on = inside[:, None] & (dims < DIM)[None, :]
+        x = _coordinates(main_ptr, helper_ptr, a_ptr, b_ptr, first + at, dims, inside, DIM, PAIRS)
+        cell = cluster[:, None] * DIM + dims[None, :]
+        tl.atomic_add(sums_ptr + cell, x.to(tl.int64) * weight[:, None], mask=on, sem="relaxed")
+        center = tl.load(c_ptr + cell, mask=on, other=0.0).to(tl.float64)
+        off = tl.where(on, x.to(tl.float64) * unit - center, 0.0)
+        error += tl.sum(off * off, axis=1)
+    tl.atomic_add(sizes_ptr + cluster, weight, mask=inside, sem="relaxed")
+    rounded = (error * error_scale + 0.5).to(tl.int64)
+    tl.atomic_add(errors_ptr + cluster, rounded * weight, mask=inside, sem="relaxed")
+
+
+def tolerances(dim: int, products: int) -> dict[str, float]:
+    """Of twice the error of a score by `products` products of halves, the constants.
+
+    A coordinate is off by 2^-11 of itself (by both halves: 2^-22, and 2^-24 as float32 before) and
+    by half of float16's smallest number, 2^-25; tensor cores add up by float32, each turn of 16
+    coordinates off by at most 2^-22 of what is added.
     """
-    n, dim = x.shape
-    out = torch.empty(n, dtype=torch.int32, device=x.device)
-    if n:
-        with torch.cuda.device_of(x):
-            _nearest[(triton.cdiv(n, _POINTS),)](
-                x.contiguous(), centroids.contiguous(), half_norms, out, n, len(centroids),
-                DIM=dim, DIMS=dims_at_once(dim), POINTS=_POINTS, CENTROIDS=_CENTROIDS,
-            )  # fmt: skip
-    return out
+    one = 2.0**-11 if products == 1 else 1.75 * 2.0**-22
+    turns = products * width(dim) / 16 + 4
+    return {
+        "PRODUCT": 2 * 2.02 * one,
+        "TINY": 2 * 1.01 * 2.0**-25 * dim**0.5,
+        "SUM": 2 * turns * 2.0**-22,
+    }
+
+
+def split(
+    points: Sources,
+    first: int,
+    unit: torch.Tensor,
+    high: torch.Tensor,
+    low: torch.Tensor,
+    norm: torch.Tensor,
+) -> None:
+    """Writes the halves, float16 [n, width], and norms, float32 [n], of n points from `first` on.
+
+    `unit`: float64 [1], by which their integers are multiplied.
+    """
+    dim = points.dim
+    launch(
+        _split, (triton.cdiv(len(norm), _SPLIT_POINTS),),
+        *points.tensors, unit, high, low, norm, first, len(norm),
+        DIM=dim, WIDTH=width(dim), DIMS=dims_at_once(dim), POINTS=_SPLIT_POINTS,
+        PAIRS=points.pairs,
+    )  # fmt: skip
+
+
+def best_group(
+    high: torch.Tensor,
+    norm: torch.Tensor,
+    centroids: torch.Tensor,
+    half_norms: torch.Tensor,
+    largest: torch.Tensor,
+    bucket: torch.Tensor,
+    dim: int,
+) -> None:
+    """Writes 1 + the group of each point's nearest centroid into `bucket`, 0 where in doubt.
+
+    Args:
+        high: float16 [n, width].
+        norm: float32 [n], of the points.
+        centroids: float16 [k, width], k a multiple of GROUPS.
+        half_norms: float32 [k], minus half of the squared norms; -inf is never the nearest.
+        largest: float32 [2], largest norm of a centroid, and half of its square.
+        bucket: uint8 [n].
+        dim: of the points.
+    """
+    launch(
+        _best_group, (triton.cdiv(len(norm), _POINTS),),
+        high, norm, centroids, half_norms, largest, bucket, len(norm), len(centroids),
+        **tolerances(dim, 1), WIDTH=width(dim), DIMS=dims_at_once(dim), POINTS=_POINTS,
+        GROUPS=GROUPS, num_warps=_WARPS, num_stages=_STAGES,
+    )  # fmt: skip
+
+
+def second_look(
+    halves: tuple[torch.Tensor, torch.Tensor],
+    norm: torch.Tensor,
+    centroids: tuple[torch.Tensor, torch.Tensor],
+    half_norms: torch.Tensor,
+    largest: torch.Tensor,
+    order: torch.Tensor,
+    starts: torch.Tensor,
+    out: torch.Tensor,
+    ties: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
+    dim: int,
+) -> None:
+    """Writes the nearest centroid of each point, by both halves, into `out`, int32 [n].
+
+    Args:
+        halves: of the points, as `split` writes them.
+        norm: float32 [n].
+        centroids: their halves, float16 [k, width].
+        half_norms, largest: as `best_group`.
+        order: int64 [n], points sorted by bucket.
+        starts: int64 [GROUPS + 2], where each bucket starts in `order`.
+        out: int32 [n].
+        ties: int32 [n] and [n], points whose lead is within rounding, and their buckets; their
+            number, int32 [1], which is added to.
+        dim: of the points.
+    """
+    launch(
+        _second_look, (triton.cdiv(len(norm), _POINTS) + GROUPS + 1,),
+        *halves, norm, *centroids, half_norms, largest, order, starts, out, *ties,
+        len(half_norms), **tolerances(dim, 3), WIDTH=width(dim), DIMS=dims_at_once(dim),
+        POINTS=_POINTS, GROUPS=GROUPS, num_warps=_WARPS,
+    )  # fmt: skip
+
+
+def exact(
+    points: Sources,
+    first: int,
+    unit: torch.Tensor,
+    centroids: torch.Tensor,
+    half_norms: torch.Tensor,
+    ties: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
+    out: torch.Tensor,
+) -> None:
+    """Writes the nearest centroid of the points in `ties` into `out`, by float64.
+
+    Args:
+        points, first, unit: as `split`.
+        centroids: float64 [k, width], k a multiple of GROUPS.
+        half_norms: float64 [k].
+        ties: as `second_look` leaves them.
+        out: int32 [n].
+    """
+    dim = points.dim
+    launch(
+        _exact, (min(_EXACT_PROGRAMS, triton.cdiv(len(out), _EXACT_POINTS)),),
+        *points.tensors, unit, centroids, half_norms, *ties, out, first, len(half_norms),
+        DIM=dim, WIDTH=width(dim), DIMS=min(_EXACT_DIMS, dims_at_once(dim)), POINTS=_EXACT_POINTS,
+        CENTROIDS=_EXACT_CENTROIDS, GROUPS=GROUPS, PAIRS=points.pairs,
+    )  # fmt: skip
+
+
+def accumulate(
+    points: Sources,
+    weights: torch.Tensor,
+    first: int,
+    nearest: torch.Tensor,
+    centroids: torch.Tensor,
+    scales: torch.Tensor,
+    stats: Sums,
+) -> None:
+    """Adds the points from `first` on to their clusters' sums, sizes and errors (all int64).
+
+    Args:
+        points: integers of a common scale.
+        weights: int64 [num_points].
+        first: the point that `nearest` starts with.
+        nearest: int32 [n], cluster of each.
+        centroids: float32 [k, dim].
+        scales: float64 [2]: one over the scale of the integers, and that of squared distances.
+        stats: int64 [k, dim], [k] and [k].
+    """
+    dim = points.dim
+    launch(
+        _accumulate, (triton.cdiv(len(nearest), _ACCUMULATE_POINTS),),
+        *points.tensors, weights, nearest, centroids, scales, *stats, first, len(nearest),
+        DIM=dim, WIDTH=width(dim), DIMS=dims_at_once(dim), POINTS=_ACCUMULATE_POINTS,
+        PAIRS=points.pairs,
+    )  # fmt: skip

@@ -114,6 +114,7 @@ class CCEEmbeddingBagCollection(EmbeddingBagCollectionInterface):
         slots = select_slots(features, [slot.feature for slot in self._output.slots])
         if not self._is_weighted:
             slots = without_weights(slots)
+        slots.length_per_key()  # TorchRec's own collection asks for it, and then the rows are known
         rows = self._expansion(slots, self._bounds_check, features.inverse_indices_or_none())
         pooled = self.embedding_bag_collection(rows)
         return self._output.assemble(pooled, self._pieces, divisor)

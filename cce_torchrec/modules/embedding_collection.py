@@ -76,6 +76,7 @@ class CCEEmbeddingCollection(EmbeddingCollectionInterface):
         check_sequences(features, output)
         slots = select_slots(without_weights(features), [slot.feature for slot in output.slots])
         each = bags_of_one(slots, [slots.stride()])
+        each.length_per_key()
         rows = self.bags._expansion(each, self.bags._bounds_check).to_dict()
         inner = self.bags.embedding_bag_collection
         vectors = {}

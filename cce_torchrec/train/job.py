@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torchrec
@@ -74,8 +75,13 @@ def build(
     dense_features: int,
     device: torch.device,
     rank: int,
+    fused_params: dict[str, Any] | None = None,
 ) -> tuple[DistributedModelParallel, CombinedOptimizer]:
-    """The sharded model, and one optimizer of its tables (fused) and its network (Adam)."""
+    """The sharded model, and one optimizer of its tables (fused) and its network (Adam).
+
+    Args:
+        fused_params: of the tables' kernels, where the pipeline needs some.
+    """
     collection = CCEEmbeddingBagCollection(configs, device=torch.device("meta"))
     apply_optimizer_in_backward(
         OPTIMIZERS[args.optimizer], collection.parameters(), {"lr": args.lr}
@@ -88,7 +94,7 @@ def build(
     plan = make_plan(model, configs, device, args.plan, args.batch_size)
     torch.manual_seed(args.seed + 1 + rank)  # tables differ by rank, DDP syncs the rest
     sharded = DistributedModelParallel(
-        model, device=device, plan=plan, sharders=get_default_sharders()
+        model, device=device, plan=plan, sharders=get_default_sharders(fused_params)
     )
     dense = {
         name: parameter

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from cce_torchrec.train.data import Dataset
+from cce_torchrec.train.pipelines import PIPELINES
 
 DEFAULT_SPLIT_SEED = 20231211
 
@@ -44,7 +45,19 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     add("--out", type=Path, default=Path("runs/last"))
     add("--checkpoint-every", type=int, default=0, help="optimizer steps; 0: never")
     add("--resume", action="store_true", help="from the latest checkpoint in --out, if any")
-    add("--no-pipeline", dest="pipeline", action="store_false", help="the plain loop on all ranks")
+    add(
+        "--pipeline",
+        choices=PIPELINES,
+        default="auto",
+        help="of batches; auto is sparse-dist on CUDA and on several ranks, prefetch is for CUDA",
+    )
+    add(
+        "--no-pipeline",
+        dest="pipeline",
+        action="store_const",
+        const="none",
+        help="the same as --pipeline none: the plain loop",
+    )
     add("--timeout", type=float, default=600.0, help="seconds until a rank gives up on others")
     args = parser.parse_args(argv)
     if args.batch_size is None:

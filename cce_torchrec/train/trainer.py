@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torchrec.distributed.train_pipeline import TrainPipelineSparseDist
 from tqdm import tqdm
 
 from cce_torchrec.checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint
@@ -19,7 +18,7 @@ from cce_torchrec.checkpoint.folder import read_manifest
 from cce_torchrec.clustering import ClusteringSchedule, cluster, finalize
 from cce_torchrec.config import CCEEmbeddingBagConfig
 from cce_torchrec.metrics import auc, log_loss
-from cce_torchrec.train import data, options
+from cce_torchrec.train import data, options, pipelines
 from cce_torchrec.train.job import Batch, build
 from cce_torchrec.train.model import keyed_jagged, tables
 from cce_torchrec.train.records import Records
@@ -37,6 +36,7 @@ class Trainer:
                 f"--batch-size {args.batch_size} is global; give each of {self.world_size} ranks "
                 "an example or more"
             )
+        self.pipeline = pipelines.chosen(args.pipeline, device, self.world_size)
         self.dataset = data.load(args.dataset, args.data, args.model, args.split_seed)
         rows = options.rows_per_table(args, self.dataset)
         options.set_defaults(args, self.dataset, rows)
@@ -63,7 +63,14 @@ class Trainer:
         if args.finalize and args.resume and self._past_last_clustering():
             self._finalise_configs()
         dense_features = self.dataset.train.dense.shape[1]
-        self.model, self.optimizer = build(args, self.configs, dense_features, device, self.rank)
+        self.model, self.optimizer = build(
+            args,
+            self.configs,
+            dense_features,
+            device,
+            self.rank,
+            pipelines.fused_params(self.pipeline),
+        )
         self.features = list(self.dataset.features)
         self.records = Records()
         self.step = 0
@@ -135,10 +142,14 @@ class Trainer:
         ]
 
     def _losses(self, epoch: int, done: int) -> Iterator[torch.Tensor]:
-        """Trains on the batches of an epoch from the `done`-th on; yields after each step."""
+        """Trains on the batches of an epoch from the `done`-th on; yields after each step.
+
+        A pipeline has read batches of later steps by then. They do not count: what is resumed
+        starts from the number of steps.
+        """
         batches = self._batches(epoch, done)
-        if self.world_size > 1 and self.args.pipeline:
-            pipeline = TrainPipelineSparseDist(self.model, self.optimizer, self.device)
+        if self.pipeline != "none":
+            pipeline = pipelines.make(self.pipeline, self.model, self.optimizer, self.device)
             for _ in range(done, self.steps):
                 loss, _ = pipeline.progress(batches)
                 yield loss
@@ -146,7 +157,7 @@ class Trainer:
             return
         for batch in batches:
             self.optimizer.zero_grad()
-            loss, _ = self.model(batch.to(self.device))
+            loss, _ = self.model(batch.to(self.device, non_blocking=True))
             loss.backward()
             self.optimizer.step()
             yield loss.detach()
@@ -162,7 +173,9 @@ class Trainer:
 
     def _batch(self, rows: data.Rows, index: torch.Tensor) -> Batch:
         mine = rows.take(index.tensor_split(self.world_size)[self.rank])
-        return Batch(mine.dense, keyed_jagged(mine, self.features), mine.labels)
+        batch = Batch(mine.dense, keyed_jagged(mine, self.features), mine.labels)
+        # A copy to a GPU waits for the device unless it is from pinned memory.
+        return batch.pin_memory() if self.device.type == "cuda" else batch
 
     def _end_epoch(self, epoch: int, seconds: float) -> None:
         dist.all_reduce(self.loss)
@@ -189,7 +202,7 @@ class Trainer:
         outputs: list[tuple[torch.Tensor, torch.Tensor]] = []
         for index in torch.arange(len(rows)).split(self.args.batch_size):
             batch = self._batch(rows, index)
-            _, (_, logits) = self.model(batch.to(self.device))
+            _, (_, logits) = self.model(batch.to(self.device, non_blocking=True))
             outputs.append((logits.cpu(), batch.labels))
         local = tuple(torch.cat(part) for part in zip(*outputs, strict=True))
         gathered: list[Any] = [None] * self.world_size

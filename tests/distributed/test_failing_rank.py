@@ -18,6 +18,7 @@ from cce_torchrec.kmeans.backends import NativeBackend, TorchBackend
 from cce_torchrec.kmeans.points import PairPoints
 from tests.distributed.ranks import run_ranks
 from tests.distributed.test_shared_clustering import WAYS, build, digests, metric, small_blocks
+from tests.optional import installed
 
 OWNER, OTHER = 0, 1  # of table t, plan tw
 
@@ -29,11 +30,12 @@ EVERY_RANK = {
     "scores of blocks": (TorchBackend, "_block", 2, {"backend": "torch"}),
     "sums": (PairPoints, "accumulate", 2, {}),
     "means": (lloyd, "_means", 1, {"metric": metric()}),
-    "scikit-learn": (lloyd, "_sklearn_fit", 1, {"backend": "sklearn-minibatch"}),
     "points of a metric": (PairPoints, "transformed", 2, {**WAYS["sample"], "metric": metric()}),
     "room for new codes": (share, "Share", 1, WAYS["sample"]),
 }
 """What fails, at which call of it, and how the step is called."""
+if installed("sklearn"):
+    EVERY_RANK["scikit-learn"] = (lloyd, "_sklearn_fit", 1, {"backend": "sklearn-minibatch"})
 OWNER_ALONE = {
     "pairs": (solve, "find_pairs", 1, {}),
     "optimizer state": (solve, "settle", 1, {}),

@@ -100,6 +100,24 @@ def test_resumed_on_fewer_ranks(tmp_path):
     assert "--epochs was 2 and is 3; resume with the same options" in done.stderr
 
 
+@pytest.mark.parametrize("saved_by, resumed_by", [("sparse-dist", "none"), ("none", "auto")])
+def test_resumed_under_another_pipeline(tmp_path, saved_by, resumed_by):
+    """Batches that a pipeline had read ahead are trained on after all: the losses are the same."""
+    options = ["--clusterings", "3", "--compression", "40"]
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    train(whole, *options, "--pipeline", resumed_by, ranks=2)
+    train(parts, *options, "--pipeline", saved_by, "--checkpoint-every", "15", ranks=2)
+    saved = sorted((parts / "checkpoints").glob("step-*"))
+    assert [int(path.name[5:14]) for path in saved] == [30, 42]
+    (parts / "checkpoints" / "latest").write_text(saved[0].name)  # as if killed after it
+    train(parts, *options, "--pipeline", resumed_by, "--resume", ranks=2)
+    metrics = []
+    for out in (whole, parts):
+        lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+        metrics.append([{k: v for k, v in line.items() if k != "seconds"} for line in lines])
+    assert metrics[0] == metrics[1]
+
+
 def test_without_torchrun_beside_another_program(tmp_path):
     """Which has the port that torch.distributed takes by default."""
     command = [sys.executable, "-m", "cce_torchrec.train", "--out", str(tmp_path)]
@@ -127,6 +145,8 @@ def test_bad_options_end_with_one_sentence(tmp_path):
     assert not list(tmp_path.iterdir())
     done = train(tmp_path, "--batch-size", "1", ranks=2, check=False)
     assert "error: --batch-size 1 is global; give each of 2 ranks" in done.stderr
+    done = train(tmp_path, "--pipeline", "prefetch", check=False)
+    assert "error: --pipeline prefetch fills caches on a CUDA device" in done.stderr
 
 
 def test_a_finalised_run_resumes(tmp_path):

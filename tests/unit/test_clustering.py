@@ -15,6 +15,7 @@ from cce_torchrec.clustering.ids import ChunkIds, starting_pairs
 from cce_torchrec.codes import seen_ids, widen
 from cce_torchrec.hashing import helper_hash
 from cce_torchrec.kmeans import native
+from tests.optional import needs
 
 
 def module(**kwargs):
@@ -109,6 +110,26 @@ def test_failed_step_leaves_everything_as_it_was(value, told):
         cluster(m)
     after = m.state_dict()
     assert all(torch.equal(before[key], after[key]) for key in before)
+
+
+def test_optimizer_state_that_is_not_finite_is_refused():
+    """What the step averages; first moments start at zero again, whatever they were."""
+    m = module()
+    optimizer = torch.optim.Adam(m.parameters(), lr=0.1)
+    lookup = KeyedJaggedTensor(["f"], torch.arange(10), lengths=torch.ones(10).int())
+    m(lookup).values().sum().backward()
+    optimizer.step()
+    state = optimizer.state[m.embedding_bag_collection.embedding_bags["t#1"].weight]
+    state["exp_avg_sq"][5, 0] = float("inf")
+    before = copy.deepcopy(m.state_dict())
+    told = "table 't', chunk 1: optimizer state 'exp_avg_sq' is not finite .* restore the last"
+    with pytest.raises(ValueError, match=told):
+        cluster(m, optimizer=optimizer)
+    after = m.state_dict()
+    assert all(torch.equal(before[key], after[key]) for key in before)
+    state["exp_avg_sq"][5, 0], state["exp_avg"][5, 0] = 1.0, float("nan")
+    cluster(m, optimizer=optimizer)
+    assert (state["exp_avg"] == 0).all()
 
 
 def test_tables_that_do_not_cluster_are_left_alone():
@@ -315,7 +336,15 @@ def test_metric_spends_precision_where_it_counts():
         cluster(grouped(), metric={"t": torch.eye(4)})
 
 
-@pytest.mark.parametrize("backend", ["faiss", "sklearn", "sklearn-minibatch", "torch"])
+@pytest.mark.parametrize(
+    "backend",
+    [
+        pytest.param("faiss", marks=needs("faiss")),
+        pytest.param("sklearn", marks=needs("sklearn")),
+        pytest.param("sklearn-minibatch", marks=needs("sklearn")),
+        "torch",
+    ],
+)
 @pytest.mark.parametrize("init", ["random", "k-means++", "main"])
 def test_backends_and_starts(backend, init):
     reference = cluster(grouped(), backend="torch", init=init).chunks[0]

@@ -12,9 +12,13 @@ from cce_torchrec.kmeans import PairPoints, TensorPoints, kmeans, native
 from cce_torchrec.kmeans.backends import make_backend, optional_module
 from cce_torchrec.kmeans.lloyd import refill_empty
 from cce_torchrec.kmeans.points import BLOCK, metric_root
+from tests.optional import installed, needs
 
 CPU = torch.device("cpu")
-ENGINES = ["auto", "torch", "faiss", *(["native"] if native.available() else [])]
+ENGINES = [
+    *("auto", "torch", *(["native"] if native.available() else [])),
+    pytest.param("faiss", marks=needs("faiss")),
+]
 
 
 def pairs(num_ids=500, k=7, k_helper=11, dim=4, seed=0, main=None, helper=None):
@@ -58,7 +62,7 @@ def test_pairs_equal_plain_lloyd_over_all_ids(backend, seed, dim):
     assert result.empty_clusters == 0 and int(result.sizes.sum()) == 500
 
 
-@pytest.mark.parametrize("backend", [*ENGINES, "sklearn"])
+@pytest.mark.parametrize("backend", [*ENGINES, pytest.param("sklearn", marks=needs("sklearn"))])
 def test_tensor_equals_plain_lloyd(backend):
     x = torch.randn(400, 5, generator=torch.Generator().manual_seed(0))
     start = x[:9]
@@ -87,7 +91,9 @@ def test_weights_equal_replicated_points(backend):
     k=st.integers(1, 150),
     scale=st.sampled_from([1e-20, 1e-3, 1.0, 1e6]),
     zero_helper=st.booleans(),
-    backend=st.sampled_from(ENGINES),
+    backend=st.sampled_from(
+        [e for e in ENGINES if isinstance(e, str)] + ["faiss"] * installed("faiss")
+    ),
 )
 def test_invariants(seed, num_ids, k, scale, zero_helper, backend):
     g = torch.Generator().manual_seed(seed)
@@ -248,7 +254,11 @@ def test_plus_plus_starts_lower_than_random():
         (lambda x: kmeans(x, 3, weights=-torch.ones(9).long()), "at least 0"),
         (lambda x: kmeans(x, 3, weights=torch.full((9,), 2**31)), "divide them"),
         (lambda x: kmeans(TensorPoints(x), 3, weights=torch.ones(9).long()), "have their own"),
-        (lambda x: kmeans(x, 30, backend="sklearn"), "at least as many points"),
+        pytest.param(
+            lambda x: kmeans(x, 30, backend="sklearn"),
+            "at least as many points",
+            marks=needs("sklearn"),
+        ),
         (lambda x: pairs(main=x * float("inf")), "not finite"),
     ],
 )

@@ -11,23 +11,69 @@ pytest.importorskip("triton", reason="triton is not installed")
 
 CHECK = """
 import torch
-from cce_torchrec.kmeans import kmeans
-from cce_torchrec.kmeans.triton_kernel import nearest
+from cce_torchrec.kmeans import PairPoints, TensorPoints, kmeans, triton_kernel, triton_search
+from cce_torchrec.kmeans.points import Points
+from cce_torchrec.kmeans.triton_search import Search
 
 g = torch.Generator().manual_seed(0)
-for n, k, dim in [(1, 1, 4), (63, 64, 8), (65, 130, 16), (200, 5, 32), (70, 65, 20),
-                  (66, 70, 150)]:
+
+def exact(points, c):
+    x = points.integers(slice(None)).double() / points.scale
+    scores = x @ c.double().t() - 0.5 * c.double().square().sum(1)
+    return scores.argmax(1).int(), scores
+
+def check(points, c):
+    got, (expected, scores) = Search(points, c).nearest(0, points.num_points), exact(points, c)
+    off = got != expected
+    if off.any():  # only where two float64 orders of summation may differ
+        at = off.nonzero().view(-1)
+        lost = scores[at, expected[at].long()] - scores[at, got[at].long()]
+        assert lost.max() < 1e-12 * scores.abs().max(), (lost, off.sum())
+    return got
+
+for n, k, dim in [(1, 1, 4), (63, 64, 8), (200, 130, 16), (200, 5, 32), (300, 200, 20),
+                  (140, 70, 150), (150, 1, 4)]:
     x, c = torch.randn(n, dim, generator=g), torch.randn(k, dim, generator=g)
-    half_norms = -0.5 * (c * c).sum(1)
-    got = nearest(x, c, half_norms)
-    scores = x.double() @ c.double().t() + half_norms.double()
-    reached = scores[torch.arange(n), got.long()]
-    torch.testing.assert_close(reached, scores.max(1).values, rtol=1e-5, atol=1e-5)
-    assert torch.equal(nearest(x, c[:1].expand(k, dim).contiguous(), half_norms[:1].expand(k)
-        .contiguous()), torch.zeros(n, dtype=torch.int32)), "ties go to the lowest index"
+    points = TensorPoints(x)
+    check(points, c)
+    same = c[:1].expand(k, dim).contiguous()
+    assert not check(points, same).any(), "ties go to the lowest index"
+    check(points, c * 1e-6)
+    check(points, c * 1e6)
+    search = Search(points, c)
+    assert torch.equal(search.nearest(n // 3, n), search.nearest(0, n)[n // 3 :])
+
+# Many near ties: centroids in pairs a hair apart, points in the middle between two of them.
+c = torch.randn(100, 8, generator=g)
+c = torch.cat([c, c * (1 + 2.0**-20), c + 2.0**-12])
+x = (c[torch.randint(300, (500,), generator=g)] + c[torch.randint(300, (500,), generator=g)]) / 2
+check(TensorPoints(x), c)
+outlier = torch.cat([x, torch.full((1, 8), 1e5)])
+check(TensorPoints(outlier), c)
+
+# Pairs, in several blocks, and their sums.
+a, b = (torch.randint(n, (1000,), generator=g).int() for n in (20, 50))
+order = (a.long() * 50 + b).argsort()
+a, b = a[order], b[order]
+weights = torch.randint(0, 9, (1000,), generator=g)
+books = torch.randn(20, 12, generator=g), torch.randn(50, 12, generator=g)
+pairs = PairPoints(*books, a, b, weights, torch.arange(1000))
+c = torch.randn(90, 12, generator=g)
+triton_search.points_at_once = lambda dim: 384
+nearest = check(pairs, c)
+stats = [torch.zeros(s, dtype=torch.int64) for s in ((90, 12), (90,), (90,))]
+Points.accumulate(pairs, 100, nearest[100:], c, pairs.error_scale, tuple(stats))
+x, at = pairs.integers(slice(100, None)), nearest[100:].long()
+sums = torch.zeros(90, 12, dtype=torch.int64).index_add_(0, at, x * weights[100:, None])
+assert torch.equal(stats[0], sums)
+assert torch.equal(stats[1], torch.zeros(90, dtype=torch.int64).index_add_(0, at, weights[100:]))
+off = (x.double() / pairs.scale - c[at].double()).square().sum(1) * weights[100:]
+torch.testing.assert_close(stats[2].sum() / pairs.error_scale, off.sum().float())
+
 x = torch.randn(300, 8, generator=g)
 one, other = (kmeans(x, 7, 5, backend=b) for b in ("triton", "torch"))
 torch.testing.assert_close(one.centroids, other.centroids)
+assert torch.equal(one.assignment, other.assignment)
 """
 
 
@@ -42,52 +88,186 @@ def test_interpreted_kernel_equals_torch():
     assert done.returncode == 0, done.stderr[-3000:]
 
 
+CLUSTER = """
+import torch
+from cce_torchrec import CCEEmbeddingBagCollection, CCEEmbeddingBagConfig
+from cce_torchrec.clustering import cluster, finalize, ids, pairs
+from cce_torchrec.kmeans import native, points
+
+points.usable = lambda device: False  # sums are tested above
+native.available = lambda: False  # neither C++ nor torch, but the kernels for GPUs
+
+def tables():
+    torch.manual_seed(0)
+    return CCEEmbeddingBagCollection([
+        CCEEmbeddingBagConfig(name=name, num_embeddings=n, embedding_dim=24, num_chunks=2,
+            feature_names=[name], num_rows=k, num_helper_rows=h, track_seen=True)
+        for name, n, k, h in (("byte", 1200, 20, 30), ("short", 700, 300, 40), ("few", 40, 3, 2))
+    ])
+
+def seen(module):
+    for codes in module.codes.values():
+        codes.seen[:-2] = 0b01010101
+
+def run(step, usable, **options):
+    ids.usable = lambda device: usable
+    module = tables()
+    seen(module)
+    report = step(module, backend="torch", iterations=3, **options)
+    return report, module.state_dict()
+
+weights = {"byte": torch.arange(1200) % 4, "short": torch.arange(700) % 3}
+for step in (cluster, finalize):
+    for options in ({}, {"samples_per_centroid": 5}, {"weights": weights}, {"weights": "seen"},
+                    {"weights": weights, "samples_per_centroid": 5}, {"memory_limit": 46_000_000}):
+        print(step, options)
+        (one, a), (other, b) = (run(step, on, **options) for on in (True, False))
+        assert one.chunks and [r.changed for r in one.chunks] == [r.changed for r in other.chunks]
+        assert [r.objective_after for r in one.chunks] == [r.objective_after for r in other.chunks]
+        for key in a:
+            assert torch.equal(a[key], b[key]), (step, options, key)
+
+# A sample larger than the room that was made for it is drawn once more.
+pairs.sample_room = lambda ids, share: 7
+(_, a), (_, b) = (run(cluster, on, samples_per_centroid=5) for on in (True, False))
+assert all(torch.equal(a[key], b[key]) for key in a)
+"""
+
+
+def test_interpreted_clustering_equals_torch():
+    done = subprocess.run(
+        [sys.executable, "-c", CLUSTER],
+        env={**os.environ, "TRITON_INTERPRET": "1"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
 EXPAND = """
 import pytest, torch
 from fbgemm_gpu.split_table_batched_embeddings_ops_common import BoundsCheckMode
+from torchrec import KeyedJaggedTensor
 from cce_torchrec.bounds import BoundsCheck
-from cce_torchrec.chunk_codes import ChunkCodes
-from cce_torchrec.expand import Expansion
+from cce_torchrec.expand import Block, Expansion
 from cce_torchrec.fused import device, native
-from tests.unit.test_expand import batch, blocks
+from cce_torchrec.slots import Slot
+from tests.unit.test_expand import batch, blocks, made_codes
 
-parts, slots, keys = blocks()
-four = [b for b in parts if b.copies == 4 and b.rows_per_id == 2 and len(b.slots) == 1]
-for i, block in enumerate(four):
-    block.slots = [i]
-alike = Expansion(four, slots[: len(four)], [str(i) for i in range(4 * len(four))])
-mixed = Expansion(blocks()[0], slots, keys)
+WARNING, IGNORE, FATAL = (getattr(BoundsCheckMode, m) for m in ("WARNING", "IGNORE", "FATAL"))
 kernel, native.takes = device.takes, lambda ids: False
-for expansion, own in ((mixed, slots), (alike, slots[: len(four)])):
-    for bad, dtype, weighted in ((None, torch.int64, False), (-1, torch.int32, True)):
-        for round_ in (0, 1):
-            features, found = batch(own, bad, dtype, 3, weighted), []
-            before = features.values().clone()
-            for takes in (kernel, lambda ids: False):
-                device.takes = takes
-                check = BoundsCheck(BoundsCheckMode.WARNING)
-                expansion._described = None
-                rows = expansion(features, check)
-                found.append((rows, check.num_invalid))
-            (one, count), (other, other_count) = found
-            assert torch.equal(one.values(), other.values())
-            assert torch.equal(one.lengths(), other.lengths())
-            assert not weighted or torch.equal(one.weights(), other.weights())
-            assert count == other_count == (len(before[::7]) if bad is not None else 0)
+
+def all_blocks():
+    out, slots, keys = blocks()
+    for name, settings in {
+        "raw": {"hash_ids": True, "num_rows": 30},
+        "seen": {"track_seen": True, "num_rows": 30, "num_embeddings": 90},
+        "both": {"hash_ids": True, "track_seen": True, "num_rows": 300, "seed": 7},
+    }.items():
+        config, codes = made_codes(name, **settings)
+        out.append(Block(config, [len(slots)], codes, list(range(4))))
+        slots.append(Slot(name, "f"))
+        keys += [f"{name}#{j}" for j in range(4)]
+    return out, slots, keys
+
+def seen(expansion):
+    return [codes.seen[:-1].clone() for codes in expansion._tracked]
+
+def both_ways(expansion, features, mode):
+    found, bits = [], []
+    for takes in (kernel, lambda ids: False):
+        device.takes = takes
+        check, expansion._described, expansion._invalid = BoundsCheck(mode), None, {}
+        for codes in expansion._tracked:
+            codes.seen.zero_()
+        found.append((expansion(features, check), check.num_invalid))
+        bits.append(seen(expansion))
+    assert all(torch.equal(a, b) for a, b in zip(*bits))
+    return found, bits[0]
+
+def equal(one, other):
+    end = int(other.offsets()[-1])
+    assert torch.equal(one.values()[:end], other.values())
+    assert torch.equal(one.lengths(), other.lengths())
+    assert one.lengths().dtype == other.lengths().dtype
+    assert torch.equal(one.offsets().long(), other.offsets().long())
+    if other.weights_or_none() is not None:
+        assert torch.equal(one.weights()[:end], other.weights())
+    assert one.keys() == other.keys()
+
+mixed = Expansion(*all_blocks())
+own = mixed._slots
+for bad, dtype, weighted in ((None, torch.int64, False), (-1, torch.int32, True)):
+    for round_ in (0, 1):
+        features = batch(own, bad, dtype, 3, weighted)
+        before = features.values().clone()
+        for known in (False, True):
+            if known:
+                features.length_per_key()
+            ((one, count), (other, other_count)), bits = both_ways(mixed, features, WARNING)
+            equal(one, other)
+            assert bits[0].any() and bits[1].any()
+            assert count == other_count and (count > 0) == (bad is not None)
             assert torch.equal(features.values(), before)
-            for block in expansion._blocks:
-                if block.codes is not None:
-                    block.codes.set_rounds(block.codes.rounds + 1)
+        for block in mixed._blocks:
+            if block.codes is not None:
+                block.codes.set_rounds(block.codes.rounds + 1)
+
+# Values beyond the last bag belong to nobody, whether the lengths of the keys are known or not.
+features = batch(own, -1, torch.int64, 3, True)
+beyond = KeyedJaggedTensor(features.keys(),
+    torch.cat([features.values(), torch.full((300,), -5)]),
+    torch.cat([features.weights(), torch.ones(300)]), lengths=features.lengths())
+for known in (False, True):
+    if known:
+        beyond.length_per_key()
+    ((one, count), _), _ = both_ways(mixed, beyond, WARNING)
+    ((_, _), (other, other_count)), _ = both_ways(mixed, features, WARNING)
+    equal(one, other)
+    assert count == other_count
+    assert not known or len(one.values()) == len(other.values())
+
+# A batch size per feature, empty ones and one without any bag among them.
+g = torch.Generator().manual_seed(2)
+bags = [[int(b)] for b in torch.randint(0, 4, (len(own),), generator=g)]
+lengths = torch.randint(0, 5, (sum(b for b, in bags),), generator=g)
+ids = torch.randint(90, (int(lengths.sum()),), generator=g)
+variable = KeyedJaggedTensor(features.keys(), ids, lengths=lengths, stride_per_key_per_rank=bags)
+((one, _), (other, _)), _ = both_ways(mixed, variable, IGNORE)
+equal(one, other)
+assert one.stride_per_key() == other.stride_per_key()
+
+# FATAL names table, feature and id; without bad ids it says nothing; IGNORE counts nothing.
 device.takes = kernel
-check = BoundsCheck(BoundsCheckMode.WARNING)
+mixed._described, mixed._invalid = None, {}
+mixed(batch(own, None, torch.int64, 3), BoundsCheck(FATAL))
+with pytest.raises(ValueError, match="table 'byte', feature 'f0': id -1 is outside"):
+    mixed(batch(own, -1, torch.int64, 3), BoundsCheck(FATAL))
+mixed(batch(own, -1, torch.int64, 3), BoundsCheck(IGNORE))
+assert not mixed._invalid
+
+# Counters survive a new description, and codes that are evaluated are not marked.
+check = BoundsCheck(WARNING)
 features = batch(own, -1, torch.int64, 3)
-for _ in range(2):
-    alike(features, check)
-described = alike._described
-four[0].codes.set_rounds(9)
-alike(features, check)
-assert alike._described is not described
-assert check.num_invalid == 3 * len(features.values()[::7])
+mixed(features, check)
+each, described = check.num_invalid, mixed._described
+mixed(features, check)
+assert each > 0 and check.num_invalid == 2 * each and mixed._described is described
+mixed._blocks[0].codes.set_rounds(9)
+for codes in mixed._tracked:
+    codes.eval().seen.zero_()
+mixed(features, check)
+assert mixed._described is not described and check.num_invalid == 3 * each
+assert not any(bits.any() for bits in seen(mixed))
+
+# Weights with a gradient take the torch form, which has one.
+weighted = batch(own, None, torch.int64, 3, True)
+weights = weighted.weights().requires_grad_()
+out = mixed(KeyedJaggedTensor(weighted.keys(), weighted.values(), weights,
+    lengths=weighted.lengths()), check).weights()
+out.sum().backward()
+assert weights.grad.min() >= 1
 """
 
 

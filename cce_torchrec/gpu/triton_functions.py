@@ -1,0 +1,39 @@
+"""Hashes and codes as Triton's kernels read them: hashing.py and codes.py once more."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def mix(ids):  # type: ignore[no-untyped-def]  # Triton's own types
+    """hashing.mix of int64."""
+    z = ids  # int64, whose right shifts are masked to be those of unsigned numbers
+    z = (z ^ ((z >> 30) & 0x3FFFFFFFF)) * -0x40A7B892E31B1A47
+    z = (z ^ ((z >> 27) & 0x1FFFFFFFFF)) * -0x6B2FB644ECCEEE15
+    return z ^ ((z >> 31) & 0x1FFFFFFFF)
+
+
+@triton.jit
+def bits31(mixed, multiplier, addend):  # type: ignore[no-untyped-def]
+    """HashFunction.bits31 of mixed ids."""
+    return ((mixed * multiplier + addend) >> 33) & 0x7FFFFFFF
+
+
+@triton.jit
+def hashed(mixed, multiplier, addend, rows):  # type: ignore[no-untyped-def]
+    """HashFunction.of_mixed."""
+    return (bits31(mixed, multiplier, addend) * rows) >> 31
+
+
+@triton.jit
+def code_at(address, cell, width, on):  # type: ignore[no-untyped-def]
+    """The code in `cell` of codes of `width` bytes at `address`, int64; int16 is unsigned."""
+    bytes_ = address.to(tl.pointer_type(tl.uint8))
+    shorts = address.to(tl.pointer_type(tl.int16))
+    words = address.to(tl.pointer_type(tl.int32))
+    byte = tl.load(bytes_ + cell, mask=on & (width == 1), other=0).to(tl.int64)
+    short = tl.load(shorts + cell, mask=on & (width == 2), other=0).to(tl.int64) & 0xFFFF
+    word = tl.load(words + cell, mask=on & (width == 4), other=0).to(tl.int64)
+    return byte + short + word
