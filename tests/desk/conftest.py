@@ -1,6 +1,8 @@
 """One emulated CUDA device per test. Triton decides when it is imported whether it interprets."""
 
+import importlib
 import os
+import pkgutil
 
 import pytest
 
@@ -14,14 +16,14 @@ if INTERPRETS:
     import triton.experimental.gluon  # noqa: F401  # the interpreter imports it when it first runs
 
     import cce_torchrec.distributed.sharders
-    import cce_torchrec.fused.triton_kernel
-    import cce_torchrec.gpu.probe
-    import cce_torchrec.kmeans.triton_kernel  # noqa: F401
     from cce_torchrec.clustering import budget, ids, pairs, row_wise, solve
     from cce_torchrec.kmeans import backends, points, share
     from tests.desk.device import emulated_cuda
 
-    # The kernels are interpreted from here on; the package's CPU paths shall not take them.
+    for module in pkgutil.walk_packages(cce_torchrec.__path__, "cce_torchrec."):
+        if "triton" in module.name or module.name == "cce_torchrec.gpu.probe":
+            importlib.import_module(module.name)
+    # Kernels are interpreted from here on, and the package's CPU paths shall not take them.
     del os.environ["TRITON_INTERPRET"]
 
     @pytest.fixture(autouse=True)
@@ -33,7 +35,8 @@ if INTERPRETS:
     @pytest.fixture
     def small_blocks(monkeypatch):
         """Blocks of fixed size are small, so that few points and ids are several of them."""
+        sizes = {"ID_BLOCK": 128, "GPU_ID_BLOCK": 256, "ASSIGN_BLOCK": 256, "BLOCK": 256}
         for module in (ids, budget, pairs, solve, row_wise, backends, points, share):
-            for name, size in (("ID_BLOCK", 1 << 13), ("ASSIGN_BLOCK", 1 << 14), ("BLOCK", 256)):
+            for name, size in sizes.items():
                 if hasattr(module, name):
                     monkeypatch.setattr(module, name, size)

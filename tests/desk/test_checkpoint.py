@@ -31,7 +31,7 @@ def trained(device):
     optimizer = torch.optim.Adam(model.parameters())
     model(batch(2, num_ids=200).to(device)).sum().backward()
     optimizer.step()
-    cluster(model, optimizer=optimizer, iterations=1)
+    cluster(model, optimizer=optimizer, iterations=1, backend="torch")
     return model, optimizer
 
 

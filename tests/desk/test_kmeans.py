@@ -18,7 +18,7 @@ centroids to the other one."""
 K = 12
 
 
-def points(kind, where="cpu", n=300, dim=8):
+def points(kind, where="cpu", n=150, dim=8):
     g = torch.Generator().manual_seed(0)
     if kind == "matrix":
         return TensorPoints(torch.randn(n, dim, generator=g).to(where))
@@ -30,10 +30,10 @@ def points(kind, where="cpu", n=300, dim=8):
     return PairPoints(*(part.to(where) for part in (main, helper, *parts)))
 
 
-def both(kind, backend, n=300, **options):
+def both(kind, backend, n=150, **options):
     return (
-        kmeans(points(kind, n=n), K, 4, backend="torch", **options),
-        kmeans(points(kind, "cuda", n=n), K, 4, backend=backend, **options),
+        kmeans(points(kind, n=n), K, 2, backend="torch", **options),
+        kmeans(points(kind, "cuda", n=n), K, 2, backend=backend, **options),
     )
 
 
@@ -51,8 +51,8 @@ def test_equals_the_cpu(backend, kind, init):
 @pytest.mark.parametrize("backend", ["sklearn", "sklearn-minibatch"])
 def test_scikit_learn_fits_on_the_host(backend):
     pytest.importorskip("sklearn", reason="scikit-learn is not installed")
-    cpu = kmeans(points("matrix"), K, 4, backend=backend)
-    cuda = kmeans(points("matrix", "cuda"), K, 4, backend=backend)
+    cpu = kmeans(points("matrix"), K, 2, backend=backend)
+    cuda = kmeans(points("matrix", "cuda"), K, 2, backend=backend)
     assert cuda.centroids.is_cuda
     assert cuda.objective[-1] == pytest.approx(cpu.objective[-1], rel=CLOSE)
 
@@ -82,10 +82,10 @@ def test_fewer_points_than_clusters(backend):
 @pytest.mark.parametrize("backend", ON_CUDA)
 def test_waits_do_not_grow_with_the_points(backend):
     counted = []
-    for n in (130, 520):
+    for n in (130, 390):
         x = points("pairs", "cuda", n=n)
         with counting() as counts:
-            kmeans(x, K, 4, backend=backend)
+            kmeans(x, K, 2, backend=backend)
         counted.append(counts)
     assert counted[0].num_waits == counted[1].num_waits, f"{counted[0]}\n{counted[1]}"
 

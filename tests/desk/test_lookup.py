@@ -21,17 +21,6 @@ from tests.desk.twins import (
 from tests.distributed.test_inputs import vbe_batch
 from tests.distributed.test_sharded import tables as tables_of_the_sharded_tests
 
-beyond = ["none", "learned_codes=False", "track_seen", "hash_ids"]
-beyond[:2] = [
-    pytest.param(
-        option,
-        marks=pytest.mark.xfail(
-            strict=True,
-            reason="fused/triton_kernel.py takes the number of values for the end of the last bag",
-        ),
-    )
-    for option in beyond[:2]
-]
 BAD = [-1, 3000, 2**40, -(2**63)]
 
 
@@ -103,11 +92,13 @@ def test_bad_ids_end_the_job_in_fatal_mode(option, bad):
         cpu(features)
     with pytest.raises(ValueError, match="is outside") as got:
         cuda(features.to("cuda"))
-    assert str(got.value) == str(expected.value)
+    # How many there are is said where the host has counted them.
+    same = [str(error.value).replace(";", " (").split(" (")[0] for error in (expected, got)]
+    assert same[0] == same[1] and f"id {bad} is outside" in same[0]
 
 
 @pytest.mark.parametrize("weighted", [False, True], ids=["", "weighted"])
-@pytest.mark.parametrize("option", beyond)
+@pytest.mark.parametrize("option", ["none", "learned_codes=False", "track_seen", "hash_ids"])
 def test_values_beyond_the_last_bag(option, weighted):
     cpu, cuda = twins(two_tables(**OPTIONS[option]), is_weighted=weighted)
     lookup(cpu, cuda, batch(beyond=7, bad=-1, weighted=weighted))
@@ -117,12 +108,14 @@ def test_values_beyond_the_last_bag(option, weighted):
 
 @pytest.mark.usefixtures("small_blocks")
 def test_after_clusterings_the_kernel_reads_the_new_codes():
-    cpu, cuda = twins([table(0), table(1, num_chunks=1, num_rows=300)])
+    cpu, cuda = twins(
+        [table(0, num_embeddings=200), table(1, num_embeddings=200, num_chunks=1, num_rows=300)]
+    )
     for _ in range(2):
-        lookup(cpu, cuda, batch())
+        lookup(cpu, cuda, batch(num_ids=200))
         cluster(cuda, backend="torch", iterations=1)
         cpu.load_state_dict({name: on_cpu(t) for name, t in cuda.state_dict().items()})
-    lookup(cpu, cuda, batch())
+    lookup(cpu, cuda, batch(num_ids=200))
 
 
 @pytest.mark.parametrize("pooling", [PoolingType.SUM, PoolingType.MEAN])

@@ -11,8 +11,6 @@ millisecond of the host's time in a step of a few."""
 WAITS = 0
 """Of an expansion: one would drain the stream in every step."""
 
-PENDING = "raw and seen ids, and tables of different rows per id, leave the kernel (issue 15)"
-
 
 def expansion(tables, training, weighted=False):
     """Counts of a second expansion, after the first has compiled and described what it keeps."""
@@ -31,23 +29,18 @@ def check(counts):
 
 @pytest.mark.parametrize("weighted", [False, True], ids=["", "weighted"])
 @pytest.mark.parametrize("training", [True, False], ids=["training", "serving"])
-@pytest.mark.xfail(strict=True, reason=PENDING)
 def test_all_options_together(training, weighted):
     check(expansion(mixed_tables(26), training, weighted))
 
 
 @pytest.mark.parametrize("training", [True, False], ids=["training", "serving"])
 @pytest.mark.parametrize("option", OPTIONS)
-def test_each_option_alone(request, option, training):
-    if "hash_ids" in option or ("track_seen" in option and training):
-        request.applymarker(pytest.mark.xfail(strict=True, reason=PENDING))
+def test_each_option_alone(option, training):
     check(expansion([table(i, **OPTIONS[option]) for i in range(26)], training))
 
 
 @pytest.mark.parametrize("option", ["none", "hash_ids", "track_seen"])
-def test_launches_do_not_grow_with_tables(request, option):
-    if option != "none":
-        request.applymarker(pytest.mark.xfail(strict=True, reason=PENDING))
+def test_launches_do_not_grow_with_tables(option):
     few, many = (
         expansion([table(i, **OPTIONS[option]) for i in range(count)], training=True)
         for count in (2, 26)
