@@ -27,7 +27,9 @@ class Model(nn.Module):
 
 def trained(device):
     """A model, its optimizer and a step of both, after a clustering."""
-    model = Model(device, [table(i, num_embeddings=200, num_rows=5) for i in range(2)])
+    model = Model(
+        device, [table(i, num_embeddings=200, num_rows=5, num_chunks=1) for i in range(2)]
+    )
     optimizer = torch.optim.Adam(model.parameters())
     model(batch(2, num_ids=200).to(device)).sum().backward()
     optimizer.step()
