@@ -13,11 +13,10 @@ from tests.desk.twins import assert_same_state, batch, table, twins, two_tables
 N = 200
 CLOSE = 1e-6
 """Relative, of objectives; see test_kmeans."""
-WAITS_A_CHUNK = 60
-"""Of a chunk of 6 Lloyd iterations: each asks for the objective, whether a cluster is empty, the
-imbalance and whether a centroid moved; the rest are sizes of what is found (pairs, samples,
-starts) and checks of the input. Some 60 waits of 10 microseconds are half a millisecond of the
-0.1 s that a large chunk may take."""
+WAITS_A_CHUNK = 40
+"""Of a chunk of 6 Lloyd iterations: each asks how it went, and the last for what it left; the rest
+are sizes of what is found (pairs, samples, starts) and checks of the input. 40 waits of some 10
+microseconds are less than a hundredth of the 0.1 s that a large chunk may take."""
 
 
 def metric(chunks, dim):

@@ -1,7 +1,7 @@
 """Runs the desk check (tests/desk): one test here for each of its files.
 
-Triton decides when it is imported whether it interprets kernels, so the check has a process of
-its own.
+Triton decides when it is imported whether it interprets kernels, so the check has processes of
+its own: two, for as many cores.
 """
 
 import os
@@ -18,29 +18,45 @@ ROOT = Path(__file__).parents[2]
 FILES = sorted(path.stem for path in (ROOT / "tests/desk").glob("test_*.py"))
 
 
-@pytest.fixture(scope="module")
-def desk(tmp_path_factory):
-    """What pytest said, and per file (tests run, texts of failures)."""
-    report = tmp_path_factory.mktemp("desk") / "report.xml"
-    done = subprocess.run(
+PROCESSES = 2
+
+
+def started(files, report):
+    return subprocess.Popen(
         [
             *(sys.executable, "-m", "pytest", "-q", "--tb=short", "-p", "no:cacheprovider"),
-            *("tests/desk", f"--junitxml={report}"),
+            *("--show-capture=no", f"--junitxml={report}"),
+            *(f"tests/desk/{name}.py" for name in files),
         ],
         cwd=ROOT,
-        env={**os.environ, "TRITON_INTERPRET": "1"},
-        capture_output=True,
+        env={**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
         text=True,
-        timeout=600,
     )
-    said = done.stdout[-5000:] + done.stderr[-2000:]
+
+
+@pytest.fixture(scope="module")
+def desk(tmp_path_factory):
+    """Whether all went well, what pytest said, and per file (tests run, texts of failures)."""
+    folder = tmp_path_factory.mktemp("desk")
+    reports = [folder / f"{i}.xml" for i in range(PROCESSES)]
+    running = [started(FILES[i::PROCESSES], report) for i, report in enumerate(reports)]
+    try:
+        said = "\n".join(process.communicate(timeout=600)[0][-5000:] for process in running)
+    finally:
+        for process in running:
+            process.kill()
     found = {name: (0, []) for name in FILES}
-    for case in ElementTree.parse(report).iter("testcase") if report.exists() else ():
-        name = next((n for n in FILES if n in case.get("classname").split(".")), None)
-        faults = [f"{case.get('name')}\n{f.text}" for f in case if f.tag in ("failure", "error")]
-        if name is not None:
-            found[name] = (found[name][0] + 1, found[name][1] + faults)
-    return done.returncode, said, found
+    for report in reports:
+        for case in ElementTree.parse(report).iter("testcase") if report.exists() else ():
+            name = next((n for n in FILES if n in case.get("classname").split(".")), None)
+            faults = [
+                f"{case.get('name')}\n{f.text}" for f in case if f.tag in ("failure", "error")
+            ]
+            if name is not None:
+                found[name] = (found[name][0] + 1, found[name][1] + faults)
+    return all(process.returncode == 0 for process in running), said, found
 
 
 @pytest.mark.parametrize("file", FILES)
@@ -53,5 +69,5 @@ def test_desk(desk, file):
 
 def test_nothing_else_went_wrong(desk):
     """Such as an error of collection, or a crash."""
-    code, said, found = desk
-    assert code == 0 or any(faults for _, faults in found.values()), said
+    well, said, found = desk
+    assert well or any(faults for _, faults in found.values()), said
