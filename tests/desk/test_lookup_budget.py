@@ -1,0 +1,48 @@
+"""Launches and waits of an expansion: budgets, each with its reason, and what was counted."""
+
+import pytest
+
+from tests.desk.counts import counting
+from tests.desk.twins import OPTIONS, batch, mixed_tables, table, twins
+
+LAUNCHES = 20
+"""Of an expansion, however many tables: at about 5 microseconds a launch, a tenth of a
+millisecond of the host's time in a step of a few."""
+WAITS = 0
+"""Of an expansion: one would drain the stream in every step."""
+
+
+def expansion(tables, training, weighted=False):
+    """Counts of a second expansion, after the first has compiled and described what it keeps."""
+    _, cuda = twins(tables, is_weighted=weighted)
+    cuda.train(training)
+    for seed in range(2):
+        features = batch(len(tables), seed=seed, bad=-1, weighted=weighted).to("cuda")
+        with counting() as counts:
+            cuda._expansion(features, cuda._bounds_check)
+    return counts
+
+
+def check(counts):
+    assert counts.num_launches <= LAUNCHES and counts.num_waits <= WAITS, str(counts)
+
+
+@pytest.mark.parametrize("weighted", [False, True], ids=["", "weighted"])
+@pytest.mark.parametrize("training", [True, False], ids=["training", "serving"])
+def test_all_options_together(training, weighted):
+    check(expansion(mixed_tables(26), training, weighted))
+
+
+@pytest.mark.parametrize("training", [True, False], ids=["training", "serving"])
+@pytest.mark.parametrize("option", OPTIONS)
+def test_each_option_alone(option, training):
+    check(expansion([table(i, **OPTIONS[option]) for i in range(26)], training))
+
+
+@pytest.mark.parametrize("option", ["none", "hash_ids", "track_seen"])
+def test_launches_do_not_grow_with_tables(option):
+    few, many = (
+        expansion([table(i, **OPTIONS[option]) for i in range(count)], training=True)
+        for count in (2, 26)
+    )
+    assert few.num_launches == many.num_launches, str(many)
