@@ -195,7 +195,8 @@ def _lloyd(
         )
         error, squares, empty, moved = torch.stack([n.double() for n in numbers]).tolist()
         if empty and len(stats) < iterations:
-            updated, splits = refill_empty(updated, sizes, errors)
+            # A squared distance is rounded to whole units, which backends may do otherwise.
+            updated, splits = refill_empty(updated, sizes, errors, rounding=sizes)
             moved = not torch.equal(updated, centroids)  # a split may come out as it was
         objective = error / points.error_scale
         imbalance = len(counts) * squares / total**2 if total else 0.0
@@ -222,18 +223,19 @@ def _means(points: Points, result: KMeansResult) -> torch.Tensor:
 
 
 def refill_empty(
-    centroids: torch.Tensor, sizes: torch.Tensor, errors: torch.Tensor
+    centroids: torch.Tensor, sizes: torch.Tensor, errors: torch.Tensor, rounding: torch.Tensor | int
 ) -> tuple[torch.Tensor, int]:
     """The i-th empty cluster takes a copy of the centroid with the i-th largest error.
 
     The two copies are perturbed by 1 +- 1/1024 with alternating sign, as FAISS does. Clusters
-    without error are not split: their points lie on the centroid. Returns the centroids and the
-    number of splits.
+    whose error is at most `rounding` are not split: their points lie on the centroid. Returns the
+    centroids and the number of splits.
     """
-    is_empty, has_error = sizes == 0, errors > 0
+    is_empty, has_error = sizes == 0, errors > rounding
     splits = int(torch.minimum(is_empty.sum(), has_error.sum()))  # the only wait for the device
     empty = torch.sort(is_empty.byte(), descending=True, stable=True).indices[:splits]
-    donors = torch.sort(errors, descending=True, stable=True).indices[:splits]
+    ranked = torch.where(has_error, errors, -1)
+    donors = torch.sort(ranked, descending=True, stable=True).indices[:splits]
     signs = torch.ones(centroids.shape[1], device=centroids.device)
     signs[1::2] = -1
     out = centroids.clone()

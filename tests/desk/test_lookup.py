@@ -7,7 +7,7 @@ from torchrec.modules.embedding_configs import PoolingType
 
 from cce_torchrec import CCEEmbeddingCollection
 from cce_torchrec.clustering import cluster
-from cce_torchrec.fused import triton_kernel
+from cce_torchrec.fused import triton_expand
 from tests.desk.emulated import on_cpu
 from tests.desk.twins import (
     OPTIONS,
@@ -150,8 +150,8 @@ def test_features_in_another_order_and_an_empty_batch():
 
 def test_the_kernel_is_what_ran(monkeypatch):
     """Equality says little if the device had gone the torch form's way."""
-    calls, kernel = [], triton_kernel.expand
-    monkeypatch.setattr(triton_kernel, "expand", lambda **kw: (calls.append(1), kernel(**kw)))
+    calls, kernel = [], triton_expand.expand
+    monkeypatch.setattr(triton_expand, "expand", lambda *a, **k: (calls.append(1), kernel(*a, **k)))
     cpu, cuda = twins(two_tables())
     cpu(batch()), cuda(batch().to("cuda"))
     assert len(calls) == 1

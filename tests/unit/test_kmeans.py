@@ -148,10 +148,18 @@ def test_empty_clusters_are_refilled():
 
 def test_refill_takes_the_largest_errors_in_order():
     centroids = torch.tensor([[1.0, 2.0], [4.0, 8.0], [0.0, 0.0], [0.0, 0.0]])
-    out, splits = refill_empty(centroids, torch.tensor([5, 5, 0, 0]), torch.tensor([1, 9, 0, 0]))
+    out, splits = refill_empty(centroids, torch.tensor([5, 5, 0, 0]), torch.tensor([1, 9, 0, 0]), 0)
     up, down = 1 + 1 / 1024, 1 - 1 / 1024
     expected = [[down, 2 * up], [4 * down, 8 * up], [4 * up, 8 * down], [up, 2 * down]]
     assert splits == 2 and torch.equal(out, torch.tensor(expected))
+
+
+def test_refill_splits_no_cluster_whose_error_is_rounding():
+    """A large cluster on its centroid may have more of it than a small one has error."""
+    centroids, sizes = torch.tensor([[1.0, 2.0], [4.0, 8.0], [0.0, 0.0]]), torch.tensor([90, 5, 0])
+    out, splits = refill_empty(centroids, sizes, torch.tensor([80, 9, 0]), rounding=sizes)
+    assert splits == 1 and torch.equal(out[0], centroids[0])
+    assert torch.equal(out[2], torch.tensor([4 * (1 + 1 / 1024), 8 * (1 - 1 / 1024)]))
 
 
 @pytest.mark.parametrize("backend", ENGINES)

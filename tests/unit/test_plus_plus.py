@@ -102,5 +102,5 @@ def test_an_iteration_waits_once(monkeypatch):
         counts.append(waits.count + len(lists))
     assert counts[1] - counts[0] == 5
     with Waits() as waits:
-        _, splits = refill_empty(points[:20], torch.arange(20) % 3, torch.arange(20))
+        _, splits = refill_empty(points[:20], torch.arange(20) % 3, torch.arange(20), 0)
     assert (splits, waits.count) == (7, 1)
