@@ -100,13 +100,13 @@ def _again(arrived: KJTList) -> KJTList:
 
 def bytes_of(setting: Setting, ids: KeyedJaggedTensor, rows: KeyedJaggedTensor) -> dict[str, int]:
     """What an expansion has to read and write."""
-    lengths = ids.lengths()
+    lengths, offsets, ends = ids.lengths(), ids.offsets(), rows.offsets()
     return {
         "ids": ids.values().numel() * ids.values().element_size(),
         "codes": ids.values().numel() * SECTOR,
         "rows": rows.values().numel() * rows.values().element_size(),
-        # Read for offsets and for the lengths of rows; offsets are written, and read per table.
-        "lengths": 2 * lengths.numel() * lengths.element_size(),
-        "offsets": ids.offsets().numel() * ids.offsets().element_size(),
-        "lengths of rows": rows.lengths().numel() * rows.lengths().element_size(),
+        # Offsets of the ids' bags are made from their lengths, and those of the rows' from them.
+        "lengths": lengths.numel() * lengths.element_size(),
+        "offsets": 2 * offsets.numel() * offsets.element_size(),
+        "offsets of rows": ends.numel() * ends.element_size(),
     }
