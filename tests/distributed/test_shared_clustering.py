@@ -12,7 +12,7 @@ import torch.distributed as dist
 from torchrec.distributed import DistributedModelParallel
 from torchrec.modules.embedding_configs import PoolingType
 
-from cce_torchrec.clustering import cluster, pairs, plan, solve
+from cce_torchrec.clustering import budget, cluster, plan
 from cce_torchrec.clustering.live import fused_rows
 from cce_torchrec.distributed.sharders import get_default_sharders
 from cce_torchrec.kmeans import backends, share
@@ -52,8 +52,8 @@ def small_blocks(share_from, keep_codes):
 
     with contextlib.ExitStack() as stack:
         for module, name, value in [
-            (share, "BLOCK", 64), (backends, "BLOCK", 64), (pairs, "ASSIGN_BLOCK", 512),
-            (solve, "ASSIGN_BLOCK", 512), (plan, "SHARE_FROM", share_from),
+            (share, "BLOCK", 64), (backends, "BLOCK", 64), (budget, "ASSIGN_BLOCK", 512),
+            (plan, "SHARE_FROM", share_from),
         ]:  # fmt: skip
             stack.enter_context(mock.patch.object(module, name, value))
         if not keep_codes:
