@@ -215,8 +215,11 @@ class ShardedCCEEmbeddingBagCollection(
         # Also what is known of the lengths afterwards, so that values beyond the last bag are.
         ordered.length_per_key()
         pieces = ordered.split([len(sharded.slots) for sharded in self._inputs])
+        # Ids that are sent tell their number on arrival; those of a rank alone are not sent.
+        alone = self._env.world_size == 1 and not variable
         ctx.sharding_contexts = [
             EmbeddingShardingContext(
+                batch_size_per_rank=[features.stride()] if alone else [],
                 batch_size_per_feature_pre_a2a=[
                     bags[s.feature] for s in sharded.looked_up if variable
                 ],
