@@ -12,7 +12,9 @@ from xml.etree import ElementTree
 
 import pytest
 
-pytest.importorskip("triton", reason="triton is not installed")
+from tests.optional import needs_interpreter
+
+pytestmark = needs_interpreter
 
 ROOT = Path(__file__).parents[2]
 FILES = sorted(path.stem for path in (ROOT / "tests/desk").glob("test_*.py"))

@@ -5,9 +5,9 @@ import subprocess
 import sys
 from pathlib import Path
 
-import pytest
+from tests.optional import needs_interpreter
 
-pytest.importorskip("triton", reason="triton is not installed")
+pytestmark = needs_interpreter
 
 CHECK = """
 import torch
