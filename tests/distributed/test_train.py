@@ -100,17 +100,16 @@ def test_resumed_on_fewer_ranks(tmp_path):
     assert "--epochs was 2 and is 3; resume with the same options" in done.stderr
 
 
-@pytest.mark.parametrize("saved_by, resumed_by", [("sparse-dist", "none"), ("none", "auto")])
-def test_resumed_under_another_pipeline(tmp_path, saved_by, resumed_by):
+def test_resumed_under_another_pipeline(tmp_path):
     """Batches that a pipeline had read ahead are trained on after all: the losses are the same."""
     options = ["--clusterings", "3", "--compression", "40"]
     whole, parts = tmp_path / "whole", tmp_path / "parts"
-    train(whole, *options, "--pipeline", resumed_by, ranks=2)
-    train(parts, *options, "--pipeline", saved_by, "--checkpoint-every", "15", ranks=2)
+    train(whole, *options, "--pipeline", "none", ranks=2)
+    train(parts, *options, "--pipeline", "sparse-dist", "--checkpoint-every", "15", ranks=2)
     saved = sorted((parts / "checkpoints").glob("step-*"))
     assert [int(path.name[5:14]) for path in saved] == [30, 42]
     (parts / "checkpoints" / "latest").write_text(saved[0].name)  # as if killed after it
-    train(parts, *options, "--pipeline", resumed_by, "--resume", ranks=2)
+    train(parts, *options, "--pipeline", "none", "--resume", ranks=2)
     metrics = []
     for out in (whole, parts):
         lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
