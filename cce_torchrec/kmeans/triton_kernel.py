@@ -31,7 +31,10 @@ TOP = 256.0
 _EXACT_DIMS, _EXACT_POINTS, _EXACT_CENTROIDS, _EXACT_PROGRAMS = 32, 1, 128, 2112
 _ACCUMULATE_POINTS = 64
 _SPLIT_POINTS = 64
-_POINTS, _WARPS, _STAGES = 128, 4, 3
+_POINTS, _WARPS, _STAGES, _FOLD = 128, 8, 3, 2
+"""Points of a tile, its warps, tiles of centroids that are fetched ahead, and how many times the
+number of groups a tile of centroids has: with two, registers are left for two programs at a time,
+one of which multiplies while the other compares."""
 _LOOK_POINTS, _LOOK_WARPS = 128, 4
 
 
@@ -89,29 +92,40 @@ def _split(  # type: ignore[no-untyped-def]
     tl.store(tolerances_ptr + 2 * at + 1, 2.02 * (three + THREE * added), mask=inside)
 
 
+@triton.jit
+def _fold(scores, POINTS: tl.constexpr, GROUPS: tl.constexpr, FOLD: tl.constexpr):  # type: ignore[no-untyped-def]
+    # The best of each group in a tile of several times as many centroids.
+    return tl.max(tl.reshape(scores, (POINTS, FOLD, GROUPS)), axis=1)
+
+
 @triton.jit(do_not_specialize=["count", "num_centroids"])
 def _best_group(  # type: ignore[no-untyped-def]
     high_ptr, tolerances_ptr, c_ptr, half_norm_ptr, bucket_ptr, count, num_centroids,
     WIDTH: tl.constexpr, DIMS: tl.constexpr, POINTS: tl.constexpr, GROUPS: tl.constexpr,
+    FOLD: tl.constexpr,
 ):  # fmt: skip
+    TILE: tl.constexpr = GROUPS * FOLD
     rows = tl.program_id(0).to(tl.int64) * POINTS + tl.arange(0, POINTS)
     inside = rows < count
-    columns, dims = tl.arange(0, GROUPS), tl.arange(0, DIMS)
+    tile, dims = tl.arange(0, TILE), tl.arange(0, DIMS)
     x_ptr = high_ptr + rows[:, None] * WIDTH + dims[None, :]
-    c_ptr += columns[None, :] * WIDTH + dims[:, None]
+    c_ptr += tile[None, :] * WIDTH + dims[:, None]
     best = tl.full((POINTS, GROUPS), float("-inf"), tl.float32)
     if WIDTH == DIMS:
         x = tl.load(x_ptr, mask=inside[:, None], other=0.0)
-        for first in range(0, num_centroids, GROUPS):
+        for first in range(0, num_centroids, TILE):
             scores = tl.dot(x, tl.load(c_ptr + first * WIDTH))
-            best = tl.maximum(best, scores + tl.load(half_norm_ptr + first + columns)[None, :])
+            scores += tl.load(half_norm_ptr + first + tile)[None, :]
+            best = tl.maximum(best, _fold(scores, POINTS, GROUPS, FOLD))
     else:
-        for first in range(0, num_centroids, GROUPS):
-            scores = tl.zeros((POINTS, GROUPS), tl.float32)
+        for first in range(0, num_centroids, TILE):
+            scores = tl.zeros((POINTS, TILE), tl.float32)
             for start in range(0, WIDTH, DIMS):
                 part = tl.load(x_ptr + start, mask=inside[:, None], other=0.0)
                 scores = tl.dot(part, tl.load(c_ptr + first * WIDTH + start), scores)
-            best = tl.maximum(best, scores + tl.load(half_norm_ptr + first + columns)[None, :])
+            scores += tl.load(half_norm_ptr + first + tile)[None, :]
+            best = tl.maximum(best, _fold(scores, POINTS, GROUPS, FOLD))
+    columns = tl.arange(0, GROUPS)
     top = tl.max(best, axis=1)
     group = tl.min(tl.where(best == top[:, None], columns[None, :], GROUPS), axis=1)
     rest = tl.max(tl.where(columns[None, :] == group[:, None], float("-inf"), best), axis=1)
@@ -289,6 +303,12 @@ def tolerances(dim: int) -> dict[str, float]:
     return {"ONE": (turns + 2) * 2.0**-22, "THREE": (tile + 3 * (turns - tile) + 3) * 2.0**-22}
 
 
+def in_tiles(num_centroids: int) -> int:
+    """`num_centroids` in whole tiles."""
+    tile = GROUPS if num_centroids <= GROUPS else GROUPS * _FOLD
+    return triton.cdiv(num_centroids, tile) * tile
+
+
 def split(
     points: Sources,
     first: int,
@@ -342,6 +362,7 @@ def best_group(
         _best_group, (triton.cdiv(len(high), _POINTS),),
         high, tolerance, centroids, half_norms, bucket, len(high), len(centroids),
         WIDTH=width(dim), DIMS=dims_at_once(dim), POINTS=_POINTS, GROUPS=GROUPS,
+        FOLD=_FOLD if len(centroids) % (_FOLD * GROUPS) == 0 else 1,
         num_warps=_WARPS, num_stages=_STAGES,
     )  # fmt: skip
 

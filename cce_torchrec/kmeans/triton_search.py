@@ -6,7 +6,15 @@ import torch
 
 from cce_torchrec.kmeans.gpu_blocks import points_at_once, width
 from cce_torchrec.kmeans.points import MAX_INTEGER, Points, Sources
-from cce_torchrec.kmeans.triton_kernel import GROUPS, TOP, best_group, exact, second_look, split
+from cce_torchrec.kmeans.triton_kernel import (
+    GROUPS,
+    TOP,
+    best_group,
+    exact,
+    in_tiles,
+    second_look,
+    split,
+)
 
 
 class Search:
@@ -20,9 +28,7 @@ class Search:
         # Powers of two: scaling is exact.
         unit = torch.exp2(torch.log2(TOP / reach).floor())
         self._unit = (unit / points.scale).view(1)
-        padded = torch.zeros(
-            -(-k // GROUPS) * GROUPS, width(dim), dtype=torch.float64, device=device
-        )
+        padded = torch.zeros(in_tiles(k), width(dim), dtype=torch.float64, device=device)
         padded[:k, :dim] = centroids.double() * unit
         norms = padded.square().sum(1)
         half_norms = torch.full_like(norms, -torch.inf)
