@@ -139,6 +139,8 @@ class ChunkCodes(nn.Module):
                 "config.finalised()) as it was saved"
             )
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+        if self.seen is not None:  # with assign=True it is the checkpoint's tensor
+            self.seen = in_whole_words(self.seen)
         self.sync_rounds()
 
 

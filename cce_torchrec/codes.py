@@ -76,13 +76,14 @@ def no_seen_ids(count: int, device: torch.device) -> torch.Tensor:
 
 
 def in_whole_words(bits: torch.Tensor) -> torch.Tensor:
-    """`bits`, or a copy of them, in memory of whole words of 4 bytes.
+    """`bits`, or a copy of them, in memory of whole words of 4 bytes, the first at its start.
 
     A GPU has no atomic operation on bytes: the kernel that marks ids reads and writes words.
     """
     padding = -len(bits) % 4
     room = bits.untyped_storage().nbytes() - bits.storage_offset()
-    if bits.device.type == "meta" or room >= len(bits) + padding:
+    aligned = bits.storage_offset() % 4 == 0  # storages begin at whole words
+    if bits.device.type == "meta" or (aligned and room >= len(bits) + padding):
         return bits
     return torch.nn.functional.pad(bits, (0, padding))[: len(bits)]
 

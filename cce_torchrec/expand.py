@@ -144,6 +144,10 @@ class Expansion:
         """Whether rows may be int32, where kernels write them (fused/narrow.py)."""
         self._count_rows()
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Without what describes the tables to kernels by address: a copy has its own."""
+        return {**self.__dict__, "_described": None}
+
     def _count_rows(self) -> None:
         # Per physical feature: the slot it comes from, and rows per id.
         blocks = self._blocks

@@ -7,7 +7,7 @@ same for all tables, so it is made once per id. Without it consecutive ids would
 more even over rows than random ones, and often in few of the pairs of code and helper row.
 
 The arithmetic is int64 with wrap-around, so that CPU, GPU and every rank agree. hashing.h and
-fused/triton_kernel.py hold the same in C++ and Triton; values are pinned in
+gpu/triton_functions.py hold the same in C++ and Triton; values are pinned in
 tests/unit/test_hashing.py.
 """
 

@@ -125,7 +125,7 @@ def budget(
     if engine.on_gpu:
         assigning = gpu_budget.by_id(num_ids, dim) + fixed
         return Budget(False, samples, score_bytes, max(listed(most), assigning), column)
-    block = 100 * min(num_ids, ASSIGN_BLOCK)
+    block = 100 * min(num_ids, assign_block(torch.device(engine.device), dim))
     return Budget(False, samples, score_bytes, listed(most) + block, column)
 
 

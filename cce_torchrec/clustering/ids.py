@@ -100,6 +100,7 @@ class ChunkIds:
 
     def blocks(self, size: int = ID_BLOCK) -> Iterator[tuple[int, int]]:
         """All ids that are held in ranges [first, last) of `size` ids."""
+        size = max(1, size)  # a rank may hold no ids (ROW_WISE)
         for first in self.held[::size]:
             yield first, min(first + size, self.held.stop)
 

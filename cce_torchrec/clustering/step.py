@@ -138,8 +138,7 @@ def _run(
     group: dist.ProcessGroup | None,
     began: float,
 ) -> tuple[ClusteringReport, set[str]]:
-    # Ranks plan alike only under the same limit: the tightest one's.
-    free = min(gathered(_free_share(model), group), key=lambda share: (share is None, share))
+    free = _least_free_share(model, group)
     asked = options.memory_limit
     if asked is None and free is not None:
         options = replace(options, memory_limit=free)
@@ -346,6 +345,23 @@ def _free_share(model: nn.Module) -> int | None:
     """Half of what is free on this rank's GPU; None on a CPU."""
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
     return free_bytes(device) // 2 if device.type == "cuda" else None
+
+
+def _least_free_share(model: nn.Module, group: dist.ProcessGroup | None) -> int | None:
+    """The least of the ranks' free shares: they plan alike only under the same limit.
+
+    Raises:
+        ValueError: on every rank, if a driver does not answer.
+    """
+    free: int | None = None
+    failure: str | None = None
+    try:
+        free = _free_share(model)
+    except Exception as error:  # told to every rank below, then raised there
+        failure = reason(error)
+    told = gathered((failure, free), group)
+    raise_failures([f for f, _ in told])
+    return min((share for _, share in told if share is not None), default=None)
 
 
 def _device(states: list[tuple[str, ChunkState]]) -> torch.device:

@@ -24,14 +24,14 @@ MOST = (1 << 31) - 1
 class NarrowKernel(BatchedFusedEmbeddingBag):
     """TorchRec's kernel, which hands int32 rows on as they are; set as the `__class__` of one."""
 
-    def forward(self, features: KeyedJaggedTensor) -> torch.Tensor:
-        """Pooled rows, float32 [B, total_D]."""
-        rows = features.values()
-        if rows.dtype != torch.int32 or features.variable_stride_per_key():
-            return super().forward(features)
-        return self.emb_module(
-            indices=rows, offsets=features.offsets(), per_sample_weights=features.weights_or_none()
-        )
+    def forward(self, features: KeyedJaggedTensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """Pooled rows, float32 [B, total_D]; a batch size per feature goes TorchRec's way."""
+        rows, weights = features.values(), features.weights_or_none()
+        if rows.dtype != torch.int32 or features.variable_stride_per_key() or args or kwargs:
+            return super().forward(features, *args, **kwargs)
+        if weights is not None and not weights.is_floating_point():
+            weights = None  # as in TorchRec's own: these are not of samples
+        return self.emb_module(indices=rows, offsets=features.offsets(), per_sample_weights=weights)
 
 
 def take_over(kernels: Iterable[Any]) -> bool:

@@ -63,7 +63,7 @@ def _last_at(starts_ptr, step, at, count, STEPS: tl.constexpr):  # type: ignore[
 
 @triton.jit
 def _start(starts_ptr, feature, step):  # type: ignore[no-untyped-def]
-    return tl.load(starts_ptr + feature * step).to(tl.int64)
+    return tl.load(starts_ptr + feature.to(tl.int64) * step).to(tl.int64)
 
 
 @triton.jit

@@ -6,6 +6,7 @@ import functools
 import importlib.util
 import logging
 import os
+import subprocess
 from typing import Any
 
 import torch
@@ -23,6 +24,7 @@ def interpreted() -> bool:
     return os.environ.get("TRITON_INTERPRET") == "1"
 
 
+@torch.compiler.assume_constant_result  # compiled models would trace the probe, past the caches
 def usable(device: torch.device) -> bool:
     """Whether kernels run on `device`; where a GPU has to do without, one warning says why."""
     return _gpu_is_usable(device) if device.type == "cuda" else unusable(device) is None
@@ -62,9 +64,12 @@ def _fault_of(device: torch.device) -> str | None:
     except Exception as error:  # of any kind: the compiler's, the linker's, the driver's
         said = str(error).strip().splitlines()
         reason = said[0] if said else type(error).__name__
-        remedy = "install gcc or name a C compiler in CC" if "compiler" in reason.lower() else (
-            "install a driver and a Triton that fit this GPU"
-        )  # fmt: skip
+        if isinstance(error, subprocess.CalledProcessError):  # gcc, which lacks Python.h or libcuda
+            remedy = "install Python's headers (python3-dev) and what else the compiler names above"
+        elif "compiler" in reason.lower():
+            remedy = "install gcc or name a C compiler in CC"
+        else:
+            remedy = "install a driver and a Triton that fit this GPU"
         return f"Triton does not run on {name}: {reason}; {remedy}"
     return None
 

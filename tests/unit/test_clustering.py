@@ -391,3 +391,31 @@ def test_schedules():
     ):
         with pytest.raises(ValueError, match=r"step|epoch"):
             bad()
+
+
+def test_a_rank_without_ids_has_no_blocks():
+    """Of a small ROW_WISE table; on a GPU a block is all that a rank has."""
+    codes = torch.zeros(0, 2, dtype=torch.uint8)
+    ids = ChunkIds(codes, 1, 4, 4, helper_hash(0, "t", 1, 0), range(20, 20), 20)
+    assert list(ids.blocks(len(ids.held))) == []
+    assert not ids.count_pairs().any()
+
+
+@pytest.mark.parametrize("start", [0, 1])
+def test_assigned_bits_of_seen_ids_are_in_whole_words(start):
+    """The kernel that marks ids reads and writes words."""
+    config = CCEEmbeddingBagConfig(
+        name="t", num_embeddings=1000, embedding_dim=16, feature_names=["f"], num_rows=40,
+        track_seen=True,
+    )  # fmt: skip
+    module = CCEEmbeddingBagCollection([config])
+    state = module.state_dict()
+    key = next(key for key in state if key.endswith("seen"))
+    room = torch.randint(256, (start + len(state[key]),), dtype=torch.uint8)
+    state[key] = room[start:]
+    module.load_state_dict(state, assign=True)
+    seen = module.codes["t"].seen
+    assert torch.equal(seen, room[start:])
+    words = -(-len(seen) // 4)
+    assert seen.data_ptr() % 4 == 0
+    assert seen.untyped_storage().nbytes() - seen.storage_offset() >= 4 * words

@@ -6,8 +6,15 @@ import subprocess
 import sys
 
 import pytest
+import torch
 
-from cce_torchrec.clustering.budget import budget
+from cce_torchrec.clustering.budget import (
+    ASSIGN_BLOCK,
+    SAMPLES_PER_CENTROID,
+    Engine,
+    assign_block,
+    budget,
+)
 
 CHILD = """
 import json, sys
@@ -88,3 +95,14 @@ def test_little_memory_leaves_no_room_for_new_codes():
     rows, limit = case["rows"], case["memory_limit"]
     plan = budget(case["ids"], rows, 3 * rows, 8, limit, case["samples_per_centroid"])
     assert plan.working_bytes + plan.code_bytes > limit
+
+
+def test_on_cuda_without_triton_a_block_of_ids_is_counted_as_large_as_it_is():
+    shape, engine = (10**8, 2000, 2000, 16), Engine("torch", device="cuda")
+    few, block = SAMPLES_PER_CENTROID, assign_block(torch.device("cuda"), 16)
+    assert block > ASSIGN_BLOCK
+    got = budget(*shape, 4 << 30, few, engine).working_bytes
+    # Keys, and their sorted form with places: what torch.unique holds of each id, and a code.
+    assert got > (8 + 8 + 8 + 4) * block
+    small = budget(ASSIGN_BLOCK, *shape[1:], 4 << 30, 1, engine).working_bytes
+    assert got - small > 100 * (block - ASSIGN_BLOCK)

@@ -63,10 +63,12 @@ def test_a_gpu_that_was_measured_is_taken_without_a_word(caplog):
          r"does not run on a GPU .*Failed to find C compiler.*; install gcc or name a C compiler"),
         (lambda p: p.setattr(Probe, "error", RuntimeError("PTX was compiled by a newer driver")),
          r"newer driver; install a driver and a Triton that fit this GPU"),
+        (lambda p: p.setattr(Probe, "error", subprocess.CalledProcessError(1, ["gcc", "main.c"])),
+         r"'gcc', 'main.c'.* non-zero exit status 1.; install Python's headers \(python3-dev\)"),
         (lambda p: p.setattr(importlib.util, "find_spec", lambda n, *a: None),
          "Triton is not installed, with which the kernels for GPUs are compiled; install it"),
     ],
-    ids=["old", "no compiler", "driver", "no Triton"],
+    ids=["old", "no compiler", "driver", "no headers", "no Triton"],
 )  # fmt: skip
 def test_what_is_missing_is_said_once(monkeypatch, caplog, break_it, why):
     break_it(monkeypatch)
@@ -88,6 +90,14 @@ def test_a_gpu_that_was_never_measured_is_taken_and_named(monkeypatch, caplog):
     assert record.getMessage().endswith(
         "was never measured, only 9.0; python -m benchmarks.gpu does"
     )
+
+
+def test_a_compiled_model_asks_without_tracing_the_probe(monkeypatch, recwarn):
+    runs = []
+    monkeypatch.setattr(Probe, "run", classmethod(lambda cls, device: runs.append(device)))
+    ask = torch.compile(lambda x: x + launch.usable(GPU), backend="eager", fullgraph=True)
+    assert ask(torch.zeros(1)) == 1 and launch.usable(GPU)
+    assert runs == [GPU] and not [w for w in recwarn if "cache" in str(w.message)]
 
 
 def test_a_cpu_has_no_use_for_the_kernels():

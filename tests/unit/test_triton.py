@@ -285,6 +285,20 @@ mixed(features, check)
 assert mixed._described is not described and check.num_invalid == 3 * each
 assert not any(bits.any() for bits in seen(mixed))
 
+# A copy has codes and bits of its own, whatever becomes of what it was copied from.
+import copy
+for codes in mixed._tracked:
+    codes.train()
+features.length_per_key()  # then there are no rows of no bag
+before, other = mixed(features, check).values(), copy.deepcopy(mixed)
+for block in mixed._blocks:
+    if block.codes is not None and block.codes.codes is not None:
+        block.codes.codes.zero_()
+    if block.codes is not None and block.codes.seen is not None:
+        block.codes.seen.zero_()
+assert torch.equal(other(features, check).values(), before)
+assert not any(bits.any() for bits in seen(mixed)) and all(bits.any() for bits in seen(other))
+
 # Weights with a gradient take the torch form, which has one.
 weighted = batch(own, None, torch.int64, 3, True)
 weights = weighted.weights().requires_grad_()
