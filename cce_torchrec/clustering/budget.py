@@ -10,7 +10,7 @@ from cce_torchrec.clustering import gpu_budget
 from cce_torchrec.config import code_dtype
 from cce_torchrec.kmeans import native
 from cce_torchrec.kmeans.backends import SCORE_BYTES, SKLEARN_BACKENDS, score_table_bytes
-from cce_torchrec.kmeans.gpu_blocks import points_at_once
+from cce_torchrec.kmeans.gpu_blocks import points_at_once, width
 from cce_torchrec.kmeans.points import BLOCK
 
 SAMPLES_PER_CENTROID = 200
@@ -148,7 +148,9 @@ def _sklearn_bytes(points: int, dim: int, engine: Engine) -> int:
 
 def _book_bytes(clusters: int, helper_rows: int, dim: int, engine: Engine) -> int:
     """Fixed-point codebooks, sums, centroids and their temporaries."""
-    each = (20, 60) if engine.on_gpu else (40, 120)  # kernels leave fewer temporaries
+    each = (40, 120)
+    if engine.on_gpu:  # kernels leave fewer temporaries, and pad coordinates to whole tiles
+        each, dim = (20, 60), width(dim)
     total = (each[0] * (clusters + helper_rows) + each[1] * clusters) * dim + _SLACK
     if engine.init == "k-means++":
         total += 32 * clusters * (48 * dim + 64)

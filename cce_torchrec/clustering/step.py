@@ -21,6 +21,7 @@ from cce_torchrec.clustering.plan import DEFAULT_MEMORY_LIMIT, Key, Plan, Task, 
 from cce_torchrec.clustering.row_wise import RowWiseSolver
 from cce_torchrec.clustering.solve import Solver
 from cce_torchrec.codes import converted
+from cce_torchrec.gpu.launch import usable
 from cce_torchrec.gpu.memory import free_bytes
 from cce_torchrec.kmeans.backends import make_backend
 from cce_torchrec.kmeans.share import gathered, raise_failures, reason
@@ -158,11 +159,18 @@ def _run(
         digests = replicas.digests(states, options)
     except Exception as error:  # told to every rank below, then raised there
         failure = reason(error)
-    told = gathered((failure, tasks, digests, options.fingerprint()), group)
+    on_gpu = _device(states).type == "cuda"
+    kernels = usable(_device(states)) if on_gpu and failure is None else None
+    told = gathered((failure, tasks, digests, options.fingerprint(), kernels), group)
     raise_failures([f for f, *_ in told])
-    if len({fingerprint for *_, fingerprint in told}) > 1:
-        raise ValueError(f"ranks disagree about the options: {[f for *_, f in told]}")
-    replicas.check_equal([d for _, _, d, _ in told])
+    if len({fingerprint for *_, fingerprint, _ in told}) > 1:
+        raise ValueError(f"ranks disagree about the options: {[f for *_, f, _ in told]}")
+    if len({kernels for *_, kernels in told}) > 1:  # they would count and score otherwise
+        raise ValueError(
+            "Triton's kernels run on some ranks and not on others (see their warnings), by rank: "
+            f"{[k for *_, k in told]}; install the same everywhere"
+        )
+    replicas.check_equal([d for _, _, d, *_ in told])
     mine = {(path, state.chunk): state for path, state in states}
     held = {key for key, state in mine.items() if state.blocks is not None}
     rank = 0 if group is None else dist.get_rank(group)
@@ -368,5 +376,5 @@ def _device(states: list[tuple[str, ChunkState]]) -> torch.device:
     """Where this rank computes."""
     if states:
         return states[0][1].weight.device
-    on_cuda = dist.is_initialized() and dist.get_backend() == "nccl"
+    on_cuda = dist.is_initialized() and "nccl" in str(dist.get_backend_config())
     return torch.device("cuda", torch.cuda.current_device()) if on_cuda else torch.device("cpu")

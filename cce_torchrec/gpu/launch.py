@@ -13,8 +13,8 @@ import torch
 
 logger = logging.getLogger(__name__)
 
-OLDEST_CAPABILITY = (7, 0)
-"""Of a GPU that Triton generates code for, and that FBGEMM's wheels hold kernels for."""
+OLDEST_CAPABILITY = (7, 5)
+"""Of a GPU that wheels for CUDA 13 hold kernels for."""
 MEASURED_CAPABILITIES = ((9, 0),)
 """On which the kernels were run and timed (benchmarks/results)."""
 
@@ -53,7 +53,7 @@ def _fault_of(device: torch.device) -> str | None:
     capability = torch.cuda.get_device_capability(device)
     name = f"{torch.cuda.get_device_name(device)} (compute capability {_dotted(capability)})"
     if capability < OLDEST_CAPABILITY:
-        return f"{name} is older than {_dotted(OLDEST_CAPABILITY)}, the oldest that Triton takes"
+        return f"{name} is older than {_dotted(OLDEST_CAPABILITY)}, the oldest that CUDA 13 takes"
     if capability not in MEASURED_CAPABILITIES:
         measured = ", ".join(map(_dotted, MEASURED_CAPABILITIES))
         _warn_once(f"{name} was never measured, only {measured}; python -m benchmarks.gpu does")

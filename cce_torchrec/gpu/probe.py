@@ -16,4 +16,8 @@ def _probe(out_ptr):  # type: ignore[no-untyped-def]  # Triton's own types
 
 def run(device: torch.device) -> None:
     """Raises what goes wrong."""
-    launch(_probe, (1,), torch.zeros(1, dtype=torch.int32, device=device))
+    out = torch.zeros(1, dtype=torch.int32, device=device)
+    launch(_probe, (1,), out)
+    capturing = torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
+    if not capturing and int(out) != 1:  # which waits, so that what fails does so here
+        raise RuntimeError("a kernel ran and wrote nothing")

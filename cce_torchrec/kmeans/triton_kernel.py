@@ -292,15 +292,31 @@ def _accumulate(  # type: ignore[no-untyped-def]
     tl.atomic_add(errors_ptr + cluster, rounded, mask=between, sem="relaxed")
 
 
-def tolerances(dim: int) -> dict[str, float]:
+def turn_error(device: torch.device) -> float:
+    """How far tensor cores are off in one turn of 16 coordinates, as a share of what is there.
+
+    They align the products of a turn to the largest and drop what is below a few bits beyond
+    float32's. By how many, and of how many products, differs: the figures are twice what a model of
+    an H100 (16 products, two bits), an A100 (8, one) and older ones (4, none) can lose.
+    """
+    if device.type != "cuda":
+        return 2.0**-21
+    generation, _ = torch.cuda.get_device_capability(device)
+    return {9: 2.0**-21, 8: 2.0**-20}.get(generation, 2.0**-19)
+
+
+def tolerances(dim: int, turn: float) -> dict[str, float]:
     """How far a score by one product, or by three, is off in what is added up, at most.
 
-    Tensor cores add 16 coordinates in a turn, in float32 and off by at most 2^-22 of what is
-    there by then; half of the norm is added too. The small products come first, but for points of
+    Adding half of the norm costs about a turn. The small products come first, but for points of
     several tiles, whose small products are added to sums that are large already.
+
+    Args:
+        dim: of the points.
+        turn: see `turn_error`.
     """
     turns, tile = width(dim) / 16, dims_at_once(dim) / 16
-    return {"ONE": (turns + 2) * 2.0**-22, "THREE": (tile + 3 * (turns - tile) + 3) * 2.0**-22}
+    return {"ONE": (turns + 1) * turn, "THREE": (tile + 3 * (turns - tile) + 1.5) * turn}
 
 
 def in_tiles(num_centroids: int) -> int:
@@ -334,7 +350,8 @@ def split(
     dim = points.dim
     launch(
         _split, (triton.cdiv(len(high), _SPLIT_POINTS),),
-        *points.tensors, unit, reach, high, low, tolerance, first, len(high), **tolerances(dim),
+        *points.tensors, unit, reach, high, low, tolerance, first, len(high),
+        **tolerances(dim, turn_error(high.device)),
         DIM=dim, WIDTH=width(dim), DIMS=dims_at_once(dim), POINTS=_SPLIT_POINTS,
         PAIRS=points.pairs,
     )  # fmt: skip

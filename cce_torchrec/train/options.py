@@ -38,6 +38,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     add("--lr", type=float, help="of the tables; default 0.1 at compression 10 or more, else 0.03")
     add("--dense-lr", type=float, default=1e-3, help="Adam, of everything but the tables")
     add("--clusterings", type=int, help="default 18, in a single epoch 8")
+    add("--clustering-memory", type=int, help="bytes beside the model; see cluster(memory_limit=)")
     add("--finalize", action="store_true", help="the last clustering gives main the helper's rows")
     add("--seed", type=int, default=0, help="of hashes, initial values and order")
     add("--split-seed", type=int, default=DEFAULT_SPLIT_SEED, help="of the held-out rows")

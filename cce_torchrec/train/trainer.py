@@ -122,10 +122,11 @@ class Trainer:
         bar.close()
 
     def _cluster(self) -> None:
+        limit = self.args.clustering_memory
         if not (self.args.finalize and self.step == max(self.schedule.steps)):
-            self.records.clustered(cluster(self.model))
+            self.records.clustered(cluster(self.model, memory_limit=limit))
             return
-        self.records.clustered(finalize(self.model))
+        self.records.clustered(finalize(self.model, memory_limit=limit))
         self._finalise_configs()
 
     def _past_last_clustering(self) -> bool:

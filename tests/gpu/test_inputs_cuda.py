@@ -5,6 +5,7 @@ import torch
 from fbgemm_gpu.split_table_batched_embeddings_ops_common import BoundsCheckMode
 from torchrec import KeyedJaggedTensor
 from torchrec.distributed import DistributedModelParallel
+from torchrec.modules.embedding_configs import EmbeddingBagConfig, PoolingType
 from torchrec.optim.apply_optimizer_in_backward import apply_optimizer_in_backward
 
 from cce_torchrec import CCEEmbeddingBagCollection, CCEEmbeddingBagConfig, CCEEmbeddingCollection
@@ -113,6 +114,31 @@ def test_a_batch_size_per_feature_equals_the_cpu():
     assert torch.equal(one.values(), other.values().cpu())
     assert torch.equal(one.lengths().long(), other.lengths().cpu().long())
     assert one.stride_per_key() == other.stride_per_key()
+
+
+@pytest.mark.usefixtures("one_rank")
+def test_a_batch_size_per_feature_trains_as_every_example_does():
+    """Over two FBGEMM modules, as tables are summed and averaged."""
+    from tests.distributed.test_inputs import every_example, vbe_batch
+    from tests.distributed.test_sharded import tables as several
+
+    def configs():
+        plain = EmbeddingBagConfig(name="mean", num_embeddings=40, embedding_dim=8,
+                                   feature_names=["g"], pooling=PoolingType.MEAN)  # fmt: skip
+        return [*several(PoolingType.SUM), plain]
+
+    torch.manual_seed(0)
+    model = Model(CCEEmbeddingBagCollection(configs()))
+    parameters = list(model.collection.parameters())
+    apply_optimizer_in_backward(torch.optim.SGD, parameters, {"lr": 0.1})
+    plan = make_plan(model, configs(), CUDA, "tw")
+    model = DistributedModelParallel(model, device=CUDA, plan=plan, sharders=get_default_sharders())
+    for seed in range(2):
+        features = vbe_batch(seed, False)
+        whole = model(every_example(features).to(CUDA)).wait().values().detach()
+        out = model(features.to(CUDA)).wait().values()
+        torch.testing.assert_close(out, whole)
+        out.square().sum().backward()
 
 
 def test_a_cuda_graph_replays_the_expansion_and_refuses_fatal():

@@ -58,7 +58,7 @@ def test_a_gpu_that_was_measured_is_taken_without_a_word(caplog):
     "break_it, why",
     [
         (lambda p: p.setattr(torch.cuda, "get_device_capability", lambda d: (6, 1)),
-         r"a GPU \(compute capability 6.1\) is older than 7.0, the oldest that Triton takes"),
+         r"a GPU \(compute capability 6.1\) is older than 7.5, the oldest that CUDA 13 takes"),
         (lambda p: p.setattr(Probe, "error", RuntimeError("Failed to find C compiler. Please…")),
          r"does not run on a GPU .*Failed to find C compiler.*; install gcc or name a C compiler"),
         (lambda p: p.setattr(Probe, "error", RuntimeError("PTX was compiled by a newer driver")),
@@ -135,6 +135,22 @@ def test_too_little_free_memory_for_a_clustering(monkeypatch):
     with pytest.raises(ValueError, match=why):
         cluster(module)
     cluster(module, memory_limit=100_000_000)
+
+
+def test_ranks_agree_about_the_kernels(monkeypatch):
+    """One node without a compiler would count and score otherwise than the others."""
+    from cce_torchrec import CCEEmbeddingBagCollection, CCEEmbeddingBagConfig
+    from cce_torchrec.clustering import cluster, step
+
+    def with_another_rank(own, group):
+        return [own, (*own[:4], True)] if isinstance(own, tuple) and len(own) == 5 else [own]
+
+    monkeypatch.setattr(step, "gathered", with_another_rank)
+    config = CCEEmbeddingBagConfig(
+        name="t", num_embeddings=900, embedding_dim=16, feature_names=["f"], num_rows=50
+    )
+    with pytest.raises(ValueError, match=r"on some ranks and not on others .* \[None, True\]"):
+        cluster(CCEEmbeddingBagCollection([config]))
 
 
 def test_nothing_imports_triton_before_it_is_needed():

@@ -89,7 +89,7 @@ def test_nearest_centroids(name, dim):
     signature |= dict.fromkeys(("first", "count", "num_centroids"), "i32")
     dims = kmeans.dims_at_once(dim)
     constants = {
-        **constants, **kmeans.tolerances(dim), "DIM": dim, "WIDTH": kmeans.width(dim),
+        **constants, **kmeans.tolerances(dim, 2.0**-21), "DIM": dim, "WIDTH": kmeans.width(dim),
         "DIMS": min(32, dims) if name == "_exact" else dims, "GROUPS": 64, "FOLD": 2,
         "PAIRS": dim != 20,
     }  # fmt: skip
