@@ -127,18 +127,25 @@ def test_a_batch_size_per_feature_trains_as_every_example_does():
                                    feature_names=["g"], pooling=PoolingType.MEAN)  # fmt: skip
         return [*several(PoolingType.SUM), plain]
 
-    torch.manual_seed(0)
-    model = Model(CCEEmbeddingBagCollection(configs()))
-    parameters = list(model.collection.parameters())
-    apply_optimizer_in_backward(torch.optim.SGD, parameters, {"lr": 0.1})
-    plan = make_plan(model, configs(), CUDA, "tw")
-    model = DistributedModelParallel(model, device=CUDA, plan=plan, sharders=get_default_sharders())
+    def made():
+        torch.manual_seed(0)
+        model = Model(CCEEmbeddingBagCollection(configs()))
+        parameters = list(model.collection.parameters())
+        apply_optimizer_in_backward(torch.optim.SGD, parameters, {"lr": 0.1})
+        plan = make_plan(model, configs(), CUDA, "tw")
+        return DistributedModelParallel(
+            model, device=CUDA, plan=plan, sharders=get_default_sharders()
+        )
+
+    # One for each kind of batch: TorchRec's output distribution takes the kind it saw first.
+    by_feature, by_example = made(), made()
     for seed in range(2):
         features = vbe_batch(seed, False)
-        whole = model(every_example(features).to(CUDA)).wait().values().detach()
-        out = model(features.to(CUDA)).wait().values()
+        whole = by_example(every_example(features).to(CUDA)).wait().values()
+        out = by_feature(features.to(CUDA)).wait().values()
         torch.testing.assert_close(out, whole)
-        out.square().sum().backward()
+        for found in (out, whole):
+            found.square().sum().backward()
 
 
 def test_a_cuda_graph_replays_the_expansion_and_refuses_fatal():

@@ -90,11 +90,11 @@ def test_nearest_centroids(name, dim):
     dims = kmeans.dims_at_once(dim)
     constants = {
         **constants, **kmeans.tolerances(dim, 2.0**-21), "DIM": dim, "WIDTH": kmeans.width(dim),
-        "DIMS": min(32, dims) if name == "_exact" else dims, "GROUPS": 64, "FOLD": 2,
+        "DIMS": min(32, dims) if name == "_exact" else dims, "GROUPS": 32, "FOLD": 2,
         "PAIRS": dim != 20,
     }  # fmt: skip
     used = {k: v for k, v in signature.items() if k in kernel.arg_names}
-    warps = 8 if name == "_best_group" else 4
+    warps = 4
     compile_for_h100(
         kernel, used, {k: v for k, v in constants.items() if k in kernel.arg_names}, num_warps=warps
     )
