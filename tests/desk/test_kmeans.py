@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from cce_torchrec.gpu.launch import usable
+from cce_torchrec.gpu.launch import unusable
 from cce_torchrec.gpu.memory import free_bytes
 from cce_torchrec.kmeans import PairPoints, TensorPoints, kmeans
 from cce_torchrec.kmeans.backends import make_backend
@@ -83,7 +83,7 @@ def test_fewer_points_than_clusters(backend):
 @pytest.mark.parametrize("backend", ON_CUDA)
 def test_waits_do_not_grow_with_the_points(backend):
     counted = []
-    usable(CUDA)  # which waits for its first kernel, once a process
+    unusable(CUDA)  # which waits for its first kernel, once a process
     for n in (64, 256):
         x = points("pairs", "cuda", n=n)
         with counting() as counts:
