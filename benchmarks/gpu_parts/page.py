@@ -77,7 +77,7 @@ def _nested(row: Json, named: str) -> list[str]:
     for key, value in row.items():
         if key.startswith("longest kernels"):
             lines += ["", f"{key} ({named})", "", "```"]
-            lines += [f"{ms:10.4f}  {kernel[:150]}" for kernel, ms in value.items()] + ["```"]
+            lines += [f"{ms:10.4f}  {kernel}" for kernel, ms in value.items()] + ["```"]
         elif isinstance(value, dict | list) and value:
             lines += ["", f"{key} ({named}): {_flat(value)}"]
     return lines

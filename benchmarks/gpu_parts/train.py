@@ -154,7 +154,7 @@ def _examples(part: Part, folder: Path, ways: dict[str, list[str]]) -> None:
                 "seconds clustering": summary["clustering_seconds"],
                 "seconds": summary["seconds"],
                 "validation log loss": summary["val_log_loss"],
-                "settings": summary["settings"],
+                "settings": {k: v for k, v in summary["settings"].items() if k != "out"},
             }
             part.add("examples a second (median epoch after the first, clusterings in it)", row)
     full = speeds.get("full, default pipeline")
