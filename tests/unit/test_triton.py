@@ -5,6 +5,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 from tests.optional import needs_interpreter
 
 pytestmark = needs_interpreter
@@ -76,17 +78,6 @@ assert torch.equal(one.assignment, other.assignment)
 """
 
 
-def test_interpreted_kernel_equals_torch():
-    done = subprocess.run(
-        [sys.executable, "-c", CHECK],
-        env={**os.environ, "TRITON_INTERPRET": "1"},
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-
-
 CLUSTER = """
 import torch
 from cce_torchrec import CCEEmbeddingBagCollection, CCEEmbeddingBagConfig
@@ -116,9 +107,11 @@ def run(step, usable, **options):
     return report, module.state_dict()
 
 weights = {"byte": torch.arange(1200) % 4, "short": torch.arange(700) % 3}
-for step in (cluster, finalize):
-    for options in ({}, {"samples_per_centroid": 5}, {"weights": weights}, {"weights": "seen"},
-                    {"weights": weights, "samples_per_centroid": 5}, {"memory_limit": 46_000_000}):
+sampled = {"weights": weights, "samples_per_centroid": 5}
+ways = ({}, {"samples_per_centroid": 5}, {"weights": weights}, {"weights": "seen"}, sampled,
+        {"memory_limit": 46_000_000})
+for step, tried in ((cluster, ways), (finalize, ({}, sampled))):
+    for options in tried:
         print(step, options)
         (one, a), (other, b) = (run(step, on, **options) for on in (True, False))
         assert one.chunks and [r.changed for r in one.chunks] == [r.changed for r in other.chunks]
@@ -131,17 +124,6 @@ pairs.sample_room = lambda ids, share: 7
 (_, a), (_, b) = (run(cluster, on, samples_per_centroid=5) for on in (True, False))
 assert all(torch.equal(a[key], b[key]) for key in a)
 """
-
-
-def test_interpreted_clustering_equals_torch():
-    done = subprocess.run(
-        [sys.executable, "-c", CLUSTER],
-        env={**os.environ, "TRITON_INTERPRET": "1"},
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
 
 
 EXPAND = """
@@ -309,23 +291,36 @@ assert weights.grad.min() >= 1
 """
 
 
-def test_interpreted_expansion_equals_torch():
-    done = subprocess.run(
-        [sys.executable, "-c", EXPAND],
-        env={**os.environ, "TRITON_INTERPRET": "1"},
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
+CHECKS = {
+    "kernel": ["-c", CHECK],
+    "clustering": ["-c", CLUSTER],
+    "expansion": ["-c", EXPAND],
+    "compiled model": ["-m", "pytest", "-q", str(Path(__file__).with_name("test_compile.py"))],
+}
 
 
-def test_a_compiled_model_falls_back_at_the_kernel():
-    done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", str(Path(__file__).with_name("test_compile.py"))],
-        env={**os.environ, "TRITON_INTERPRET": "1"},
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert done.returncode == 0, done.stdout[-3000:]
+@pytest.fixture(scope="module")
+def running(tmp_path_factory):
+    """All checks at once, each with a file for what it says: (process, path) by name."""
+    folder = tmp_path_factory.mktemp("interpreted")
+    started = {}
+    for name, arguments in CHECKS.items():
+        with open(folder / name, "w") as said:
+            process = subprocess.Popen(
+                [sys.executable, *arguments],
+                env={**os.environ, "TRITON_INTERPRET": "1"},
+                stdout=said,
+                stderr=subprocess.STDOUT,
+            )
+        started[name] = process, folder / name
+    yield started
+    for process, _ in started.values():
+        process.kill()
+        process.wait()
+
+
+@pytest.mark.parametrize("name", CHECKS)
+def test_interpreted(running, name):
+    """Kernels equal torch; a compiled model falls back to torch at the kernel."""
+    process, said = running[name]
+    assert process.wait(timeout=300) == 0, said.read_text()[-3000:]
