@@ -94,9 +94,8 @@ def test_nearest_centroids(name, dim):
         "PAIRS": dim != 20,
     }  # fmt: skip
     used = {k: v for k, v in signature.items() if k in kernel.arg_names}
-    warps = 4
     compile_for_h100(
-        kernel, used, {k: v for k, v in constants.items() if k in kernel.arg_names}, num_warps=warps
+        kernel, used, {k: v for k, v in constants.items() if k in kernel.arg_names}, num_warps=4
     )
 
 
