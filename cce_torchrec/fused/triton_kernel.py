@@ -80,6 +80,7 @@ def starts(  # type: ignore[no-untyped-def]
     stride, FEATURES: tl.constexpr, TABLES: tl.constexpr, TABLE_FIELDS: tl.constexpr,
     VARIABLE: tl.constexpr,
 ):  # fmt: skip
+    """Where features start among the ids, and tables among the rows, both in one program."""
     feature = tl.arange(0, FEATURES)
     known = feature <= num_features
     bag = _first_bag(feature, bag_starts_ptr, stride, known, VARIABLE)

@@ -122,7 +122,7 @@ class Points(ABC):
     ) -> None:
         """Adds points from `start` on to their clusters' sums, sizes and errors (all int64)."""
         if usable(self.device):
-            from cce_torchrec.kmeans import triton_kernel
+            from cce_torchrec.kmeans import triton_sums
 
             values = (1 / self.scale, error_scale)
             scales = torch.tensor(values, dtype=torch.float64, device=self.device)
@@ -130,7 +130,7 @@ class Points(ABC):
             centers, size = centroids.contiguous(), points_at_once(self.dim)
             for begin in range(0, nearest.numel(), size):
                 part, own = nearest[begin : begin + size], start + begin
-                triton_kernel.accumulate(sources, weights, own, part, centers, scales, stats)
+                triton_sums.accumulate(sources, weights, own, part, centers, scales, stats)
             return
         sums, sizes, errors = stats
         for first in range(0, nearest.numel(), BLOCK):

@@ -1,4 +1,4 @@
-"""Exact nearest centroids on tensor cores, and the sums of clusters, in Triton.
+"""Exact nearest centroids on tensor cores, in Triton.
 
 The winner is that of float64, ties to the lowest index, however it is found and in whatever blocks:
 
@@ -23,13 +23,12 @@ import triton.language as tl
 
 from cce_torchrec.gpu.launch import launch
 from cce_torchrec.kmeans.gpu_blocks import dims_at_once, width
-from cce_torchrec.kmeans.points import Sources, Sums
+from cce_torchrec.kmeans.points import Sources
 
 GROUPS = 32
 TOP = 256.0
 """Largest coordinate after scaling: float16 has its full precision down to 6e-5."""
 _EXACT_DIMS, _EXACT_POINTS, _EXACT_CENTROIDS, _EXACT_PROGRAMS = 32, 1, 128, 2112
-_ACCUMULATE_POINTS = 64
 _SPLIT_POINTS = 64
 _POINTS, _WARPS, _STAGES, _FOLD = 128, 4, 3, 2
 """Points of a tile, its warps, tiles of centroids that are fetched ahead, and how many times the
@@ -39,7 +38,7 @@ _LOOK_POINTS, _LOOK_WARPS = 128, 4
 
 
 @triton.jit
-def _coordinates(  # type: ignore[no-untyped-def]  # Triton compiles it, types are its own
+def coordinates(  # type: ignore[no-untyped-def]  # Triton compiles it, types are its own
     main_ptr, helper_ptr, a_ptr, b_ptr, point, dims, inside, DIM: tl.constexpr, PAIRS: tl.constexpr
 ):  # fmt: skip
     on = inside[:, None] & (dims < DIM)[None, :]
@@ -66,7 +65,7 @@ def _split(  # type: ignore[no-untyped-def]
     off_both = tl.zeros((POINTS,), tl.float32)
     for start in range(0, WIDTH, DIMS):
         dims = start + tl.arange(0, DIMS)
-        x = _coordinates(main_ptr, helper_ptr, a_ptr, b_ptr, first + at, dims, inside, DIM, PAIRS)
+        x = coordinates(main_ptr, helper_ptr, a_ptr, b_ptr, first + at, dims, inside, DIM, PAIRS)
         x = (x.to(tl.float64) * unit).to(tl.float32)
         high = x.to(tl.float16)
         rest = x - high.to(tl.float32)
@@ -220,7 +219,7 @@ def _exact(  # type: ignore[no-untyped-def]
             scores = tl.load(half_norm_ptr + column, mask=real, other=float("-inf"))
             for begin in range(0, WIDTH, DIMS):
                 dims = begin + tl.arange(0, DIMS)
-                x = _coordinates(main_ptr, helper_ptr, a_ptr, b_ptr, first + row, dims, inside,
+                x = coordinates(main_ptr, helper_ptr, a_ptr, b_ptr, first + row, dims, inside,
                                  DIM, PAIRS).to(tl.float64) * unit  # fmt: skip
                 c_at = column[:, :, None] * WIDTH + dims[None, None, :]
                 c = tl.load(c_ptr + c_at, mask=real[:, :, None], other=0.0)
@@ -230,66 +229,6 @@ def _exact(  # type: ignore[no-untyped-def]
             index = tl.where(top > best, where, index)
             best = tl.maximum(best, top)
         tl.store(out_ptr + row, index, mask=inside)
-
-
-@triton.jit
-def _add_rows(sums_ptr, cluster, rows, chosen, cell, on):  # type: ignore[no-untyped-def]
-    # The chosen rows are of one cluster: their sum is added at once.
-    total = tl.sum(tl.where(chosen[:, None], rows, 0), axis=0)
-    tl.atomic_add(sums_ptr + cluster + cell, total, mask=on, sem="relaxed")
-
-
-@triton.jit
-def _add_values(sums_ptr, cluster, values, chosen):  # type: ignore[no-untyped-def]
-    tl.atomic_add(
-        sums_ptr + cluster, tl.sum(tl.where(chosen, values, 0), axis=0), sem="relaxed"
-    )  # fmt: skip
-
-
-@triton.jit(do_not_specialize=["first", "count"])
-def _accumulate(  # type: ignore[no-untyped-def]
-    main_ptr, helper_ptr, a_ptr, b_ptr, weights_ptr, order_ptr, clusters_ptr, c_ptr, scales_ptr,
-    sums_ptr, sizes_ptr, errors_ptr, first, count,
-    DIM: tl.constexpr, WIDTH: tl.constexpr, DIMS: tl.constexpr, POINTS: tl.constexpr,
-    PAIRS: tl.constexpr,
-):  # fmt: skip
-    start = tl.program_id(0).to(tl.int64) * POINTS
-    at = start + tl.arange(0, POINTS)
-    inside = at < count
-    cluster = tl.load(clusters_ptr + at, mask=inside, other=0).to(tl.int64)
-    # Points come by cluster, so that most of these are of the first one's or of the last one's:
-    # the sums of both are added at once, and one by one only what lies between.
-    head = tl.load(clusters_ptr + start).to(tl.int64)
-    tail = tl.load(clusters_ptr + tl.minimum(start + POINTS, count) - 1).to(tl.int64)
-    ahead, behind = inside & (cluster == head), inside & (cluster == tail) & (tail != head)
-    between = inside & (cluster != head) & (cluster != tail)
-    point = first + tl.load(order_ptr + at, mask=inside, other=0)
-    weight = tl.load(weights_ptr + point, mask=inside, other=0)
-    unit, error_scale = tl.load(scales_ptr), tl.load(scales_ptr + 1)
-    error = tl.zeros((POINTS,), tl.float64)
-    for begin in range(0, WIDTH, DIMS):
-        dims = begin + tl.arange(0, DIMS)
-        real = dims < DIM
-        x = _coordinates(main_ptr, helper_ptr, a_ptr, b_ptr, point, dims, inside, DIM, PAIRS)
-        weighted = x.to(tl.int64) * weight[:, None]
-        _add_rows(sums_ptr, head * DIM, weighted, ahead, dims, real)
-        if tail != head:
-            _add_rows(sums_ptr, tail * DIM, weighted, behind, dims, real)
-        cell = cluster[:, None] * DIM + dims[None, :]
-        alone = between[:, None] & real[None, :]
-        tl.atomic_add(sums_ptr + cell, weighted, mask=alone, sem="relaxed")
-        on = inside[:, None] & real[None, :]
-        center = tl.load(c_ptr + cell, mask=on, other=0.0).to(tl.float64)
-        off = tl.where(on, x.to(tl.float64) * unit - center, 0.0)
-        error += tl.sum(off * off, axis=1)
-    rounded = (error * error_scale + 0.5).to(tl.int64) * weight
-    _add_values(sizes_ptr, head, weight, ahead)
-    _add_values(errors_ptr, head, rounded, ahead)
-    if tail != head:
-        _add_values(sizes_ptr, tail, weight, behind)
-        _add_values(errors_ptr, tail, rounded, behind)
-    tl.atomic_add(sizes_ptr + cluster, weight, mask=between, sem="relaxed")
-    tl.atomic_add(errors_ptr + cluster, rounded, mask=between, sem="relaxed")
 
 
 def turn_error(device: torch.device) -> float:
@@ -441,34 +380,4 @@ def exact(
         *points.tensors, unit, centroids, half_norms, *ties, out, first, len(half_norms),
         DIM=dim, WIDTH=width(dim), DIMS=min(_EXACT_DIMS, dims_at_once(dim)), POINTS=_EXACT_POINTS,
         CENTROIDS=_EXACT_CENTROIDS, GROUPS=GROUPS, PAIRS=points.pairs,
-    )  # fmt: skip
-
-
-def accumulate(
-    points: Sources,
-    weights: torch.Tensor,
-    first: int,
-    nearest: torch.Tensor,
-    centroids: torch.Tensor,
-    scales: torch.Tensor,
-    stats: Sums,
-) -> None:
-    """Adds the points from `first` on to their clusters' sums, sizes and errors (all int64).
-
-    Args:
-        points: integers of a common scale.
-        weights: int64 [num_points].
-        first: the point that `nearest` starts with.
-        nearest: int32 [n], cluster of each.
-        centroids: float32 [k, dim].
-        scales: float64 [2]: one over the scale of the integers, and that of squared distances.
-        stats: int64 [k, dim], [k] and [k].
-    """
-    dim = points.dim
-    clusters, order = torch.sort(nearest)
-    launch(
-        _accumulate, (triton.cdiv(len(nearest), _ACCUMULATE_POINTS),),
-        *points.tensors, weights, order, clusters, centroids, scales, *stats, first, len(nearest),
-        DIM=dim, WIDTH=width(dim), DIMS=dims_at_once(dim), POINTS=_ACCUMULATE_POINTS,
-        PAIRS=points.pairs,
     )  # fmt: skip

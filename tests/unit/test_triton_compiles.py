@@ -13,6 +13,7 @@ from triton.compiler import ASTSource  # noqa: E402
 from cce_torchrec.clustering import triton_kernel as passes  # noqa: E402
 from cce_torchrec.fused import triton_kernel as fused  # noqa: E402
 from cce_torchrec.kmeans import triton_kernel as kmeans  # noqa: E402
+from cce_torchrec.kmeans import triton_sums  # noqa: E402
 
 H100 = GPUTarget("cuda", 90, 32)
 SHARED_BYTES = 227 << 10
@@ -79,7 +80,8 @@ NEAREST = {
 @pytest.mark.parametrize("dim", [4, 20, 32, 64, 150])
 @pytest.mark.parametrize("name", NEAREST)
 def test_nearest_centroids(name, dim):
-    kernel, (types, constants) = getattr(kmeans, name), NEAREST[name]
+    of = triton_sums if name == "_accumulate" else kmeans
+    kernel, (types, constants) = getattr(of, name), NEAREST[name]
     kinds = {**dict.fromkeys(HALVES, "*fp16"), **dict.fromkeys(FLOATS, "*fp32")}
     kinds |= dict.fromkeys(("main", "helper", "a", "b", "clusters", "out", "ties"), "*i32")
     kinds |= dict.fromkeys(("tied_bucket", "num_ties"), "*i32")
