@@ -52,6 +52,8 @@ class Lookup:
         """Of every table, or 0 where they differ or some have no codes."""
         self.raw = any(table[10] for table in tables)
         self.mark = any(table[12] for table in tables)
+        self.pairs = all(table[5] for table in tables)
+        """Whether every table has helper rows: two rows per id and chunk."""
 
 
 @dataclass(frozen=True)
@@ -101,8 +103,14 @@ def expand(
         step = 1
     num_values = ids.numel()
     row_programs = triton.cdiv(num_values, _VALUES)
+    long = bags.stride >= _BAGS
+    bag_programs = (
+        lookup.num_out_features * triton.cdiv(bags.stride, _BAGS)
+        if long
+        else max(1, triton.cdiv(bags.num_out, _BAGS))
+    )
     launch(
-        kernels.expand, (row_programs + triton.cdiv(bags.num_out + 1, _BAGS),),
+        kernels.expand, (row_programs + bag_programs,),
         ids, weights, bags.offsets, bags.starts, bags.out_starts, starts, out_starts,
         lookup.numbers, out, out_weights, offsets, invalid, first_bad, *lookup.places, num_values,
         lookup.num_features, lookup.num_out_features, lookup.num_tables, bags.num_out,
@@ -110,8 +118,10 @@ def expand(
         CHUNKS=lookup.most_chunks, STEPS=lookup.num_features.bit_length(),
         BAG_STEPS=lookup.num_out_features.bit_length() if variable else 0,
         VALUES=_VALUES, BAGS=_BAGS, CODE_BYTES=lookup.code_bytes, RAW=lookup.raw,
-        MARK=lookup.mark, LONG=bags.stride >= _BAGS, TABLE_FIELDS=kernels.TABLE_FIELDS,
-        CHUNK_FIELDS=kernels.CHUNK_FIELDS, FEATURE_FIELDS=kernels.FEATURE_FIELDS,
+        MARK=lookup.mark, PAIRS=lookup.pairs,
+        TABLE_BY_TABLE=num_values >= lookup.num_tables * _VALUES, LONG=long,
+        TABLE_FIELDS=kernels.TABLE_FIELDS, CHUNK_FIELDS=kernels.CHUNK_FIELDS,
+        FEATURE_FIELDS=kernels.FEATURE_FIELDS,
         num_warps=_WARPS,
     )  # fmt: skip
 

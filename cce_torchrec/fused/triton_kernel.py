@@ -101,80 +101,102 @@ def starts(  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def _codes(address, cell, on, BYTES: tl.constexpr):  # type: ignore[no-untyped-def]
+def _codes(address, column, cell, on, BYTES: tl.constexpr):  # type: ignore[no-untyped-def]
     if BYTES == 1:
-        return tl.load(address.to(tl.pointer_type(tl.uint8)) + cell, mask=on, other=0).to(tl.int64)
+        codes = address.to(tl.pointer_type(tl.uint8)) + column
+        return tl.load(codes + cell, mask=on, other=0).to(tl.int64)
     elif BYTES == 2:
-        code = tl.load(address.to(tl.pointer_type(tl.int16)) + cell, mask=on, other=0)
-        return code.to(tl.int64) & 0xFFFF
+        codes = address.to(tl.pointer_type(tl.int16)) + column
+        return tl.load(codes + cell, mask=on, other=0).to(tl.int64) & 0xFFFF
     else:
-        return tl.load(address.to(tl.pointer_type(tl.int32)) + cell, mask=on, other=0).to(tl.int64)
+        codes = address.to(tl.pointer_type(tl.int32)) + column
+        return tl.load(codes + cell, mask=on, other=0).to(tl.int64)
+
+
+@triton.jit
+def _tables_of(  # type: ignore[no-untyped-def]
+    begin, count, starts_ptr, lookup_ptr, table_of_at, num_features, step, STEPS: tl.constexpr
+):
+    # The first and the last table of `count` values from `begin` on.
+    ends = begin + tl.arange(0, 2) * tl.maximum(count - 1, 0)
+    feature = _last_at(starts_ptr, step, ends, num_features, STEPS)
+    table = tl.load(lookup_ptr + table_of_at + feature)
+    return tl.min(table, axis=0), tl.max(table, axis=0)
+
+
+@triton.jit
+def _store(out_ptr, begins, at, main, helper, on, two, PAIRS: tl.constexpr):  # type: ignore[no-untyped-def]
+    if PAIRS:  # both of an id at once; a table's rows begin at an even place
+        pair = at[:, None] * 2 + tl.arange(0, 2)[None, :]
+        begins = (begins // 2 * 2 + tl.zeros(at.shape, tl.int64))[:, None]
+        tl.store(out_ptr + begins + pair, tl.join(main, helper), mask=on[:, None])
+    else:
+        to = begins + at * tl.where(two, 2, 1)
+        tl.store(out_ptr + to, main, mask=on)
+        tl.store(out_ptr + to + 1, helper, mask=on & two)
 
 
 @triton.jit
 def _rows(  # type: ignore[no-untyped-def]
-    program, ids_ptr, weights_ptr, starts_ptr, lookup_ptr, chunks_at, table_of_at, out_starts_ptr,
-    out_ptr, out_weights_ptr, invalid_ptr, first_bad_ptr, num_values, num_features, step,
-    CHUNKS: tl.constexpr, STEPS: tl.constexpr, VALUES: tl.constexpr, CODE_BYTES: tl.constexpr,
-    RAW: tl.constexpr, MARK: tl.constexpr, ALIKE: tl.constexpr,
-    TABLE_FIELDS: tl.constexpr, CHUNK_FIELDS: tl.constexpr,
+    table, begin, count, ids_ptr, weights_ptr, starts_ptr, lookup_ptr, chunks_at, out_starts_ptr,
+    out_ptr, out_weights_ptr, invalid_ptr, first_bad_ptr, step, CHUNKS: tl.constexpr,
+    VALUES: tl.constexpr, CODE_BYTES: tl.constexpr, RAW: tl.constexpr, MARK: tl.constexpr,
+    PAIRS: tl.constexpr, ALIKE: tl.constexpr, TABLE_FIELDS: tl.constexpr,
+    CHUNK_FIELDS: tl.constexpr,
 ):  # fmt: skip
-    at = program * VALUES + tl.arange(0, VALUES)
-    # A batch may have values beyond its last bag, which belong to no table.
-    inside = (at < num_values) & (at < _start(starts_ptr, num_features, step))
-    feature = _last_at(starts_ptr, step, at, num_features, STEPS)
-    table = tl.load(lookup_ptr + table_of_at + feature, mask=inside, other=0)
+    # Of `count` values from `begin` on those that are of `table`, which is one or one for each.
+    # Positions among them are int32, so that few instructions have 64 bits.
     field = lookup_ptr + table * TABLE_FIELDS
-    num_embeddings, address = tl.load(field), tl.load(field + 1)
-    num_rows, helper_rows = tl.load(field + 4), tl.load(field + 5)
     first = _start(starts_ptr, tl.load(field + 6), step)
     last = _start(starts_ptr, tl.load(field + 7), step)
+    at = tl.arange(0, VALUES)
+    zeros = tl.zeros(at.shape, tl.int64)  # makes one number for all ids one for each
+    inside = (at >= tl.maximum(first - begin, 0).to(tl.int32)) & (at < count)
+    inside = inside & (at < tl.minimum(last - begin, VALUES).to(tl.int32))
+    num_embeddings, address = tl.load(field), tl.load(field + 1)
+    num_rows, helper_rows = tl.load(field + 4), tl.load(field + 5)
     num_chunks = tl.load(field + 8)
-    chunk = lookup_ptr + chunks_at + tl.load(field + 9) * CHUNK_FIELDS
+    chunks = lookup_ptr + chunks_at + tl.load(field + 9) * CHUNK_FIELDS
 
-    ids = tl.load(ids_ptr + at, mask=inside, other=0).to(tl.int64)
+    ids = tl.load(ids_ptr + begin + at, mask=inside, other=0).to(tl.int64)
     if RAW:
         # As hashing.hash_ids: the remainder of the upper 63 bits of the id's mix with the key.
         raw = (mix(ids ^ tl.load(field + 11)) >> 1) & 0x7FFFFFFFFFFFFFFF
         ids = tl.where(tl.load(field + 10) != 0, raw % num_embeddings, ids)
     bad = inside & ((ids < 0) | (ids >= num_embeddings))
     if invalid_ptr is not None:
-        tl.atomic_add(invalid_ptr + table, tl.full((VALUES,), 1, tl.int64), mask=bad)
+        tl.atomic_add(invalid_ptr + table + zeros, zeros + 1, mask=bad, sem="relaxed")
     if first_bad_ptr is not None:
-        tl.atomic_min(first_bad_ptr + table, at, mask=bad)
+        tl.atomic_min(first_bad_ptr + table + zeros, begin + at, mask=bad, sem="relaxed")
     ids = tl.where(bad, 0, ids)
     if MARK:
         seen = tl.load(field + 12)
-        _mark(seen, ids, inside & (seen != 0))
+        _mark(seen, ids, inside & (seen + zeros != 0))
     mixed = mix(ids)
-    has_helper = helper_rows > 0
-    rows_per_id = tl.where(has_helper, 2, 1).to(tl.int64)
-    to = _out_start(out_starts_ptr, table, first, tl.load(field + 13), ALIKE)
-    to += (at - first) * rows_per_id
+    two = helper_rows + zeros > 0
+    rows_per_id = tl.where(helper_rows > 0, 2, 1)
+    begins = _out_start(out_starts_ptr, table, first, tl.load(field + 13), ALIKE)
+    begins += (begin - first) * rows_per_id
     step_out = (last - first) * rows_per_id
-    cell = ids * tl.load(field + 3)
+    columns = tl.load(field + 3)
     if weights_ptr is not None:
-        weights = tl.load(weights_ptr + at, mask=inside, other=0)
+        weights = tl.load(weights_ptr + begin + at, mask=inside, other=0)
     for j in range(CHUNKS):
-        on = inside & (j < num_chunks)
-        column = tl.load(chunk, mask=on, other=0)
+        on = inside & (num_chunks + zeros > j)
+        chunk = chunks + tl.minimum(j, num_chunks - 1) * CHUNK_FIELDS
+        column = tl.load(chunk)
         if CODE_BYTES > 0:
-            main = _codes(address, cell + column, on, CODE_BYTES)
+            main = _codes(address, column, ids * columns, on, CODE_BYTES)
         else:  # tables differ: in bytes of a code, or some have none
-            width = tl.load(field + 2)
-            code = hashed(mixed, tl.load(chunk + 1, mask=on, other=0),
-                          tl.load(chunk + 2, mask=on, other=0), num_rows)  # fmt: skip
-            main = code_at(address, cell + column, width, on)
+            width = tl.load(field + 2) + zeros
+            code = hashed(mixed, tl.load(chunk + 1), tl.load(chunk + 2), num_rows)
+            main = code_at(address, ids * columns + column, width, on)
             main = tl.where(width == 0, code, tl.where(width < 0, ids, main))
-        helper = hashed(mixed, tl.load(chunk + 3, mask=on, other=0),
-                        tl.load(chunk + 4, mask=on, other=0), helper_rows)  # fmt: skip
-        tl.store(out_ptr + to, main, mask=on)
-        tl.store(out_ptr + to + 1, num_rows + helper, mask=on & has_helper)
+        helper = hashed(mixed, tl.load(chunk + 3), tl.load(chunk + 4), helper_rows) + num_rows
+        _store(out_ptr, begins, at, main, helper, on, two, PAIRS)
         if weights_ptr is not None:
-            tl.store(out_weights_ptr + to, weights, mask=on)
-            tl.store(out_weights_ptr + to + 1, weights, mask=on & has_helper)
-        to += step_out
-        chunk += CHUNK_FIELDS
+            _store(out_weights_ptr, begins, at, weights, weights, on, two, PAIRS)
+        begins += step_out
 
 
 @triton.jit
@@ -184,20 +206,22 @@ def _bags(  # type: ignore[no-untyped-def]
     BAGS: tl.constexpr, STEPS: tl.constexpr, FEATURE_FIELDS: tl.constexpr,
     TABLE_FIELDS: tl.constexpr, VARIABLE: tl.constexpr, LONG: tl.constexpr, ALIKE: tl.constexpr,
 ):  # fmt: skip
-    begin = program * BAGS
-    bag = begin + tl.arange(0, BAGS)
-    real = bag < num_bags
-    if VARIABLE:
-        number = tl.where(real, _last_at(out_bag_starts_ptr, 1, bag, num_out_features, STEPS), 0)
-        within = bag - tl.load(out_bag_starts_ptr + number)
-    elif LONG:  # the bags of a program are of one feature, or of two: one division is enough
-        number = begin // stride
-        number += (bag >= (number + 1) * stride).to(tl.int64)
-        within = bag - number * stride
-        number = tl.where(real, number, 0)
+    if LONG:  # all bags of a program are of one feature
+        programs = tl.cdiv(stride, BAGS)
+        number = program // programs
+        within = (program - number * programs) * BAGS + tl.arange(0, BAGS)
+        real = within < stride
+        bag = number * stride + within
     else:
-        number = tl.where(real, bag // stride, 0)
-        within = bag % stride
+        bag = program * BAGS + tl.arange(0, BAGS)
+        real = bag < num_bags
+        if VARIABLE:
+            number = _last_at(out_bag_starts_ptr, 1, bag, num_out_features, STEPS)
+            number = tl.where(real, number, 0)
+            within = bag - tl.load(out_bag_starts_ptr + number)
+        else:
+            number = tl.where(real, bag // stride, 0)
+            within = bag % stride
     feature = lookup_ptr + features_at + number * FEATURE_FIELDS
     slot, table = tl.load(feature), tl.load(feature + 1)
     chunk, rows = tl.load(feature + 2), tl.load(feature + 3)
@@ -208,11 +232,12 @@ def _bags(  # type: ignore[no-untyped-def]
     last = _start(starts_ptr, tl.load(field + 7), step)
     copies = tl.load(field + 13)
     begins = _out_start(out_starts_ptr, table, first, copies, ALIKE)
-    begins += (chunk * (last - first) + start - first) * rows
-    tl.store(out_ptr + bag, begins, mask=real)
-    end = _start(starts_ptr, num_features, step)
-    tl.store(out_ptr + bag, _out_start(out_starts_ptr, num_tables, end, copies, ALIKE),
-             mask=bag == num_bags)  # fmt: skip
+    begins += (chunk * (last - first) - first) * rows
+    tl.store(out_ptr + bag, begins + start * rows, mask=real)
+    if program == 0:
+        of_all = tl.load(lookup_ptr + 13)  # copies of any table, where all are alike
+        end = _start(starts_ptr, num_features, step)
+        tl.store(out_ptr + num_bags, _out_start(out_starts_ptr, num_tables, end, of_all, ALIKE))
 
 
 @triton.jit(
@@ -228,8 +253,8 @@ def expand(  # type: ignore[no-untyped-def]
     num_out_features, num_tables, num_bags, stride, step, row_programs,
     CHUNKS: tl.constexpr, STEPS: tl.constexpr, BAG_STEPS: tl.constexpr, VALUES: tl.constexpr,
     BAGS: tl.constexpr, CODE_BYTES: tl.constexpr, RAW: tl.constexpr, MARK: tl.constexpr,
-    LONG: tl.constexpr, TABLE_FIELDS: tl.constexpr, CHUNK_FIELDS: tl.constexpr,
-    FEATURE_FIELDS: tl.constexpr,
+    PAIRS: tl.constexpr, TABLE_BY_TABLE: tl.constexpr, LONG: tl.constexpr,
+    TABLE_FIELDS: tl.constexpr, CHUNK_FIELDS: tl.constexpr, FEATURE_FIELDS: tl.constexpr,
 ):  # fmt: skip
     """Programs below `row_programs` write rows, the others offsets; see triton_expand.expand."""
     ALIKE: tl.constexpr = out_starts_ptr is None
@@ -238,10 +263,27 @@ def expand(  # type: ignore[no-untyped-def]
         starts_ptr = offsets_ptr
     program = tl.program_id(0).to(tl.int64)
     if program < row_programs:
-        _rows(program, ids_ptr, weights_ptr, starts_ptr, lookup_ptr, chunks_at, table_of_at,
-              out_starts_ptr, out_ptr, out_weights_ptr, invalid_ptr, first_bad_ptr, num_values,
-              num_features, step, CHUNKS, STEPS, VALUES, CODE_BYTES, RAW, MARK, ALIKE,
-              TABLE_FIELDS, CHUNK_FIELDS)  # fmt: skip
+        # A batch may have values beyond its last bag, which belong to no table.
+        begin = program * VALUES
+        end = tl.minimum(num_values, _start(starts_ptr, num_features, step))
+        count = tl.maximum(tl.minimum(end - begin, VALUES), 0).to(tl.int32)
+        if TABLE_BY_TABLE:  # what all ids of a table share is read and computed once
+            table, last = _tables_of(begin, count, starts_ptr, lookup_ptr, table_of_at,
+                                     num_features, step, STEPS)  # fmt: skip
+            while table <= last:
+                _rows(table, begin, count, ids_ptr, weights_ptr, starts_ptr, lookup_ptr, chunks_at,
+                      out_starts_ptr, out_ptr, out_weights_ptr, invalid_ptr, first_bad_ptr, step,
+                      CHUNKS, VALUES, CODE_BYTES, RAW, MARK, PAIRS, ALIKE, TABLE_FIELDS,
+                      CHUNK_FIELDS)  # fmt: skip
+                table += 1
+        else:
+            at = tl.arange(0, VALUES)
+            feature = _last_at(starts_ptr, step, begin + at, num_features, STEPS)
+            table = tl.load(lookup_ptr + table_of_at + feature, mask=at < count, other=0)
+            _rows(table, begin, count, ids_ptr, weights_ptr, starts_ptr, lookup_ptr, chunks_at,
+                  out_starts_ptr, out_ptr, out_weights_ptr, invalid_ptr, first_bad_ptr, step,
+                  CHUNKS, VALUES, CODE_BYTES, RAW, MARK, PAIRS, ALIKE, TABLE_FIELDS,
+                  CHUNK_FIELDS)  # fmt: skip
     else:
         _bags(program - row_programs, offsets_ptr, bag_starts_ptr, out_bag_starts_ptr, starts_ptr,
               lookup_ptr, features_at, out_starts_ptr, out_offsets_ptr, num_bags, num_features,

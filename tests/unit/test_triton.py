@@ -128,11 +128,12 @@ assert all(torch.equal(a[key], b[key]) for key in a)
 
 EXPAND = """
 import pytest, torch
+torch.use_deterministic_algorithms(True)  # what is not written is seen
 from fbgemm_gpu.split_table_batched_embeddings_ops_common import BoundsCheckMode
 from torchrec import KeyedJaggedTensor
 from cce_torchrec.bounds import BoundsCheck
 from cce_torchrec.expand import Block, Expansion
-from cce_torchrec.fused import device, native
+from cce_torchrec.fused import device, native, triton_expand
 from cce_torchrec.slots import Slot
 from tests.unit.test_expand import batch, blocks, made_codes
 
@@ -144,7 +145,7 @@ def all_blocks():
     for name, settings in {
         "raw": {"hash_ids": True, "num_rows": 30},
         "seen": {"track_seen": True, "num_rows": 30, "num_embeddings": 90},
-        "both": {"hash_ids": True, "track_seen": True, "num_rows": 300, "seed": 7},
+        "both": {"hash_ids": True, "track_seen": True, "num_rows": 50_000, "seed": 7},
     }.items():
         config, codes = made_codes(name, **settings)
         out.append(Block(config, [len(slots)], codes, list(range(4))))
@@ -180,6 +181,8 @@ mixed = Expansion(*all_blocks())
 own = mixed._slots
 for bad, dtype, weighted in ((None, torch.int64, False), (-1, torch.int32, True)):
     for round_ in (0, 1):
+        # Few ids for a program: it goes table by table; many: it looks up the table of each.
+        triton_expand._VALUES = (256, 64)[round_]
         features = batch(own, bad, dtype, 3, weighted)
         before = features.values().clone()
         for known in (False, True):
@@ -195,7 +198,6 @@ for bad, dtype, weighted in ((None, torch.int64, False), (-1, torch.int32, True)
                 block.codes.set_rounds(block.codes.rounds + 1)
 
 # Tables of as many rows per id need one launch, and others two; int32 rows where they may be.
-from cce_torchrec.fused import triton_expand
 parts, slots, keys = all_blocks()
 four = [b for b in parts if b.copies == 4 and b.rows_per_id == 2 and len(b.slots) == 1]
 for i, block in enumerate(four):
@@ -204,13 +206,14 @@ alike = Expansion(four, slots[: len(four)], [str(i) for i in range(4 * len(four)
 launched, usual = [], triton_expand.launch
 triton_expand.launch = lambda kernel, *rest, **named: (launched.append(kernel),
                                                        usual(kernel, *rest, **named))
-one_table = next(b for b in four if b.codes.codes is not None and b.config.num_rows == 300)
+one_table = next(b for b in four if b.codes.codes is not None and b.config.num_rows == 50_000)
 one_table = Block(one_table.config, [0], one_table.codes, one_table.columns)
 short = Expansion([one_table], [Slot("short", "f")], [str(i) for i in range(4)])
-triton_expand._BAGS = 32  # a feature of 37 bags has at least as many as a program writes
+# A program of 2 bags writes offsets of one feature only, and not of all three of its bags.
 for expansion, count in ((alike, 1), (short, 1), (mixed, 2)):
     for narrow in (False, True):
-        expansion.narrow = narrow
+        expansion.narrow, triton_expand._VALUES = narrow, 64 if narrow else 256
+        triton_expand._BAGS = 1024 if expansion is mixed else 2
         features = batch(expansion._slots, -1, torch.int64, 3, True)
         launched.clear()
         ((one, _), (other, _)), _ = both_ways(expansion, features, WARNING)
