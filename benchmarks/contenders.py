@@ -189,7 +189,10 @@ def shuffled(ranks: torch.Tensor, num_ids: int) -> torch.Tensor:
 
 
 def keyed(setting: Setting, ids: torch.Tensor) -> KeyedJaggedTensor:
-    """A batch of fixed bags of `ids`, table after table."""
+    """A batch of fixed bags of `ids`, table after table.
+
+    It knows its `length_per_key`, as batches of TorchRec's own data pipes do.
+    """
     lengths = torch.full(
         (setting.tables * setting.batch,), setting.bag, dtype=torch.int32, device=ids.device
     )
@@ -198,13 +201,21 @@ def keyed(setting: Setting, ids: torch.Tensor) -> KeyedJaggedTensor:
         values=ids,
         lengths=lengths,
         stride=setting.batch,
+        length_per_key=[setting.batch * setting.bag] * setting.tables,
     )
 
 
-def fresh(ids: KeyedJaggedTensor) -> KeyedJaggedTensor:
-    """The same batch without what the contender before has computed and left in it."""
+def fresh(ids: KeyedJaggedTensor, counted: bool = True) -> KeyedJaggedTensor:
+    """The same batch without what the contender before has computed and left in it.
+
+    `counted`: whether it keeps its `length_per_key`.
+    """
     return KeyedJaggedTensor(
-        keys=ids.keys(), values=ids.values(), lengths=ids.lengths(), stride=ids.stride()
+        keys=ids.keys(),
+        values=ids.values(),
+        lengths=ids.lengths(),
+        stride=ids.stride(),
+        length_per_key=ids.length_per_key() if counted else None,
     )
 
 

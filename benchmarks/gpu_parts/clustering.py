@@ -72,7 +72,7 @@ def run(part: Part) -> None:
         ours: dict[str, Run] = {}
         for way in WAYS:
             with part.attempt(f"{shape.name}: {way}"):
-                ours[way] = _ours(part, shape, way, "auto", 3 if way == "samples" else 1)
+                ours[way] = _ours(part, shape, way, "auto", 3)
         with part.attempt(f"{shape.name}: rivals"):
             _rivals(part, shape, ours)
         del ours

@@ -148,9 +148,11 @@ def _examples(part: Part, folder: Path, ways: dict[str, list[str]]) -> None:
             later = every[1:] or every
             speeds[name] = STEPS * BATCH / statistics.median(later)
             summary = json.loads((out / "summary.json").read_text())
+            training = sum(every) - summary["clustering_seconds"]
             row = {
                 "run": name,
                 "examples a second": speeds[name],
+                "all epochs, clusterings taken out": STEPS * BATCH * epochs / training,
                 "seconds clustering": summary["clustering_seconds"],
                 "seconds": summary["seconds"],
                 "validation log loss": summary["val_log_loss"],

@@ -50,10 +50,19 @@ class Lookup:
         widths = {table[2] for table in tables}
         self.code_bytes = max(0, *widths) if len(widths) == 1 else 0
         """Of every table, or 0 where they differ or some have no codes."""
+        self.row_bytes = _row_bytes(tables) if self.code_bytes else 0
         self.raw = any(table[10] for table in tables)
         self.mark = any(table[12] for table in tables)
         self.pairs = all(table[5] for table in tables)
         """Whether every table has helper rows: two rows per id and chunk."""
+
+
+def _row_bytes(tables: Sequence[Sequence[int]]) -> int:
+    """Bytes of all codes of an id, if they are one word in memory in every table; else 0."""
+    found = {table[2] * table[3] for table in tables}
+    size = found.pop()
+    aligned = all(table[1] % size == 0 for table in tables)
+    return size if not found and aligned and size in (2, 4, 8) else 0
 
 
 @dataclass(frozen=True)
@@ -117,8 +126,8 @@ def expand(
         bags.stride, step, row_programs,
         CHUNKS=lookup.most_chunks, STEPS=lookup.num_features.bit_length(),
         BAG_STEPS=lookup.num_out_features.bit_length() if variable else 0,
-        VALUES=_VALUES, BAGS=_BAGS, CODE_BYTES=lookup.code_bytes, RAW=lookup.raw,
-        MARK=lookup.mark, PAIRS=lookup.pairs,
+        VALUES=_VALUES, BAGS=_BAGS, CODE_BYTES=lookup.code_bytes, ROW_BYTES=lookup.row_bytes,
+        RAW=lookup.raw, MARK=lookup.mark, PAIRS=lookup.pairs,
         TABLE_BY_TABLE=num_values >= lookup.num_tables * _VALUES, LONG=long,
         TABLE_FIELDS=kernels.TABLE_FIELDS, CHUNK_FIELDS=kernels.CHUNK_FIELDS,
         FEATURE_FIELDS=kernels.FEATURE_FIELDS,

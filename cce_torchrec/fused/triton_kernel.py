@@ -101,16 +101,14 @@ def starts(  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def _codes(address, column, cell, on, BYTES: tl.constexpr):  # type: ignore[no-untyped-def]
-    if BYTES == 1:
-        codes = address.to(tl.pointer_type(tl.uint8)) + column
-        return tl.load(codes + cell, mask=on, other=0).to(tl.int64)
-    elif BYTES == 2:
-        codes = address.to(tl.pointer_type(tl.int16)) + column
-        return tl.load(codes + cell, mask=on, other=0).to(tl.int64) & 0xFFFF
+def _codes_of(address, ids, on, ROW_BYTES: tl.constexpr):  # type: ignore[no-untyped-def]
+    # All codes of each id at once: they are in one place of memory.
+    if ROW_BYTES == 2:
+        return tl.load(address.to(tl.pointer_type(tl.int16)) + ids, mask=on, other=0).to(tl.int64)
+    elif ROW_BYTES == 4:
+        return tl.load(address.to(tl.pointer_type(tl.int32)) + ids, mask=on, other=0).to(tl.int64)
     else:
-        codes = address.to(tl.pointer_type(tl.int32)) + column
-        return tl.load(codes + cell, mask=on, other=0).to(tl.int64)
+        return tl.load(address.to(tl.pointer_type(tl.int64)) + ids, mask=on, other=0)
 
 
 @triton.jit
@@ -138,13 +136,13 @@ def _store(out_ptr, begins, at, main, helper, on, two, PAIRS: tl.constexpr):  # 
 
 @triton.jit
 def _rows(  # type: ignore[no-untyped-def]
-    table, begin, count, ids_ptr, weights_ptr, starts_ptr, lookup_ptr, chunks_at, out_starts_ptr,
+    table, begin, count, ids, weights_ptr, starts_ptr, lookup_ptr, chunks_at, out_starts_ptr,
     out_ptr, out_weights_ptr, invalid_ptr, first_bad_ptr, step, CHUNKS: tl.constexpr,
-    VALUES: tl.constexpr, CODE_BYTES: tl.constexpr, RAW: tl.constexpr, MARK: tl.constexpr,
-    PAIRS: tl.constexpr, ALIKE: tl.constexpr, TABLE_FIELDS: tl.constexpr,
+    VALUES: tl.constexpr, CODE_BYTES: tl.constexpr, ROW_BYTES: tl.constexpr, RAW: tl.constexpr,
+    MARK: tl.constexpr, PAIRS: tl.constexpr, ALIKE: tl.constexpr, TABLE_FIELDS: tl.constexpr,
     CHUNK_FIELDS: tl.constexpr,
 ):  # fmt: skip
-    # Of `count` values from `begin` on those that are of `table`, which is one or one for each.
+    # Of `count` ids from `begin` on those that are of `table`, which is one or one for each.
     # Positions among them are int32, so that few instructions have 64 bits.
     field = lookup_ptr + table * TABLE_FIELDS
     first = _start(starts_ptr, tl.load(field + 6), step)
@@ -158,7 +156,6 @@ def _rows(  # type: ignore[no-untyped-def]
     num_chunks = tl.load(field + 8)
     chunks = lookup_ptr + chunks_at + tl.load(field + 9) * CHUNK_FIELDS
 
-    ids = tl.load(ids_ptr + begin + at, mask=inside, other=0).to(tl.int64)
     if RAW:
         # As hashing.hash_ids: the remainder of the upper 63 bits of the id's mix with the key.
         raw = (mix(ids ^ tl.load(field + 11)) >> 1) & 0x7FFFFFFFFFFFFFFF
@@ -178,19 +175,24 @@ def _rows(  # type: ignore[no-untyped-def]
     begins = _out_start(out_starts_ptr, table, first, tl.load(field + 13), ALIKE)
     begins += (begin - first) * rows_per_id
     step_out = (last - first) * rows_per_id
-    columns = tl.load(field + 3)
+    if ROW_BYTES > 0:
+        codes = _codes_of(address, ids, inside, ROW_BYTES)
+    else:
+        cell = ids * tl.load(field + 3)
     if weights_ptr is not None:
         weights = tl.load(weights_ptr + begin + at, mask=inside, other=0)
     for j in range(CHUNKS):
         on = inside & (num_chunks + zeros > j)
         chunk = chunks + tl.minimum(j, num_chunks - 1) * CHUNK_FIELDS
         column = tl.load(chunk)
-        if CODE_BYTES > 0:
-            main = _codes(address, column, ids * columns, on, CODE_BYTES)
+        if ROW_BYTES > 0:
+            main = (codes >> (column * (8 * CODE_BYTES))) & ((1 << (8 * CODE_BYTES)) - 1)
+        elif CODE_BYTES > 0:
+            main = code_at(address, cell + column, CODE_BYTES + zeros, on)
         else:  # tables differ: in bytes of a code, or some have none
             width = tl.load(field + 2) + zeros
             code = hashed(mixed, tl.load(chunk + 1), tl.load(chunk + 2), num_rows)
-            main = code_at(address, ids * columns + column, width, on)
+            main = code_at(address, cell + column, width, on)
             main = tl.where(width == 0, code, tl.where(width < 0, ids, main))
         helper = hashed(mixed, tl.load(chunk + 3), tl.load(chunk + 4), helper_rows) + num_rows
         _store(out_ptr, begins, at, main, helper, on, two, PAIRS)
@@ -252,8 +254,8 @@ def expand(  # type: ignore[no-untyped-def]
     first_bad_ptr, chunks_at, features_at, table_of_at, num_values, num_features,
     num_out_features, num_tables, num_bags, stride, step, row_programs,
     CHUNKS: tl.constexpr, STEPS: tl.constexpr, BAG_STEPS: tl.constexpr, VALUES: tl.constexpr,
-    BAGS: tl.constexpr, CODE_BYTES: tl.constexpr, RAW: tl.constexpr, MARK: tl.constexpr,
-    PAIRS: tl.constexpr, TABLE_BY_TABLE: tl.constexpr, LONG: tl.constexpr,
+    BAGS: tl.constexpr, CODE_BYTES: tl.constexpr, ROW_BYTES: tl.constexpr, RAW: tl.constexpr,
+    MARK: tl.constexpr, PAIRS: tl.constexpr, TABLE_BY_TABLE: tl.constexpr, LONG: tl.constexpr,
     TABLE_FIELDS: tl.constexpr, CHUNK_FIELDS: tl.constexpr, FEATURE_FIELDS: tl.constexpr,
 ):  # fmt: skip
     """Programs below `row_programs` write rows, the others offsets; see triton_expand.expand."""
@@ -267,22 +269,23 @@ def expand(  # type: ignore[no-untyped-def]
         begin = program * VALUES
         end = tl.minimum(num_values, _start(starts_ptr, num_features, step))
         count = tl.maximum(tl.minimum(end - begin, VALUES), 0).to(tl.int32)
+        at = tl.arange(0, VALUES)
+        ids = tl.load(ids_ptr + begin + at, mask=at < count, other=0).to(tl.int64)
         if TABLE_BY_TABLE:  # what all ids of a table share is read and computed once
             table, last = _tables_of(begin, count, starts_ptr, lookup_ptr, table_of_at,
                                      num_features, step, STEPS)  # fmt: skip
             while table <= last:
-                _rows(table, begin, count, ids_ptr, weights_ptr, starts_ptr, lookup_ptr, chunks_at,
+                _rows(table, begin, count, ids, weights_ptr, starts_ptr, lookup_ptr, chunks_at,
                       out_starts_ptr, out_ptr, out_weights_ptr, invalid_ptr, first_bad_ptr, step,
-                      CHUNKS, VALUES, CODE_BYTES, RAW, MARK, PAIRS, ALIKE, TABLE_FIELDS,
+                      CHUNKS, VALUES, CODE_BYTES, ROW_BYTES, RAW, MARK, PAIRS, ALIKE, TABLE_FIELDS,
                       CHUNK_FIELDS)  # fmt: skip
                 table += 1
         else:
-            at = tl.arange(0, VALUES)
             feature = _last_at(starts_ptr, step, begin + at, num_features, STEPS)
             table = tl.load(lookup_ptr + table_of_at + feature, mask=at < count, other=0)
-            _rows(table, begin, count, ids_ptr, weights_ptr, starts_ptr, lookup_ptr, chunks_at,
+            _rows(table, begin, count, ids, weights_ptr, starts_ptr, lookup_ptr, chunks_at,
                   out_starts_ptr, out_ptr, out_weights_ptr, invalid_ptr, first_bad_ptr, step,
-                  CHUNKS, VALUES, CODE_BYTES, RAW, MARK, PAIRS, ALIKE, TABLE_FIELDS,
+                  CHUNKS, VALUES, CODE_BYTES, ROW_BYTES, RAW, MARK, PAIRS, ALIKE, TABLE_FIELDS,
                   CHUNK_FIELDS)  # fmt: skip
     else:
         _bags(program - row_programs, offsets_ptr, bag_starts_ptr, out_bag_starts_ptr, starts_ptr,

@@ -233,6 +233,7 @@ def _with_weights(features: KeyedJaggedTensor, weights: torch.Tensor | None) -> 
         lengths=features.lengths(),
         stride=None if variable else features.stride(),
         stride_per_key_per_rank=features.stride_per_key_per_rank() if variable else None,
+        length_per_key=features.length_per_key_or_none(),
     )
 
 

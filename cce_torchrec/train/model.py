@@ -104,4 +104,5 @@ def keyed_jagged(rows: Rows, features: list[str]) -> KeyedJaggedTensor:
         values=rows.ids.t().reshape(-1),
         lengths=torch.ones(rows.ids.numel(), dtype=torch.int32, device=rows.ids.device),
         stride=len(rows),
+        length_per_key=[len(rows)] * len(features),  # a step on a GPU would wait to count them
     )

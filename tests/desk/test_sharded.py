@@ -117,17 +117,17 @@ def test_lookups_after_a_clustering(change, kind):
     torch.testing.assert_close(on_cpu(got), cpu(features).values())
 
 
+@pytest.mark.parametrize("weighted", [False, True], ids=["", "weighted"])
 @pytest.mark.parametrize("option", ["none", "learned_codes=False", "hash_ids", "track_seen"])
-def test_a_received_batch_is_looked_up_without_a_wait(option):
-    """From expansion to the output; TorchRec's own distribution of the input reads lengths."""
+def test_a_step_of_counted_ids_waits_for_nothing(option, weighted):
+    """From the batch to the gradients; only ids that nobody has counted are waited for."""
     _, cuda = sharded_twins("tw", **OPTIONS[option])
-    module = cuda.module.collection
     for seed in range(2):
-        context = module.create_context()
-        features = batch(3, seed=seed).to("cuda")
-        arrived = module.input_dist(context, features).wait().wait()
+        features = batch(3, seed=seed, weighted=weighted)
+        features.length_per_key()  # on the CPU
+        features = features.to("cuda")
         with counting() as counts:
-            module.compute_and_output_dist(context, arrived).wait().values()
+            cuda(features).wait().values().square().sum().backward()
     assert counts.num_waits == 0, str(counts)
 
 

@@ -1,8 +1,5 @@
 """The Triton kernels against torch, interpreted on the CPU."""
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -206,11 +203,15 @@ alike = Expansion(four, slots[: len(four)], [str(i) for i in range(4 * len(four)
 launched, usual = [], triton_expand.launch
 triton_expand.launch = lambda kernel, *rest, **named: (launched.append(kernel),
                                                        usual(kernel, *rest, **named))
-one_table = next(b for b in four if b.codes.codes is not None and b.config.num_rows == 50_000)
-one_table = Block(one_table.config, [0], one_table.codes, one_table.columns)
-short = Expansion([one_table], [Slot("short", "f")], [str(i) for i in range(4)])
+def one_table(chunks, rows):
+    config, codes = made_codes("one", num_chunks=chunks, num_rows=rows)
+    block = Block(config, [0], codes, list(range(chunks)))
+    return Expansion([block], [Slot("one", "f")], [str(i) for i in range(chunks)])
+
+# Codes of an id of 8, 4 and 2 bytes, which are read at once, and of 16 and 1.
+several = [one_table(*s) for s in ((4, 50_000), (4, 200), (2, 200), (8, 50_000), (1, 200))]
 # A program of 2 bags writes offsets of one feature only, and not of all three of its bags.
-for expansion, count in ((alike, 1), (short, 1), (mixed, 2)):
+for expansion, count in ((alike, 1), *((one, 1) for one in several), (mixed, 2)):
     for narrow in (False, True):
         expansion.narrow, triton_expand._VALUES = narrow, 64 if narrow else 256
         triton_expand._BAGS = 1024 if expansion is mixed else 2
@@ -294,7 +295,7 @@ assert weights.grad.min() >= 1
 """
 
 
-CHECKS = {
+BESIDE = {
     "kernel": ["-c", CHECK],
     "clustering": ["-c", CLUSTER],
     "expansion": ["-c", EXPAND],
@@ -302,28 +303,8 @@ CHECKS = {
 }
 
 
-@pytest.fixture(scope="module")
-def running(tmp_path_factory):
-    """All checks at once, each with a file for what it says: (process, path) by name."""
-    folder = tmp_path_factory.mktemp("interpreted")
-    started = {}
-    for name, arguments in CHECKS.items():
-        with open(folder / name, "w") as said:
-            process = subprocess.Popen(
-                [sys.executable, *arguments],
-                env={**os.environ, "TRITON_INTERPRET": "1"},
-                stdout=said,
-                stderr=subprocess.STDOUT,
-            )
-        started[name] = process, folder / name
-    yield started
-    for process, _ in started.values():
-        process.kill()
-        process.wait()
-
-
-@pytest.mark.parametrize("name", CHECKS)
-def test_interpreted(running, name):
+@pytest.mark.parametrize("name", BESIDE)
+def test_interpreted(beside, name):
     """Kernels equal torch; a compiled model falls back to torch at the kernel."""
-    process, said = running[name]
-    assert process.wait(timeout=300) == 0, said.read_text()[-3000:]
+    status, said = beside.end_of(name)
+    assert status == 0, said[-3000:]
