@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import asdict
+import contextlib
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, replace
 from typing import Any
 
 import torch
@@ -23,7 +24,11 @@ State = dict[str, torch.Tensor]
 
 
 def run(part: Part) -> None:
-    """CCE and plain tables by two optimizers, then a clustering after training."""
+    """CCE and plain tables by two optimizers, then a clustering after training.
+
+    Then Zipf ids: FBGEMM adds up a row's gradients by atomics where more than 1,024 ids of a batch
+    share it, in whatever order they come, unless torch.use_deterministic_algorithms is set.
+    """
     start_group(part.device)
     setting = QUICK if part.quick else FULL
     for optimizer in ("rowwise_adagrad", "adam" if part.on_gpu else "adagrad"):
@@ -33,9 +38,30 @@ def run(part: Part) -> None:
                 _compare(part, setting, what, lambda k=kind, o=optimizer: trained(part, k, o))
     with part.attempt("clustering"):
         _compare(part, setting, "2 steps and a clustering", lambda: clustered(part))
+    hot = replace(setting, zipf=True)
+    for kind in ("cce", "plain"):
+        what = f"{STEPS} steps of {kind}, Zipf ids"
+        with part.attempt(what):
+            _compare(part, hot, what, lambda k=kind: trained(part, k, zipf=True), judged=False)
+            with deterministic():
+                what = f"{what}, deterministic algorithms"
+                _compare(part, hot, what, lambda k=kind: trained(part, k, zipf=True))
 
 
-def _compare(part: Part, setting: Setting, what: str, once: Callable[[], State]) -> None:
+@contextlib.contextmanager
+def deterministic() -> Iterator[None]:
+    """With torch.use_deterministic_algorithms; memory is not filled, which takes time."""
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
+    torch.use_deterministic_algorithms(True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+def _compare(
+    part: Part, setting: Setting, what: str, once: Callable[[], State], judged: bool = True
+) -> None:
     first, differing = None, set()
     for _ in range(RUNS):
         state = once()
@@ -46,12 +72,13 @@ def _compare(part: Part, setting: Setting, what: str, once: Callable[[], State])
     row = {"what": what, "runs": RUNS, "tensors": len(first), "differing": len(differing)}
     row |= {"which": sorted(differing), "setting": asdict(setting)}
     part.add("the same bytes", row)
-    part.goal(f"the same bytes: {what}", len(differing), 0, unit="tensors differ")
+    if judged:
+        part.goal(f"the same bytes: {what}", len(differing), 0, unit="tensors differ")
 
 
-def trained(part: Part, kind: str, optimizer: str) -> State:
+def trained(part: Part, kind: str, optimizer: str = "rowwise_adagrad", zipf: bool = False) -> State:
     """Output of a last forward, weights and optimizer state after steps from a fresh start."""
-    contender = _steps(part, kind, optimizer)
+    contender = _steps(part, kind, optimizer, zipf)
     return _state(part, contender)
 
 
@@ -65,11 +92,11 @@ def clustered(part: Part) -> State:
     return state
 
 
-def _steps(part: Part, kind: str, optimizer: str) -> Contender:
+def _steps(part: Part, kind: str, optimizer: str, zipf: bool = False) -> Contender:
     setting = QUICK if part.quick else FULL
     torch.manual_seed(0)
     contender = Contender(build(setting, kind, part.device, optimizer))
-    for ids in batches(setting, part.device, STEPS):
+    for ids in batches(replace(setting, zipf=zipf), part.device, STEPS):
         contender.step(ids)
     wait(part.device)
     return contender
