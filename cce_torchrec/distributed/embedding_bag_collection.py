@@ -7,8 +7,7 @@ codes live. Codes of ROW_WISE tables are fetched before (code_fetch.py).
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from functools import partial
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -21,9 +20,12 @@ from torchrec.distributed.embeddingbag import (
     EmbeddingBagCollectionSharder,
     ShardedEmbeddingBagCollection,
 )
+from torchrec.distributed.memory_stashing import MemoryStashingManager
 from torchrec.distributed.types import (
     Awaitable,
     LazyAwaitable,
+    LazyGetItemMixin,
+    LazyNoWait,
     ParameterSharding,
     ShardingEnv,
 )
@@ -54,6 +56,18 @@ from cce_torchrec.modules.embedding_bag_collection import (
     without_weights,
 )
 from cce_torchrec.modules.output import check_features
+
+
+class PooledNoWait(LazyGetItemMixin[str, torch.Tensor], LazyNoWait[KeyedTensor]):
+    """Pooled embeddings that are there already, in the form of those that are waited for."""
+
+
+def is_alone(env: ShardingEnv, lookups: Iterable[nn.Module]) -> bool:
+    """Whether a rank looks up for itself alone, by kernels whose output is there when they return:
+    not those of fully sharded 2D parallelism, nor TorchRec's Triton kernels."""
+    kernels = [kernel for lookup in lookups for kernel in torchrec_kernels(lookup)]
+    special = ("get_rs_awaitable", "wait_for_forward")
+    return env.world_size == 1 and not any(hasattr(k, name) for k in kernels for name in special)
 
 
 class ShardedCCEEmbeddingBagCollection(
@@ -108,6 +122,7 @@ class ShardedCCEEmbeddingBagCollection(
             # Rows are in bounds: ids were checked before they were expanded, all of them.
             kernel.bounds_check_mode_int = BoundsCheckMode.NONE.value
             take_over(kernel)
+        self._alone = is_alone(env, self._lookups)
         self._pieces = self._output.column_pieces(inner._embedding_names, inner._embedding_dims)
         self._inputs = sharding_inputs(
             *(inner, self._configs, self._output, self.codes, self.id_blocks, env.rank)
@@ -117,6 +132,7 @@ class ShardedCCEEmbeddingBagCollection(
                 sharded.expansion.narrow = narrow.take_over(torchrec_kernels(lookup))
         self._fetch = CodeFetch.of(self._configs, self.codes, self.id_blocks, self.process_group)
         self._input_dists += [sharded.dist for sharded in self._inputs]
+        self._stays = self._fetch is None and all(i.stays for i in self._inputs)
         self._feature_order = [slot.feature for sharded in self._inputs for slot in sharded.slots]
 
     def _read_plan(self, params: dict[str, ParameterSharding]) -> None:
@@ -177,17 +193,19 @@ class ShardedCCEEmbeddingBagCollection(
             ValueError: a missing feature, missing weights or inverse indices, or a batch size per
             feature where a table is data-parallel.
         """
+        with torch.no_grad():
+            return self._distribute(ctx, self._prepared(ctx, features))
+
+    def _prepared(self, ctx: CCEContext, features: KeyedJaggedTensor) -> KeyedJaggedTensor:
+        """`features` once they are checked, with what the output will need of them in `ctx`."""
         check_features(features, self._output.slots, self._is_weighted and not self.weighed_later)
         if features.variable_stride_per_key():
             self._check_variable_batch()
-        with torch.no_grad():
-            ctx.divisor = self._output.divisor(features)
-            ctx.variable_batch_per_feature = features.variable_stride_per_key()
-            if ctx.variable_batch_per_feature:
-                ctx.inverse_indices = self._inverse_indices(*features.inverse_indices())
-            if not self._is_weighted:
-                features = without_weights(features)
-            return self._distribute(ctx, features)
+        ctx.divisor = self._output.divisor(features)
+        ctx.variable_batch_per_feature = features.variable_stride_per_key()
+        if ctx.variable_batch_per_feature:
+            ctx.inverse_indices = self._inverse_indices(*features.inverse_indices())
+        return features if self._is_weighted else without_weights(features)
 
     def _check_variable_batch(self) -> None:
         """Refuses a batch size per feature where TorchRec cannot distribute the output."""
@@ -211,10 +229,7 @@ class ShardedCCEEmbeddingBagCollection(
         if self._fetch is not None:
             ctx.fetched_for, ctx.rewrites = features, self._fetch.rewrites
             features, ctx.answered = self._fetch.replace(features, check)
-        ordered = select_slots(features, self._feature_order)
-        # Also what is known of the lengths afterwards, so that values beyond the last bag are.
-        ordered.length_per_key()
-        pieces = ordered.split([len(sharded.slots) for sharded in self._inputs])
+        pieces = self._split(features)
         # Ids that are sent tell their number on arrival; those of a rank alone are not sent.
         alone = self._env.world_size == 1 and not variable
         ctx.sharding_contexts = [
@@ -234,12 +249,29 @@ class ShardedCCEEmbeddingBagCollection(
             sent.append(sharded.dist_again(piece) if again else sharded.dist(piece))
         return KJTListSplitsAwaitable(sent, ctx)
 
+    def _split(self, features: KeyedJaggedTensor) -> list[KeyedJaggedTensor]:
+        """The slots of every sharding."""
+        ordered = select_slots(features, self._feature_order)
+        # Also what is known of the lengths afterwards, so that values beyond the last bag are.
+        ordered.length_per_key()
+        return ordered.split([len(sharded.slots) for sharded in self._inputs])
+
     def _inverse_indices(
         self, names: list[str], inverse: torch.Tensor
     ) -> tuple[list[str], torch.Tensor]:
         """Rows of `inverse` in the order in which TorchRec gathers the physical features."""
         looked_up = [slot.feature for sharded in self._inputs for slot in sharded.looked_up]
         return looked_up, inverse[[names.index(feature) for feature in looked_up]]
+
+    def forward(self, *input: Any, **kwargs: Any) -> LazyAwaitable[KeyedTensor]:
+        """The pooled embeddings; where nothing is sent there are no awaitables in between."""
+        ctx = self.create_context()
+        with torch.no_grad():
+            features = self._prepared(ctx, *input, **kwargs)
+            direct = self._stays and self._is_direct(ctx)
+            found = self._split(features) if direct else self._distribute(ctx, features)
+        arrived = KJTList(found) if isinstance(found, list) else found.wait().wait()
+        return self.compute_and_output_dist(ctx, arrived)
 
     def compute(self, ctx: CCEContext, dist_input: KJTList) -> list[torch.Tensor]:
         """Expands the received ids against the local codes and looks the rows up."""
@@ -255,8 +287,23 @@ class ShardedCCEEmbeddingBagCollection(
         self, ctx: CCEContext, input: KJTList
     ) -> LazyAwaitable[KeyedTensor]:
         """`compute` and `output_dist` in one, as the train pipelines call it."""
+        inner, expanded = self.embedding_bag_collection, self._expand(ctx, input)
+        if self._is_direct(ctx):
+            pooled = [look_up(rows) for look_up, rows in zip(self._lookups, expanded, strict=True)]
+            values = pooled[0] if len(pooled) == 1 else torch.cat(pooled, dim=1)
+            return PooledNoWait(self._output.assemble(values, self._pieces, ctx.divisor))
+        return self._assembled(ctx, inner.compute_and_output_dist(ctx, expanded))
+
+    def _is_direct(self, ctx: CCEContext) -> bool:
+        """Whether lookups give the output as it is: a rank alone in its group sends nothing.
+
+        What TorchRec does between the two for other jobs takes the host longer than the lookup.
+        """
         inner = self.embedding_bag_collection
-        return self._assembled(ctx, inner.compute_and_output_dist(ctx, self._expand(ctx, input)))
+        watched = inner.post_lookup_tracker_fn or inner.post_odist_tracker_fn
+        stashed = MemoryStashingManager.is_enabled()
+        variable = ctx.variable_batch_per_feature
+        return self._alone and not (watched or stashed or variable)
 
     def prefetch(
         self,
@@ -299,7 +346,7 @@ class ShardedCCEEmbeddingBagCollection(
         self, ctx: CCEContext, awaitable: LazyAwaitable[KeyedTensor]
     ) -> LazyAwaitable[KeyedTensor]:
         awaitable.callbacks.append(
-            partial(self._output.assemble, pieces=self._pieces, divisor=ctx.divisor)
+            lambda pooled: self._output.assemble(pooled.values(), self._pieces, ctx.divisor)
         )
         return awaitable
 

@@ -42,6 +42,8 @@ class ShardingInput:
     """Of the slots that this rank receives; None where they are local rows already."""
     before: Expansion | None = None
     """What is done to the slots on the rank that has the batch."""
+    stays: bool = False
+    """Whether nothing is sent."""
 
 
 def sharding_inputs(
@@ -97,6 +99,7 @@ def _input(
         slots=[slot for slots in slots_per_rank for slot in slots],
         looked_up=[slot_of[name] for names in per_rank for name in names],
         expansion=Expansion(_blocks(configs, codes, names, slots, row_wise), slots, names),
+        stays=stays,
     )
 
 

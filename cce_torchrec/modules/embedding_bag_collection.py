@@ -117,7 +117,7 @@ class CCEEmbeddingBagCollection(EmbeddingBagCollectionInterface):
         slots.length_per_key()  # TorchRec's own collection asks for it, and then the rows are known
         rows = self._expansion(slots, self._bounds_check, features.inverse_indices_or_none())
         pooled = self.embedding_bag_collection(rows)
-        return self._output.assemble(pooled, self._pieces, divisor)
+        return self._output.assemble(pooled.values(), self._pieces, divisor)
 
     def embedding_bag_configs(self) -> list[EmbeddingBagConfig]:
         """The tables as configured (or finalised), one entry per logical table."""

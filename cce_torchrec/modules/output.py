@@ -106,12 +106,12 @@ class LogicalOutput:
 
     def assemble(
         self,
-        pooled: KeyedTensor,
+        values: torch.Tensor,
         pieces: tuple[list[int], list[int]],
         divisor: torch.Tensor | None,
     ) -> KeyedTensor:
-        """The logical KeyedTensor of the physical one, by its `column_pieces`."""
-        values, (widths, order) = pooled.values(), pieces
+        """The logical KeyedTensor of the values of the physical one, by its `column_pieces`."""
+        widths, order = pieces
         if len(order) > 1:
             # The gradient of a split is one copy; that of a slice is as large as the whole.
             parts = values.split(widths, dim=1)

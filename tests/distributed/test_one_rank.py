@@ -1,9 +1,21 @@
 """A rank that is alone in its group sends nothing: what holds on several ranks holds there too."""
 
+import pytest
+import torch
+from torch import nn
+from torch.profiler import ProfilerActivity, profile
+from torchrec import KeyedJaggedTensor
+from torchrec.distributed import DistributedModelParallel
+
+from cce_torchrec import CCEEmbeddingBagCollection, CCEEmbeddingBagConfig
+from cce_torchrec.distributed.sharders import get_default_sharders
+from cce_torchrec.planner import make_plan
 from tests.distributed import sequence_checks
 from tests.distributed.ranks import run_ranks
 from tests.distributed.test_inputs import matrix
 from tests.distributed.test_pipeline import both
+
+CPU = torch.device("cpu")
 
 
 def alone(rank, world_size):
@@ -15,3 +27,50 @@ def alone(rank, world_size):
 
 def test_alone():
     run_ranks(1, alone)
+
+
+def direct(rank, world_size):
+    """Without TorchRec's awaitables, whose output it has; with them where somebody watches."""
+    configs = [
+        CCEEmbeddingBagConfig(name=f"t{i}", num_embeddings=100, embedding_dim=8, num_chunks=2,
+                              feature_names=[f"f{i}"], num_rows=7, num_helper_rows=5)
+        for i in range(2)
+    ]  # fmt: skip
+    unsharded = CCEEmbeddingBagCollection(configs)
+    model = nn.Sequential(CCEEmbeddingBagCollection(configs))
+    plan = make_plan(model, configs, CPU, "tw")
+    sharded = DistributedModelParallel(
+        model, device=CPU, plan=plan, sharders=get_default_sharders(), init_data_parallel=False
+    )
+    collection = sharded.module[0]
+    collection.load_state_dict(unsharded.state_dict())
+    lengths = torch.tensor([2, 0, 1, 3], dtype=torch.int32)
+    ids = KeyedJaggedTensor(["f0", "f1"], torch.tensor([3, 1, 4, 1, 5, 9]), lengths=lengths)
+
+    def names_of(call):
+        with profile(activities=[ProfilerActivity.CPU]) as found:
+            out = call(ids)
+            values = out.values()
+        return out, values, {event.key for event in found.key_averages() if "##" in event.key}
+
+    expected = unsharded(ids)
+    out, values, names = names_of(collection)
+    assert torch.equal(values, expected.values())
+    assert torch.equal(out.wait().values(), values) and out.keys() == expected.keys()
+    assert torch.equal(out["f1"].wait(), expected["f1"])
+    assert not any("AllToAll" in name or "Splits" in name for name in names), names
+
+    seen = []
+    collection.embedding_bag_collection.register_post_lookup_tracker_fn(
+        lambda features, embeddings, module, _: seen.append(embeddings)
+    )
+    out, values, names = names_of(collection)
+    assert torch.equal(values, expected.values()) and len(seen) == 1
+    assert any("Splits" in name for name in names), names
+
+    with pytest.raises(ValueError, match="lacks features 'f1'"):
+        collection(KeyedJaggedTensor(["f0"], torch.tensor([1]), lengths=torch.tensor([1])))
+
+
+def test_nothing_is_waited_for():
+    run_ranks(1, direct)
