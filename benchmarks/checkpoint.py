@@ -36,7 +36,7 @@ from cce_torchrec import CCEEmbeddingBagCollection, CCEEmbeddingBagConfig
 from cce_torchrec.checkpoint import load_checkpoint, save_checkpoint
 from cce_torchrec.distributed.process_group import end_process_group
 from cce_torchrec.distributed.sharders import get_default_sharders
-from cce_torchrec.planner import make_plan
+from cce_torchrec.planning import make_plan
 from cce_torchrec.versions import installed_versions
 
 CPU = torch.device("cpu")

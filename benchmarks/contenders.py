@@ -19,7 +19,7 @@ from torchrec.optim.apply_optimizer_in_backward import apply_optimizer_in_backwa
 
 from cce_torchrec import CCEEmbeddingBagCollection, CCEEmbeddingBagConfig
 from cce_torchrec.distributed.sharders import get_default_sharders
-from cce_torchrec.planner import make_plan
+from cce_torchrec.planning import make_plan
 
 
 @dataclass(frozen=True)
@@ -157,7 +157,7 @@ def build(
     collection = made(tables=configs, device=torch.device("meta"))
     apply_optimizer_in_backward(OPTIMIZERS[optimizer], list(collection.parameters()), {"lr": 0.01})
     model = Sparse(collection)
-    plan = make_plan(model, configs, device, plan_kind, setting.batch)
+    plan = make_plan(model, configs, device, plan_kind, batch_size=setting.batch)
     kernels = {part.compute_kernel for module in plan.plan.values() for part in module.values()}
     if kernels != {"fused"}:  # in unified memory, say
         raise ValueError(f"{setting.name}, {kind}: the planner chose kernels {kernels}, not fused")

@@ -87,7 +87,7 @@ def start(out: Path, options: list[str]) -> list[Any]:
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]
     context = mp.get_context("forkserver")
-    context.set_forkserver_preload(["cce_torchrec.train.__main__"])
+    context.set_forkserver_preload(["cce_torchrec.train.run"])
     argv = [*OPTIONS, *options, "--out", str(out)]
     ranks = [
         context.Process(target=job, args=(r, port, argv, out, out / "log"), daemon=True)

@@ -41,7 +41,7 @@ from cce_torchrec import CCEEmbeddingBagCollection
 from cce_torchrec.distributed.data_parallel import data_parallel_parameters
 from cce_torchrec.distributed.process_group import end_process_group
 from cce_torchrec.distributed.sharders import get_default_sharders
-from cce_torchrec.planner import make_plan
+from cce_torchrec.planning import make_plan
 from cce_torchrec.versions import installed_versions
 
 CPU = torch.device("cpu")

@@ -1,19 +1,70 @@
-"""CCE (Clustered Compositional Embeddings) for TorchRec."""
+"""CCE (Clustered Compositional Embeddings) for TorchRec.
 
-from cce_torchrec.versions import check_fbgemm, check_versions
+What a job needs is here, and is loaded when it is asked for: importing the package alone loads
+neither torch nor TorchRec.
+"""
 
-check_versions()
-check_fbgemm()
+from __future__ import annotations
 
-from cce_torchrec.config import CCEEmbeddingBagConfig  # noqa: E402
-from cce_torchrec.modules.compress import compress_model  # noqa: E402
-from cce_torchrec.modules.embedding_bag_collection import CCEEmbeddingBagCollection  # noqa: E402
-from cce_torchrec.modules.embedding_collection import CCEEmbeddingCollection  # noqa: E402
-from cce_torchrec.modules.managed_collision import refuse as _refuse  # noqa: E402, F401
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:  # what `__getattr__` finds, for type checkers and editors
+    from cce_torchrec.checkpoint import LoadReport, load_checkpoint, save_checkpoint
+    from cce_torchrec.clustering import (  # fmt: skip
+        ChunkReport,
+        ClusteringReport,
+        ClusteringSchedule,
+        cluster,
+        finalize,
+    )
+    from cce_torchrec.config import CCEEmbeddingBagConfig
+    from cce_torchrec.distributed.process_group import end_process_group
+    from cce_torchrec.distributed.sharders import get_default_sharders
+    from cce_torchrec.modules.compress import compress_model
+    from cce_torchrec.modules.embedding_bag_collection import CCEEmbeddingBagCollection
+    from cce_torchrec.modules.embedding_collection import CCEEmbeddingCollection
+    from cce_torchrec.planning import make_plan, plan_report, tables_for_memory
+
+_MODULES = {
+    "config": ["CCEEmbeddingBagConfig"],
+    "modules.embedding_bag_collection": ["CCEEmbeddingBagCollection"],
+    "modules.embedding_collection": ["CCEEmbeddingCollection"],
+    "modules.compress": ["compress_model"],
+    "distributed.sharders": ["get_default_sharders"],
+    "distributed.process_group": ["end_process_group"],
+    "planning": ["make_plan", "plan_report", "tables_for_memory"],
+    "clustering": ["ChunkReport", "ClusteringReport", "ClusteringSchedule", "cluster", "finalize"],
+    "checkpoint": ["LoadReport", "load_checkpoint", "save_checkpoint"],
+}
+_MODULE_OF = {name: module for module, names in _MODULES.items() for name in names}
 
 __all__ = [
     "CCEEmbeddingBagCollection",
     "CCEEmbeddingBagConfig",
     "CCEEmbeddingCollection",
+    "ChunkReport",
+    "ClusteringReport",
+    "ClusteringSchedule",
+    "LoadReport",
+    "cluster",
     "compress_model",
+    "end_process_group",
+    "finalize",
+    "get_default_sharders",
+    "load_checkpoint",
+    "make_plan",
+    "plan_report",
+    "save_checkpoint",
+    "tables_for_memory",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _MODULE_OF:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f"{__name__}.{_MODULE_OF[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

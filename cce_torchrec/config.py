@@ -8,8 +8,12 @@ import operator
 from dataclasses import dataclass, fields
 from typing import Any
 
-import torch
-from torchrec.modules.embedding_configs import (
+from cce_torchrec.versions import check_installation
+
+check_installation()  # before TorchRec is loaded, whose errors do not say what to do
+
+import torch  # noqa: E402
+from torchrec.modules.embedding_configs import (  # noqa: E402
     DataType,
     EmbeddingBagConfig,
     PoolingType,

@@ -1,7 +1,8 @@
-"""At import: is the installed triple of torch, fbgemm and torchrec tested, and does it load?"""
+"""At first use: is the installed triple of torch, fbgemm and torchrec tested, and does it load?"""
 
 from __future__ import annotations
 
+import functools
 import importlib
 import re
 import warnings
@@ -29,6 +30,13 @@ def installed_versions() -> dict[str, str]:
     }
 
 
+@functools.cache
+def check_installation() -> None:
+    """Looks at the versions and loads FBGEMM; see `check_versions` and `check_fbgemm`."""
+    check_versions()
+    check_fbgemm()
+
+
 def check_versions() -> None:
     """Warns in one sentence what to install if the installed triple was never tested."""
     found = tuple(installed_versions().values())
@@ -38,7 +46,7 @@ def check_versions() -> None:
             f"cce_torchrec is tested with torch {torch_}, fbgemm-gpu {fbgemm} and torchrec "
             f"{torchrec}, not with {found}; install torch=={torch_}, then fbgemm-gpu=={fbgemm} "
             f"(fbgemm-gpu-cpu without a GPU) and torchrec=={torchrec}",
-            stacklevel=3,
+            stacklevel=4,
         )
 
 

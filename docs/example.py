@@ -21,7 +21,7 @@ from cce_torchrec.checkpoint import save_checkpoint
 from cce_torchrec.clustering import ClusteringSchedule, cluster, finalize
 from cce_torchrec.distributed.process_group import end_process_group
 from cce_torchrec.distributed.sharders import get_default_sharders
-from cce_torchrec.planner import make_plan
+from cce_torchrec.planning import make_plan
 
 USERS, COUNTRIES, DIM, STEPS, BATCH_SIZE = 5_000, 50, 16, 800, 2048
 
@@ -84,7 +84,9 @@ def main(folder: str) -> None:
     apply_optimizer_in_backward(RowWiseAdagrad, collection.parameters(), {"lr": 0.1})
     tables = collection.embedding_bag_configs()
     model = Model(collection)
-    plan = make_plan(model, tables, device, "auto", BATCH_SIZE)  # the batch of all ranks together
+    plan = make_plan(
+        model, tables, device, "auto", batch_size=BATCH_SIZE
+    )  # the batch of all ranks together
     model = DistributedModelParallel(
         model, device=device, plan=plan, sharders=get_default_sharders()
     )

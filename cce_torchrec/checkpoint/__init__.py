@@ -1,7 +1,11 @@
 """Checkpoints of whole training jobs, written so that a kill leaves the previous one loadable."""
 
-from cce_torchrec.checkpoint.folder import latest_checkpoint
-from cce_torchrec.checkpoint.load import LoadReport, load_checkpoint
-from cce_torchrec.checkpoint.save import save_checkpoint
+from cce_torchrec.versions import check_installation
+
+check_installation()  # before TorchRec is loaded, whose errors do not say what to do
+
+from cce_torchrec.checkpoint.folder import latest_checkpoint  # noqa: E402
+from cce_torchrec.checkpoint.load import LoadReport, load_checkpoint  # noqa: E402
+from cce_torchrec.checkpoint.save import save_checkpoint  # noqa: E402
 
 __all__ = ["LoadReport", "latest_checkpoint", "load_checkpoint", "save_checkpoint"]

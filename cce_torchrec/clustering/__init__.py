@@ -1,7 +1,11 @@
 """The clustering step: relearn codes, codebooks and hashes of all CCE tables of a model."""
 
-from cce_torchrec.clustering.finalize import finalize
-from cce_torchrec.clustering.schedule import ClusteringSchedule
-from cce_torchrec.clustering.step import ChunkReport, ClusteringReport, cluster
+from cce_torchrec.versions import check_installation
+
+check_installation()  # before TorchRec is loaded, whose errors do not say what to do
+
+from cce_torchrec.clustering.finalize import finalize  # noqa: E402
+from cce_torchrec.clustering.schedule import ClusteringSchedule  # noqa: E402
+from cce_torchrec.clustering.step import ChunkReport, ClusteringReport, cluster  # noqa: E402
 
 __all__ = ["ChunkReport", "ClusteringReport", "ClusteringSchedule", "cluster", "finalize"]

@@ -19,7 +19,7 @@ from torchrec.streamable import Pipelineable
 
 from cce_torchrec.distributed.sharders import get_default_sharders
 from cce_torchrec.modules.embedding_bag_collection import CCEEmbeddingBagCollection
-from cce_torchrec.planner import make_plan
+from cce_torchrec.planning import make_plan
 from cce_torchrec.train.model import GMF, DLRMLogits
 
 OPTIMIZERS: dict[str, type[torch.optim.Optimizer]] = {
@@ -91,7 +91,7 @@ def build(
         if args.model == "gmf"
         else DLRMLogits(collection, dense_features, args.embedding_dim)
     )
-    plan = make_plan(model, configs, device, args.plan, args.batch_size)
+    plan = make_plan(model, configs, device, args.plan, batch_size=args.batch_size)
     torch.manual_seed(args.seed + 1 + rank)  # tables differ by rank, DDP syncs the rest
     sharded = DistributedModelParallel(
         model, device=device, plan=plan, sharders=get_default_sharders(fused_params)

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from cce_torchrec.train.data import Dataset
-from cce_torchrec.train.pipelines import PIPELINES
+if TYPE_CHECKING:  # neither the options nor `--help` need torch
+    from cce_torchrec.train.data import Dataset
 
+PIPELINES = ("auto", "sparse-dist", "prefetch", "none")
 DEFAULT_SPLIT_SEED = 20231211
 
 

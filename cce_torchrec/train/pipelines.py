@@ -11,11 +11,9 @@ from torchrec.distributed.train_pipeline import (
     TrainPipelineSparseDist,
 )
 
-PIPELINES = ("auto", "sparse-dist", "prefetch", "none")
-
 
 def chosen(name: str, device: torch.device, world_size: int) -> str:
-    """What `name` of `PIPELINES` is on this device: sparse-dist, prefetch or none.
+    """What `name` of `options.PIPELINES` is on this device: sparse-dist, prefetch or none.
 
     On a CPU a pipeline hides nothing but what other ranks are waited for.
 

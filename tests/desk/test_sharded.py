@@ -19,7 +19,7 @@ from cce_torchrec.checkpoint import load_checkpoint, save_checkpoint
 from cce_torchrec.clustering import cluster, finalize
 from cce_torchrec.clustering.live import fused_rows, unsharded_rows
 from cce_torchrec.distributed.sharders import get_default_sharders
-from cce_torchrec.planner import make_plan
+from cce_torchrec.planning import make_plan
 from tests.desk.counts import counting
 from tests.desk.emulated import CUDA, Emulated, on_cpu
 from tests.desk.twins import OPTIONS, batch, plain, table

@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-PRELOAD = ["torchrec.distributed", "cce_torchrec.clustering", "cce_torchrec.planner"]
+PRELOAD = ["torchrec.distributed", "cce_torchrec.clustering", "cce_torchrec.planning"]
 
 
 def free_port() -> int:

@@ -15,7 +15,7 @@ from torchrec.optim.apply_optimizer_in_backward import apply_optimizer_in_backwa
 from cce_torchrec import CCEEmbeddingBagConfig, CCEEmbeddingCollection
 from cce_torchrec.clustering import cluster
 from cce_torchrec.distributed.sharders import get_default_sharders
-from cce_torchrec.planner import make_plan
+from cce_torchrec.planning import make_plan
 from tests.distributed.test_checkpoint import SequenceNet
 from tests.distributed.test_inputs import SUM, Pair, flat, vbe_batch
 from tests.distributed.test_pipeline import Batch

@@ -14,7 +14,7 @@ from torchrec.modules.embedding_configs import PoolingType
 
 from cce_torchrec.clustering import cluster, meeting
 from cce_torchrec.distributed.sharders import get_default_sharders
-from cce_torchrec.planner import make_plan, make_planner
+from cce_torchrec.planning import make_plan, make_planner
 from tests.distributed.ranks import run_ranks
 from tests.distributed.test_checkpoint import build
 from tests.distributed.test_sharded import CPU, Model, collection, tables

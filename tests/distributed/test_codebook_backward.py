@@ -14,7 +14,7 @@ from cce_torchrec.distributed.caches import kernels
 from cce_torchrec.distributed.sharders import get_default_sharders
 from cce_torchrec.fused import native
 from cce_torchrec.fused.backward import CodebookBags
-from cce_torchrec.planner import make_plan
+from cce_torchrec.planning import make_plan
 from tests.distributed.ranks import run_ranks
 from tests.distributed.test_sharded import CPU, Model
 

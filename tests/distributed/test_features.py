@@ -30,7 +30,7 @@ from cce_torchrec.clustering.live import fused_rows
 from cce_torchrec.codes import seen_ids
 from cce_torchrec.distributed.data_parallel import data_parallel_parameters
 from cce_torchrec.distributed.sharders import get_default_sharders
-from cce_torchrec.planner import make_plan, make_planner
+from cce_torchrec.planning import make_plan, make_planner
 from tests.distributed.ranks import run_ranks
 from tests.distributed.sequence_checks import (
     SGD,

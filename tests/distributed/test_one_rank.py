@@ -9,7 +9,7 @@ from torchrec.distributed import DistributedModelParallel
 
 from cce_torchrec import CCEEmbeddingBagCollection, CCEEmbeddingBagConfig
 from cce_torchrec.distributed.sharders import get_default_sharders
-from cce_torchrec.planner import make_plan
+from cce_torchrec.planning import make_plan
 from tests.distributed import sequence_checks
 from tests.distributed.ranks import run_ranks
 from tests.distributed.test_inputs import matrix

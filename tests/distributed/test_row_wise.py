@@ -31,8 +31,7 @@ from cce_torchrec.distributed.code_fetch import CodeFetch
 from cce_torchrec.distributed.embedding_bag_sharder import CCEEmbeddingBagCollectionSharder
 from cce_torchrec.distributed.id_blocks import IdBlocks
 from cce_torchrec.distributed.sharders import get_default_sharders
-from cce_torchrec.plan_report import plan_report
-from cce_torchrec.planner import make_plan
+from cce_torchrec.planning import make_plan, plan_report
 from tests.distributed.ranks import run_ranks
 from tests.distributed.test_inputs import ROWWISE
 from tests.distributed.test_sharded import CPU, Model, batch, compare, copy_state

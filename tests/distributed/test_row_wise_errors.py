@@ -23,8 +23,7 @@ from cce_torchrec.clustering import cluster, row_wise
 from cce_torchrec.clustering.ids import ChunkIds, NewCodes
 from cce_torchrec.clustering.live import fused_rows
 from cce_torchrec.distributed.sharders import get_default_sharders
-from cce_torchrec.plan_report import plan_report
-from cce_torchrec.planner import make_plan
+from cce_torchrec.planning import make_plan, plan_report
 from tests.distributed.ranks import run_ranks
 from tests.distributed.test_row_wise import collection, sharded_model, tables, train
 from tests.distributed.test_sharded import CPU, Model, batch, compare, copy_state

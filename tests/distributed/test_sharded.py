@@ -18,7 +18,7 @@ from cce_torchrec.clustering import plan as plans
 from cce_torchrec.clustering.live import fused_rows, unsharded_rows
 from cce_torchrec.distributed.sharders import get_default_sharders
 from cce_torchrec.kmeans import kmeans
-from cce_torchrec.planner import make_plan
+from cce_torchrec.planning import make_plan
 from tests.distributed.ranks import run_ranks
 
 CPU = torch.device("cpu")

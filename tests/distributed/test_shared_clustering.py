@@ -16,7 +16,7 @@ from cce_torchrec.clustering import budget, cluster, plan
 from cce_torchrec.clustering.live import fused_rows
 from cce_torchrec.distributed.sharders import get_default_sharders
 from cce_torchrec.kmeans import backends, share
-from cce_torchrec.planner import make_plan
+from cce_torchrec.planning import make_plan
 from tests.distributed.ranks import run_ranks
 from tests.distributed.test_sharded import CPU, Model, collection, tables
 

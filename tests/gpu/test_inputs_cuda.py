@@ -12,7 +12,7 @@ from cce_torchrec import CCEEmbeddingBagCollection, CCEEmbeddingBagConfig, CCEEm
 from cce_torchrec.clustering.live import fused_rows
 from cce_torchrec.codes import widen
 from cce_torchrec.distributed.sharders import get_default_sharders
-from cce_torchrec.planner import make_plan
+from cce_torchrec.planning import make_plan
 from tests.distributed.test_sharded import Model
 
 pytestmark = [

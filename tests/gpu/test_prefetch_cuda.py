@@ -9,7 +9,7 @@ from torchrec.modules.embedding_configs import PoolingType
 from cce_torchrec.clustering import cluster
 from cce_torchrec.clustering.live import fused_rows, uncached
 from cce_torchrec.distributed.sharders import get_default_sharders
-from cce_torchrec.planner import make_plan
+from cce_torchrec.planning import make_plan
 from tests.distributed.test_pipeline import STEPS, Batch, Loss
 from tests.distributed.test_sharded import batch, tables
 

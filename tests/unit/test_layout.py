@@ -15,8 +15,8 @@ LAYERS = [
     {"expand", "kmeans", "metrics"},
     {"modules"},
     {"distributed"},
-    {"clustering", "planner"},
-    {"checkpoint", "plan_report"},
+    {"clustering", "planning"},
+    {"checkpoint"},
     {"train"},
 ]
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}

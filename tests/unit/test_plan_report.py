@@ -10,8 +10,7 @@ from torchrec.optim.apply_optimizer_in_backward import apply_optimizer_in_backwa
 
 from cce_torchrec import CCEEmbeddingBagCollection, CCEEmbeddingBagConfig
 from cce_torchrec.distributed.sharders import get_default_sharders
-from cce_torchrec.plan_report import plan_report, tables_for_memory
-from cce_torchrec.planner import make_planner
+from cce_torchrec.planning import make_planner, plan_report, tables_for_memory
 
 CPU = torch.device("cpu")
 
@@ -27,7 +26,7 @@ def planned(configs, world_size, memory):
     made = CCEEmbeddingBagCollection(configs, device="meta")
     apply_optimizer_in_backward(torch.optim.Adagrad, list(made.parameters()), {"lr": 0.1})
     model = nn.ModuleDict({"sparse": made})
-    planner = make_planner(configs, world_size, CPU, "tw", 2, memory)
+    planner = make_planner(configs, world_size, CPU, "tw", batch_size=2, memory_bytes=memory)
     return model, planner.plan(model, get_default_sharders())
 
 
@@ -102,7 +101,9 @@ def test_a_data_parallel_table_is_on_every_rank():
         name="t", num_embeddings=1000, embedding_dim=16, feature_names=["t"], num_rows=5
     )
     model = nn.ModuleDict({"sparse": CCEEmbeddingBagCollection([config], device="meta")})
-    planner = make_planner([config], 2, CPU, "tw", 2, 1 << 30, data_parallel=["t"])
+    planner = make_planner(
+        [config], 2, CPU, "tw", batch_size=2, memory_bytes=1 << 30, data_parallel=["t"]
+    )
     report = plan_report(model, planner.plan(model, get_default_sharders()), 2)
     assert [table.rank for table in report.tables] == [0, 1]
     assert {table.bytes for table in report.tables} == {config.table_bytes}

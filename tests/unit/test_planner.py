@@ -9,7 +9,7 @@ from torchrec.optim.apply_optimizer_in_backward import apply_optimizer_in_backwa
 
 from cce_torchrec import CCEEmbeddingBagCollection, CCEEmbeddingBagConfig
 from cce_torchrec.distributed.sharders import get_default_sharders
-from cce_torchrec.planner import make_plan, make_planner
+from cce_torchrec.planning import make_plan, make_planner
 
 CPU = torch.device("cpu")
 
@@ -63,7 +63,9 @@ def test_tables_are_in_the_memory_of_a_gpu_unless_asked_otherwise():
 
         def plan(memory_bytes, table=table, made=made, **options):
             gpu = torch.device("cuda")
-            planner = make_planner([table], 2, gpu, "tw", 2, memory_bytes, **options)
+            planner = make_planner(
+                [table], 2, gpu, "tw", batch_size=2, memory_bytes=memory_bytes, **options
+            )
             return planner.plan(made, get_default_sharders()).plan["sparse"][table.name]
 
         assert plan(1 << 30).compute_kernel == "fused"

@@ -1,4 +1,4 @@
-"""The warning at import names what to install, and tested triples are free of it."""
+"""The warning at first use names what to install, and tested triples are free of it."""
 
 import os
 import re
@@ -66,13 +66,18 @@ NO_DRIVER = r"needs NVIDIA's driver, and this machine lacks it \(no {}\): run wh
         ("", r"do not load \(it has logged why\): install torch==2"),  # older builds only log
     ],
 )
-def test_without_a_driver_the_import_says_what_is_missing(tmp_path, stub, told):
+@pytest.mark.parametrize(
+    "used",
+    ["from cce_torchrec import make_plan", "from cce_torchrec.clustering import cluster",
+     "import cce_torchrec.config", "from cce_torchrec.modules import compress"],
+)  # fmt: skip
+def test_without_a_driver_the_first_use_says_what_is_missing(tmp_path, stub, told, used):
     package = tmp_path / "fbgemm_gpu"
     package.mkdir()
     (package / "__init__.py").write_text(stub)
     path = os.pathsep.join([str(tmp_path), str(ROOT)])
     done = subprocess.run(
-        [sys.executable, "-c", "import cce_torchrec"],
+        [sys.executable, "-c", used],
         capture_output=True, text=True, env={**os.environ, "PYTHONPATH": path}, cwd=tmp_path,
     )  # fmt: skip
     assert done.returncode == 1

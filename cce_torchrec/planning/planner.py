@@ -19,19 +19,14 @@ from torchrec.distributed.planner.shard_estimators import (
     EmbeddingStorageEstimator,
 )
 from torchrec.distributed.planner.storage_reservations import HeuristicalStorageReservation
-from torchrec.distributed.planner.types import (
-    ParameterConstraints,
-    ShardEstimator,
-    ShardingOption,
-    Storage,
-)
+from torchrec.distributed.planner.types import ParameterConstraints
 from torchrec.distributed.types import ShardingPlan, ShardingType
 from torchrec.modules.embedding_configs import EmbeddingBagConfig
 
-from cce_torchrec.config import CCEEmbeddingBagConfig, code_dtype
-from cce_torchrec.distributed.id_blocks import IdBlocks, codebook_owners
+from cce_torchrec.config import CCEEmbeddingBagConfig
 from cce_torchrec.distributed.sharders import get_default_sharders
 from cce_torchrec.modules.embedding_bag_collection import CCEEmbeddingBagCollection
+from cce_torchrec.planning.storage import CodeStorageEstimator
 
 _KINDS = {
     "tw": [ShardingType.TABLE_WISE.value],
@@ -42,88 +37,6 @@ _KINDS = {
 _IN_DEVICE_MEMORY = [EmbeddingComputeKernel.DENSE.value, EmbeddingComputeKernel.FUSED.value]
 _RESERVED = 0.15
 """Share of a device's memory that plans leave to everything but tables (TorchRec's default)."""
-
-
-def optimizer_bytes(
-    table: EmbeddingBagConfig, parameter: nn.Parameter, rows: int, width: int
-) -> int:
-    """State of FBGEMM's fused optimizer for a shard [rows, width] of `table`.
-
-    `parameter` carries the optimizer that was applied in backward; state is float32.
-    """
-    chunk = table.chunk_dim if isinstance(table, CCEEmbeddingBagConfig) else width
-    return _optimizer_bytes(parameter, rows, width, chunk)
-
-
-def _optimizer_bytes(parameter: nn.Parameter, rows: int, width: int, chunk: int) -> int:
-    classes = getattr(parameter, "_optimizer_classes", [])
-    name = classes[0].__name__ if classes else ""
-    rowwise, whole = -(-4 * rows * width // chunk) if width else 0, 4 * rows * width
-    return {
-        "RowWiseAdagrad": rowwise,
-        "Adagrad": whole,
-        "Adam": 2 * whole,
-        "PartialRowWiseAdam": whole + rowwise,
-    }.get(name, 0)
-
-
-class CodeStorageEstimator(ShardEstimator):
-    """Adds codes, and what TorchRec misses of the optimizer, to the storage of CCE shards.
-
-    TorchRec's own estimator sees the proxy of the codebooks [k + k', D], and divides its row-wise
-    state among shards of columns; such a shard holds the codes of the chunks in them, and row-wise
-    state once per chunk. Under ROW_WISE, whose
-    shard i TorchRec gives to rank i, it holds the codes of a block of ids and whole codebooks.
-    """
-
-    def __init__(self, topology: Topology, tables: Sequence[EmbeddingBagConfig]) -> None:
-        self._on_gpu = topology.compute_device == "cuda"
-        self._tables = {t.name: t for t in tables if isinstance(t, CCEEmbeddingBagConfig)}
-
-    def estimate(
-        self, sharding_options: list[ShardingOption], sharder_data_map: Any = None, **_: Any
-    ) -> None:
-        """Adds to the storage of each shard in place."""
-        for option in sharding_options:
-            table = self._tables.get(option.name)
-            if table is None:
-                continue
-            row_wise = option.sharding_type == ShardingType.ROW_WISE.value
-            blocks = IdBlocks(table.num_embeddings, tuple(range(len(option.shards))))
-            for rank, shard in enumerate(option.shards):
-                rows, width = shard.size
-                if row_wise:
-                    held = sum(row_wise_bytes(table, option.tensor, blocks, rank))
-                    added = held - _as_torchrec_counts(option.tensor, rows, width)
-                else:
-                    added = -(-table.code_bytes * width // table.embedding_dim) + table.seen_bytes
-                    added += optimizer_bytes(table, option.tensor, rows, width)
-                    added -= _optimizer_bytes(option.tensor, rows, width, table.embedding_dim)
-                assert shard.storage is not None
-                shard.storage += Storage(
-                    hbm=added if self._on_gpu else 0, ddr=0 if self._on_gpu else added
-                )
-
-
-def row_wise_bytes(
-    table: CCEEmbeddingBagConfig, parameter: nn.Parameter, blocks: IdBlocks, rank: int
-) -> tuple[int, int, int]:
-    """Bytes of codebooks, codes (and bits) and optimizer state that `rank` holds of `table`."""
-    width = codebook_owners(table, blocks).count(rank) * table.chunk_dim
-    ids = len(blocks.ids(rank))
-    codes = ids * table.num_chunks * code_dtype(table.num_rows).itemsize * table.learned_codes
-    rows = table.rows_per_chunk
-    return (
-        rows * width * parameter.element_size(),
-        codes + (ids // 8 + 2) * table.track_seen,
-        optimizer_bytes(table, parameter, rows, width),
-    )
-
-
-def _as_torchrec_counts(parameter: nn.Parameter, rows: int, width: int) -> int:
-    """Weights and optimizer state of a shard [rows, width] of a plain table."""
-    weights = rows * width * parameter.element_size()
-    return weights + _optimizer_bytes(parameter, rows, width, width)
 
 
 def _topology(world_size: int, device: torch.device, memory_bytes: int | None) -> Topology:
@@ -205,6 +118,7 @@ def make_planner(
     world_size: int,
     device: torch.device,
     kind: str = "auto",
+    *,
     batch_size: int = 512,
     memory_bytes: int | None = None,
     dense_bytes: int = 1,
@@ -264,6 +178,7 @@ def make_plan(
     tables: Sequence[EmbeddingBagConfig],
     device: torch.device,
     kind: str = "auto",
+    *,
     batch_size: int = 512,
     memory_bytes: int | None = None,
     data_parallel: Collection[str] = (),
@@ -296,8 +211,8 @@ def make_plan(
         dist.get_world_size(),
         device,
         kind,
-        batch_size,
-        memory_bytes,
+        batch_size=batch_size,
+        memory_bytes=memory_bytes,
         dense_bytes=max(1, 6 * dense),  # gradients and Adam's moments, with room
         data_parallel=data_parallel,
         row_wise=row_wise,

@@ -1,0 +1,89 @@
+"""Tables that are compressed just so far that a plan fits a memory budget."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+import torchrec
+from torch import nn
+from torchrec.distributed.planner.types import PlannerError
+from torchrec.modules.embedding_configs import EmbeddingBagConfig
+from torchrec.optim.apply_optimizer_in_backward import apply_optimizer_in_backward
+
+from cce_torchrec.config import CCEEmbeddingBagConfig
+from cce_torchrec.distributed.sharders import get_default_sharders
+from cce_torchrec.modules.compress import compressed, full_bytes
+from cce_torchrec.modules.embedding_bag_collection import CCEEmbeddingBagCollection
+from cce_torchrec.planning.planner import make_planner
+
+
+def tables_for_memory(
+    tables: Sequence[EmbeddingBagConfig],
+    memory_bytes: int,
+    world_size: int,
+    *,
+    device: torch.device | None = None,
+    kind: str = "auto",
+    batch_size: int = 512,
+    optimizer: type[torch.optim.Optimizer] = torchrec.optim.RowWiseAdagrad,
+    min_bytes: int = 1 << 20,
+    num_chunks: int = 4,
+    seed: int = 0,
+) -> list[EmbeddingBagConfig]:
+    """`tables` with the large ones compressed just so far that a plan fits every rank.
+
+    All are compressed by one ratio, the least at which TorchRec's planner finds a plan with
+    `memory_bytes` a rank; it counts codes, optimizer state and what it reserves for the rest.
+
+    Args:
+        tables: those below `min_bytes`, those that compression would not make smaller, and CCE
+            tables stay as they are.
+        memory_bytes, world_size, device, kind, batch_size: see `make_planner`.
+        optimizer: of the tables; its state counts.
+
+    Raises:
+        ValueError: no tables, or not even two rows a chunk fit.
+    """
+    if not tables or num_chunks < 1:
+        raise ValueError(f"{len(tables)} tables, num_chunks {num_chunks}: at least 1 of each")
+    device = device if device is not None else torch.device("cpu")
+    plain = (t for t in tables if not isinstance(t, CCEEmbeddingBagConfig))
+    large = {t.name for t in plain if full_bytes(t) >= min_bytes}
+
+    def at(ratio: float) -> list[EmbeddingBagConfig]:
+        return [
+            compressed(t, ratio, None, num_chunks, seed)[0] if t.name in large else t
+            for t in tables
+        ]
+
+    def fits(ratio: float) -> bool:
+        configs = at(ratio)
+        made = CCEEmbeddingBagCollection(configs, device=torch.device("meta"))
+        apply_optimizer_in_backward(optimizer, list(made.parameters()), {"lr": 0.1})
+        planner = make_planner(
+            configs, world_size, device, kind, batch_size=batch_size, memory_bytes=memory_bytes
+        )
+        try:
+            planner.plan(nn.ModuleDict({"tables": made}), get_default_sharders())
+        except PlannerError:
+            return False
+        return True
+
+    low, high = 1.0, float(max(t.num_embeddings for t in tables))
+    if not fits(high):
+        least = sum(t.table_bytes for t in at(high) if isinstance(t, CCEEmbeddingBagConfig))
+        raise ValueError(
+            f"{memory_bytes} bytes on each of {world_size} ranks do not hold {len(tables)} tables "
+            f"with two rows a chunk; compressed ones alone take {least}. Use more ranks or memory, "
+            "fewer chunks, or kind='cw'"
+        )
+    return at(low if fits(low) else _least(fits, low, high))
+
+
+def _least(fits: Callable[[float], bool], low: float, high: float) -> float:
+    """The least ratio that fits, within 2 %; `low` does not, `high` does."""
+    while high / low > 1.02:
+        middle = (low * high) ** 0.5
+        low, high = (low, middle) if fits(middle) else (middle, high)
+    return high

@@ -1,0 +1,38 @@
+"""One run of the program: starts the ranks' process group, trains, and ends it."""
+
+from __future__ import annotations
+
+import argparse
+import os
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+
+from cce_torchrec.distributed.process_group import end_process_group
+from cce_torchrec.train.trainer import Trainer
+
+
+def run(args: argparse.Namespace) -> str | None:
+    """Trains as `args` say (see options.py); what to tell the user if it could not, or None."""
+    device = _start_ranks(timedelta(seconds=args.timeout))
+    try:
+        Trainer(args, device).run()
+    except ValueError as error:  # not kept: it refers to the model, and so to the group
+        return f"error: {error}"
+    finally:
+        end_process_group()
+    return None
+
+
+def _start_ranks(timeout: timedelta) -> torch.device:
+    if "RANK" not in os.environ:
+        os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1")
+        os.environ.setdefault("MASTER_PORT", "0")  # any that is free: another run may be on
+    if torch.cuda.is_available():
+        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        torch.cuda.set_device(device)
+        dist.init_process_group("nccl", timeout=timeout)
+        return device
+    dist.init_process_group("gloo", timeout=timeout)
+    return torch.device("cpu")
