@@ -92,7 +92,7 @@ class Contender:
             dist.barrier()
             counted.bytes = 0
             clock.start()
-            fetch.replace(ids, self.model.module.collection._bounds_check)
+            fetch.replace(ids, self.model.module.collection.bounds_check)
             clock.mark("fetch")
             self.fetches.append(clock.read()["fetch"])
             self.fetched = counted.bytes

@@ -125,9 +125,9 @@ class Expansion:
     _dtype = torch.int64
 
     def __init__(self, blocks: list[Block], slots: list[Slot], keys: list[str]) -> None:
-        self._blocks = blocks
+        self.blocks = blocks
         self._keys = keys
-        self._slots = slots
+        self.slots = slots
         self._who = []
         for block in blocks:
             features = ", ".join(f"feature {slots[s].feature!r}" for s in block.slots)
@@ -150,7 +150,7 @@ class Expansion:
 
     def _count_rows(self) -> None:
         # Per physical feature: the slot it comes from, and rows per id.
-        blocks = self._blocks
+        blocks = self.blocks
         sources = [(s, b.rows_per_id) for b in blocks for _ in range(b.copies) for s in b.slots]
         self._sources = [slot for slot, _ in sources]
         self._rows_per_id = [rows for _, rows in sources]
@@ -163,7 +163,7 @@ class Expansion:
         Chunks of ROW_WISE tables, which arrive as rows, are in none of `configs`.
         """
         by_name = {config.name: config for config in configs}
-        for block in self._blocks:
+        for block in self.blocks:
             block.config = by_name.get(block.config.name, block.config)
         self._count_rows()
 
@@ -193,7 +193,7 @@ class Expansion:
         values = torch.empty(sum(out_per_key), dtype=self._dtype, device=ids.device)
         out_weights = weights.new_empty(len(values)) if weights is not None else None
         end, work = 0, []
-        for who, block in zip(self._who, self._blocks, strict=True):
+        for who, block in zip(self._who, self.blocks, strict=True):
             pieces = [(starts[s], starts[s + 1]) for s in block.slots]
             own = block.hashed(_gather(ids, pieces))
             shape = (block.copies, -1, block.rows_per_id)
@@ -215,7 +215,7 @@ class Expansion:
     def _write_rows(self, work: list[Work], check: BoundsCheck) -> None:
         """Writes the rows of every block's ids to where they go, all that can be by one call."""
         jobs, names = [], []
-        for block, (who, ids, out) in zip(self._blocks, work, strict=True):
+        for block, (who, ids, out) in zip(self.blocks, work, strict=True):
             ids = block.marked(who, ids, check)
             if native.takes(ids):
                 jobs.append(block.job(ids, out))
@@ -264,7 +264,7 @@ class Expansion:
         fatal = check.mode == BoundsCheckMode.FATAL
         if fatal:
             check.refuse_capture()
-        first_bad = device.no_positions(len(self._blocks), ids.device) if fatal else None
+        first_bad = device.no_positions(len(self.blocks), ids.device) if fatal else None
         rows = tables.expand(
             ids,
             weights,
@@ -290,14 +290,14 @@ class Expansion:
         if check.mode != BoundsCheckMode.WARNING:
             return None
         if where not in self._invalid:
-            self._invalid[where] = torch.zeros(len(self._blocks), dtype=torch.int64, device=where)
+            self._invalid[where] = torch.zeros(len(self.blocks), dtype=torch.int64, device=where)
             for who, count in zip(self._who, self._invalid[where], strict=True):
                 check.watch(who, count)
         return self._invalid[where]
 
     def _raise_for(self, ids: torch.Tensor, first_bad: torch.Tensor, check: BoundsCheck) -> None:
         """Raises for the first table that has an id out of bounds; waits for the device."""
-        for who, block, first in zip(self._who, self._blocks, first_bad.tolist(), strict=True):
+        for who, block, first in zip(self._who, self.blocks, first_bad.tolist(), strict=True):
             if first < len(ids):
                 check.found(who, None, int(ids[first]), block.config.num_embeddings)
 
@@ -305,7 +305,7 @@ class Expansion:
         """The blocks as the kernels read them; described again only when codes were rewritten."""
         key = (where, ChunkCodes.version, [codes.training for codes in self._tracked])
         if self._described is None or self._described[0] != key:
-            tables = device.DeviceTables([block.on_device() for block in self._blocks], where)
+            tables = device.DeviceTables([block.on_device() for block in self.blocks], where)
             self._described = (key, tables)
         return self._described[1]
 
@@ -322,7 +322,7 @@ class Expansion:
                 torch.tensor(self._rows_per_id, device=lengths.device, dtype=lengths.dtype),
             )
         sources, rows = self._length_maps[lengths.device]
-        by_slot = lengths.view(len(self._slots), features.stride())
+        by_slot = lengths.view(len(self.slots), features.stride())
         return by_slot.index_select(0, sources).mul_(rows[:, None]).view(-1)
 
     def _batch_sizes(
@@ -338,7 +338,7 @@ class Expansion:
             "stride_per_key_per_rank": [list(per_rank[s]) for s in self._sources]
         }
         if inverse is not None:
-            order = [inverse[0].index(self._slots[s].feature) for s in self._sources]
+            order = [inverse[0].index(self.slots[s].feature) for s in self._sources]
             sizes["inverse_indices"] = (self._keys, inverse[1][order])
         return sizes
 

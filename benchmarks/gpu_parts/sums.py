@@ -15,7 +15,7 @@ from benchmarks.gpu_parts.part import Part, free, start_group
 from benchmarks.gpu_parts.timing import Contender, wait
 from cce_torchrec.clustering import cluster
 from cce_torchrec.clustering.live import fused_rows, uncached
-from cce_torchrec.distributed.caches import kernels
+from cce_torchrec.torchrec_internals import fused_kernels, lookups_of
 
 FULL = Setting(10**6, dim=128, main_rows=4096, helper_rows=12288, tables=2, batch=65536, bag=10)
 QUICK = Setting(1000, dim=32, main_rows=32, helper_rows=96, tables=2, batch=64, bag=10)
@@ -120,7 +120,7 @@ def _rows(collection: nn.Module) -> dict[str, Any]:
     if hasattr(collection, "embedding_bag_collection"):
         return fused_rows(collection)  # type: ignore[arg-type]  # has the attribute
     found = {}
-    for tables, tbe in kernels(collection._lookups):
+    for tables, tbe in fused_kernels(lookups_of(collection)):
         states = tbe.get_optimizer_state()
         for table, weight, state in zip(tables, tbe.split_embedding_weights(), states, strict=True):
             found[table.name] = (weight, state)

@@ -7,13 +7,18 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.distributed._shard.metadata import ShardMetadata
-from torch.distributed._shard.sharded_tensor import Shard, ShardedTensor
-from torch.distributed._shard.sharded_tensor.metadata import ShardedTensorMetadata
 
 from cce_torchrec.checkpoint.tables import Tables, configs_of, unwrapped
 from cce_torchrec.codes import fill_hashed
 from cce_torchrec.config import CCEEmbeddingBagConfig
+from cce_torchrec.torchrec_internals import (
+    Shard,
+    ShardedTensor,
+    ShardedTensorMetadata,
+    ShardMetadata,
+    group_of,
+    sharded_tensor,
+)
 
 
 class Growth:
@@ -127,6 +132,4 @@ def _shorter(
         size=torch.Size([length, *before.size[1:]]),
         tensor_properties=before.tensor_properties,
     )
-    return ShardedTensor._init_from_local_shards_and_global_metadata(
-        local, after, process_group=value._process_group
-    )
+    return sharded_tensor(local, after, group_of(value))

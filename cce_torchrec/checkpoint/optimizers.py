@@ -13,12 +13,18 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.distributed._shard.sharded_tensor import ShardedTensor
-from torch.nn.parallel import DistributedDataParallel
 from torchrec.distributed import DistributedModelParallel
 from torchrec.optim.keyed import CombinedOptimizer
 
 from cce_torchrec.checkpoint.tables import unwrapped
+from cce_torchrec.torchrec_internals import (
+    ShardedTensor,
+    fused_kernels,
+    is_optimizer_of,
+    lookups_of,
+    optimizers_in_backward,
+    wrapped_optimizer,
+)
 
 _KINDS = {
     "exact_row_wise_adagrad": "RowWiseAdagrad",
@@ -70,7 +76,7 @@ def optimizer_states(
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     for name, parameter in model.named_parameters():
         if name not in out and not isinstance(model, DistributedModelParallel):
-            for optimizer in getattr(parameter, "_in_backward_optimizers", []):
+            for optimizer in optimizers_in_backward(parameter):
                 out |= _ordinary(optimizer, names)
     for optimizer in optimizers:
         for part in _parts(optimizer):
@@ -82,11 +88,8 @@ def _parts(optimizer: Any) -> list[Any]:
     """Optimizers inside TorchRec's combined and wrapped ones."""
     if isinstance(optimizer, CombinedOptimizer):
         return [part for _, inner in optimizer.optimizers for part in _parts(inner)]
-    while hasattr(optimizer, "_optimizer"):
-        optimizer = optimizer._optimizer
-        if isinstance(optimizer, CombinedOptimizer):
-            return _parts(optimizer)
-    return [optimizer]
+    inner = wrapped_optimizer(optimizer)
+    return [optimizer] if inner is None else _parts(inner)
 
 
 def _ordinary(optimizer: Any, names: dict[int, str]) -> dict[str, ParameterState]:
@@ -157,13 +160,9 @@ def _kernels(model: nn.Module) -> list[tuple[str, str, Any]]:
     """(path of the collection, table, fused kernel) of the tables on this rank."""
     out = []
     for path, module in unwrapped(model).named_modules():
-        for lookup in getattr(module, "_lookups", []):
-            while isinstance(lookup, DistributedDataParallel):
-                lookup = lookup.module
-            for part in getattr(lookup, "_emb_modules", []):
-                if hasattr(part.emb_module, "optimizer"):
-                    names = [table.name for table in part._config.embedding_tables]
-                    out += [(f"{path}." if path else "", n, part.emb_module) for n in names]
+        for tables, kernel in fused_kernels(lookups_of(module)):
+            if hasattr(kernel, "optimizer"):
+                out += [(f"{path}." if path else "", table.name, kernel) for table in tables]
     return out
 
 
@@ -173,7 +172,7 @@ def _restore_fused(model: DistributedModelParallel, kernel: Any, settings: dict[
         kernel.iter_cpu.zero_()  # FBGEMM then reads it from `iter` anew
     for _, part in model.fused_optimizer.optimizers:
         for one in _parts(part):
-            if getattr(one, "_emb_module", None) is kernel:
+            if is_optimizer_of(one, kernel):
                 for group in one.param_groups:
                     group["lr"] = settings["lr"]
 

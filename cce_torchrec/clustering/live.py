@@ -12,10 +12,11 @@ from torch import nn
 from cce_torchrec.chunk_codes import ChunkCodes
 from cce_torchrec.clustering import replicas
 from cce_torchrec.clustering.chunk import Blocks, ChunkState
-from cce_torchrec.distributed.caches import bypassed, kernels
+from cce_torchrec.distributed.caches import bypassed
 from cce_torchrec.distributed.embedding_bag_collection import ShardedCCEEmbeddingBagCollection
 from cce_torchrec.modules.embedding_bag_collection import CCEEmbeddingBagCollection
 from cce_torchrec.slots import physical_table
+from cce_torchrec.torchrec_internals import fused_kernels, lookups_of, optimizers_in_backward
 
 
 def local_chunks(
@@ -76,7 +77,7 @@ def uncached(model: nn.Module) -> Iterator[None]:
     with ExitStack() as stack:
         for module in model.modules():
             if isinstance(module, ShardedCCEEmbeddingBagCollection):
-                stack.enter_context(bypassed(module._lookups))
+                stack.enter_context(bypassed(lookups_of(module)))
         yield
     _wait_for_all_streams()
 
@@ -93,7 +94,7 @@ def unsharded_rows(
     out = {}
     for name, bag in module.embedding_bag_collection.embedding_bags.items():
         weight = bag.weight
-        optimizers = list(getattr(weight, "_in_backward_optimizers", []))
+        optimizers = optimizers_in_backward(weight)
         if optimizer is not None:
             optimizers.append(optimizer)
         state = {k: v for opt in optimizers for k, v in _state_of(weight, opt).items()}
@@ -110,7 +111,7 @@ def fused_rows(
     """
     inner = module.embedding_bag_collection
     out = {}
-    for tables, tbe in kernels(inner._lookups):
+    for tables, tbe in fused_kernels(lookups_of(inner)):
         fused = hasattr(tbe, "get_optimizer_state")
         states = tbe.get_optimizer_state() if fused else []
         for i, table in enumerate(tables):

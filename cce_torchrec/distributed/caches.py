@@ -7,26 +7,13 @@ from contextlib import contextmanager
 from typing import Any
 
 from torch import nn
-from torch.nn.parallel import DistributedDataParallel
 
-
-def kernels(lookups: Iterable[nn.Module]) -> Iterator[tuple[Any, Any]]:
-    """Each group of tables of TorchRec's `lookups` with the FBGEMM module that holds them."""
-    for lookup in lookups:
-        for kernel in torchrec_kernels(lookup):
-            yield kernel._config.embedding_tables, kernel.emb_module
-
-
-def torchrec_kernels(lookup: nn.Module) -> Iterable[Any]:
-    """TorchRec's modules around FBGEMM's, of one lookup."""
-    while isinstance(lookup, DistributedDataParallel):
-        lookup = lookup.module
-    return lookup._emb_modules  # type: ignore[union-attr,return-value]  # a ModuleList
+from cce_torchrec.torchrec_internals import fused_kernels
 
 
 def _cached(lookups: Iterable[nn.Module]) -> Iterator[Any]:
     """Modules that have a cache."""
-    for _, module in kernels(lookups):
+    for _, module in fused_kernels(lookups):
         weights = getattr(module, "lxu_cache_weights", None)
         if weights is not None and weights.numel():
             yield module

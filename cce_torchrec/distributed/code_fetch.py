@@ -96,7 +96,7 @@ class CodeFetch(Expansion):
     @property
     def rewrites(self) -> list[int]:
         """Changes whenever codes or hashes may have, alike on every rank."""
-        return [_held(block).rewrites for block in self._blocks]
+        return [_held(block).rewrites for block in self.blocks]
 
     def replace(
         self, features: KeyedJaggedTensor, check: BoundsCheck
@@ -109,7 +109,7 @@ class CodeFetch(Expansion):
             ValueError: on every rank, if ids of any are refused (bounds_check_mode FATAL).
         """
         self._answered = []
-        rows = self(select_slots(features, [slot.feature for slot in self._slots]), check)
+        rows = self(select_slots(features, [slot.feature for slot in self.slots]), check)
         if self._others:
             rows = KeyedJaggedTensor.concat([select_slots(features, self._others), rows])
         return rows, self._answered
@@ -120,7 +120,7 @@ class CodeFetch(Expansion):
         distinct: list[torch.Tensor] = []
         checked: list[tuple[torch.Tensor, torch.Tensor]] = []
         try:
-            for block, (who, ids, _) in zip(self._blocks, work, strict=True):
+            for block, (who, ids, _) in zip(self.blocks, work, strict=True):
                 valid = check(who, ids, block.config.num_embeddings).long()
                 rising, inverse = torch.unique(valid, return_inverse=True)
                 distinct.append(rising)
@@ -129,7 +129,7 @@ class CodeFetch(Expansion):
             failure = error
         codes = self._exchange(distinct, failure)
         for block, (_, _, out), (ids, at), own in zip(
-            self._blocks, work, checked, codes, strict=True
+            self.blocks, work, checked, codes, strict=True
         ):
             held = _held(block)
             parts = [widen(own[at]).t()]
@@ -146,8 +146,8 @@ class CodeFetch(Expansion):
         Raises:
             ValueError: on every rank, if any has failed before.
         """
-        ranks, tables = dist.get_world_size(self._group), len(self._blocks)
-        device = _held(self._blocks[0]).clusterings.device
+        ranks, tables = dist.get_world_size(self._group), len(self.blocks)
+        device = _held(self.blocks[0]).clusterings.device
         counts = torch.full((ranks, tables), _FAILED, device=device)
         cuts: list[list[int]] = []
         if failure is None:
@@ -167,13 +167,13 @@ class CodeFetch(Expansion):
         ]
         wanted = self._sent(torch.cat(pieces), [sum(row) for row in asked], answered)
         replies = self._codes_of(wanted, answered)
-        sizes = [_bytes_per_id(block) for block in self._blocks]
+        sizes = [_bytes_per_id(block) for block in self.blocks]
         returned = [[n * s for n, s in zip(row, sizes, strict=True)] for row in asked]
         sent = [sum(n * s for n, s in zip(row, sizes, strict=True)) for row in answered]
         by_rank = self._sent(replies, sent, returned).split([n for row in returned for n in row])
         return [
             torch.cat(by_rank[t::tables]).view(codes.dtype).view(-1, codes.shape[1])
-            for t, codes in enumerate(map(_codes, self._blocks))
+            for t, codes in enumerate(map(_codes, self.blocks))
         ]
 
     def _sent(
@@ -188,8 +188,8 @@ class CodeFetch(Expansion):
     def _codes_of(self, wanted: torch.Tensor, counts: list[list[int]]) -> torch.Tensor:
         """Codes of the ids that other ranks ask for, as bytes in their order."""
         pieces = wanted.split([n for row in counts for n in row])
-        tables, replies = len(self._blocks), list(pieces)
-        for t, block in enumerate(self._blocks):
+        tables, replies = len(self.blocks), list(pieces)
+        for t, block in enumerate(self.blocks):
             held = _held(block)
             own = torch.cat(pieces[t::tables]) - held.ids.start
             if held.seen is not None:

@@ -8,6 +8,7 @@ codes live. Codes of ROW_WISE tables are fetched before (code_fetch.py).
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -35,7 +36,7 @@ from torchrec.sparse.jagged_tensor import KeyedJaggedTensor, KeyedTensor
 from cce_torchrec.bounds import BoundsCheck
 from cce_torchrec.chunk_codes import ChunkCodes, codes_of
 from cce_torchrec.config import CCEEmbeddingBagConfig
-from cce_torchrec.distributed.caches import forget_prefetched, kernels, torchrec_kernels
+from cce_torchrec.distributed.caches import forget_prefetched
 from cce_torchrec.distributed.code_fetch import CodeFetch, mark_answered
 from cce_torchrec.distributed.context import CCEContext
 from cce_torchrec.distributed.id_blocks import IdBlocks, check_group, is_row_wise
@@ -56,6 +57,13 @@ from cce_torchrec.modules.embedding_bag_collection import (
     without_weights,
 )
 from cce_torchrec.modules.output import check_features
+from cce_torchrec.torchrec_internals import (
+    fused_kernels,
+    leave_input_to_us,
+    lookups_of,
+    output_features,
+    torchrec_kernels,
+)
 
 
 class PooledNoWait(LazyGetItemMixin[str, torch.Tensor], LazyNoWait[KeyedTensor]):
@@ -91,9 +99,9 @@ class ShardedCCEEmbeddingBagCollection(
         """Whether weights are computed where the ids are looked up, by feature processors."""
         self._env = env
         self._device = device
-        self._bounds_check = BoundsCheck(module.bounds_check_mode)
+        self.bounds_check = BoundsCheck(module.bounds_check_mode)
         self._read_plan(params)
-        self._output = module._output.divided(self._cut_by_rows)
+        self.output = module.output.divided(self._cut_by_rows)
         warn_of_ignored_optimizers(module, self.data_parallel)
         # Plans name global ranks, also where a sharding group is a part of them (2D parallelism).
         rank = getattr(env, "global_rank", env.rank)
@@ -102,8 +110,10 @@ class ShardedCCEEmbeddingBagCollection(
             *(self.codes, self._configs, self.chunk_owners, self.id_blocks),
             *(rank, device, env.process_group),
         )
-        self._register_state_dict_hook(state.save)
-        self._register_load_state_dict_pre_hook(state.load)
+        self.register_state_dict_post_hook(
+            partial(state.save)
+        )  # torch marks hooks; methods it cannot
+        self.register_load_state_dict_pre_hook(state.load)
         self.embedding_bag_collection: ShardedEmbeddingBagCollection = ebc_sharder.shard(
             module.embedding_bag_collection,
             physical_plan(self._configs, params, device),
@@ -114,26 +124,25 @@ class ShardedCCEEmbeddingBagCollection(
         inner = self.embedding_bag_collection
         # Ids are distributed here; the inner module's input distribution is never called. Means
         # of tables cut by rows are taken here too.
-        inner._has_uninitialized_input_dist = False
-        inner._has_mean_pooling_callback = False
+        leave_input_to_us(inner)
         self._has_uninitialized_input_dist = False
-        self._lookups = inner._lookups
-        for _, kernel in kernels(self._lookups):
+        self._lookups = lookups_of(inner)
+        for _, kernel in fused_kernels(self._lookups):
             # Rows are in bounds: ids were checked before they were expanded, all of them.
             kernel.bounds_check_mode_int = BoundsCheckMode.NONE.value
             take_over(kernel)
         self._alone = is_alone(env, self._lookups)
-        self._pieces = self._output.column_pieces(inner._embedding_names, inner._embedding_dims)
-        self._inputs = sharding_inputs(
-            *(inner, self._configs, self._output, self.codes, self.id_blocks, env.rank)
+        self._pieces = self.output.column_pieces(*output_features(inner))
+        self.inputs = sharding_inputs(
+            *(inner, self._configs, self.output, self.codes, self.id_blocks, env.rank)
         )
-        for sharded, lookup in zip(self._inputs, self._lookups, strict=True):
+        for sharded, lookup in zip(self.inputs, self._lookups, strict=True):
             if sharded.expansion is not None and device.type == "cuda":
                 sharded.expansion.narrow = narrow.take_over(torchrec_kernels(lookup))
         self._fetch = CodeFetch.of(self._configs, self.codes, self.id_blocks, self.process_group)
-        self._input_dists += [sharded.dist for sharded in self._inputs]
-        self._stays = self._fetch is None and all(i.stays for i in self._inputs)
-        self._feature_order = [slot.feature for sharded in self._inputs for slot in sharded.slots]
+        self._input_dists += [sharded.dist for sharded in self.inputs]
+        self._stays = self._fetch is None and all(i.stays for i in self.inputs)
+        self._feature_order = [slot.feature for sharded in self.inputs for slot in sharded.slots]
 
     def _read_plan(self, params: dict[str, ParameterSharding]) -> None:
         """Which table is where.
@@ -198,10 +207,10 @@ class ShardedCCEEmbeddingBagCollection(
 
     def _prepared(self, ctx: CCEContext, features: KeyedJaggedTensor) -> KeyedJaggedTensor:
         """`features` once they are checked, with what the output will need of them in `ctx`."""
-        check_features(features, self._output.slots, self._is_weighted and not self.weighed_later)
+        check_features(features, self.output.slots, self._is_weighted and not self.weighed_later)
         if features.variable_stride_per_key():
             self._check_variable_batch()
-        ctx.divisor = self._output.divisor(features)
+        ctx.divisor = self.output.divisor(features)
         ctx.variable_batch_per_feature = features.variable_stride_per_key()
         if ctx.variable_batch_per_feature:
             ctx.inverse_indices = self._inverse_indices(*features.inverse_indices())
@@ -222,7 +231,7 @@ class ShardedCCEEmbeddingBagCollection(
         self, ctx: CCEContext, features: KeyedJaggedTensor, again: bool = False
     ) -> Awaitable[Awaitable[KJTList]]:
         """Sends `features` to their tables' owners; ids of ROW_WISE tables become rows before."""
-        check = self._bounds_check.once_more() if again else self._bounds_check
+        check = self.bounds_check.once_more() if again else self.bounds_check
         variable = ctx.variable_batch_per_feature  # TorchRec asks for sizes only then
         sizes = features.stride_per_key() if variable else []
         bags = dict(zip(features.keys(), sizes, strict=False))
@@ -240,10 +249,10 @@ class ShardedCCEEmbeddingBagCollection(
                 ],
                 variable_batch_per_feature=variable,
             )
-            for sharded in self._inputs
+            for sharded in self.inputs
         ]
         sent = []
-        for sharded, piece in zip(self._inputs, pieces, strict=True):
+        for sharded, piece in zip(self.inputs, pieces, strict=True):
             if sharded.before is not None:
                 piece = sharded.before(piece, check)
             sent.append(sharded.dist_again(piece) if again else sharded.dist(piece))
@@ -254,13 +263,13 @@ class ShardedCCEEmbeddingBagCollection(
         ordered = select_slots(features, self._feature_order)
         # Also what is known of the lengths afterwards, so that values beyond the last bag are.
         ordered.length_per_key()
-        return ordered.split([len(sharded.slots) for sharded in self._inputs])
+        return ordered.split([len(sharded.slots) for sharded in self.inputs])
 
     def _inverse_indices(
         self, names: list[str], inverse: torch.Tensor
     ) -> tuple[list[str], torch.Tensor]:
         """Rows of `inverse` in the order in which TorchRec gathers the physical features."""
-        looked_up = [slot.feature for sharded in self._inputs for slot in sharded.looked_up]
+        looked_up = [slot.feature for sharded in self.inputs for slot in sharded.looked_up]
         return looked_up, inverse[[names.index(feature) for feature in looked_up]]
 
     def forward(self, *input: Any, **kwargs: Any) -> LazyAwaitable[KeyedTensor]:
@@ -291,7 +300,7 @@ class ShardedCCEEmbeddingBagCollection(
         if self._is_direct(ctx):
             pooled = [look_up(rows) for look_up, rows in zip(self._lookups, expanded, strict=True)]
             values = pooled[0] if len(pooled) == 1 else torch.cat(pooled, dim=1)
-            return PooledNoWait(self._output.assemble(values, self._pieces, ctx.divisor))
+            return PooledNoWait(self.output.assemble(values, self._pieces, ctx.divisor))
         return self._assembled(ctx, inner.compute_and_output_dist(ctx, expanded))
 
     def _is_direct(self, ctx: CCEContext) -> bool:
@@ -334,8 +343,8 @@ class ShardedCCEEmbeddingBagCollection(
         expanded = [
             features
             if sharded.expansion is None
-            else sharded.expansion(features, self._bounds_check)
-            for sharded, features in zip(self._inputs, dist_input, strict=True)
+            else sharded.expansion(features, self.bounds_check)
+            for sharded, features in zip(self.inputs, dist_input, strict=True)
         ]
         if ctx.variable_batch_per_feature:
             for context, rows in zip(ctx.sharding_contexts, expanded, strict=True):
@@ -346,7 +355,7 @@ class ShardedCCEEmbeddingBagCollection(
         self, ctx: CCEContext, awaitable: LazyAwaitable[KeyedTensor]
     ) -> LazyAwaitable[KeyedTensor]:
         awaitable.callbacks.append(
-            lambda pooled: self._output.assemble(pooled.values(), self._pieces, ctx.divisor)
+            lambda pooled: self.output.assemble(pooled.values(), self._pieces, ctx.divisor)
         )
         return awaitable
 
@@ -361,7 +370,7 @@ class ShardedCCEEmbeddingBagCollection(
     def drop_helpers(self, names: Sequence[str]) -> None:
         """Reads the tables `names` as finalised ones; `clustering.finalize` wrote them so."""
         self._configs = finalised_configs(self._configs, names, self.codes)
-        for sharded in self._inputs:
+        for sharded in self.inputs:
             if sharded.expansion is not None:
                 sharded.expansion.set_configs(self._configs)
         if self._fetch is not None:
@@ -375,7 +384,7 @@ class ShardedCCEEmbeddingBagCollection(
     @property
     def num_invalid_ids(self) -> int:
         """Ids out of bounds that this rank has seen so far (bounds_check_mode WARNING)."""
-        return self._bounds_check.num_invalid
+        return self.bounds_check.num_invalid
 
     @property
     def process_group(self) -> dist.ProcessGroup | None:

@@ -42,6 +42,12 @@ from cce_torchrec.modules.embedding_collection import (
     sequences,
 )
 from cce_torchrec.modules.output import LogicalOutput
+from cce_torchrec.torchrec_internals import (
+    input_dists,
+    lookups_of,
+    output_dists,
+    uncombined_features,
+)
 
 Sequences = dict[str, JaggedTensor]
 
@@ -73,7 +79,7 @@ class SequencesAwaitable(LazyAwaitable[Sequences]):
     ) -> None:
         super().__init__()
         self._awaitables, self._names, self._shapes = awaitables, names, shapes
-        self._output, self._features, self._need_indices = output, features, need_indices
+        self.output, self._features, self._need_indices = output, features, need_indices
 
     def _wait_impl(self) -> Sequences:
         flat = torch.cat([awaitable.wait().view(-1) for awaitable in self._awaitables])
@@ -82,7 +88,7 @@ class SequencesAwaitable(LazyAwaitable[Sequences]):
             name: part.view(shape)
             for name, part, shape in zip(self._names, parts, self._shapes, strict=True)
         }
-        return sequences(self._output, vectors, self._features, self._need_indices)
+        return sequences(self.output, vectors, self._features, self._need_indices)
 
 
 class ShardedCCEEmbeddingCollection(
@@ -117,8 +123,8 @@ class ShardedCCEEmbeddingCollection(
         self.bags = bag_sharder.shard(
             module.bags, params, env, device, append_prefix(module_fqn or "", "bags")
         )
-        self._lookups = self.bags._lookups
-        self._input_dists += self.bags._input_dists
+        self._lookups = lookups_of(self.bags)
+        self._input_dists += input_dists(self.bags)
         self._has_uninitialized_input_dist = False
 
     def input_dist(  # type: ignore[override]  # TorchRec's own modules narrow *input likewise
@@ -129,12 +135,12 @@ class ShardedCCEEmbeddingCollection(
         Raises:
             ValueError: a missing feature, or a batch size per feature.
         """
-        check_sequences(features, self.bags._output)
+        check_sequences(features, self.bags.output)
         ctx.features = features
         awaitable = self.bags.input_dist(ctx, features)
         ctx.variable_batch_per_feature = True
         ids = dict(zip(features.keys(), features.length_per_key(), strict=True))
-        for sharded, context in zip(self.bags._inputs, ctx.sharding_contexts, strict=True):
+        for sharded, context in zip(self.bags.inputs, ctx.sharding_contexts, strict=True):
             assert context is not None
             context.batch_size_per_feature_pre_a2a = [ids[s.feature] for s in sharded.looked_up]
             context.variable_batch_per_feature = True
@@ -161,17 +167,18 @@ class ShardedCCEEmbeddingCollection(
         inner = self.bags.embedding_bag_collection
         awaitables, ids = [], []
         for dist, embeddings, context in zip(
-            inner._output_dists, output, ctx.sharding_contexts, strict=True
+            output_dists(inner), output, ctx.sharding_contexts, strict=True
         ):
             assert context is not None
             awaitables.append(dist(embeddings, context))
             ids += context.batch_size_per_feature_pre_a2a
         assert ctx.features is not None
+        names, dims = uncombined_features(inner)
         return SequencesAwaitable(
             awaitables,
-            inner._uncombined_embedding_names,
-            list(zip(ids, inner._uncombined_embedding_dims, strict=True)),
-            self.bags._output,
+            names,
+            list(zip(ids, dims, strict=True)),
+            self.bags.output,
             ctx.features,
             self._need_indices,
         )

@@ -22,6 +22,7 @@ from torchrec.modules.fp_embedding_modules import FeatureProcessedEmbeddingBagCo
 from cce_torchrec.distributed.embedding_bag_sharder import CCEEmbeddingBagCollectionSharder
 from cce_torchrec.distributed.id_blocks import is_row_wise
 from cce_torchrec.modules.embedding_bag_collection import CCEEmbeddingBagCollection
+from cce_torchrec.torchrec_internals import PROCESSED_COLLECTION, processed_collection
 
 
 class ShardedFeatureProcessedCCE(ShardedFeatureProcessedEmbeddingBagCollection):
@@ -30,8 +31,8 @@ class ShardedFeatureProcessedCCE(ShardedFeatureProcessedEmbeddingBagCollection):
     def sharded_parameter_names(self, prefix: str = "") -> Iterator[str]:
         """Names of the collection's parameters and codes; the processors are left to DDP."""
         yield from super().sharded_parameter_names(prefix)
-        for name, _ in self._embedding_bag_collection.named_buffers():
-            yield append_prefix(prefix, f"_embedding_bag_collection.{name}")
+        for name, _ in processed_collection(self).named_buffers():
+            yield append_prefix(prefix, f"{PROCESSED_COLLECTION}.{name}")
 
 
 class FeatureProcessedSharder(FeatureProcessedEmbeddingBagCollectionSharder):
@@ -54,7 +55,7 @@ class FeatureProcessedSharder(FeatureProcessedEmbeddingBagCollectionSharder):
         module_fqn: str | None = None,
     ) -> ShardedFeatureProcessedEmbeddingBagCollection:
         """The sharded form of `module` under the plan `params` of its logical tables."""
-        if not isinstance(module._embedding_bag_collection, CCEEmbeddingBagCollection):
+        if not isinstance(processed_collection(module), CCEEmbeddingBagCollection):
             return super().shard(module, params, env, device, module_fqn)
         by_rows = [name for name, sharding in params.items() if is_row_wise(sharding)]
         if by_rows:
@@ -66,13 +67,13 @@ class FeatureProcessedSharder(FeatureProcessedEmbeddingBagCollectionSharder):
         sharded = ShardedFeatureProcessedCCE(
             module, params, self._cce_sharder, env, device, module_fqn
         )
-        sharded._embedding_bag_collection.weighed_later = True
+        processed_collection(sharded).weighed_later = True
         return sharded
 
     def shardable_parameters(
         self, module: FeatureProcessedEmbeddingBagCollection
     ) -> dict[str, nn.Parameter]:
         """One parameter per logical table."""
-        if not isinstance(module._embedding_bag_collection, CCEEmbeddingBagCollection):
+        if not isinstance(processed_collection(module), CCEEmbeddingBagCollection):
             return super().shardable_parameters(module)
-        return self._cce_sharder.shardable_parameters(module._embedding_bag_collection)
+        return self._cce_sharder.shardable_parameters(processed_collection(module))

@@ -24,6 +24,7 @@ from cce_torchrec.config import CCEEmbeddingBagConfig
 from cce_torchrec.expand import Block, Expansion
 from cce_torchrec.modules.output import LogicalOutput
 from cce_torchrec.slots import Slot, physical_feature
+from cce_torchrec.torchrec_internals import ranks_of, shardings_of
 
 
 @dataclass(frozen=True)
@@ -69,7 +70,7 @@ def sharding_inputs(
         _row_wise_input(sharding, configs, slot_of)
         if isinstance(sharding, RwPooledEmbeddingSharding)
         else _input(sharding, configs, slot_of, codes, row_wise, rank)
-        for sharding in inner._embedding_shardings
+        for sharding in shardings_of(inner)
     ]
 
 
@@ -91,8 +92,10 @@ def _input(
     mine = 0 if data_parallel else rank
     names, slots = list(per_rank[mine]), slots_per_rank[mine]
     # A rank that is alone in its group keeps its ids: nothing is sent, and nothing waits for it.
-    stays = data_parallel or dist.get_world_size(sharding._pg) == 1
-    make = DpSparseFeaturesDist if stays else partial(TwSparseFeaturesDist, sharding._pg, counts)
+    stays = data_parallel or dist.get_world_size(ranks_of(sharding)) == 1
+    make: Any = DpSparseFeaturesDist
+    if not stays:
+        make = partial(TwSparseFeaturesDist, ranks_of(sharding), counts)
     return ShardingInput(
         dist=make(),
         dist_again=make(),

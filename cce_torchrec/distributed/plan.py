@@ -8,7 +8,6 @@ from dataclasses import replace
 
 import torch
 from fbgemm_gpu.split_table_batched_embeddings_ops_common import BoundsCheckMode
-from torch.distributed._shard.sharding_spec import EnumerableShardingSpec, ShardMetadata
 from torchrec.distributed.types import ParameterSharding, ShardingType
 from torchrec.modules.embedding_configs import EmbeddingBagConfig
 
@@ -17,6 +16,11 @@ from cce_torchrec.distributed.id_blocks import IdBlocks, codebook_owners, is_row
 from cce_torchrec.fused.backward import fits
 from cce_torchrec.modules.embedding_bag_collection import CCEEmbeddingBagCollection
 from cce_torchrec.slots import physical_table
+from cce_torchrec.torchrec_internals import (
+    EnumerableShardingSpec,
+    ShardMetadata,
+    optimizers_in_backward,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -132,7 +136,7 @@ def warn_of_ignored_optimizers(module: CCEEmbeddingBagCollection, tables: set[st
     bags = module.embedding_bag_collection.embedding_bags
     ignored = {
         name.split("#")[0] for name, bag in bags.items()
-        if name.split("#")[0] in tables and hasattr(bag.weight, "_in_backward_optimizers")
+        if name.split("#")[0] in tables and optimizers_in_backward(bag.weight)
     }  # fmt: skip
     if ignored:
         logger.warning(

@@ -17,9 +17,6 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import nn
-from torch.distributed._shard.metadata import ShardMetadata
-from torch.distributed._shard.sharded_tensor import Shard, ShardedTensor
-from torch.distributed._shard.sharded_tensor.metadata import ShardedTensorMetadata, TensorProperties
 from torchrec.modules.embedding_configs import EmbeddingBagConfig
 
 from cce_torchrec.chunk_codes import ChunkCodes, codes_of
@@ -27,6 +24,14 @@ from cce_torchrec.codes import code_dtype
 from cce_torchrec.config import CCEEmbeddingBagConfig
 from cce_torchrec.distributed.id_blocks import IdBlocks
 from cce_torchrec.helper_rows import check_helper_rows, save_helper_rows
+from cce_torchrec.torchrec_internals import (
+    Shard,
+    ShardedTensor,
+    ShardedTensorMetadata,
+    ShardMetadata,
+    TensorProperties,
+    sharded_tensor,
+)
 
 SHARD_BYTES = 1 << 26
 """Most that the codes of a shard take, or those of a single id."""
@@ -116,7 +121,7 @@ class CodesState:
                 state[_seen_key(prefix, config.name)] = self._sharded_seen(config)
         save_helper_rows(self._compressed, state, prefix)
 
-    def load(self, state: dict[str, Any], prefix: str, *rest: Any) -> None:
+    def load(self, module: nn.Module, state: dict[str, Any], prefix: str, *rest: Any) -> None:
         """Replaces a table's ShardedTensor by this rank's part, where it has any.
 
         Raises:
@@ -198,9 +203,7 @@ class CodesState:
     ) -> ShardedTensor:
         properties = TensorProperties(dtype=dtype, requires_grad=False)
         whole = ShardedTensorMetadata(shards, torch.Size(size), properties)
-        return ShardedTensor._init_from_local_shards_and_global_metadata(
-            local, whole, process_group=self._group
-        )
+        return sharded_tensor(local, whole, self._group)
 
 
 def _seen_key(prefix: str, table: str) -> str:

@@ -19,6 +19,7 @@ from fbgemm_gpu.split_table_batched_embeddings_ops_training import (
 )
 
 from cce_torchrec.fused import native
+from cce_torchrec.torchrec_internals import become
 
 MAX_BYTES = 4 << 20
 """float32 gradient of a table beyond which FBGEMM's backward is as fast: it leaves the caches."""
@@ -57,7 +58,7 @@ def takes(module: Any) -> bool:
 def take_over(module: Any) -> None:
     """Makes `module` a `CodebookBags`, if that can be; it is FBGEMM's own otherwise."""
     if takes(module):
-        module.__class__ = CodebookBags
+        become(module, CodebookBags)
         module.num_rows = sum(rows for rows, *_ in module.embedding_specs)
 
 

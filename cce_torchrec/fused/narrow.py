@@ -17,6 +17,8 @@ from fbgemm_gpu.split_table_batched_embeddings_ops_training import (
 from torchrec.distributed.batched_embedding_kernel import BatchedFusedEmbeddingBag
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
+from cce_torchrec.torchrec_internals import become
+
 MOST = (1 << 31) - 1
 """Rows of all tables of a module, whose positions FBGEMM counts through, and rows of a batch."""
 
@@ -43,7 +45,7 @@ def take_over(kernels: Iterable[Any]) -> bool:
     if not found or not all(_takes(kernel) for kernel in found):
         return False
     for kernel in found:
-        kernel.__class__ = NarrowKernel
+        become(kernel, NarrowKernel)
     return True
 
 

@@ -7,6 +7,8 @@ from collections.abc import Iterator
 
 import torch
 
+from cce_torchrec.torchrec_internals import fp32_precision, set_fp32_precision
+
 _Setting = tuple[str, str]
 """What a precision is set for, as torch names it: a backend and an operation."""
 _EVERYTHING: _Setting = ("generic", "all")
@@ -64,9 +66,8 @@ def _under(parent: _Setting, parents: str, setting: _Setting) -> str:
 
 
 def _get(setting: _Setting) -> str:
-    return torch._C._get_fp32_precision_getter(*setting)
+    return fp32_precision(*setting)
 
 
 def _set(setting: _Setting, precision: str) -> None:
-    # Not by torch.backends, whose attribute of mkldnn sets everything (torch 2.11 to 2.13).
-    torch._C._set_fp32_precision_setter(*setting, precision)
+    set_fp32_precision(*setting, precision)

@@ -14,6 +14,7 @@ from torchrec.modules.embedding_modules import EmbeddingBagCollection
 
 from cce_torchrec.config import CCEEmbeddingBagConfig
 from cce_torchrec.modules.embedding_bag_collection import CCEEmbeddingBagCollection
+from cce_torchrec.torchrec_internals import optimizers_in_backward
 
 
 @dataclass(frozen=True)
@@ -270,7 +271,7 @@ def _describe(
 def _replacement(
     path: str, module: EmbeddingBagCollection, tables: list[EmbeddingBagConfig]
 ) -> CCEEmbeddingBagCollection:
-    if any(hasattr(p, "_in_backward_optimizers") for p in module.parameters()):
+    if any(optimizers_in_backward(p) for p in module.parameters()):
         raise ValueError(
             f"{path}: an optimizer was applied in backward already; call compress_model first"
         )

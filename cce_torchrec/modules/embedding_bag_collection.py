@@ -63,7 +63,7 @@ class CCEEmbeddingBagCollection(EmbeddingBagCollectionInterface):
         self._is_weighted = is_weighted
         self._device = torch.device(device if device is not None else "cpu")
         self.bounds_check_mode = bounds_check_mode
-        self._bounds_check = BoundsCheck(bounds_check_mode)
+        self.bounds_check = BoundsCheck(bounds_check_mode)
         physical = [p for config in tables for p in physical_configs(config, is_weighted)]
         self.embedding_bag_collection = EmbeddingBagCollection(
             tables=physical, device=self._device, is_weighted=is_weighted
@@ -75,12 +75,12 @@ class CCEEmbeddingBagCollection(EmbeddingBagCollectionInterface):
                 if isinstance(config, CCEEmbeddingBagConfig)
             }
         )
-        self._output = LogicalOutput.from_configs(self._configs, is_weighted)
+        self.output = LogicalOutput.from_configs(self._configs, is_weighted)
         names = [feature for config in physical for feature in config.feature_names]
         dims = [config.embedding_dim for config in physical for _ in config.feature_names]
-        self._pieces = self._output.column_pieces(names, dims)
-        self._expansion = Expansion(self._blocks(), self._output.slots, names)
-        self._register_state_dict_hook(_save_helper_rows)
+        self._pieces = self.output.column_pieces(names, dims)
+        self.expansion = Expansion(self._blocks(), self.output.slots, names)
+        self.register_state_dict_post_hook(_save_helper_rows)
         self.register_load_state_dict_pre_hook(_check_helper_rows)
 
     def _blocks(self) -> list[Block]:
@@ -109,15 +109,15 @@ class CCEEmbeddingBagCollection(EmbeddingBagCollectionInterface):
         Raises:
             ValueError: a missing feature, missing weights, or an id out of bounds in FATAL mode.
         """
-        check_features(features, self._output.slots, self._is_weighted)
-        divisor = self._output.divisor(features)
-        slots = select_slots(features, [slot.feature for slot in self._output.slots])
+        check_features(features, self.output.slots, self._is_weighted)
+        divisor = self.output.divisor(features)
+        slots = select_slots(features, [slot.feature for slot in self.output.slots])
         if not self._is_weighted:
             slots = without_weights(slots)
         slots.length_per_key()  # TorchRec's own collection asks for it, and then the rows are known
-        rows = self._expansion(slots, self._bounds_check, features.inverse_indices_or_none())
+        rows = self.expansion(slots, self.bounds_check, features.inverse_indices_or_none())
         pooled = self.embedding_bag_collection(rows)
-        return self._output.assemble(pooled.values(), self._pieces, divisor)
+        return self.output.assemble(pooled.values(), self._pieces, divisor)
 
     def embedding_bag_configs(self) -> list[EmbeddingBagConfig]:
         """The tables as configured (or finalised), one entry per logical table."""
@@ -126,7 +126,7 @@ class CCEEmbeddingBagCollection(EmbeddingBagCollectionInterface):
     def drop_helpers(self, names: Sequence[str]) -> None:
         """Reads the tables `names` as finalised ones; `clustering.finalize` wrote them so."""
         self._configs = finalised_configs(self._configs, names, self.codes)
-        self._expansion.set_configs(self._configs)
+        self.expansion.set_configs(self._configs)
 
     def is_weighted(self) -> bool:
         """Whether bags are pooled by per-sample weights."""
@@ -140,7 +140,7 @@ class CCEEmbeddingBagCollection(EmbeddingBagCollectionInterface):
     @property
     def num_invalid_ids(self) -> int:
         """Ids out of bounds seen so far (bounds_check_mode WARNING)."""
-        return self._bounds_check.num_invalid
+        return self.bounds_check.num_invalid
 
     def reset_parameters(self) -> None:
         """Fresh codebooks, and codes back at their hash."""

@@ -72,12 +72,12 @@ class CCEEmbeddingCollection(EmbeddingCollectionInterface):
             ValueError: a missing feature, a batch size per feature, or an id out of bounds in
                 FATAL mode.
         """
-        output = self.bags._output
+        output = self.bags.output
         check_sequences(features, output)
         slots = select_slots(without_weights(features), [slot.feature for slot in output.slots])
         each = bags_of_one(slots, [slots.stride()])
         each.length_per_key()
-        rows = self.bags._expansion(each, self.bags._bounds_check).to_dict()
+        rows = self.bags.expansion(each, self.bags.bounds_check).to_dict()
         inner = self.bags.embedding_bag_collection
         vectors = {}
         for config in inner.embedding_bag_configs():
@@ -100,7 +100,7 @@ class CCEEmbeddingCollection(EmbeddingCollectionInterface):
 
     def embedding_names_by_table(self) -> list[list[str]]:
         """Keys of the output, by table."""
-        names = iter(self.bags._output.names)
+        names = iter(self.bags.output.names)
         return [[next(names) for _ in config.feature_names] for config in self._configs]
 
     @property

@@ -13,6 +13,7 @@ from torchrec.modules.embedding_configs import EmbeddingBagConfig
 
 from cce_torchrec.config import CCEEmbeddingBagConfig, code_dtype
 from cce_torchrec.distributed.id_blocks import IdBlocks, codebook_owners
+from cce_torchrec.torchrec_internals import optimizer_class_in_backward
 
 
 def optimizer_bytes(
@@ -27,15 +28,13 @@ def optimizer_bytes(
 
 
 def _optimizer_bytes(parameter: nn.Parameter, rows: int, width: int, chunk: int) -> int:
-    classes = getattr(parameter, "_optimizer_classes", [])
-    name = classes[0].__name__ if classes else ""
     rowwise, whole = -(-4 * rows * width // chunk) if width else 0, 4 * rows * width
     return {
         "RowWiseAdagrad": rowwise,
         "Adagrad": whole,
         "Adam": 2 * whole,
         "PartialRowWiseAdam": whole + rowwise,
-    }.get(name, 0)
+    }.get(optimizer_class_in_backward(parameter), 0)
 
 
 class CodeStorageEstimator(ShardEstimator):

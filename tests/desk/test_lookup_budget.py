@@ -19,7 +19,7 @@ def expansion(tables, training, weighted=False):
     for seed in range(2):
         features = batch(len(tables), seed=seed, bad=-1, weighted=weighted).to("cuda")
         with counting() as counts:
-            cuda._expansion(features, cuda._bounds_check)
+            cuda.expansion(features, cuda.bounds_check)
     return counts
 
 

@@ -10,11 +10,11 @@ from torchrec.distributed import DistributedModelParallel
 from torchrec.optim.apply_optimizer_in_backward import apply_optimizer_in_backward
 
 from cce_torchrec import CCEEmbeddingBagCollection, CCEEmbeddingBagConfig
-from cce_torchrec.distributed.caches import kernels
 from cce_torchrec.distributed.sharders import get_default_sharders
 from cce_torchrec.fused import native
 from cce_torchrec.fused.backward import CodebookBags
 from cce_torchrec.planning import make_plan
+from cce_torchrec.torchrec_internals import fused_kernels, lookups_of
 from tests.distributed.ranks import run_ranks
 from tests.distributed.test_sharded import CPU, Model
 
@@ -73,7 +73,7 @@ def trained(rank, world_size):
         out.square().sum().backward()
         torch.stack([e.square().sum() for e in expected]).mean().backward()
     names: dict[type, set[str]] = {}
-    for group, kernel in kernels(model.module.collection._lookups):
+    for group, kernel in fused_kernels(lookups_of(model.module.collection)):
         names.setdefault(type(kernel), set()).update(t.name.split("#")[0] for t in group)
     return names
 

@@ -66,10 +66,10 @@ def lookups(num_ids):
         (short, False, torch.int32, fatal, True),
     ):
         module = CCEEmbeddingBagCollection(configs, DEVICE, weighted, mode)
-        module._expansion.narrow = narrow
+        module.expansion.narrow = narrow
         for features in batch([c.name for c in configs], num_ids, weighted, dtype):
             with contextlib.suppress(ValueError):  # what FATAL is there for
-                module._expansion(features, module._bounds_check)
+                module.expansion(features, module.bounds_check)
             module.eval()
 
 

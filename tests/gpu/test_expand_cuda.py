@@ -90,7 +90,7 @@ def test_kernel_equals_the_cpu(sharded, bad, change):
         own = sharded.module.collection.codes[name]
         codes.codes.copy_(own.codes)
         codes.set_rounds(own.rounds)
-    expected = cpu._expansion(batch(bad), cpu._bounds_check)
+    expected = cpu.expansion(batch(bad), cpu.bounds_check)
     by_key = expected.to_dict()
     for key, rows in got.to_dict().items():
         assert torch.equal(rows.values().cpu(), by_key[key].values()), key

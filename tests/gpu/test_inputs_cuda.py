@@ -109,8 +109,8 @@ def test_a_batch_size_per_feature_equals_the_cpu():
     features = KeyedJaggedTensor(
         ["f", "g"], torch.arange(7) * 700, lengths=lengths, stride_per_key_per_rank=[[2], [3]]
     )
-    one = cpu._expansion(features, cpu._bounds_check)
-    other = cuda._expansion(features.to(CUDA), cuda._bounds_check)
+    one = cpu.expansion(features, cpu.bounds_check)
+    other = cuda.expansion(features.to(CUDA), cuda.bounds_check)
     assert torch.equal(one.values(), other.values().cpu())
     assert torch.equal(one.lengths().long(), other.lengths().cpu().long())
     assert one.stride_per_key() == other.stride_per_key()
@@ -154,21 +154,21 @@ def test_a_cuda_graph_replays_the_expansion_and_refuses_fatal():
     features, other = batch(0).to(CUDA), batch(0).to(CUDA)
     features.length_per_key(), other.length_per_key()
     for module in (warning, fatal):
-        module._expansion(features, module._bounds_check)  # compiles, and makes what is kept
+        module.expansion(features, module.bounds_check)  # compiles, and makes what is kept
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        rows = warning._expansion(features, warning._bounds_check)
+        rows = warning.expansion(features, warning.bounds_check)
     features.values().copy_(torch.randint(N, features.values().shape, device=CUDA))
     other.values().copy_(features.values())
     graph.replay()
-    expected = warning._expansion(other, warning._bounds_check)
+    expected = warning.expansion(other, warning.bounds_check)
     assert torch.equal(rows.values(), expected.values())
     with (
         pytest.raises(ValueError, match="FATAL reads ids out of bounds back"),
         torch.cuda.graph(torch.cuda.CUDAGraph()),
     ):
-        fatal._expansion(features, fatal._bounds_check)
+        fatal.expansion(features, fatal.bounds_check)
 
 
 def test_a_compiled_model_in_fatal_mode_names_the_id():

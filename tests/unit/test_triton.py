@@ -175,7 +175,7 @@ def equal(one, other):
     assert one.keys() == other.keys()
 
 mixed = Expansion(*all_blocks())
-own = mixed._slots
+own = mixed.slots
 for bad, dtype, weighted in ((None, torch.int64, False), (-1, torch.int32, True)):
     for round_ in (0, 1):
         # Few ids for a program: it goes table by table; many: it looks up the table of each.
@@ -190,7 +190,7 @@ for bad, dtype, weighted in ((None, torch.int64, False), (-1, torch.int32, True)
             assert bits[0].any() and bits[1].any()
             assert count == other_count and (count > 0) == (bad is not None)
             assert torch.equal(features.values(), before)
-        for block in mixed._blocks:
+        for block in mixed.blocks:
             if block.codes is not None:
                 block.codes.set_rounds(block.codes.rounds + 1)
 
@@ -215,7 +215,7 @@ for expansion, count in ((alike, 1), *((one, 1) for one in several), (mixed, 2))
     for narrow in (False, True):
         expansion.narrow, triton_expand._VALUES = narrow, 64 if narrow else 256
         triton_expand._BAGS = 1024 if expansion is mixed else 2
-        features = batch(expansion._slots, -1, torch.int64, 3, True)
+        features = batch(expansion.slots, -1, torch.int64, 3, True)
         launched.clear()
         ((one, _), (other, _)), _ = both_ways(expansion, features, WARNING)
         for kind in (one.values(), one.offsets()):
@@ -264,7 +264,7 @@ mixed(features, check)
 each, described = check.num_invalid, mixed._described
 mixed(features, check)
 assert each > 0 and check.num_invalid == 2 * each and mixed._described is described
-mixed._blocks[0].codes.set_rounds(9)
+mixed.blocks[0].codes.set_rounds(9)
 for codes in mixed._tracked:
     codes.eval().seen.zero_()
 mixed(features, check)
@@ -277,7 +277,7 @@ for codes in mixed._tracked:
     codes.train()
 features.length_per_key()  # then there are no rows of no bag
 before, other = mixed(features, check).values(), copy.deepcopy(mixed)
-for block in mixed._blocks:
+for block in mixed.blocks:
     if block.codes is not None and block.codes.codes is not None:
         block.codes.codes.zero_()
     if block.codes is not None and block.codes.seen is not None:

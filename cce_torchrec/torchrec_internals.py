@@ -1,0 +1,187 @@
+"""Private attributes of torch, TorchRec and FBGEMM: every one that this project reads or sets.
+
+Seen in torch 2.11 and 2.13, TorchRec 1.6.1 to 1.9.2 and FBGEMM 1.6.0 and 1.8.0. Each function says
+what breaks if a later version has it no more. A test looks for others in the rest of the package.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed._shard.metadata import ShardMetadata
+from torch.distributed._shard.sharded_tensor import Shard, ShardedTensor
+from torch.distributed._shard.sharded_tensor.metadata import ShardedTensorMetadata, TensorProperties
+from torch.distributed._shard.sharding_spec import EnumerableShardingSpec
+from torch.nn.parallel import DistributedDataParallel
+
+__all__ = [  # public types of torch that live in a private package
+    "EnumerableShardingSpec",
+    "Shard",
+    "ShardMetadata",
+    "ShardedTensor",
+    "ShardedTensorMetadata",
+    "TensorProperties",
+]
+
+# --- torch ---------------------------------------------------------------------------------------
+
+
+def sharded_tensor(
+    local: Sequence[Shard], whole: ShardedTensorMetadata, group: dist.ProcessGroup | None
+) -> ShardedTensor:
+    """A ShardedTensor of which this rank has the shards `local`, without a collective.
+
+    Without it, every `state_dict()` would have to gather what all ranks know already.
+    """
+    return ShardedTensor._init_from_local_shards_and_global_metadata(
+        list(local), whole, process_group=group
+    )
+
+
+def group_of(value: ShardedTensor) -> dist.ProcessGroup | None:
+    """The ranks that share `value`. Without it, checkpoints of tables that grew do not load."""
+    return value._process_group
+
+
+def become(instance: Any, kind: type) -> None:
+    """Makes `instance` one of `kind`, a subclass of its class with no state of its own to set up.
+
+    For modules that TorchRec makes itself, with no hook for another class. Where that fails, so do
+    int32 rows on GPUs and the compiled backward on CPUs; FBGEMM's own forms do the same, slower.
+    """
+    instance.__class__ = kind
+
+
+def fp32_precision(backend: str, operation: str) -> str:
+    """How float32 products are rounded: "ieee", "tf32", "bf16" or "none" (as above it)."""
+    return torch._C._get_fp32_precision_getter(backend, operation)
+
+
+def set_fp32_precision(backend: str, operation: str, precision: str) -> None:
+    """Sets what `fp32_precision` tells.
+
+    Not by torch.backends, whose attribute of mkldnn sets everything (torch 2.11 to 2.13). Without
+    it, K-means by torch and FAISS on a GPU would round to TF32 where a job allows it.
+    """
+    torch._C._set_fp32_precision_setter(backend, operation, precision)
+
+
+# --- Optimizers ----------------------------------------------------------------------------------
+
+
+def optimizers_in_backward(parameter: torch.Tensor) -> list[torch.optim.Optimizer]:
+    """Those that `apply_optimizer_in_backward` gave a parameter of an unsharded module.
+
+    Without it, a clustering step would not reset their state, nor a checkpoint keep it.
+    """
+    return list(getattr(parameter, "_in_backward_optimizers", []))
+
+
+def optimizer_class_in_backward(parameter: torch.Tensor) -> str:
+    """The name of the class that `apply_optimizer_in_backward` was given, or "".
+
+    Without it, plans would count no optimizer state.
+    """
+    classes = getattr(parameter, "_optimizer_classes", [])
+    return classes[0].__name__ if classes else ""
+
+
+def wrapped_optimizer(optimizer: Any) -> Any | None:
+    """The optimizer inside TorchRec's wrappers (KeyedOptimizerWrapper, WarmupOptimizer), or None.
+
+    Without it, the state of wrapped dense optimizers would be missing from checkpoints.
+    """
+    return getattr(optimizer, "_optimizer", None)
+
+
+def is_optimizer_of(optimizer: Any, kernel: nn.Module) -> bool:
+    """Whether TorchRec's fused `optimizer` is that of FBGEMM's module `kernel`.
+
+    Without it, a resumed run would train at the learning rate that it was configured with.
+    """
+    return getattr(optimizer, "_emb_module", None) is kernel
+
+
+# --- TorchRec's sharded modules ------------------------------------------------------------------
+
+
+def lookups_of(module: nn.Module) -> list[nn.Module]:
+    """The lookup of each sharding of a sharded collection, ours or TorchRec's; of others none.
+
+    They hold every table of a rank: without them nothing works.
+    """
+    return list(getattr(module, "_lookups", []))
+
+
+def torchrec_kernels(lookup: nn.Module) -> Iterable[Any]:
+    """TorchRec's modules around FBGEMM's, of one lookup; see `lookups_of`."""
+    while isinstance(lookup, DistributedDataParallel):
+        lookup = lookup.module
+    return getattr(lookup, "_emb_modules", [])
+
+
+def fused_kernels(lookups: Iterable[nn.Module]) -> Iterator[tuple[list[Any], Any]]:
+    """Each group of tables of `lookups` with the FBGEMM module that holds them."""
+    for lookup in lookups:
+        for kernel in torchrec_kernels(lookup):
+            yield kernel._config.embedding_tables, kernel.emb_module
+
+
+def shardings_of(inner: nn.Module) -> list[Any]:
+    """TorchRec's sharding objects of a sharded EmbeddingBagCollection, one per lookup.
+
+    Ids are distributed by them: without them nothing works.
+    """
+    return inner._embedding_shardings  # type: ignore[return-value]  # torch types it as a module
+
+
+def ranks_of(sharding: Any) -> dist.ProcessGroup:
+    """The process group of a sharding; see `shardings_of`."""
+    return sharding._pg
+
+
+def output_dists(inner: nn.Module) -> Iterable[Any]:
+    """What sends each lookup's output back; sequences are put together from it."""
+    return inner._output_dists  # type: ignore[return-value]  # torch types it as a module
+
+
+def input_dists(module: nn.Module) -> list[Any]:
+    """What TorchRec's train pipelines look at to see where a module gets its input from."""
+    return module._input_dists  # type: ignore[return-value]  # torch types it as a module
+
+
+def output_features(inner: nn.Module) -> tuple[list[str], list[int]]:
+    """Names and widths of the features that a sharded EmbeddingBagCollection gives, in its order.
+
+    Without them the output cannot be put into the configured order.
+    """
+    return inner._embedding_names, inner._embedding_dims  # type: ignore[return-value]  # as above
+
+
+def uncombined_features(inner: nn.Module) -> tuple[list[str], list[int]]:
+    """The same before pieces of a feature are put together; sequences have it."""
+    return inner._uncombined_embedding_names, inner._uncombined_embedding_dims  # type: ignore[return-value]  # as above
+
+
+def leave_input_to_us(inner: nn.Module) -> None:
+    """Tells a sharded EmbeddingBagCollection that ids reach it otherwise, and MEAN is taken later.
+
+    Without the first, its first batch would make an input distribution that is never used; without
+    the second, it would divide the means of tables cut by rows once more.
+    """
+    inner._has_uninitialized_input_dist = False  # type: ignore[assignment]  # as above
+    inner._has_mean_pooling_callback = False  # type: ignore[assignment]  # as above
+
+
+PROCESSED_COLLECTION = "_embedding_bag_collection"
+"""Where TorchRec's FeatureProcessedEmbeddingBagCollection, sharded or not, has its collection; part
+of the names of its parameters."""
+
+
+def processed_collection(module: nn.Module) -> Any:
+    """The collection inside TorchRec's FeatureProcessedEmbeddingBagCollection."""
+    return getattr(module, PROCESSED_COLLECTION)
