@@ -19,7 +19,6 @@ from cce_torchrec.checkpoint import folder as folders
 from cce_torchrec.checkpoint.grow import Growth
 from cce_torchrec.checkpoint.optimizers import ParameterState, dropped_state, optimizer_states
 from cce_torchrec.checkpoint.random_state import set_random_state
-from cce_torchrec.checkpoint.ranks import Ranks
 from cce_torchrec.checkpoint.save import model_state
 from cce_torchrec.checkpoint.tables import (
     Tables,
@@ -29,6 +28,7 @@ from cce_torchrec.checkpoint.tables import (
     table_of,
 )
 from cce_torchrec.clustering.schedule import ClusteringSchedule
+from cce_torchrec.collectives import Ranks
 
 logger = logging.getLogger(__name__)
 

@@ -15,10 +15,10 @@ from torch import nn
 from cce_torchrec.checkpoint import folder as folders
 from cce_torchrec.checkpoint.optimizers import ParameterState, optimizer_states
 from cce_torchrec.checkpoint.random_state import random_state
-from cce_torchrec.checkpoint.ranks import Ranks
 from cce_torchrec.checkpoint.tables import describe_tables
 from cce_torchrec.clustering.replicas import share_seen
 from cce_torchrec.clustering.schedule import ClusteringSchedule
+from cce_torchrec.collectives import Ranks
 from cce_torchrec.versions import installed_versions
 
 

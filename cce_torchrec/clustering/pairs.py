@@ -19,9 +19,9 @@ from cce_torchrec.clustering.ids import (
     starting_pairs,
 )
 from cce_torchrec.codes import pack
+from cce_torchrec.collectives import together
 from cce_torchrec.hashing import SAMPLE_ROLE, HashFunction, hash_function
 from cce_torchrec.kmeans.points import PairPoints
-from cce_torchrec.kmeans.share import agreed
 
 _KEY_BLOCK = 1 << 24
 """Pairs that are converted at once, so that temporaries stay small beside them."""
@@ -258,7 +258,7 @@ def broadcast(
         parts = (out.main, out.helper, out.a, out.b, out.weights, out.starts(1 << 40))
         return out, [part.contiguous() for part in parts]
 
-    out, parts = agreed(room, device=device, group=group)
+    out, parts = together(room, device=device, group=group)
     for part in parts:
         dist.broadcast(part, source, group=group)
     return out

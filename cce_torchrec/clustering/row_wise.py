@@ -32,9 +32,9 @@ from cce_torchrec.clustering.pairs import (
 from cce_torchrec.clustering.plan import Task
 from cce_torchrec.clustering.scoring import Scoring
 from cce_torchrec.codes import pack
+from cce_torchrec.collectives import gather, together
 from cce_torchrec.hashing import HashFunction
 from cce_torchrec.kmeans.points import PairPoints
-from cce_torchrec.kmeans.share import agreed, gathered
 
 T = TypeVar("T")
 
@@ -83,7 +83,7 @@ class RowWiseSolver:
 
     def _agree(self, work: Callable[[], T]) -> T:
         """This rank's `work`, once no rank has failed in its own."""
-        return agreed(work, device=self._device, group=self._group)
+        return together(work, device=self._device, group=self._group)
 
     def _points(self) -> PairPoints:
         """The pairs of all ids (or of a sample of them), on every rank."""
@@ -140,7 +140,7 @@ class RowWiseSolver:
 
     def _collected(self, own: torch.Tensor) -> torch.Tensor:
         """All ranks' int64 [n] on the owner, one after the other; elsewhere nothing."""
-        lengths = gathered(len(own), self._group)
+        lengths = gather(len(own), self._group)
 
         def room() -> tuple[torch.Tensor, list[torch.Tensor]]:
             padded = own.new_zeros(max(lengths))

@@ -22,9 +22,9 @@ from cce_torchrec.clustering.pairs import (
 )
 from cce_torchrec.clustering.plan import Task
 from cce_torchrec.clustering.scoring import Scoring
+from cce_torchrec.collectives import reason, together
 from cce_torchrec.kmeans.lloyd import KMeansResult
 from cce_torchrec.kmeans.points import PairPoints
-from cce_torchrec.kmeans.share import agreed, reason
 
 T = TypeVar("T")
 
@@ -95,7 +95,7 @@ class Solver:
                 raise ValueError(self._failure)
             return work(*args)
 
-        return agreed(checked, device=self._device, group=self._group)
+        return together(checked, device=self._device, group=self._group)
 
     def _find(self, for_kmeans: bool) -> tuple[Sampled | None, PairPoints]:
         """The chunk's pairs, where they live, and as points everywhere; else codebooks only."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Hashable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 
@@ -15,16 +15,15 @@ from cce_torchrec.chunk_codes import ChunkCodes
 from cce_torchrec.clustering import replicas
 from cce_torchrec.clustering.chunk import ChunkState, ChunkUpdate, commit
 from cce_torchrec.clustering.live import local_chunks, uncached
-from cce_torchrec.clustering.meeting import meet
 from cce_torchrec.clustering.options import Options
 from cce_torchrec.clustering.plan import DEFAULT_MEMORY_LIMIT, Key, Plan, Task, task_of
 from cce_torchrec.clustering.row_wise import RowWiseSolver
 from cce_torchrec.clustering.solve import Solver
 from cce_torchrec.codes import converted
+from cce_torchrec.collectives import agree, gather, meet, raise_failures, ranks_of_call, reason
 from cce_torchrec.gpu.launch import usable
 from cce_torchrec.gpu.memory import free_bytes
 from cce_torchrec.kmeans.backends import make_backend
-from cce_torchrec.kmeans.share import gathered, raise_failures, reason
 
 
 @dataclass(frozen=True)
@@ -126,7 +125,7 @@ def run(
 ) -> tuple[ClusteringReport, set[str]]:
     """The step; also the paths of all tables that any rank clustered."""
     began = time.perf_counter()
-    group = _group(process_group)
+    group = ranks_of_call(process_group)
     meet(group)
     with uncached(model):
         return _run(model, options, optimizer, group, began)
@@ -143,38 +142,19 @@ def _run(
     asked = options.memory_limit
     if asked is None and free is not None:
         options = replace(options, memory_limit=free)
-    states: list[tuple[str, ChunkState]] = []
-    tasks: list[Task] = []
-    failure: str | None = None
-    digests: replicas.Digests = {}
-    try:
-        options.check()
-        states = list(local_chunks(model, optimizer, options.finalise))
-        for path, state in states:
-            state.check_group(group)
-            options.check_for(state)
-            if state.owned:
-                tasks.append(task_of(path, state, options))
-        make_backend(options.scorer, _device(states))
-        digests = replicas.digests(states, options)
-    except Exception as error:  # told to every rank below, then raised there
-        failure = reason(error)
-    on_gpu = _device(states).type == "cuda"
-    kernels = usable(_device(states)) if on_gpu and failure is None else None
-    told = gathered((failure, tasks, digests, options.fingerprint(), kernels), group)
-    raise_failures([f for f, *_ in told])
-    if len({fingerprint for *_, fingerprint, _ in told}) > 1:
-        raise ValueError(f"ranks disagree about the options: {[f for *_, f, _ in told]}")
-    if len({kernels for *_, kernels in told}) > 1:  # they would count and score otherwise
+    states, told = agree(lambda: _prepared(model, options, optimizer, group), group)
+    if len({ready.options for ready in told}) > 1:
+        raise ValueError(f"ranks disagree about the options: {[r.options for r in told]}")
+    if len({ready.has_kernels for ready in told}) > 1:  # they would count and score otherwise
         raise ValueError(
             "Triton's kernels run on some ranks and not on others (see their warnings), by rank: "
-            f"{[k for *_, k in told]}; install the same everywhere"
+            f"{[r.has_kernels for r in told]}; install the same everywhere"
         )
-    replicas.check_equal([d for _, _, d, *_ in told])
+    replicas.check_equal([ready.digests for ready in told])
     mine = {(path, state.chunk): state for path, state in states}
     held = {key for key, state in mine.items() if state.blocks is not None}
     rank = 0 if group is None else dist.get_rank(group)
-    plan = Plan([theirs for _, theirs, *_ in told], rank, held)
+    plan = Plan([ready.tasks for ready in told], rank, held)
     options.check_names({task.table for task in plan.tasks.values()})
     whose = "half of what is free on the GPU" if asked is None and free is not None else None
     peak_bytes, kept = _memory(plan, states, options.memory_limit, whose, group)
@@ -190,10 +170,43 @@ def _run(
     reports = {
         key: _report(key, mine[key], *result) for key, result in done.items() if mine[key].owned
     }
-    everyone = {key: r for part in reversed(gathered(reports, group)) for key, r in part.items()}
+    everyone = {key: r for part in reversed(gather(reports, group)) for key, r in part.items()}
     chunks = [everyone[key] for key in sorted(everyone)]
     report = ClusteringReport(chunks, time.perf_counter() - began, peak_bytes)
     return report, {task.path for task in plan.tasks.values()}
+
+
+@dataclass(frozen=True)
+class _Ready:
+    """What a rank tells the others before a step."""
+
+    tasks: list[Task]
+    digests: replicas.Digests
+    options: Hashable
+    """Their fingerprint."""
+    has_kernels: bool | None
+    """Whether Triton's kernels run on its GPU; None on a CPU."""
+
+
+def _prepared(
+    model: nn.Module,
+    options: Options,
+    optimizer: torch.optim.Optimizer | None,
+    group: dist.ProcessGroup | None,
+) -> tuple[list[tuple[str, ChunkState]], _Ready]:
+    """This rank's chunks, checked, and what the others have to know."""
+    options.check()
+    states, tasks = list(local_chunks(model, optimizer, options.finalise)), []
+    for path, state in states:
+        state.check_group(group)
+        options.check_for(state)
+        if state.owned:
+            tasks.append(task_of(path, state, options))
+    device = _device(states)
+    make_backend(options.scorer, device)
+    kernels = usable(device) if device.type == "cuda" else None
+    digests = replicas.digests(states, options)
+    return states, _Ready(tasks, digests, options.fingerprint(), kernels)
 
 
 @contextmanager
@@ -202,18 +215,18 @@ def _wider_codes(
 ) -> Iterator[None]:
     """Codes in the type they will have after the step; in their own again if it fails."""
     before: dict[int, tuple[ChunkCodes, torch.dtype]] = {}
-    failure: str | None = None
+
+    def widen() -> tuple[None, None]:
+        for _, state in states:
+            held = state.codes.codes
+            if held is not None and held.dtype != state.new_dtype:
+                wider = converted(held, state.new_dtype)
+                before[id(state.codes)] = (state.codes, held.dtype)
+                state.codes.set_codes(wider)
+        return None, None
+
     try:
-        try:
-            for _, state in states:
-                held = state.codes.codes
-                if held is not None and held.dtype != state.new_dtype:
-                    wider = converted(held, state.new_dtype)
-                    before[id(state.codes)] = (state.codes, held.dtype)
-                    state.codes.set_codes(wider)
-        except Exception as error:
-            failure = reason(error)
-        raise_failures(gathered(failure, group))
+        agree(widen, group)
         yield
     except BaseException:
         for codes, dtype in before.values():
@@ -263,13 +276,12 @@ class _Work:
             if update is not None:
                 done[key] = (update, time.perf_counter() - started)
 
-        failure: str | None = None
-        try:
+        def solve_own() -> tuple[None, None]:
             for key in self.plan.alone:
                 solve(key)
-        except Exception as error:
-            failure = str(error)
-        raise_failures(gathered(failure, self.group))
+            return None, None
+
+        agree(solve_own, self.group)
         for key in [*self.plan.common, *self.plan.row_wise]:
             solve(key)
         return done
@@ -290,7 +302,7 @@ class _Work:
                     commit(self.mine[key], update)
             except Exception as error:
                 failures.append(f"{self.plan.tasks[key].who}: {reason(error)}")
-        told = list(dict.fromkeys(f for theirs in gathered(failures, self.group) for f in theirs))
+        told = list(dict.fromkeys(f for theirs in gather(failures, self.group) for f in theirs))
         if told:
             raise RuntimeError(
                 f"clustering failed while it was writing ({'; '.join(told)}); some chunks are new, "
@@ -323,7 +335,7 @@ def _memory(
             + (f", {whose}; free some" if whose else "; raise it")
             + ", or lower samples_per_centroid"
         )
-    told = gathered((failure, kept, [key for key in plan.row_wise if key not in kept]), group)
+    told = gather((failure, kept, [key for key in plan.row_wise if key not in kept]), group)
     raise_failures([f for f, *_ in told])
     shared = {key for _, keys, _ in told for key in keys} & set(plan.common)
     return peak, {*kept, *shared} - {key for *_, dropped in told for key in dropped}
@@ -342,13 +354,6 @@ def _report(key: Key, state: ChunkState, update: ChunkUpdate, seconds: float) ->
     )
 
 
-def _group(process_group: dist.ProcessGroup | None) -> dist.ProcessGroup | None:
-    """The ranks of the call; None for a single process."""
-    if not (dist.is_available() and dist.is_initialized()):
-        return None
-    return process_group if process_group is not None else dist.group.WORLD
-
-
 def _free_share(model: nn.Module) -> int | None:
     """Half of what is free on this rank's GPU; None on a CPU."""
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
@@ -361,15 +366,8 @@ def _least_free_share(model: nn.Module, group: dist.ProcessGroup | None) -> int 
     Raises:
         ValueError: on every rank, if a driver does not answer.
     """
-    free: int | None = None
-    failure: str | None = None
-    try:
-        free = _free_share(model)
-    except Exception as error:  # told to every rank below, then raised there
-        failure = reason(error)
-    told = gathered((failure, free), group)
-    raise_failures([f for f, _ in told])
-    return min((share for _, share in told if share is not None), default=None)
+    _, everyone = agree(lambda: (None, _free_share(model)), group)
+    return min((share for share in everyone if share is not None), default=None)
 
 
 def _device(states: list[tuple[str, ChunkState]]) -> torch.device:

@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 import torch
 import torch.distributed as dist
 
+from cce_torchrec.collectives import check_same_task, together
 from cce_torchrec.kmeans.backends import (
     SCORE_BYTES,
     SKLEARN_BACKENDS,
@@ -19,7 +20,7 @@ from cce_torchrec.kmeans.backends import (
 from cce_torchrec.kmeans.ieee import ieee_float32
 from cce_torchrec.kmeans.plus_plus import plus_plus
 from cce_torchrec.kmeans.points import MAX_MAGNITUDE, Points, TensorPoints, metric_root
-from cce_torchrec.kmeans.share import Share, agreed, check_agreement
+from cce_torchrec.kmeans.share import Share
 
 _SPLIT = 1 / 1024
 _PLUS_PLUS_SAMPLE = 32
@@ -120,16 +121,16 @@ def kmeans(
         failure = error
     task = (problem.shape if problem else None, iterations, backend, tolerance)
     what = "(points, dim, clusters), iterations, backend, tolerance"
-    check_agreement(failure, task, what, process_group)
+    check_same_task(failure, task, what, process_group)
     assert problem is not None and share is not None
     points, centroids = problem.points, problem.start
-    together = functools.partial(agreed, device=points.device, group=process_group)
+    on_all = functools.partial(together, device=points.device, group=process_group)
     if backend in SKLEARN_BACKENDS:
-        fitted = together(_sklearn_fit, points, centroids, iterations, backend)
+        fitted = on_all(_sklearn_fit, points, centroids, iterations, backend)
         centroids, iterations = share.from_first_rank(fitted), 0
     result = _lloyd(points, centroids, iterations, tolerance, engine, share)
     if metric is not None:
-        result = replace(result, centroids=together(_means, problem.original, result))
+        result = replace(result, centroids=on_all(_means, problem.original, result))
     return result
 
 

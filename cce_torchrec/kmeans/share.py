@@ -2,83 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable
-from typing import Any, TypeVar
-
 import torch
 import torch.distributed as dist
 
+from cce_torchrec.collectives import add_up, together
 from cce_torchrec.kmeans.backends import SCORE_BYTES, Backend, make_backend
 from cce_torchrec.kmeans.points import BLOCK, Points
-
-T = TypeVar("T")
-
-
-def gathered(own: T, group: dist.ProcessGroup | None) -> list[T]:
-    """Every rank's object, by rank; only `own` without a group, or where it is alone there."""
-    world_size = 1 if group is None else dist.get_world_size(group)
-    if world_size == 1:
-        return [own]
-    out: list[T] = [own] * world_size
-    dist.all_gather_object(out, own, group=group)
-    return out
-
-
-def raise_failures(failures: list[str | None]) -> None:
-    """Raises ValueError, the same on every rank, where any rank failed."""
-    named = [f"rank {rank}: {f}" for rank, f in enumerate(failures) if f is not None]
-    if named:
-        raise ValueError("; ".join(named) if len(failures) > 1 else failures[0])
-
-
-def reason(error: BaseException) -> str:
-    """What `error` says, or its kind where it says nothing."""
-    return str(error) or type(error).__name__
-
-
-def agreed(
-    work: Callable[..., T], *args: Any, device: torch.device, group: dist.ProcessGroup | None
-) -> T:
-    """`work(*args)` of this rank; collective, and one number crosses the network.
-
-    Raises:
-        ValueError: on every rank, if it failed on any; without a group, what `work` raises.
-    """
-    if group is None:
-        return work(*args)
-    return _summed(torch.zeros(1, device=device), lambda: work(*args), group)
-
-
-def _summed(numbers: torch.Tensor, work: Callable[[], T], group: dist.ProcessGroup | None) -> T:
-    """`work()`, after which `numbers` are added up over all ranks.
-
-    What a rank does between two collectives must not end on it alone, or the others wait for it
-    until the group's timeout: the last of `numbers` counts the ranks where `work` failed.
-
-    Raises:
-        ValueError: on every rank, if it failed on any.
-    """
-    result, failure = None, None
-    try:
-        result = work()
-    except Exception as error:  # told to every rank, then raised there
-        failure = reason(error)
-    numbers[-1] = failure is not None
-    dist.all_reduce(numbers, group=group)
-    if int(numbers[-1]):
-        raise_failures(gathered(failure, group))
-    return result  # type: ignore[return-value]  # None only where T is None
-
-
-def check_agreement(
-    failure: Exception | None, task: Hashable, what: str, group: dist.ProcessGroup | None
-) -> None:
-    """Raises ValueError on every rank if one failed or their tasks differ; `what` names a task."""
-    everyone = gathered((reason(failure) if failure else None, task), group)
-    raise_failures([f for f, _ in everyone])
-    tasks = [t for _, t in everyone]
-    if len(set(tasks)) > 1:
-        raise ValueError(f"ranks disagree about ({what}): {tasks}")
 
 
 class Share:
@@ -119,7 +48,7 @@ class Share:
             points.accumulate(self.start, assigned, centroids, points.error_scale, self._sums)
             return assigned
 
-        assigned = score() if self._alone else _summed(self._stats, score, self._group)
+        assigned = score() if self._alone else add_up(self._stats, score, self._group)
         return (*self._sums, assigned)
 
     def nearest(self, points: Points, centroids: torch.Tensor, engine: Backend) -> torch.Tensor:
@@ -130,7 +59,7 @@ class Share:
         def score() -> None:
             self._own()[:] = engine.prepare(points, centroids)(self.start, self.end)
 
-        _summed(self._everyone, score, self._group)
+        add_up(self._everyone, score, self._group)
         return self._everyone[:-1]
 
     def _own(self) -> torch.Tensor:
@@ -173,5 +102,5 @@ def assign(
         share = Share(points, len(centroids), process_group)
         return share, make_backend(backend, points.device, score_bytes)
 
-    share, engine = agreed(prepared, device=points.device, group=process_group)
+    share, engine = together(prepared, device=points.device, group=process_group)
     return share.nearest(points, centroids, engine)

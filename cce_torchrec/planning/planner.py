@@ -23,6 +23,7 @@ from torchrec.distributed.planner.types import ParameterConstraints
 from torchrec.distributed.types import ShardingPlan, ShardingType
 from torchrec.modules.embedding_configs import EmbeddingBagConfig
 
+from cce_torchrec.collectives import from_first_rank
 from cce_torchrec.config import CCEEmbeddingBagConfig
 from cce_torchrec.distributed.sharders import get_default_sharders
 from cce_torchrec.modules.embedding_bag_collection import CCEEmbeddingBagCollection
@@ -218,13 +219,5 @@ def make_plan(
         row_wise=row_wise,
         unified_memory=unified_memory,
     )
-    made: list[Any] = [None, None]
-    if dist.get_rank() == 0:
-        try:
-            made[0] = planner.plan(model, get_default_sharders())
-        except Exception as error:  # TorchRec's collective_plan leaves the other ranks waiting
-            made[1] = error
-    dist.broadcast_object_list(made)
-    if made[1] is not None:
-        raise made[1]
-    return made[0]
+    # TorchRec's collective_plan leaves the other ranks waiting where the first one fails.
+    return from_first_rank(lambda: planner.plan(model, get_default_sharders()))

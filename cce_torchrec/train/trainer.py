@@ -7,7 +7,6 @@ import sys
 import time
 from collections.abc import Iterator
 from dataclasses import asdict
-from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -16,6 +15,7 @@ from tqdm import tqdm
 from cce_torchrec.checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint
 from cce_torchrec.checkpoint.folder import read_manifest
 from cce_torchrec.clustering import ClusteringSchedule, cluster, finalize
+from cce_torchrec.collectives import gather
 from cce_torchrec.config import CCEEmbeddingBagConfig
 from cce_torchrec.metrics import auc, log_loss
 from cce_torchrec.train import data, options, pipelines
@@ -206,14 +206,12 @@ class Trainer:
             _, (_, logits) = self.model(batch.to(self.device, non_blocking=True))
             outputs.append((logits.cpu(), batch.labels))
         local = tuple(torch.cat(part) for part in zip(*outputs, strict=True))
-        gathered: list[Any] = [None] * self.world_size
-        dist.all_gather_object(gathered, local)
-        logits, labels = (torch.cat(part) for part in zip(*gathered, strict=True))
+        everyone = gather(local, dist.group.WORLD)
+        logits, labels = (torch.cat(part) for part in zip(*everyone, strict=True))
         return log_loss(logits, labels), auc(logits, labels)
 
     def _save(self) -> None:
-        losses: list[Any] = [None] * self.world_size
-        dist.all_gather_object(losses, float(self.loss))
+        losses = gather(float(self.loss), dist.group.WORLD)
         save_checkpoint(
             self.checkpoints,
             self.model,

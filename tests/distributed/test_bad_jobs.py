@@ -12,7 +12,8 @@ from torchrec.distributed.planner.types import PlannerError
 from torchrec.distributed.sharding_plan import get_default_sharders as without_ours
 from torchrec.modules.embedding_configs import PoolingType
 
-from cce_torchrec.clustering import cluster, meeting
+from cce_torchrec import collectives
+from cce_torchrec.clustering import cluster
 from cce_torchrec.distributed.sharders import get_default_sharders
 from cce_torchrec.planning import make_plan, make_planner
 from tests.distributed.ranks import run_ranks
@@ -23,7 +24,7 @@ from tests.distributed.test_sharded import CPU, Model, collection, tables
 def cluster_on_one_rank(rank, world_size, caller):
     """The caller learns it by the deadline, the other rank once the caller is gone."""
     model, _ = build("cw", 0)
-    meeting.MEETING_SECONDS = 1.0
+    collectives.MEETING_SECONDS = 1.0
     began = time.perf_counter()
     if rank == caller:
         with pytest.raises(ValueError, match=r"not every rank came to cluster\(\) in 1 s"):

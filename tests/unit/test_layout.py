@@ -7,7 +7,7 @@ import cce_torchrec
 
 ROOT = Path(cce_torchrec.__file__).parent
 LAYERS = [
-    {"gpu", "torchrec_internals", "versions"},
+    {"collectives", "gpu", "torchrec_internals", "versions"},
     {"config"},
     {"hashing"},
     {"bounds", "codes", "fused", "helper_rows", "slots"},
