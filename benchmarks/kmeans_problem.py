@@ -16,6 +16,7 @@ from cce_torchrec.clustering.chunk import ChunkState
 from cce_torchrec.clustering.pairs import IdBlock, find_pairs, of_all_ids
 from cce_torchrec.kmeans import kmeans
 from cce_torchrec.kmeans.share import assign
+from cce_torchrec.table import Table
 
 CPU = torch.device("cpu")
 LIMIT = 1 << 30
@@ -87,7 +88,7 @@ class Problem:
         )
         weight = torch.randn(shape.k + shape.k_helper, shape.dim, generator=g)
         weight[shape.k :] *= 0.3
-        codes = ChunkCodes(config, [0], CPU)
+        codes = ChunkCodes(Table(config), [0], CPU)
         self.state = ChunkState(codes, 0, weight, {})
         self.plan = budget(shape.num_ids, shape.k, shape.k_helper, shape.dim, LIMIT)
         pairs = find_pairs(self.state, self.plan).points

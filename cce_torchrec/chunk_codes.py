@@ -11,6 +11,7 @@ from torch import nn
 from cce_torchrec.codes import hashed_codes, in_whole_words, no_seen_ids, read_codes
 from cce_torchrec.config import CCEEmbeddingBagConfig
 from cce_torchrec.hashing import code_hash, hash_rows, helper_hash
+from cce_torchrec.table import Table
 
 
 class ChunkCodes(nn.Module):
@@ -20,23 +21,19 @@ class ChunkCodes(nn.Module):
     an int64 scalar from which the helper's hash follows, and with `track_seen` the bits `seen`.
     """
 
-    version = 0
-    """Changes whenever the buffers or hashes of any table may have."""
-
     def __init__(
         self,
-        config: CCEEmbeddingBagConfig,
+        table: Table,
         chunks: Sequence[int],
         device: torch.device,
         ids: range | None = None,
     ) -> None:
         super().__init__()
-        self.config = config
+        self.table = table
+        config = table.compressed
         self.chunks = list(chunks)
         self.ids = range(config.num_embeddings) if ids is None else ids
         """Whose codes are here; the first is a multiple of 8."""
-        self.rewrites = 0
-        """How often codes or hashes may have changed, alike on every rank that holds the table."""
         self.codes: torch.Tensor | None
         self.clusterings: torch.Tensor
         codes = hashed_codes(config, chunks, device, ids) if config.learned_codes else None
@@ -48,12 +45,16 @@ class ChunkCodes(nn.Module):
         self._rounds = 0
         self._hashes: dict[tuple[int, torch.device], torch.Tensor] = {}
 
+    @property
+    def config(self) -> CCEEmbeddingBagConfig:
+        """The table as it is configured now."""
+        return self.table.compressed
+
     def sync_rounds(self) -> None:
         """Reads `clusterings` back to the host; called after it was loaded or changed."""
         if self.clusterings.device.type != "meta":
             self._rounds = int(self.clusterings)
-        self.rewrites += 1
-        ChunkCodes.version += 1
+        self.table.generation.advance()
 
     @property
     def rounds(self) -> int:
@@ -64,13 +65,12 @@ class ChunkCodes(nn.Module):
         """Sets the number of clusterings, and so the helper's hash."""
         self.clusterings.fill_(rounds)
         self._rounds = rounds
-        self.rewrites += 1
-        ChunkCodes.version += 1
+        self.table.generation.advance()
 
     def set_codes(self, codes: torch.Tensor) -> None:
         """Takes `codes` [len(ids), len(chunks)] for its own."""
         self.codes = codes
-        ChunkCodes.version += 1
+        self.table.generation.advance()
 
     def reset_parameters(self) -> None:
         """Codes back to the initial hash."""
@@ -81,10 +81,10 @@ class ChunkCodes(nn.Module):
             self.seen.zero_()
 
     def select(
-        self, chunks: list[int], device: torch.device, ids: range | None = None
+        self, table: Table, chunks: list[int], device: torch.device, ids: range | None = None
     ) -> ChunkCodes:
-        """A copy with `chunks` (and `ids`) only; codes are the hash if these are on meta."""
-        local = ChunkCodes(self.config, chunks, device, ids)
+        """A copy for `table` with `chunks` (and `ids`) only; the hash if these are on meta."""
+        local = ChunkCodes(table, chunks, device, ids)
         rows = slice(local.ids.start, local.ids.stop)
         if self.clusterings.device.type != "meta":
             local.set_rounds(self.rounds)
@@ -122,7 +122,7 @@ class ChunkCodes(nn.Module):
         return hash_rows(ids, hashes[:, 3:4], hashes[:, 4:5], self.config.helper_rows)
 
     def _apply(self, *args: Any, **kwargs: Any) -> ChunkCodes:
-        ChunkCodes.version += 1
+        self.table.generation.advance()
         super()._apply(*args, **kwargs)
         if self.seen is not None:
             self.seen = in_whole_words(self.seen)

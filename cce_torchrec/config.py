@@ -6,7 +6,7 @@ import copy
 import math
 import operator
 from dataclasses import dataclass, fields
-from typing import Any
+from typing import Any, TypeGuard
 
 from cce_torchrec.versions import check_installation
 
@@ -260,6 +260,11 @@ class CCEEmbeddingBagConfig(EmbeddingBagConfig):
             middle = (low + high + 1) // 2
             low, high = (middle, high) if bytes_of(middle) <= table_bytes else (low, middle - 1)
         return cls.from_params_per_dim(low, helper_ratio=helper_ratio, **kwargs)
+
+
+def is_cce(config: Any) -> TypeGuard[CCEEmbeddingBagConfig]:
+    """Whether a table is compressed; all others are plain, and TorchRec's own."""
+    return isinstance(config, CCEEmbeddingBagConfig)
 
 
 class CodebookInit:

@@ -8,7 +8,6 @@ its rows are written straight into their place in the output, [chunks, ids, rows
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,23 +19,28 @@ from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 from cce_torchrec.bounds import BoundsCheck
 from cce_torchrec.chunk_codes import ChunkCodes
 from cce_torchrec.codes import mark_seen
-from cce_torchrec.config import CCEEmbeddingBagConfig
+from cce_torchrec.config import is_cce
 from cce_torchrec.fused import device, native
 from cce_torchrec.fused.narrow import MOST
 from cce_torchrec.hashing import hash_ids, raw_id_key
-from cce_torchrec.slots import Slot
+from cce_torchrec.table import Table, TableFeature
 
 
 @dataclass
 class Block:
     """Consecutive physical features of one table: `chunks` of a CCE table, or a plain table."""
 
-    config: EmbeddingBagConfig
+    table: Table
     slots: list[int]
     """Positions of its features in the logical input."""
     codes: ChunkCodes | None
     columns: list[int]
     """Which of the chunks of `codes` are expanded here."""
+
+    @property
+    def config(self) -> EmbeddingBagConfig:
+        """The table as it is configured now."""
+        return self.table.config
 
     @property
     def copies(self) -> int:
@@ -46,19 +50,19 @@ class Block:
     @property
     def rows_per_id(self) -> int:
         """Rows per id and chunk."""
-        return self.config.rows_per_id if isinstance(self.config, CCEEmbeddingBagConfig) else 1
+        return self.table.rows_per_id
 
     @property
     def hashes_ids(self) -> bool:
         """Whether ids are raw, to be hashed into [0, num_embeddings)."""
-        return isinstance(self.config, CCEEmbeddingBagConfig) and self.config.hash_ids
+        return is_cce(self.config) and self.config.hash_ids
 
     def hashed(self, ids: torch.Tensor) -> torch.Tensor:
         """`ids`, or what a table with `hash_ids` makes of them."""
         if not self.hashes_ids:
             return ids
         config = self.config
-        assert isinstance(config, CCEEmbeddingBagConfig)
+        assert is_cce(config)
         return hash_ids(ids, config.seed, config.name, config.num_embeddings)
 
     def rows(self, ids: torch.Tensor) -> torch.Tensor:
@@ -124,7 +128,7 @@ class Expansion:
 
     _dtype = torch.int64
 
-    def __init__(self, blocks: list[Block], slots: list[Slot], keys: list[str]) -> None:
+    def __init__(self, blocks: list[Block], slots: list[TableFeature], keys: list[str]) -> None:
         self.blocks = blocks
         self._keys = keys
         self.slots = slots
@@ -142,30 +146,28 @@ class Expansion:
         self._invalid: dict[torch.device, torch.Tensor] = {}
         self.narrow = False
         """Whether rows may be int32, where kernels write them (fused/narrow.py)."""
+        # Per physical feature: the slot it comes from.
+        self._sources = [s for b in blocks for _ in range(b.copies) for s in b.slots]
+        self._generations = list({id(g): g for g in (b.table.generation for b in blocks)}.values())
+        self._length_maps: dict[torch.device, tuple[torch.Tensor, torch.Tensor]] = {}
+        self._described: tuple[object, device.DeviceTables] | None = None
         self._count_rows()
 
     def __getstate__(self) -> dict[str, Any]:
         """Without what describes the tables to kernels by address: a copy has its own."""
         return {**self.__dict__, "_described": None}
 
+    def _generation(self) -> list[int]:
+        """Numbers of the generations of the tables: one, where they are of one collection."""
+        return [generation.number for generation in self._generations]
+
     def _count_rows(self) -> None:
-        # Per physical feature: the slot it comes from, and rows per id.
-        blocks = self.blocks
-        sources = [(s, b.rows_per_id) for b in blocks for _ in range(b.copies) for s in b.slots]
-        self._sources = [slot for slot, _ in sources]
-        self._rows_per_id = [rows for _, rows in sources]
-        self._length_maps: dict[torch.device, tuple[torch.Tensor, torch.Tensor]] = {}
-        self._described: tuple[object, device.DeviceTables] | None = None
-
-    def set_configs(self, configs: Sequence[EmbeddingBagConfig]) -> None:
-        """Reads tables as `configs` say, by name; their ids, chunks and features are the same.
-
-        Chunks of ROW_WISE tables, which arrive as rows, are in none of `configs`.
-        """
-        by_name = {config.name: config for config in configs}
-        for block in self.blocks:
-            block.config = by_name.get(block.config.name, block.config)
-        self._count_rows()
+        """Rows per id of each physical feature, which change where a table is finalised."""
+        self._counted = self._generation()
+        self._rows_per_id = [
+            b.rows_per_id for b in self.blocks for _ in range(b.copies) for _ in b.slots
+        ]
+        self._length_maps.clear()
 
     def __call__(
         self,
@@ -178,6 +180,8 @@ class Expansion:
         Nothing of `features` is written to. With a batch size per feature, `inverse_indices` of
         logical features become those of the physical ones.
         """
+        if self._counted != self._generation():
+            self._count_rows()
         if self._fits_device(features):
             # Only a graph needs to be kept away from the kernels, which read codes by address.
             compiling = torch.compiler.is_compiling()
@@ -303,7 +307,7 @@ class Expansion:
 
     def _device_tables(self, where: torch.device) -> device.DeviceTables:
         """The blocks as the kernels read them; described again only when codes were rewritten."""
-        key = (where, ChunkCodes.version, [codes.training for codes in self._tracked])
+        key = (where, self._counted, [codes.training for codes in self._tracked])
         if self._described is None or self._described[0] != key:
             tables = device.DeviceTables([block.on_device() for block in self.blocks], where)
             self._described = (key, tables)

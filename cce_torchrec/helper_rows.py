@@ -13,14 +13,14 @@ from typing import Any
 import torch
 from torchrec.modules.embedding_configs import EmbeddingBagConfig
 
-from cce_torchrec.config import CCEEmbeddingBagConfig
+from cce_torchrec.config import CCEEmbeddingBagConfig, is_cce
 
 
 def _keys(
     configs: Iterable[EmbeddingBagConfig], prefix: str
 ) -> Iterator[tuple[str, CCEEmbeddingBagConfig]]:
     for config in configs:
-        if isinstance(config, CCEEmbeddingBagConfig):
+        if is_cce(config):
             yield f"{prefix}codes.{config.name}.num_helper_rows", config
 
 

@@ -90,6 +90,16 @@ def optimizer_class_in_backward(parameter: torch.Tensor) -> str:
     return classes[0].__name__ if classes else ""
 
 
+def copy_optimizer_in_backward(source: torch.Tensor, target: torch.Tensor) -> None:
+    """Gives `target` the optimizer in backward of `source`, for the planner, which asks for it.
+
+    Without it, plans of CCE tables would have the dense kernel.
+    """
+    for name in ("_in_backward_optimizers", "_optimizer_classes", "_optimizer_kwargs"):
+        if hasattr(source, name):
+            setattr(target, name, getattr(source, name))
+
+
 def wrapped_optimizer(optimizer: Any) -> Any | None:
     """The optimizer inside TorchRec's wrappers (KeyedOptimizerWrapper, WarmupOptimizer), or None.
 

@@ -8,7 +8,7 @@ from typing import Any
 from torch import nn
 from torchrec.distributed import DistributedModelParallel
 
-from cce_torchrec.config import CCEEmbeddingBagConfig
+from cce_torchrec.config import is_cce
 
 _SHAPE = ("num_embeddings", "embedding_dim", "num_chunks", "num_rows", "num_helper_rows")
 _CCE = (*_SHAPE, "seed", "learned_codes", "track_seen", "hash_ids")
@@ -36,12 +36,12 @@ def describe_tables(model: nn.Module) -> Tables:
             continue
         inside.append(path)
         for config in configs:
-            is_cce = isinstance(config, CCEEmbeddingBagConfig)
-            fields = {name: getattr(config, name) for name in (_CCE if is_cce else _PLAIN)}
+            compressed = is_cce(config)
+            fields = {name: getattr(config, name) for name in (_CCE if compressed else _PLAIN)}
             out[f"{path}.{config.name}" if path else config.name] = {
                 "collection": path,
                 "name": config.name,
-                "kind": "CCE" if is_cce else "plain",
+                "kind": "CCE" if compressed else "plain",
                 **fields,
             }
     return out

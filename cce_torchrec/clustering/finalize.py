@@ -48,6 +48,7 @@ def finalize(
     for path, module in model.named_modules():
         if isinstance(module, CCEEmbeddingBagCollection | ShardedCCEEmbeddingBagCollection):
             prefix = f"{path}." if path else ""
-            names = [c.name for c in module.embedding_bag_configs() if prefix + c.name in paths]
-            module.drop_helpers(names)
+            for table in module.tables:
+                if prefix + table.name in paths:
+                    table.finalize()
     return report

@@ -15,7 +15,7 @@ from cce_torchrec.clustering.chunk import Blocks, ChunkState
 from cce_torchrec.distributed.caches import bypassed
 from cce_torchrec.distributed.embedding_bag_collection import ShardedCCEEmbeddingBagCollection
 from cce_torchrec.modules.embedding_bag_collection import CCEEmbeddingBagCollection
-from cce_torchrec.slots import physical_table
+from cce_torchrec.table import physical_table
 from cce_torchrec.torchrec_internals import fused_kernels, lookups_of, optimizers_in_backward
 
 

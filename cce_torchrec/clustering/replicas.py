@@ -14,7 +14,7 @@ from cce_torchrec.clustering.chunk import ChunkState
 from cce_torchrec.clustering.options import Options
 from cce_torchrec.config import CCEEmbeddingBagConfig
 from cce_torchrec.distributed.embedding_bag_collection import ShardedCCEEmbeddingBagCollection
-from cce_torchrec.slots import physical_table
+from cce_torchrec.table import physical_table
 
 Digests = dict[tuple[str, int], int]
 

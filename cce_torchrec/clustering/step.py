@@ -21,6 +21,7 @@ from cce_torchrec.clustering.row_wise import RowWiseSolver
 from cce_torchrec.clustering.solve import Solver
 from cce_torchrec.codes import converted
 from cce_torchrec.collectives import agree, gather, meet, raise_failures, ranks_of_call, reason
+from cce_torchrec.distributed.embedding_bag_collection import ShardedCCEEmbeddingBagCollection
 from cce_torchrec.gpu.launch import usable
 from cce_torchrec.gpu.memory import free_bytes
 from cce_torchrec.kmeans.backends import make_backend
@@ -167,6 +168,11 @@ def _run(
         codes.set_rounds(codes.rounds + 1)
         if codes.seen is not None:
             codes.seen.zero_()
+    # Also of collections of which this rank clustered nothing: what other ranks of a batch are to
+    # do once more, all of them are.
+    for module in model.modules():
+        if isinstance(module, ShardedCCEEmbeddingBagCollection):
+            module.generation.advance()
     reports = {
         key: _report(key, mine[key], *result) for key, result in done.items() if mine[key].owned
     }

@@ -13,7 +13,6 @@ from collections.abc import Sequence
 import torch
 import torch.distributed as dist
 from torch import nn
-from torchrec.modules.embedding_configs import EmbeddingBagConfig
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
 from cce_torchrec.bounds import BoundsCheck
@@ -22,7 +21,7 @@ from cce_torchrec.codes import mark_seen, widen
 from cce_torchrec.distributed.id_blocks import IdBlocks
 from cce_torchrec.expand import Block, Expansion, Work
 from cce_torchrec.modules.embedding_bag_collection import select_slots
-from cce_torchrec.slots import Slot, physical_feature
+from cce_torchrec.table import Table, TableFeature, physical_feature
 
 _FAILED = -1
 Answered = list[tuple[ChunkCodes, torch.Tensor]]
@@ -45,7 +44,7 @@ class CodeFetch(Expansion):
     def __init__(
         self,
         blocks: list[Block],
-        slots: list[Slot],
+        slots: list[TableFeature],
         keys: list[str],
         others: list[str],
         ids: list[IdBlocks],
@@ -59,29 +58,30 @@ class CodeFetch(Expansion):
     @classmethod
     def of(
         cls,
-        configs: Sequence[EmbeddingBagConfig],
+        tables: Sequence[Table],
         codes: nn.ModuleDict,
         row_wise: dict[str, IdBlocks],
         group: dist.ProcessGroup | None,
     ) -> CodeFetch | None:
-        """For the tables `row_wise` of a collection of `configs`; None without such tables.
+        """For those of a collection's `tables` in `row_wise`; None without such tables.
 
         Args:
             codes: with those of this rank's blocks.
         """
         blocks: list[Block] = []
-        slots: list[Slot] = []
+        slots: list[TableFeature] = []
         keys: list[str] = []
         others: list[str] = []
-        for config in configs:
+        for table in tables:
+            config = table.config
             if config.name not in row_wise:
                 others += config.feature_names
                 continue
             held = codes_of(codes, config.name)
             assert held is not None
             at = range(len(slots), len(slots) + len(config.feature_names))
-            blocks.append(Block(config, list(at), held, held.chunks))
-            slots += [Slot(config.name, feature) for feature in config.feature_names]
+            blocks.append(Block(table, list(at), held, held.chunks))
+            slots += [TableFeature(config.name, feature) for feature in config.feature_names]
             keys += [
                 physical_feature(config.name, feature, chunk)
                 for chunk in held.chunks
@@ -92,11 +92,6 @@ class CodeFetch(Expansion):
         assert group is not None
         ids = [row_wise[block.config.name] for block in blocks]
         return cls(blocks, slots, keys, list(dict.fromkeys(others)), ids, group)
-
-    @property
-    def rewrites(self) -> list[int]:
-        """Changes whenever codes or hashes may have, alike on every rank."""
-        return [_held(block).rewrites for block in self.blocks]
 
     def replace(
         self, features: KeyedJaggedTensor, check: BoundsCheck

@@ -18,14 +18,14 @@ class CCEContext(EmbeddingBagCollectionContext):
 
     fetched_for: KeyedJaggedTensor | None = None
     """The rank's own features, where codes were fetched and may have to be once more."""
-    rewrites: list[int] = field(default_factory=list)
-    """State of the codes when they were fetched."""
+    generation: int = 0
+    """Of the collection, when codes were fetched."""
     answered: Answered = field(default_factory=list)
     """Ids of this rank's blocks that any rank looks up by this batch."""
     expanded: KJTList | None = None
     """Codebook rows, where a pipeline prefetches before it looks up."""
-    version: int = 0
-    """State of the codes when they were expanded."""
+    expanded_at: int = 0
+    """Generation of the collection, when the rows were found."""
 
     def record_stream(self, stream: torch.Stream) -> None:
         """Keeps the tensors alive for the work that `stream` has been given."""

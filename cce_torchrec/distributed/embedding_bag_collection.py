@@ -7,7 +7,7 @@ codes live. Codes of ROW_WISE tables are fetched before (code_fetch.py).
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from functools import partial
 from typing import Any
 
@@ -34,8 +34,8 @@ from torchrec.distributed.utils import append_prefix
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor, KeyedTensor
 
 from cce_torchrec.bounds import BoundsCheck
-from cce_torchrec.chunk_codes import ChunkCodes, codes_of
-from cce_torchrec.config import CCEEmbeddingBagConfig
+from cce_torchrec.chunk_codes import codes_of
+from cce_torchrec.config import is_cce
 from cce_torchrec.distributed.caches import forget_prefetched
 from cce_torchrec.distributed.code_fetch import CodeFetch, mark_answered
 from cce_torchrec.distributed.context import CCEContext
@@ -52,11 +52,11 @@ from cce_torchrec.fused import narrow
 from cce_torchrec.fused.backward import take_over
 from cce_torchrec.modules.embedding_bag_collection import (
     CCEEmbeddingBagCollection,
-    finalised_configs,
     select_slots,
     without_weights,
 )
 from cce_torchrec.modules.output import check_features
+from cce_torchrec.table import Generation, tables_of
 from cce_torchrec.torchrec_internals import (
     fused_kernels,
     leave_input_to_us,
@@ -93,7 +93,10 @@ class ShardedCCEEmbeddingBagCollection(
         module_fqn: str | None = None,
     ) -> None:
         super().__init__(qcomm_codecs_registry=ebc_sharder.qcomm_codecs_registry)
-        self._configs = module.embedding_bag_configs()
+        self.tables = tables_of(module.embedding_bag_configs())
+        """As they are now; `embedding_bag_configs` reads their configurations."""
+        self.generation = self.tables[0].generation if self.tables else Generation()
+        configs = self.embedding_bag_configs()
         self._is_weighted = module.is_weighted()
         self.weighed_later = False
         """Whether weights are computed where the ids are looked up, by feature processors."""
@@ -107,7 +110,7 @@ class ShardedCCEEmbeddingBagCollection(
         rank = getattr(env, "global_rank", env.rank)
         self.codes = self._local_codes(module, rank)
         self._codes_state = state = CodesState(
-            *(self.codes, self._configs, self.chunk_owners, self.id_blocks),
+            *(self.codes, self.tables, self.chunk_owners, self.id_blocks),
             *(rank, device, env.process_group),
         )
         self.register_state_dict_post_hook(
@@ -116,7 +119,7 @@ class ShardedCCEEmbeddingBagCollection(
         self.register_load_state_dict_pre_hook(state.load)
         self.embedding_bag_collection: ShardedEmbeddingBagCollection = ebc_sharder.shard(
             module.embedding_bag_collection,
-            physical_plan(self._configs, params, device),
+            physical_plan(configs, params, device),
             env=env,
             device=device,
             module_fqn=append_prefix(module_fqn or "", "embedding_bag_collection"),
@@ -134,12 +137,12 @@ class ShardedCCEEmbeddingBagCollection(
         self._alone = is_alone(env, self._lookups)
         self._pieces = self.output.column_pieces(*output_features(inner))
         self.inputs = sharding_inputs(
-            *(inner, self._configs, self.output, self.codes, self.id_blocks, env.rank)
+            *(inner, self.tables, self.output, self.codes, self.id_blocks, env.rank)
         )
         for sharded, lookup in zip(self.inputs, self._lookups, strict=True):
             if sharded.expansion is not None and device.type == "cuda":
                 sharded.expansion.narrow = narrow.take_over(torchrec_kernels(lookup))
-        self._fetch = CodeFetch.of(self._configs, self.codes, self.id_blocks, self.process_group)
+        self._fetch = CodeFetch.of(self.tables, self.codes, self.id_blocks, self.process_group)
         self._input_dists += [sharded.dist for sharded in self.inputs]
         self._stays = self._fetch is None and all(i.stays for i in self.inputs)
         self._feature_order = [slot.feature for sharded in self.inputs for slot in sharded.slots]
@@ -150,13 +153,14 @@ class ShardedCCEEmbeddingBagCollection(
         Raises:
             ValueError: a table without an entry, or whose entry cannot be carried out.
         """
-        missing = [c.name for c in self._configs if c.name not in params]
+        configs = self.embedding_bag_configs()
+        missing = [c.name for c in configs if c.name not in params]
         if missing:
             raise ValueError(f"the plan has no entry for tables {missing}; it has {sorted(params)}")
-        compressed = [c for c in self._configs if isinstance(c, CCEEmbeddingBagConfig)]
-        by_rows = {c.name for c in self._configs if is_row_wise(params[c.name])}
+        compressed = [c for c in configs if is_cce(c)]
+        by_rows = {c.name for c in configs if is_row_wise(params[c.name])}
         self._cut_by_rows = by_rows - {c.name for c in compressed}
-        self.data_parallel = {c.name for c in self._configs if is_data_parallel(params[c.name])}
+        self.data_parallel = {c.name for c in configs if is_data_parallel(params[c.name])}
         """Tables that are whole on every rank."""
         self.chunk_owners = {
             c.name: chunk_owners(c, params[c.name])
@@ -176,18 +180,18 @@ class ShardedCCEEmbeddingBagCollection(
     def _local_codes(self, module: CCEEmbeddingBagCollection, rank: int) -> nn.ModuleDict:
         """Codes of the chunks that `rank` looks up, or of its block of ids, by table."""
         local = nn.ModuleDict()
-        for config in self._configs:
-            codes = codes_of(module.codes, config.name)
+        for table in self.tables:
+            name, codes = table.name, codes_of(module.codes, table.name)
             if codes is None:
                 continue
-            if config.name in self.id_blocks:
-                ids = self.id_blocks[config.name].ids(rank)
-                local[config.name] = codes.select(codes.chunks, self._device, ids)
+            if name in self.id_blocks:
+                ids = self.id_blocks[name].ids(rank)
+                local[name] = codes.select(table, codes.chunks, self._device, ids)
                 continue
-            owners = self.chunk_owners.get(config.name, [rank] * len(codes.chunks))
+            owners = self.chunk_owners.get(name, [rank] * len(codes.chunks))
             chunks = [chunk for chunk, owner in enumerate(owners) if owner == rank]
             if chunks:
-                local[config.name] = codes.select(chunks, self._device)
+                local[name] = codes.select(table, chunks, self._device)
         return local
 
     def input_dist(  # type: ignore[override]  # TorchRec's own modules narrow *input likewise
@@ -236,7 +240,7 @@ class ShardedCCEEmbeddingBagCollection(
         sizes = features.stride_per_key() if variable else []
         bags = dict(zip(features.keys(), sizes, strict=False))
         if self._fetch is not None:
-            ctx.fetched_for, ctx.rewrites = features, self._fetch.rewrites
+            ctx.fetched_for, ctx.generation = features, self.generation.number
             features, ctx.answered = self._fetch.replace(features, check)
         pieces = self._split(features)
         # Ids that are sent tell their number on arrival; those of a rank alone are not sent.
@@ -325,16 +329,16 @@ class ShardedCCEEmbeddingBagCollection(
         The rows are kept for `compute`, unless codes change before it.
         """
         assert ctx is not None, "codes are expanded for one batch"
-        ctx.expanded, ctx.version = self._expand(ctx, dist_input), ChunkCodes.version
+        ctx.expanded, ctx.expanded_at = self._expand(ctx, dist_input), self.generation.number
         super().prefetch(ctx.expanded, forward_stream, ctx)
 
     def _expand(self, ctx: CCEContext, dist_input: KJTList) -> KJTList:
         if ctx.expanded is not None:
-            if ctx.version == ChunkCodes.version:
+            if ctx.expanded_at == self.generation.number:
                 return ctx.expanded
             forget_prefetched(self._lookups)
         if self._fetch is not None:
-            if self._fetch.rewrites != ctx.rewrites:
+            if ctx.generation != self.generation.number:
                 # A pipeline had distributed the batch before a clustering step, on every rank.
                 assert ctx.fetched_for is not None
                 with torch.no_grad():
@@ -365,17 +369,7 @@ class ShardedCCEEmbeddingBagCollection(
 
     def embedding_bag_configs(self) -> list[Any]:
         """The tables as configured (or finalised), one entry per logical table."""
-        return self._configs
-
-    def drop_helpers(self, names: Sequence[str]) -> None:
-        """Reads the tables `names` as finalised ones; `clustering.finalize` wrote them so."""
-        self._configs = finalised_configs(self._configs, names, self.codes)
-        for sharded in self.inputs:
-            if sharded.expansion is not None:
-                sharded.expansion.set_configs(self._configs)
-        if self._fetch is not None:
-            self._fetch.set_configs(self._configs)
-        self._codes_state.set_configs(self._configs)
+        return [table.config for table in self.tables]
 
     def is_weighted(self) -> bool:
         """Whether bags are pooled by per-sample weights."""
@@ -397,7 +391,7 @@ class ShardedCCEEmbeddingBagCollection(
         All ranks for data-parallel tables; those of TorchRec's replica group in 2D parallelism.
         """
         of_chunks = getattr(self._env, "replica_pg", None)
-        groups = {c.name: of_chunks for c in self._configs}
+        groups = {table.name: of_chunks for table in self.tables}
         groups |= dict.fromkeys(self.data_parallel, self._env.process_group)
         return {name: group for name, group in groups.items() if group is not None}
 

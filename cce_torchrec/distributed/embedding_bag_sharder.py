@@ -17,10 +17,12 @@ from torchrec.distributed.types import (
 )
 from torchrec.modules.embedding_configs import data_type_to_dtype
 
-from cce_torchrec.config import CCEEmbeddingBagConfig
+from cce_torchrec.config import is_cce
 from cce_torchrec.distributed.embedding_bag_collection import ShardedCCEEmbeddingBagCollection
 from cce_torchrec.distributed.plan import SUPPORTED, check_world_size
 from cce_torchrec.modules.embedding_bag_collection import CCEEmbeddingBagCollection
+from cce_torchrec.table import physical_table
+from cce_torchrec.torchrec_internals import copy_optimizer_in_backward
 
 
 class CCEEmbeddingBagCollectionSharder(BaseEmbeddingSharder[CCEEmbeddingBagCollection]):
@@ -69,7 +71,7 @@ class CCEEmbeddingBagCollectionSharder(BaseEmbeddingSharder[CCEEmbeddingBagColle
         real = self._ebc_sharder.shardable_parameters(module.embedding_bag_collection)
         out: dict[str, nn.Parameter] = {}
         for config in module.embedding_bag_configs():
-            if not isinstance(config, CCEEmbeddingBagConfig):
+            if not is_cce(config):
                 out[config.name] = real[config.name]
                 continue
             proxy = nn.Parameter(
@@ -80,10 +82,7 @@ class CCEEmbeddingBagCollectionSharder(BaseEmbeddingSharder[CCEEmbeddingBagColle
                     device="meta",
                 )
             )
-            chunk = real[f"{config.name}#0"]
-            for attribute in ("_in_backward_optimizers", "_optimizer_classes", "_optimizer_kwargs"):
-                if hasattr(chunk, attribute):
-                    setattr(proxy, attribute, getattr(chunk, attribute))
+            copy_optimizer_in_backward(real[physical_table(config.name, 0)], proxy)
             out[config.name] = proxy
         return out
 

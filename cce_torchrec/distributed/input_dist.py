@@ -23,7 +23,7 @@ from cce_torchrec.chunk_codes import codes_of
 from cce_torchrec.config import CCEEmbeddingBagConfig
 from cce_torchrec.expand import Block, Expansion
 from cce_torchrec.modules.output import LogicalOutput
-from cce_torchrec.slots import Slot, physical_feature
+from cce_torchrec.table import Table, TableFeature, physical_feature
 from cce_torchrec.torchrec_internals import ranks_of, shardings_of
 
 
@@ -35,9 +35,9 @@ class ShardingInput:
     """Takes a KJT of `slots` to the ranks that own their tables' chunks."""
     dist_again: nn.Module
     """The same, which train pipelines leave as it is."""
-    slots: list[Slot]
+    slots: list[TableFeature]
     """Per rank in turn, each slot once; of ROW_WISE tables, the physical features."""
-    looked_up: list[Slot]
+    looked_up: list[TableFeature]
     """Logical slot of each physical feature of all ranks, in the order of the lookups' outputs."""
     expansion: Expansion | None
     """Of the slots that this rank receives; None where they are local rows already."""
@@ -49,13 +49,13 @@ class ShardingInput:
 
 def sharding_inputs(
     inner: ShardedEmbeddingBagCollection,
-    configs: Sequence[EmbeddingBagConfig],
+    tables: Sequence[Table],
     output: LogicalOutput,
     codes: nn.ModuleDict,
     row_wise: Collection[str],
     rank: int,
 ) -> list[ShardingInput]:
-    """One entry per sharding of `inner`, whose tables are the chunks of `configs`.
+    """One entry per sharding of `inner`, whose tables are the chunks of `tables`.
 
     Args:
         codes: of the chunks that `rank` owns.
@@ -67,17 +67,17 @@ def sharding_inputs(
         for name in names
     }
     return [
-        _row_wise_input(sharding, configs, slot_of)
+        _row_wise_input(sharding, tables, slot_of)
         if isinstance(sharding, RwPooledEmbeddingSharding)
-        else _input(sharding, configs, slot_of, codes, row_wise, rank)
+        else _input(sharding, tables, slot_of, codes, row_wise, rank)
         for sharding in shardings_of(inner)
     ]
 
 
 def _input(
     sharding: Any,
-    configs: Sequence[EmbeddingBagConfig],
-    slot_of: dict[str, Slot],
+    tables: Sequence[Table],
+    slot_of: dict[str, TableFeature],
     codes: nn.ModuleDict,
     row_wise: Collection[str],
     rank: int,
@@ -101,15 +101,15 @@ def _input(
         dist_again=make(),
         slots=[slot for slots in slots_per_rank for slot in slots],
         looked_up=[slot_of[name] for names in per_rank for name in names],
-        expansion=Expansion(_blocks(configs, codes, names, slots, row_wise), slots, names),
+        expansion=Expansion(_blocks(tables, codes, names, slots, row_wise), slots, names),
         stays=stays,
     )
 
 
 def _row_wise_input(
     sharding: RwPooledEmbeddingSharding,
-    configs: Sequence[EmbeddingBagConfig],
-    slot_of: dict[str, Slot],
+    tables: Sequence[Table],
+    slot_of: dict[str, TableFeature],
 ) -> ShardingInput:
     """Of plain tables cut by rows, as TorchRec does it; ids are checked before they are cut up."""
     names = sharding.feature_names()
@@ -120,13 +120,13 @@ def _row_wise_input(
         slots=slots,
         looked_up=slots,
         expansion=None,
-        before=Expansion(_blocks(configs, nn.ModuleDict(), names, slots, ()), slots, names),
+        before=Expansion(_blocks(tables, nn.ModuleDict(), names, slots, ()), slots, names),
     )
 
 
-def _arriving(slot: Slot, name: str, row_wise: Collection[str]) -> Slot:
+def _arriving(slot: TableFeature, name: str, row_wise: Collection[str]) -> TableFeature:
     """What ids of the physical feature `name` of `slot` are called when they arrive."""
-    return Slot(slot.table, name) if slot.table in row_wise else slot
+    return TableFeature(slot.table, name) if slot.table in row_wise else slot
 
 
 def _as_plain(config: CCEEmbeddingBagConfig, features: list[str]) -> EmbeddingBagConfig:
@@ -146,39 +146,40 @@ def batch_sizes(rows: KeyedJaggedTensor, world_size: int) -> list[list[int]]:
 
 
 def _blocks(
-    configs: Sequence[EmbeddingBagConfig],
+    tables: Sequence[Table],
     codes: nn.ModuleDict,
     names: list[str],
-    slots: list[Slot],
+    slots: list[TableFeature],
     row_wise: Collection[str],
 ) -> list[Block]:
     """Blocks that produce the physical features `names`, in order, from `slots`."""
     position = {slot: i for i, slot in enumerate(slots)}
-    by_first: dict[str, tuple[Any, list[str], int | None]] = {}
-    for config in configs:
-        is_cce = isinstance(config, CCEEmbeddingBagConfig)
-        for chunk in range(config.num_chunks) if is_cce else [None]:
-            features = [physical_feature(config.name, f, chunk) for f in config.feature_names]
-            by_first[features[0]] = (config, features, chunk)
+    by_first: dict[str, tuple[Table, list[str], int | None]] = {}
+    for table in tables:
+        for chunk in table.chunks:
+            names_of = table.config.feature_names
+            features = [physical_feature(table.name, f, chunk) for f in names_of]
+            by_first[features[0]] = (table, features, chunk)
     blocks: list[Block] = []
     at = 0
     while at < len(names):
-        config, features, chunk = by_first[names[at]]
+        table, features, chunk = by_first[names[at]]
         assert names[at : at + len(features)] == features, "TorchRec tore a table apart"
         at += len(features)
-        if config.name in row_wise:
-            own = [position[Slot(config.name, name)] for name in features]
-            blocks.append(Block(_as_plain(config, features), own, None, []))
+        if table.name in row_wise:
+            own = [position[TableFeature(table.name, name)] for name in features]
+            plain = Table(_as_plain(table.compressed, features), table.generation)
+            blocks.append(Block(plain, own, None, []))
             continue
-        own = [position[Slot(config.name, f)] for f in config.feature_names]
+        own = [position[TableFeature(table.name, f)] for f in table.config.feature_names]
         if chunk is None:
-            blocks.append(Block(config, own, None, []))
+            blocks.append(Block(table, own, None, []))
             continue
-        held = codes_of(codes, config.name)
+        held = codes_of(codes, table.name)
         assert held is not None
         column = held.chunks.index(chunk)
-        if blocks and blocks[-1].config is config:
+        if blocks and blocks[-1].table is table:
             blocks[-1].columns.append(column)
         else:
-            blocks.append(Block(config, own, held, [column]))
+            blocks.append(Block(table, own, held, [column]))
     return blocks

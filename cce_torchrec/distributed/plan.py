@@ -11,11 +11,11 @@ from fbgemm_gpu.split_table_batched_embeddings_ops_common import BoundsCheckMode
 from torchrec.distributed.types import ParameterSharding, ShardingType
 from torchrec.modules.embedding_configs import EmbeddingBagConfig
 
-from cce_torchrec.config import CCEEmbeddingBagConfig
+from cce_torchrec.config import CCEEmbeddingBagConfig, is_cce
 from cce_torchrec.distributed.id_blocks import IdBlocks, codebook_owners, is_row_wise
 from cce_torchrec.fused.backward import fits
 from cce_torchrec.modules.embedding_bag_collection import CCEEmbeddingBagCollection
-from cce_torchrec.slots import physical_table
+from cce_torchrec.table import logical_table, physical_table
 from cce_torchrec.torchrec_internals import (
     EnumerableShardingSpec,
     ShardMetadata,
@@ -104,7 +104,7 @@ def fan_out(
             f"table {config.name!r}: sharding_type {sharding.sharding_type!r} is not for the "
             f"tables of a CCE collection; use one of {list(SUPPORTED)}"
         )
-    if not isinstance(config, CCEEmbeddingBagConfig):
+    if not is_cce(config):
         return {config.name: sharding}
     tables = [physical_table(config.name, chunk) for chunk in range(config.num_chunks)]
     if is_data_parallel(sharding):
@@ -135,8 +135,8 @@ def warn_of_ignored_optimizers(module: CCEEmbeddingBagCollection, tables: set[st
     """Says which data-parallel `tables` have an optimizer that TorchRec will not run."""
     bags = module.embedding_bag_collection.embedding_bags
     ignored = {
-        name.split("#")[0] for name, bag in bags.items()
-        if name.split("#")[0] in tables and optimizers_in_backward(bag.weight)
+        logical_table(name) for name, bag in bags.items()
+        if logical_table(name) in tables and optimizers_in_backward(bag.weight)
     }  # fmt: skip
     if ignored:
         logger.warning(
@@ -160,7 +160,7 @@ def physical_plan(
     out = {}
     for config in configs:
         shape = (config.num_embeddings, config.embedding_dim)
-        if isinstance(config, CCEEmbeddingBagConfig):
+        if is_cce(config):
             shape = (config.rows_per_chunk, config.chunk_dim)
         apart = device.type == "cpu" and not fits(*shape)
         for name, sharding in fan_out(config, params[config.name]).items():

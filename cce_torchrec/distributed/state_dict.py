@@ -17,13 +17,13 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import nn
-from torchrec.modules.embedding_configs import EmbeddingBagConfig
 
 from cce_torchrec.chunk_codes import ChunkCodes, codes_of
 from cce_torchrec.codes import code_dtype
 from cce_torchrec.config import CCEEmbeddingBagConfig
 from cce_torchrec.distributed.id_blocks import IdBlocks
 from cce_torchrec.helper_rows import check_helper_rows, save_helper_rows
+from cce_torchrec.table import Table
 from cce_torchrec.torchrec_internals import (
     Shard,
     ShardedTensor,
@@ -92,7 +92,7 @@ class CodesState:
     def __init__(
         self,
         codes: nn.ModuleDict,
-        configs: Sequence[EmbeddingBagConfig],
+        tables: Sequence[Table],
         owners: dict[str, list[int]],
         blocks: dict[str, IdBlocks],
         rank: int,
@@ -100,22 +100,22 @@ class CodesState:
         group: dist.ProcessGroup | None,
     ) -> None:
         self._codes, self._owners, self._blocks, self._rank = codes, owners, blocks, rank
-        self.set_configs(configs)
+        self._tables = tables
         self._device, self._group = torch.empty(0, device=device).device, group  # with its index
 
-    def set_configs(self, configs: Sequence[EmbeddingBagConfig]) -> None:
-        """The collection's tables, as they are now; codes of a data-parallel one stay a tensor."""
-        compressed = [c for c in configs if isinstance(c, CCEEmbeddingBagConfig)]
-        self._compressed = compressed
-        learned = [config for config in compressed if config.learned_codes]
-        self._learned = {config.name for config in learned}
-        self._configs = [config for config in learned if config.name in self._owners]
+    @property
+    def _compressed(self) -> list[CCEEmbeddingBagConfig]:
+        return [table.cce for table in self._tables if table.cce is not None]
+
+    def _sharded_tables(self) -> list[CCEEmbeddingBagConfig]:
+        """Those whose codes are sharded; codes of a data-parallel one stay a tensor."""
+        return [c for c in self._compressed if c.learned_codes and c.name in self._owners]
 
     def save(
         self, module: nn.Module, state: dict[str, Any], prefix: str, metadata: dict[str, Any]
     ) -> None:
         """Replaces this rank's part by the table's ShardedTensor, on every rank."""
-        for config in self._configs:
+        for config in self._sharded_tables():
             state[codes_key(prefix, config.name)] = self._sharded(config)
             if config.track_seen and config.name in self._blocks:
                 state[_seen_key(prefix, config.name)] = self._sharded_seen(config)
@@ -129,14 +129,15 @@ class CodesState:
                 table whose codes are not learned here, or other main and helper rows.
         """
         check_helper_rows(self._compressed, state, prefix, missing=rest[2])
+        learned = {config.name for config in self._compressed if config.learned_codes}
         for key in state:
             table = key.removeprefix(f"{prefix}codes.").removesuffix(".codes")
-            if key == codes_key(prefix, table) and table not in self._learned:
+            if key == codes_key(prefix, table) and table not in learned:
                 raise ValueError(
                     f"table {table!r}: the checkpoint has codes, the model has no learned codes "
                     "for it; configure the table as it was saved"
                 )
-        for config in self._configs:
+        for config in self._sharded_tables():
             key = codes_key(prefix, config.name)
             if key not in state:
                 if not self._own_parts(config):  # an owner misses its buffer itself

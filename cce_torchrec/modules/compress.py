@@ -12,7 +12,7 @@ from torch import nn
 from torchrec.modules.embedding_configs import EmbeddingBagConfig, data_type_to_dtype
 from torchrec.modules.embedding_modules import EmbeddingBagCollection
 
-from cce_torchrec.config import CCEEmbeddingBagConfig
+from cce_torchrec.config import CCEEmbeddingBagConfig, is_cce
 from cce_torchrec.modules.embedding_bag_collection import CCEEmbeddingBagCollection
 from cce_torchrec.torchrec_internals import optimizers_in_backward
 
@@ -123,7 +123,7 @@ def compress_model(
                 table, reason = compressed(config, ratio, num_rows, num_chunks, seed)
             new.append(table)
             made.append(_describe(path, config, table, reason))
-        if any(isinstance(table, CCEEmbeddingBagConfig) for table in new):
+        if any(is_cce(table) for table in new):
             replacements[module] = _replacement(path, module, new)
     _replace(model, replacements)
     report = CompressionReport(made)
@@ -234,9 +234,7 @@ def _ratio_for(configs: list[EmbeddingBagConfig], budget: int, num_chunks: int, 
 
     def total(ratio: float) -> int:
         tables = [compressed(c, ratio, None, num_chunks, seed)[0] for c in configs]
-        return sum(
-            t.table_bytes if isinstance(t, CCEEmbeddingBagConfig) else full_bytes(t) for t in tables
-        )
+        return sum(t.table_bytes if is_cce(t) else full_bytes(t) for t in tables)
 
     low, high = 1.0, float(max(c.num_embeddings for c in configs))
     if total(high) > budget:
@@ -254,7 +252,7 @@ def _describe(
     path: str, config: EmbeddingBagConfig, table: EmbeddingBagConfig, reason: str
 ) -> CompressedTable:
     before = full_bytes(config)
-    cce = table if isinstance(table, CCEEmbeddingBagConfig) else None
+    cce = table if is_cce(table) else None
     return CompressedTable(
         collection=path,
         name=config.name,
@@ -279,7 +277,7 @@ def _replacement(
     if module.device.type != "meta":
         with torch.no_grad():
             for table in tables:
-                if not isinstance(table, CCEEmbeddingBagConfig):
+                if not is_cce(table):
                     own = made.embedding_bag_collection.embedding_bags[table.name]
                     given = module.embedding_bags[table.name].weight
                     own.weight.copy_(given).requires_grad_(given.requires_grad)

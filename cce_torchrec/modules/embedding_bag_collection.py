@@ -20,7 +20,7 @@ from torchrec.sparse.jagged_tensor import KeyedJaggedTensor, KeyedTensor
 
 from cce_torchrec.bounds import BoundsCheck
 from cce_torchrec.chunk_codes import ChunkCodes, codes_of
-from cce_torchrec.config import CCEEmbeddingBagConfig, CodebookInit
+from cce_torchrec.config import CodebookInit, is_cce
 from cce_torchrec.expand import Block, Expansion
 from cce_torchrec.helper_rows import check_helper_rows, save_helper_rows
 from cce_torchrec.modules.output import (
@@ -29,7 +29,7 @@ from cce_torchrec.modules.output import (
     divides_by_length,
     tensor_of,
 )
-from cce_torchrec.slots import physical_feature, physical_table
+from cce_torchrec.table import physical_feature, physical_table, tables_of
 
 
 class CCEEmbeddingBagCollection(EmbeddingBagCollectionInterface):
@@ -59,7 +59,8 @@ class CCEEmbeddingBagCollection(EmbeddingBagCollectionInterface):
     ) -> None:
         super().__init__()
         _check_tables(tables)
-        self._configs = list(tables)
+        self.tables = tables_of(tables)
+        """As they are now; `embedding_bag_configs` reads their configurations."""
         self._is_weighted = is_weighted
         self._device = torch.device(device if device is not None else "cpu")
         self.bounds_check_mode = bounds_check_mode
@@ -70,12 +71,12 @@ class CCEEmbeddingBagCollection(EmbeddingBagCollectionInterface):
         )
         self.codes = nn.ModuleDict(
             {
-                config.name: ChunkCodes(config, range(config.num_chunks), self._device)
-                for config in tables
-                if isinstance(config, CCEEmbeddingBagConfig)
+                table.name: ChunkCodes(table, range(len(table.chunks)), self._device)
+                for table in self.tables
+                if table.cce is not None
             }
         )
-        self.output = LogicalOutput.from_configs(self._configs, is_weighted)
+        self.output = LogicalOutput.from_configs(tables, is_weighted)
         names = [feature for config in physical for feature in config.feature_names]
         dims = [config.embedding_dim for config in physical for _ in config.feature_names]
         self._pieces = self.output.column_pieces(names, dims)
@@ -85,18 +86,18 @@ class CCEEmbeddingBagCollection(EmbeddingBagCollectionInterface):
 
     def _blocks(self) -> list[Block]:
         blocks, position = [], 0
-        for config in self._configs:
-            slots = list(range(position, position + len(config.feature_names)))
+        for table in self.tables:
+            slots = list(range(position, position + len(table.config.feature_names)))
             position += len(slots)
-            codes = codes_of(self.codes, config.name)
+            codes = codes_of(self.codes, table.name)
             columns = list(range(len(codes.chunks))) if codes is not None else []
-            blocks.append(Block(config, slots, codes, columns))
+            blocks.append(Block(table, slots, codes, columns))
         return blocks
 
     def __setattr__(self, name: str, value: object) -> None:
         if name == "embedding_bag_collection" and isinstance(value, ShardedModule):
             raise ValueError(
-                f"tables {[config.name for config in self._configs]}: the chunks inside a "
+                f"tables {[table.name for table in self.tables]}: the chunks inside a "
                 "CCEEmbeddingBagCollection were about to be sharded without their codes; give "
                 "DistributedModelParallel "
                 "sharders=cce_torchrec.distributed.sharders.get_default_sharders()"
@@ -121,12 +122,7 @@ class CCEEmbeddingBagCollection(EmbeddingBagCollectionInterface):
 
     def embedding_bag_configs(self) -> list[EmbeddingBagConfig]:
         """The tables as configured (or finalised), one entry per logical table."""
-        return self._configs
-
-    def drop_helpers(self, names: Sequence[str]) -> None:
-        """Reads the tables `names` as finalised ones; `clustering.finalize` wrote them so."""
-        self._configs = finalised_configs(self._configs, names, self.codes)
-        self.expansion.set_configs(self._configs)
+        return [table.config for table in self.tables]
 
     def is_weighted(self) -> bool:
         """Whether bags are pooled by per-sample weights."""
@@ -167,7 +163,7 @@ def physical_configs(config: EmbeddingBagConfig, is_weighted: bool) -> list[Embe
     """The TorchRec tables behind one logical table: one per chunk, or the plain table itself."""
     pooling = PoolingType.SUM if divides_by_length(config, is_weighted) else config.pooling
     plain = {field.name: getattr(config, field.name) for field in fields(EmbeddingBagConfig)}
-    if not isinstance(config, CCEEmbeddingBagConfig):
+    if not is_cce(config):
         names = [physical_feature(config.name, f, None) for f in config.feature_names]
         return [EmbeddingBagConfig(**{**plain, "feature_names": names, "pooling": pooling})]
     return [
@@ -186,22 +182,6 @@ def physical_configs(config: EmbeddingBagConfig, is_weighted: bool) -> list[Embe
         )
         for chunk in range(config.num_chunks)
     ]
-
-
-def finalised_configs(
-    configs: Sequence[EmbeddingBagConfig], names: Sequence[str], codes: nn.ModuleDict
-) -> list[EmbeddingBagConfig]:
-    """`configs` with the tables `names` finalised, also in `codes`."""
-    out = []
-    for config in configs:
-        if config.name in names:
-            assert isinstance(config, CCEEmbeddingBagConfig)
-            config = config.finalised()
-            held = codes_of(codes, config.name)
-            if held is not None:
-                held.config = config
-        out.append(config)
-    return out
 
 
 def select_slots(features: KeyedJaggedTensor, names: list[str]) -> KeyedJaggedTensor:

@@ -20,7 +20,7 @@ from torchrec.modules.embedding_configs import (
 from torchrec.modules.embedding_modules import EmbeddingCollectionInterface
 from torchrec.sparse.jagged_tensor import JaggedTensor, KeyedJaggedTensor
 
-from cce_torchrec.config import CCEEmbeddingBagConfig
+from cce_torchrec.config import CCEEmbeddingBagConfig, is_cce
 from cce_torchrec.modules.embedding_bag_collection import (
     CCEEmbeddingBagCollection,
     select_slots,
@@ -123,7 +123,7 @@ def as_they_are(
 ) -> list[BaseEmbeddingConfig]:
     """`configs`, CCE tables as the collection of `bags` has them by now."""
     now = {config.name: config for config in bags}
-    return [now[c.name] if isinstance(c, CCEEmbeddingBagConfig) else c for c in configs]
+    return [now[c.name] if is_cce(c) else c for c in configs]
 
 
 def check_sequences(features: KeyedJaggedTensor, output: LogicalOutput) -> None:

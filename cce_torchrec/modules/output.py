@@ -11,15 +11,13 @@ from torchrec.modules.embedding_configs import EmbeddingBagConfig, PoolingType
 from torchrec.modules.embedding_modules import get_embedding_names_by_table
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor, KeyedTensor
 
-from cce_torchrec.config import CCEEmbeddingBagConfig
-from cce_torchrec.slots import Slot, physical_feature
+from cce_torchrec.config import is_cce
+from cce_torchrec.table import Table, TableFeature, physical_feature
 
 
 def divides_by_length(config: EmbeddingBagConfig, is_weighted: bool) -> bool:
     """Whether MEAN is the pooled sum over the bag length here, not FBGEMM's own MEAN."""
-    return config.pooling == PoolingType.MEAN and (
-        is_weighted or isinstance(config, CCEEmbeddingBagConfig)
-    )
+    return config.pooling == PoolingType.MEAN and (is_weighted or is_cce(config))
 
 
 @functools.lru_cache(maxsize=256)
@@ -34,7 +32,7 @@ class LogicalOutput:
 
     names: list[str]
     dims: list[int]
-    slots: list[Slot]
+    slots: list[TableFeature]
     physical: list[list[str]]
     """Per logical feature, the physical features whose concatenation it is."""
     pooling: list[PoolingType]
@@ -48,13 +46,11 @@ class LogicalOutput:
         """The output of a collection of these tables."""
         out = cls([], [], [], [], [], [])
         for config, names in zip(configs, get_embedding_names_by_table(list(configs)), strict=True):
-            chunks = (
-                range(config.num_chunks) if isinstance(config, CCEEmbeddingBagConfig) else [None]
-            )
+            chunks = Table(config).chunks
             for feature, name in zip(config.feature_names, names, strict=True):
                 out.names.append(name)
                 out.dims.append(config.embedding_dim)
-                out.slots.append(Slot(config.name, feature))
+                out.slots.append(TableFeature(config.name, feature))
                 out.physical.append([physical_feature(config.name, feature, j) for j in chunks])
                 out.pooling.append(config.pooling)
                 out.mean.append(divides_by_length(config, is_weighted))
@@ -121,7 +117,9 @@ class LogicalOutput:
         return KeyedTensor(keys=self.names, length_per_key=self.dims, values=values)
 
 
-def check_features(features: KeyedJaggedTensor, slots: Sequence[Slot], is_weighted: bool) -> None:
+def check_features(
+    features: KeyedJaggedTensor, slots: Sequence[TableFeature], is_weighted: bool
+) -> None:
     """Refuses a KJT that lacks a configured feature or what the collection pools it by.
 
     Raises:

@@ -11,7 +11,7 @@ from torchrec.distributed.planner.types import PlannerError
 from torchrec.modules.embedding_configs import EmbeddingBagConfig
 from torchrec.optim.apply_optimizer_in_backward import apply_optimizer_in_backward
 
-from cce_torchrec.config import CCEEmbeddingBagConfig
+from cce_torchrec.config import is_cce
 from cce_torchrec.distributed.sharders import get_default_sharders
 from cce_torchrec.modules.compress import compressed, full_bytes
 from cce_torchrec.modules.embedding_bag_collection import CCEEmbeddingBagCollection
@@ -48,7 +48,7 @@ def tables_for_memory(
     if not tables or num_chunks < 1:
         raise ValueError(f"{len(tables)} tables, num_chunks {num_chunks}: at least 1 of each")
     device = device if device is not None else torch.device("cpu")
-    plain = (t for t in tables if not isinstance(t, CCEEmbeddingBagConfig))
+    plain = (t for t in tables if not is_cce(t))
     large = {t.name for t in plain if full_bytes(t) >= min_bytes}
 
     def at(ratio: float) -> list[EmbeddingBagConfig]:
@@ -72,7 +72,7 @@ def tables_for_memory(
 
     low, high = 1.0, float(max(t.num_embeddings for t in tables))
     if not fits(high):
-        least = sum(t.table_bytes for t in at(high) if isinstance(t, CCEEmbeddingBagConfig))
+        least = sum(t.table_bytes for t in at(high) if is_cce(t))
         raise ValueError(
             f"{memory_bytes} bytes on each of {world_size} ranks do not hold {len(tables)} tables "
             f"with two rows a chunk; compressed ones alone take {least}. Use more ranks or memory, "

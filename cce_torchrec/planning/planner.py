@@ -24,10 +24,11 @@ from torchrec.distributed.types import ShardingPlan, ShardingType
 from torchrec.modules.embedding_configs import EmbeddingBagConfig
 
 from cce_torchrec.collectives import from_first_rank
-from cce_torchrec.config import CCEEmbeddingBagConfig
+from cce_torchrec.config import CCEEmbeddingBagConfig, is_cce
 from cce_torchrec.distributed.sharders import get_default_sharders
 from cce_torchrec.modules.embedding_bag_collection import CCEEmbeddingBagCollection
 from cce_torchrec.planning.storage import CodeStorageEstimator
+from cce_torchrec.table import logical_table
 
 _KINDS = {
     "tw": [ShardingType.TABLE_WISE.value],
@@ -81,7 +82,7 @@ def _constraints(
     """Where one table may go; `named`: as the caller says of this one."""
     if named == "dp":
         return ParameterConstraints(sharding_types=[ShardingType.DATA_PARALLEL.value])
-    if not isinstance(table, CCEEmbeddingBagConfig):
+    if not is_cce(table):
         return ParameterConstraints(sharding_types=_KINDS[named or "tw"], compute_kernels=kernels)
     kind = named or kind
     if kind == "rw" and not table.learned_codes:
@@ -205,7 +206,7 @@ def make_plan(
     dense = sum(
         parameter.numel() * parameter.element_size()
         for name, parameter in model.named_parameters()
-        if not names & {part.split("#")[0] for part in name.split(".")}
+        if not names & {logical_table(part) for part in name.split(".")}
     )
     planner = make_planner(
         tables,

@@ -9,7 +9,7 @@ from torch import nn
 from torchrec.distributed.types import EnumerableShardingSpec, ShardingPlan
 from torchrec.modules.embedding_configs import EmbeddingBagConfig
 
-from cce_torchrec.config import CCEEmbeddingBagConfig
+from cce_torchrec.config import is_cce
 from cce_torchrec.distributed.id_blocks import IdBlocks, is_row_wise
 from cce_torchrec.distributed.plan import is_data_parallel
 from cce_torchrec.distributed.sharders import get_default_sharders
@@ -102,7 +102,7 @@ def _planned(
 ) -> list[PlannedTable]:
     """A table's shares, summed by rank."""
     assert isinstance(entry.sharding_spec, EnumerableShardingSpec)
-    if is_row_wise(entry) and isinstance(config, CCEEmbeddingBagConfig):
+    if is_row_wise(entry) and is_cce(config):
         blocks = IdBlocks.of(config, entry)
         return [
             PlannedTable(
@@ -115,7 +115,7 @@ def _planned(
     for shard in entry.sharding_spec.shards:
         rows, width = shard.shard_sizes
         rank, codes = shard.placement.rank(), 0
-        if isinstance(config, CCEEmbeddingBagConfig):
+        if is_cce(config):
             codes = config.code_bytes * width // config.embedding_dim
             codes += config.seen_bytes if rank not in shares else 0  # one set of bits a rank
         size = rows * width * parameter.element_size()
@@ -133,7 +133,7 @@ def _everywhere(
 ) -> list[PlannedTable]:
     """A data-parallel table, whole on every rank; its optimizer is the user's and not counted."""
     size, codes = parameter.numel() * parameter.element_size(), 0
-    if isinstance(config, CCEEmbeddingBagConfig):
+    if is_cce(config):
         codes = config.code_bytes + config.seen_bytes
     kind = entry.sharding_type
     return [

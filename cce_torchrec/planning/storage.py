@@ -11,7 +11,7 @@ from torchrec.distributed.planner.types import ShardEstimator, ShardingOption, S
 from torchrec.distributed.types import ShardingType
 from torchrec.modules.embedding_configs import EmbeddingBagConfig
 
-from cce_torchrec.config import CCEEmbeddingBagConfig, code_dtype
+from cce_torchrec.config import CCEEmbeddingBagConfig, code_dtype, is_cce
 from cce_torchrec.distributed.id_blocks import IdBlocks, codebook_owners
 from cce_torchrec.torchrec_internals import optimizer_class_in_backward
 
@@ -23,7 +23,7 @@ def optimizer_bytes(
 
     `parameter` carries the optimizer that was applied in backward; state is float32.
     """
-    chunk = table.chunk_dim if isinstance(table, CCEEmbeddingBagConfig) else width
+    chunk = table.chunk_dim if is_cce(table) else width
     return _optimizer_bytes(parameter, rows, width, chunk)
 
 
@@ -48,7 +48,7 @@ class CodeStorageEstimator(ShardEstimator):
 
     def __init__(self, topology: Topology, tables: Sequence[EmbeddingBagConfig]) -> None:
         self._on_gpu = topology.compute_device == "cuda"
-        self._tables = {t.name: t for t in tables if isinstance(t, CCEEmbeddingBagConfig)}
+        self._tables = {t.name: t for t in tables if is_cce(t)}
 
     def estimate(
         self, sharding_options: list[ShardingOption], sharder_data_map: Any = None, **_: Any

@@ -12,7 +12,7 @@ from typing import Any
 from torchrec.modules.embedding_configs import EmbeddingBagConfig
 
 from cce_torchrec.clustering import ClusteringReport
-from cce_torchrec.config import CCEEmbeddingBagConfig
+from cce_torchrec.config import is_cce
 from cce_torchrec.versions import installed_versions
 
 
@@ -59,16 +59,10 @@ class Records:
         history, seconds = self.history, sum(h["seconds"] for h in self.history)
         full = sum(c.num_embeddings * c.embedding_dim for c in configs)
         parameters = sum(
-            c.num_parameters
-            if isinstance(c, CCEEmbeddingBagConfig)
-            else c.num_embeddings * c.embedding_dim
-            for c in configs
+            c.num_parameters if is_cce(c) else c.num_embeddings * c.embedding_dim for c in configs
         )
         table_bytes = sum(
-            c.table_bytes
-            if isinstance(c, CCEEmbeddingBagConfig)
-            else 4 * c.num_embeddings * c.embedding_dim
-            for c in configs
+            c.table_bytes if is_cce(c) else 4 * c.num_embeddings * c.embedding_dim for c in configs
         )
         summary = {
             "val_log_loss": history[-1]["val_log_loss"],

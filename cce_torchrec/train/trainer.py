@@ -16,7 +16,7 @@ from cce_torchrec.checkpoint import latest_checkpoint, load_checkpoint, save_che
 from cce_torchrec.checkpoint.folder import read_manifest
 from cce_torchrec.clustering import ClusteringSchedule, cluster, finalize
 from cce_torchrec.collectives import gather
-from cce_torchrec.config import CCEEmbeddingBagConfig
+from cce_torchrec.config import is_cce
 from cce_torchrec.metrics import auc, log_loss
 from cce_torchrec.train import data, options, pipelines
 from cce_torchrec.train.job import Batch, build
@@ -136,9 +136,7 @@ class Trainer:
 
     def _finalise_configs(self) -> None:
         self.configs = [
-            config.finalised()
-            if isinstance(config, CCEEmbeddingBagConfig) and config.learned_codes
-            else config
+            config.finalised() if is_cce(config) and config.learned_codes else config
             for config in self.configs
         ]
 

@@ -11,7 +11,7 @@ from cce_torchrec.chunk_codes import ChunkCodes
 from cce_torchrec.expand import Block, Expansion
 from cce_torchrec.fused import native
 from cce_torchrec.hashing import code_hash, hash_rows
-from cce_torchrec.slots import Slot
+from cce_torchrec.table import Table, TableFeature
 
 needs_native = pytest.mark.skipif(not native.available(), reason="built without a C++ compiler")
 
@@ -20,7 +20,7 @@ def made_codes(name, **kwargs):
     config = CCEEmbeddingBagConfig(
         name=name, embedding_dim=32, feature_names=["f"], **{"num_embeddings": 5000, **kwargs}
     )
-    codes = ChunkCodes(config, range(config.num_chunks), torch.device("cpu"))
+    codes = ChunkCodes(Table(config), range(config.num_chunks), torch.device("cpu"))
     codes.set_rounds(3)
     return config, codes
 
@@ -31,8 +31,9 @@ def blocks():
 
     def add(config, codes, columns, num_slots=1):
         at = list(range(len(slots), len(slots) + num_slots))
-        out.append(Block(config, at, codes, columns))
-        slots.extend(Slot(config.name, f"f{i}") for i in at)
+        table = codes.table if codes is not None else Table(config)
+        out.append(Block(table, at, codes, columns))
+        slots.extend(TableFeature(config.name, f"f{i}") for i in at)
         keys.extend(f"{config.name}#{j}.{i}" for j in columns or [None] for i in at)
 
     for name, kwargs in {
@@ -110,8 +111,10 @@ def test_empty_batch():
 
 
 def test_codes_that_change_are_followed():
-    config, codes = made_codes("t", num_rows=300)
-    expansion = Expansion([Block(config, [0], codes, [0, 1, 2, 3])], [Slot("t", "f")], list("abcd"))
+    _, codes = made_codes("t", num_rows=300)
+    expansion = Expansion(
+        [Block(codes.table, [0], codes, [0, 1, 2, 3])], [TableFeature("t", "f")], list("abcd")
+    )
     features = KeyedJaggedTensor(["f"], torch.arange(50), lengths=torch.ones(50, dtype=torch.int32))
     check = BoundsCheck(BoundsCheckMode.WARNING)
     first = expansion(features, check).values().view(4, 50, 2)

@@ -9,8 +9,8 @@ ROOT = Path(cce_torchrec.__file__).parent
 LAYERS = [
     {"collectives", "gpu", "torchrec_internals", "versions"},
     {"config"},
-    {"hashing"},
-    {"bounds", "codes", "fused", "helper_rows", "slots"},
+    {"hashing", "table"},
+    {"bounds", "codes", "fused", "helper_rows"},
     {"chunk_codes"},
     {"expand", "kmeans", "metrics"},
     {"modules"},

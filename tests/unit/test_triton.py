@@ -131,7 +131,7 @@ from torchrec import KeyedJaggedTensor
 from cce_torchrec.bounds import BoundsCheck
 from cce_torchrec.expand import Block, Expansion
 from cce_torchrec.fused import device, native, triton_expand
-from cce_torchrec.slots import Slot
+from cce_torchrec.table import TableFeature
 from tests.unit.test_expand import batch, blocks, made_codes
 
 WARNING, IGNORE, FATAL = (getattr(BoundsCheckMode, m) for m in ("WARNING", "IGNORE", "FATAL"))
@@ -145,8 +145,8 @@ def all_blocks():
         "both": {"hash_ids": True, "track_seen": True, "num_rows": 50_000, "seed": 7},
     }.items():
         config, codes = made_codes(name, **settings)
-        out.append(Block(config, [len(slots)], codes, list(range(4))))
-        slots.append(Slot(name, "f"))
+        out.append(Block(codes.table, [len(slots)], codes, list(range(4))))
+        slots.append(TableFeature(name, "f"))
         keys += [f"{name}#{j}" for j in range(4)]
     return out, slots, keys
 
@@ -205,8 +205,8 @@ triton_expand.launch = lambda kernel, *rest, **named: (launched.append(kernel),
                                                        usual(kernel, *rest, **named))
 def one_table(chunks, rows):
     config, codes = made_codes("one", num_chunks=chunks, num_rows=rows)
-    block = Block(config, [0], codes, list(range(chunks)))
-    return Expansion([block], [Slot("one", "f")], [str(i) for i in range(chunks)])
+    block = Block(codes.table, [0], codes, list(range(chunks)))
+    return Expansion([block], [TableFeature("one", "f")], [str(i) for i in range(chunks)])
 
 # Codes of an id of 8, 4 and 2 bytes, which are read at once, and of 16 and 1.
 several = [one_table(*s) for s in ((4, 50_000), (4, 200), (2, 200), (8, 50_000), (1, 200))]

@@ -1,0 +1,99 @@
+"""A table as it is now: its configuration, its chunks, and the names of what stands behind it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+from torchrec.modules.embedding_configs import EmbeddingBagConfig
+
+from cce_torchrec.config import CCEEmbeddingBagConfig, is_cce
+
+
+@dataclass(frozen=True)
+class TableFeature:
+    """One feature of one table, as the user configured it."""
+
+    table: str
+    feature: str
+
+
+@dataclass
+class Generation:
+    """Counts the changes of a collection's codes, hashes and configurations.
+
+    What was computed from them (rows of a batch that a pipeline is ahead with, descriptions for
+    kernels) is still right if the number is what it was.
+    """
+
+    number: int = 0
+
+    def advance(self) -> None:
+        """Something has changed, or may have."""
+        self.number += 1
+
+
+class Table:
+    """A table of one collection, CCE or plain; what it is now is said here and nowhere else.
+
+    Args:
+        config: as the user gave it; `finalize` puts another in its place.
+        generation: of the collection, which its tables share.
+    """
+
+    def __init__(self, config: EmbeddingBagConfig, generation: Generation | None = None) -> None:
+        self.config = config
+        self.generation = generation if generation is not None else Generation()
+
+    @property
+    def name(self) -> str:
+        """The user's name of it."""
+        return self.config.name
+
+    @property
+    def cce(self) -> CCEEmbeddingBagConfig | None:
+        """Its configuration if it is compressed, None of a plain table."""
+        return self.config if is_cce(self.config) else None
+
+    @property
+    def compressed(self) -> CCEEmbeddingBagConfig:
+        """The configuration of a table that is known to be compressed."""
+        found = self.cce
+        assert found is not None, f"table {self.name!r} is plain"
+        return found
+
+    @property
+    def chunks(self) -> Sequence[int | None]:
+        """Numbers of its chunks; a plain table is one piece, None."""
+        return [None] if self.cce is None else range(self.cce.num_chunks)
+
+    @property
+    def rows_per_id(self) -> int:
+        """Rows that an id reads of each chunk."""
+        return 1 if self.cce is None else self.cce.rows_per_id
+
+    def finalize(self) -> None:
+        """Main has the helper's rows from now on, and there is no helper."""
+        self.config = self.compressed.finalised()
+        self.generation.advance()
+
+
+def tables_of(configs: Iterable[EmbeddingBagConfig]) -> list[Table]:
+    """The tables of one collection."""
+    generation = Generation()
+    return [Table(config, generation) for config in configs]
+
+
+def physical_table(table: str, chunk: int) -> str:
+    """Name of the TorchRec table that holds one chunk of a CCE table."""
+    return f"{table}#{chunk}"
+
+
+def logical_table(physical: str) -> str:
+    """Name of the table that the TorchRec table `physical` is a chunk of, or that it is."""
+    return physical.split("#")[0]
+
+
+def physical_feature(table: str, feature: str, chunk: int | None) -> str:
+    """Feature name of one chunk (None: of a plain table); unambiguous, as tables have no '#'."""
+    return f"{table}#{'' if chunk is None else chunk}.{feature}"
