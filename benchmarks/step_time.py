@@ -82,13 +82,19 @@ def breakdown(
     sharded = model.module.collection
     context = sharded.create_context()
     clock.start()
-    arrived = sharded.input_dist(context, ids).wait().wait()
+    arrived = sharded._arrived(context, ids)
     clock.mark("input_dist")
     rows = sharded._expand(context, arrived)
     clock.mark("expansion")
-    pooled = sharded.embedding_bag_collection.compute(context, rows)
+    direct = sharded._is_direct(context)  # as a rank alone in its group does it
+    if direct:
+        pooled = [look_up(own) for look_up, own in zip(sharded._lookups, rows, strict=True)]
+    else:
+        pooled = sharded.embedding_bag_collection.compute(context, rows)
     clock.mark("lookup")
-    out = sharded.output_dist(context, pooled).wait().values()
+    joined = sharded._joined if direct else sharded.output_dist
+    out = joined(context, pooled)
+    out = (out if direct else out.wait()).values()
     clock.mark("output_dist")
     out.backward(torch.ones_like(out) if gradient is None else gradient)
     clock.mark("backward")

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from cce_torchrec.codes import hashed_codes, in_whole_words, no_seen_ids, read_codes
+from cce_torchrec.codes import hashed_codes, in_rows, in_whole_words, no_seen_ids, read_codes
 from cce_torchrec.config import CCEEmbeddingBagConfig
 from cce_torchrec.hashing import code_hash, hash_rows, helper_hash
 from cce_torchrec.table import Table
@@ -139,7 +139,10 @@ class ChunkCodes(nn.Module):
                 "config.finalised()) as it was saved"
             )
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
-        if self.seen is not None:  # with assign=True it is the checkpoint's tensor
+        # With assign=True buffers are the checkpoint's tensors.
+        if self.codes is not None:
+            self.codes = in_rows(self.codes)
+        if self.seen is not None:
             self.seen = in_whole_words(self.seen)
         self.sync_rounds()
 

@@ -57,6 +57,19 @@ def read_codes(codes: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
     return widen(words.view(-1, 1).view(codes.dtype))
 
 
+def in_rows(codes: torch.Tensor) -> torch.Tensor:
+    """`codes` [N, c], or a copy of them, with those of an id side by side and rows as whole words.
+
+    Kernels read them by address, a row at once.
+    """
+    aligned = codes.storage_offset() * codes.element_size() % 8 == 0  # storages begin so
+    return (
+        codes
+        if codes.is_contiguous() and aligned
+        else codes.clone(memory_format=torch.contiguous_format)
+    )
+
+
 def pack(rows: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """Rows as codes of storage type `dtype`; the inverse of `widen`."""
     return rows.to(dtype)

@@ -159,6 +159,15 @@ def output_dists(inner: nn.Module) -> Iterable[Any]:
     return inner._output_dists  # type: ignore[return-value]  # torch types it as a module
 
 
+def sorts_columns(inner: nn.Module) -> bool:
+    """Whether an output distribution changes the order of what its lookup gives.
+
+    TorchRec's column-wise sharding has it put the shards of a feature together. Without it, the
+    outputs of such a plain table would be exchanged on a rank that is alone.
+    """
+    return any(getattr(sent, "_callbacks", None) for sent in output_dists(inner))
+
+
 def input_dists(module: nn.Module) -> list[Any]:
     """What TorchRec's train pipelines look at to see where a module gets its input from."""
     return module._input_dists  # type: ignore[return-value]  # torch types it as a module

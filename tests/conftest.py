@@ -1,6 +1,7 @@
 """Checks that need processes of their own start with the session, beside the tests before them.
 
-A module names them in `BESIDE`: arguments of Python by name. They run with TRITON_INTERPRET=1,
+A module names them in `BESIDE`, arguments of Python by name, and has a test with the parameter
+`beside_name` for each. They run with TRITON_INTERPRET=1,
 which Triton reads once, when it is imported; two at once, and only in time that nothing else wants.
 """
 
@@ -22,10 +23,9 @@ class Beside:
         self._pool = ThreadPoolExecutor(max_workers=2)
         self._ends, self._processes = {}, []
 
-    def start(self, checks):
-        for name, arguments in checks.items():
-            if name not in self._ends:
-                self._ends[name] = self._pool.submit(self._run, arguments)
+    def start(self, name, arguments):
+        if name not in self._ends:
+            self._ends[name] = self._pool.submit(self._run, arguments)
 
     def _run(self, arguments):
         process = subprocess.Popen(
@@ -57,8 +57,10 @@ def pytest_collection_finish(session):
     if session.config.option.collectonly:
         return
     for item in session.items:
-        if not any(mark.args[0] for mark in item.iter_markers("skipif")):
-            BESIDE.start(getattr(item.module, "BESIDE", {}))
+        checks = getattr(item.module, "BESIDE", {})
+        name = getattr(item, "callspec", None) and item.callspec.params.get("beside_name")
+        if name in checks and not any(mark.args[0] for mark in item.iter_markers("skipif")):
+            BESIDE.start(name, checks[name])
 
 
 def pytest_sessionfinish():

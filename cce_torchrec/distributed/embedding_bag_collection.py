@@ -7,7 +7,7 @@ codes live. Codes of ROW_WISE tables are fetched before (code_fetch.py).
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from functools import partial
 from typing import Any
 
@@ -62,6 +62,7 @@ from cce_torchrec.torchrec_internals import (
     leave_input_to_us,
     lookups_of,
     output_features,
+    sorts_columns,
     torchrec_kernels,
 )
 
@@ -70,12 +71,17 @@ class PooledNoWait(LazyGetItemMixin[str, torch.Tensor], LazyNoWait[KeyedTensor])
     """Pooled embeddings that are there already, in the form of those that are waited for."""
 
 
-def is_alone(env: ShardingEnv, lookups: Iterable[nn.Module]) -> bool:
-    """Whether a rank looks up for itself alone, by kernels whose output is there when they return:
-    not those of fully sharded 2D parallelism, nor TorchRec's Triton kernels."""
-    kernels = [kernel for lookup in lookups for kernel in torchrec_kernels(lookup)]
+def is_alone(env: ShardingEnv, inner: ShardedEmbeddingBagCollection) -> bool:
+    """Whether a rank looks up for itself alone, and what lookups give is the output as it is.
+
+    Not where kernels need to be waited for (fully sharded 2D parallelism, TorchRec's Triton
+    kernels), nor where the output distribution sorts columns (plain COLUMN_WISE tables of several
+    features).
+    """
+    kernels = [kernel for lookup in lookups_of(inner) for kernel in torchrec_kernels(lookup)]
     special = ("get_rs_awaitable", "wait_for_forward")
-    return env.world_size == 1 and not any(hasattr(k, name) for k in kernels for name in special)
+    waits = any(hasattr(kernel, name) for kernel in kernels for name in special)
+    return env.world_size == 1 and not waits and not sorts_columns(inner)
 
 
 class ShardedCCEEmbeddingBagCollection(
@@ -134,7 +140,6 @@ class ShardedCCEEmbeddingBagCollection(
             # Rows are in bounds: ids were checked before they were expanded, all of them.
             kernel.bounds_check_mode_int = BoundsCheckMode.NONE.value
             take_over(kernel)
-        self._alone = is_alone(env, self._lookups)
         self._pieces = self.output.column_pieces(*output_features(inner))
         self.inputs = sharding_inputs(
             *(inner, self.tables, self.output, self.codes, self.id_blocks, env.rank)
@@ -144,7 +149,7 @@ class ShardedCCEEmbeddingBagCollection(
                 sharded.expansion.narrow = narrow.take_over(torchrec_kernels(lookup))
         self._fetch = CodeFetch.of(self.tables, self.codes, self.id_blocks, self.process_group)
         self._input_dists += [sharded.dist for sharded in self.inputs]
-        self._stays = self._fetch is None and all(i.stays for i in self.inputs)
+        self._alone = is_alone(env, inner) and all(sharded.stays for sharded in self.inputs)
         self._feature_order = [slot.feature for sharded in self.inputs for slot in sharded.slots]
 
     def _read_plan(self, params: dict[str, ParameterSharding]) -> None:
@@ -279,12 +284,16 @@ class ShardedCCEEmbeddingBagCollection(
     def forward(self, *input: Any, **kwargs: Any) -> LazyAwaitable[KeyedTensor]:
         """The pooled embeddings; where nothing is sent there are no awaitables in between."""
         ctx = self.create_context()
+        return self.compute_and_output_dist(ctx, self._arrived(ctx, *input, **kwargs))
+
+    def _arrived(self, ctx: CCEContext, features: KeyedJaggedTensor) -> KJTList:
+        """What this rank looks up of every rank's `features`."""
         with torch.no_grad():
-            features = self._prepared(ctx, *input, **kwargs)
-            direct = self._stays and self._is_direct(ctx)
-            found = self._split(features) if direct else self._distribute(ctx, features)
-        arrived = KJTList(found) if isinstance(found, list) else found.wait().wait()
-        return self.compute_and_output_dist(ctx, arrived)
+            features = self._prepared(ctx, features)
+            if self._fetch is None and self._is_direct(ctx):
+                return KJTList(self._split(features))
+            sent = self._distribute(ctx, features)
+        return sent.wait().wait()
 
     def compute(self, ctx: CCEContext, dist_input: KJTList) -> list[torch.Tensor]:
         """Expands the received ids against the local codes and looks the rows up."""
@@ -303,12 +312,16 @@ class ShardedCCEEmbeddingBagCollection(
         inner, expanded = self.embedding_bag_collection, self._expand(ctx, input)
         if self._is_direct(ctx):
             pooled = [look_up(rows) for look_up, rows in zip(self._lookups, expanded, strict=True)]
-            values = pooled[0] if len(pooled) == 1 else torch.cat(pooled, dim=1)
-            return PooledNoWait(self.output.assemble(values, self._pieces, ctx.divisor))
+            return PooledNoWait(self._joined(ctx, pooled))
         return self._assembled(ctx, inner.compute_and_output_dist(ctx, expanded))
 
+    def _joined(self, ctx: CCEContext, pooled: list[torch.Tensor]) -> KeyedTensor:
+        """The logical output of all lookups', of a rank that is alone."""
+        values = pooled[0] if len(pooled) == 1 else torch.cat(pooled, dim=1)
+        return self.output.assemble(values, self._pieces, ctx.divisor)
+
     def _is_direct(self, ctx: CCEContext) -> bool:
-        """Whether lookups give the output as it is: a rank alone in its group sends nothing.
+        """Whether the lookups' output is this rank's: alone in its group, it sends nothing.
 
         What TorchRec does between the two for other jobs takes the host longer than the lookup.
         """

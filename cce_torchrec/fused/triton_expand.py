@@ -14,7 +14,8 @@ from cce_torchrec.fused import triton_kernel as kernels
 from cce_torchrec.gpu.launch import launch
 
 _VALUES, _WARPS = 512, 8
-"""Ids of a program and its warps; measured on an H100, where others were up to a tenth slower."""
+"""Ids of a program and its warps. On an H100 others of 128 to 512 ids took as long for one table
+and up to 14 % longer for 26; 1,024 ids or more, in an earlier form, up to three times as long."""
 _BAGS = 2048
 
 

@@ -142,7 +142,8 @@ def _rows(  # type: ignore[no-untyped-def]
     MARK: tl.constexpr, PAIRS: tl.constexpr, ALIKE: tl.constexpr, TABLE_FIELDS: tl.constexpr,
     CHUNK_FIELDS: tl.constexpr,
 ):  # fmt: skip
-    # Of `count` ids from `begin` on those that are of `table`, which is one or one for each.
+    # Writes the rows of those of `count` ids from `begin` on that are of `table`: a scalar, or the
+    # table of each id.
     # Positions among them are int32, so that few instructions have 64 bits.
     field = lookup_ptr + table * TABLE_FIELDS
     first = _start(starts_ptr, tl.load(field + 6), step)

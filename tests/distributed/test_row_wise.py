@@ -32,6 +32,7 @@ from cce_torchrec.distributed.embedding_bag_sharder import CCEEmbeddingBagCollec
 from cce_torchrec.distributed.id_blocks import IdBlocks
 from cce_torchrec.distributed.sharders import get_default_sharders
 from cce_torchrec.planning import make_plan, plan_report
+from cce_torchrec.table import tables_of
 from tests.distributed.ranks import run_ranks
 from tests.distributed.test_inputs import ROWWISE
 from tests.distributed.test_sharded import CPU, Model, batch, compare, copy_state
@@ -305,6 +306,6 @@ def test_blocks_hold_every_id_once(num_embeddings, ranks):
 
 
 def test_fetch_needs_no_tables_to_be_absent():
-    assert CodeFetch.of(tables(), torch.nn.ModuleDict(), {}, None) is None
+    assert CodeFetch.of(tables_of(tables()), torch.nn.ModuleDict(), {}, None) is None
     kjt = KeyedJaggedTensor(keys=["f"], values=torch.arange(2), lengths=torch.ones(2).long())
     assert kjt.keys() == ["f"]

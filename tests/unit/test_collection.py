@@ -241,3 +241,17 @@ def test_initial_scale_is_that_of_a_plain_table():
     assert torch.equal(
         CCEEmbeddingBagCollection(tables=[constant])(kjt).values(), torch.full((10_000, 16), 0.5)
     )
+
+
+@pytest.mark.parametrize("layout", ["columns", "odd"])
+def test_assigned_codes_lie_row_by_row(layout):
+    """Kernels read them by address, whatever the checkpoint's tensors are like."""
+    module, other = (CCEEmbeddingBagCollection(tables()) for _ in range(2))
+    state = module.state_dict()
+    codes = state["codes.u.codes"]
+    room = codes.new_empty(codes.numel() + 1)[1:].view(codes.shape).copy_(codes)
+    state["codes.u.codes"] = codes.t().contiguous().t() if layout == "columns" else room
+    other.load_state_dict(state, assign=True)
+    kept = other.codes["u"].codes
+    assert kept.is_contiguous() and kept.data_ptr() % 8 == 0
+    assert torch.equal(other(batch()).values(), module(batch()).values())

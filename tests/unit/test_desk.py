@@ -19,8 +19,8 @@ BESIDE = {
 }
 
 
-@pytest.mark.parametrize("file", FILES)
-def test_desk(beside, file):
-    status, said = beside.end_of(f"desk: {file}")
+@pytest.mark.parametrize("beside_name", BESIDE)
+def test_desk(beside, beside_name):
+    status, said = beside.end_of(beside_name)
     assert status == 0, said[-5000:]
     assert re.search(r"^[1-9]\d* passed", said, re.MULTILINE), said[-5000:]

@@ -178,7 +178,7 @@ mixed = Expansion(*all_blocks())
 own = mixed.slots
 for bad, dtype, weighted in ((None, torch.int64, False), (-1, torch.int32, True)):
     for round_ in (0, 1):
-        # Few ids for a program: it goes table by table; many: it looks up the table of each.
+        # Many ids for a program: it looks up the table of each; few: it goes table by table.
         triton_expand._VALUES = (256, 64)[round_]
         features = batch(own, bad, dtype, 3, weighted)
         before = features.values().clone()
@@ -303,8 +303,8 @@ BESIDE = {
 }
 
 
-@pytest.mark.parametrize("name", BESIDE)
-def test_interpreted(beside, name):
+@pytest.mark.parametrize("beside_name", BESIDE)
+def test_interpreted(beside, beside_name):
     """Kernels equal torch; a compiled model falls back to torch at the kernel."""
-    status, said = beside.end_of(name)
+    status, said = beside.end_of(beside_name)
     assert status == 0, said[-3000:]
