@@ -57,9 +57,21 @@ def _run(method: str, split: int, args: argparse.Namespace) -> dict[str, Any]:
     out = args.out / f"{method}-{split}"
     if not (out / "summary.json").exists():
         command = [
-            *(sys.executable, "-m", "cce_torchrec.train", "--dataset", "flights"),
-            *("--method", method, "--split-seed", str(split), "--epochs", str(args.epochs)),
-            *("--seed", str(args.splits.index(split)), "--out", str(out)),
+            sys.executable,
+            "-m",
+            "cce_torchrec.train",
+            "--dataset",
+            "flights",
+            "--method",
+            method,
+            "--split-seed",
+            str(split),
+            "--epochs",
+            str(args.epochs),
+            "--seed",
+            str(args.splits.index(split)),
+            "--out",
+            str(out),
             *(("--data", args.data) if args.data else ()),
         ]
         subprocess.run(command, check=True, stdout=subprocess.DEVNULL, env={**os.environ})

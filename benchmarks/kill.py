@@ -33,8 +33,14 @@ from cce_torchrec.versions import installed_versions
 
 RANKS = 2
 OPTIONS = [
-    *("--dataset", "synthetic", "--batch-size", "8192", "--compression", "40"),
-    *("--checkpoint-every", "3"),
+    "--dataset",
+    "synthetic",
+    "--batch-size",
+    "8192",
+    "--compression",
+    "40",
+    "--checkpoint-every",
+    "3",
 ]
 PHASES = ["start", "training", "clustering", "checkpoint"]
 

@@ -11,7 +11,7 @@ import torch
 
 from cce_torchrec import CCEEmbeddingBagConfig
 from cce_torchrec.chunk_codes import ChunkCodes
-from cce_torchrec.clustering.budget import ASSIGN_BLOCK, budget
+from cce_torchrec.clustering.budget import ASSIGN_BLOCK, ChunkShape, budget
 from cce_torchrec.clustering.chunk import ChunkState
 from cce_torchrec.clustering.pairs import IdBlock, find_pairs, of_all_ids
 from cce_torchrec.kmeans import kmeans
@@ -90,7 +90,10 @@ class Problem:
         weight[shape.k :] *= 0.3
         codes = ChunkCodes(Table(config), [0], CPU)
         self.state = ChunkState(codes, 0, weight, {})
-        self.plan = budget(shape.num_ids, shape.k, shape.k_helper, shape.dim, LIMIT)
+        chunk = ChunkShape(
+            num_ids=shape.num_ids, num_rows=shape.k, helper_rows=shape.k_helper, dim=shape.dim
+        )
+        self.plan = budget(chunk, LIMIT)
         pairs = find_pairs(self.state, self.plan).points
         self.start = pairs.vectors(pairs.starts(shape.k))
         if shape.assign_only:

@@ -72,8 +72,17 @@ def run(folder: Path, repeats: int) -> dict[str, Any]:
     """Starts two ranks; what the first measured."""
     out = folder / "network.json"
     command = [
-        *(sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"),
-        *("--master-port", "29656", "-m", "benchmarks.network", str(out), str(repeats)),
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--nproc-per-node",
+        "2",
+        "--master-port",
+        "29656",
+        "-m",
+        "benchmarks.network",
+        str(out),
+        str(repeats),
     ]
     subprocess.run(command, check=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
     found = json.loads(out.read_text())

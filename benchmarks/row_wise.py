@@ -160,8 +160,17 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "found.json"
         command = [
-            *(sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"),
-            *("--master-port", "29657", "-m", "benchmarks.row_wise", "--rank-out", str(out)),
+            sys.executable,
+            "-m",
+            "torch.distributed.run",
+            "--nproc-per-node",
+            "2",
+            "--master-port",
+            "29657",
+            "-m",
+            "benchmarks.row_wise",
+            "--rank-out",
+            str(out),
             *(["--quick"] if args.quick else []),
         ]
         subprocess.run(command, check=True, env={**os.environ, "OMP_NUM_THREADS": "1"})

@@ -170,9 +170,17 @@ def line(row: dict[str, Any]) -> str:
     parts = " / ".join(f"{v:.1f}" for v in row["cce_parts"].values())
     dense = row["dense_over_cce"]
     cells = [
-        *(row["name"], ms["cce"], ms["plain"], ms["hash"], ms["finalised"], ms.get("dense", "")),
-        *(f"{row['cce_over_plain']:.2f}", str(row["setting"]["goal"] or ""), parts),
-        *(f"{row['finalised_over_plain_serving']:.2f}", f"{dense:.1f}" if dense else ""),
+        row["name"],
+        ms["cce"],
+        ms["plain"],
+        ms["hash"],
+        ms["finalised"],
+        ms.get("dense", ""),
+        f"{row['cce_over_plain']:.2f}",
+        str(row["setting"]["goal"] or ""),
+        parts,
+        f"{row['finalised_over_plain_serving']:.2f}",
+        f"{dense:.1f}" if dense else "",
     ]
     return "| " + " | ".join(cells) + " |"
 

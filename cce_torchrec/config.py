@@ -33,8 +33,12 @@ _UNSUPPORTED_FIELDS = (
     "stash_weights",
 )
 _WHOLE_NUMBERS = (
-    *("num_embeddings", "embedding_dim"),
-    *("num_chunks", "num_rows", "num_helper_rows", "seed"),
+    "num_embeddings",
+    "embedding_dim",
+    "num_chunks",
+    "num_rows",
+    "num_helper_rows",
+    "seed",
 )
 
 

@@ -95,8 +95,13 @@ class Block:
         if len(self.columns) < len(codes.chunks):
             hashes = hashes[self.columns]
         return native.Job(
-            *(ids, self.config.num_embeddings, out, hashes, codes.codes),
-            *(codes.config.num_rows, codes.config.helper_rows),
+            ids,
+            self.config.num_embeddings,
+            out,
+            hashes,
+            codes.codes,
+            codes.config.num_rows,
+            codes.config.helper_rows,
         )
 
     def on_device(self) -> device.Table:

@@ -14,7 +14,7 @@ from benchmarks.gpu_parts.rival import Rival, faiss_seconds, precision, timed
 from benchmarks.gpu_parts.timing import wait
 from cce_torchrec import CCEEmbeddingBagCollection, CCEEmbeddingBagConfig
 from cce_torchrec.clustering import ClusteringReport, cluster
-from cce_torchrec.clustering.budget import SAMPLES_PER_CENTROID, budget
+from cce_torchrec.clustering.budget import SAMPLES_PER_CENTROID, ChunkShape, budget
 from cce_torchrec.clustering.chunk import ChunkState
 from cce_torchrec.clustering.live import local_chunks
 from cce_torchrec.clustering.pairs import find_pairs
@@ -184,8 +184,14 @@ def vectors(state: ChunkState, count: int) -> torch.Tensor:
 
 def start_of(state: ChunkState, shape: Shape) -> torch.Tensor:
     """Where ours starts from where it sees samples, [k, s]."""
-    sizes = (shape.num_ids, shape.main_rows, shape.helper_rows, shape.dim)
-    points = find_pairs(state, budget(*sizes, 1 << 33, SAMPLES_PER_CENTROID)).points
+    chunk = ChunkShape(
+        num_ids=shape.num_ids,
+        num_rows=shape.main_rows,
+        helper_rows=shape.helper_rows,
+        dim=shape.dim,
+    )
+    plan = budget(chunk, 1 << 33, samples_per_centroid=SAMPLES_PER_CENTROID)
+    points = find_pairs(state, plan).points
     return points.vectors(points.starts(shape.main_rows))
 
 

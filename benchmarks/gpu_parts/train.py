@@ -83,9 +83,22 @@ def train(part: Part, out: Path, epochs: int, more: list[str]) -> None:
         RuntimeError: with the end of what it said, if it failed.
     """
     command = [
-        *(sys.executable, "-m", "cce_torchrec.train", "--dataset", "synthetic", "--seed", SEED),
-        *("--batch-size", str(BATCH), "--embedding-dim", "16" if part.quick else "64"),
-        *("--epochs", str(epochs), "--out", str(out), *more),
+        sys.executable,
+        "-m",
+        "cce_torchrec.train",
+        "--dataset",
+        "synthetic",
+        "--seed",
+        SEED,
+        "--batch-size",
+        str(BATCH),
+        "--embedding-dim",
+        "16" if part.quick else "64",
+        "--epochs",
+        str(epochs),
+        "--out",
+        str(out),
+        *more,
     ]
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:

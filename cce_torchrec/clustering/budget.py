@@ -20,7 +20,7 @@ ASSIGN_BLOCK = 1 << 19
 _SLACK = 1 << 23
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Budget:
     """How a chunk is clustered, a function of its shape and the limit alone."""
 
@@ -48,7 +48,7 @@ def sample_room(ids: int, share: float) -> int:
     return min(ids, round(1.1 * share * ids) + 1024)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Engine:
     """What K-means runs on, as far as memory depends on it."""
 
@@ -72,21 +72,31 @@ class Engine:
         return ours and self.device == "cpu" and native.available()
 
 
+@dataclass(frozen=True, kw_only=True)
+class ChunkShape:
+    """What the memory and the work of a chunk's clustering depend on."""
+
+    num_ids: int
+    num_rows: int
+    helper_rows: int
+    dim: int
+
+
 def budget(
-    num_ids: int,
-    num_rows: int,
-    helper_rows: int,
-    dim: int,
+    shape: ChunkShape,
     memory_limit: int,
+    *,
     samples_per_centroid: int | None = None,
     engine: Engine = Engine(),
     finalise: bool = False,
 ) -> Budget:
-    """How a chunk of this shape is clustered within three quarters of `memory_limit` bytes.
+    """How a chunk of `shape` is clustered within three quarters of `memory_limit` bytes.
 
     The last quarter is for new codebooks that wait for other chunks. Where not even a sample
     fits, the budget says how much it takes.
     """
+    num_ids, dim = shape.num_ids, shape.dim
+    num_rows, helper_rows = shape.num_rows, shape.helper_rows
     cells = num_rows * helper_rows
     pairs = min(num_ids, cells)
     clusters = num_rows + helper_rows * finalise
@@ -106,7 +116,13 @@ def budget(
         by_pair = gpu_budget.by_cells(num_ids, cells, dim, code, engine.weighted) + extra
         pairs_repeat = cells <= max(gpu_budget.CELLS_PER_ID * num_ids, 1 << 20)
     if samples_per_centroid is None and pairs_repeat and by_pair <= room:
-        return Budget(True, None, score_bytes, by_pair, code * cells)
+        return Budget(
+            by_pair=True,
+            samples_per_centroid=None,
+            score_bytes=score_bytes,
+            working_bytes=by_pair,
+            code_bytes=code * cells,
+        )
 
     def listed(ids: int) -> int:
         if engine.on_gpu:
@@ -117,16 +133,40 @@ def budget(
     column = code * num_ids
     every = listed(num_ids) + column
     if samples_per_centroid is None and every <= room:
-        return Budget(False, None, score_bytes, every, column)
+        return Budget(
+            by_pair=False,
+            samples_per_centroid=None,
+            score_bytes=score_bytes,
+            working_bytes=every,
+            code_bytes=column,
+        )
     samples = samples_per_centroid or SAMPLES_PER_CENTROID
     if samples * clusters >= num_ids:
-        return Budget(False, None, score_bytes, every, column)
+        return Budget(
+            by_pair=False,
+            samples_per_centroid=None,
+            score_bytes=score_bytes,
+            working_bytes=every,
+            code_bytes=column,
+        )
     most = sample_room(num_ids, samples * clusters / num_ids)
     if engine.on_gpu:
         assigning = gpu_budget.by_id(num_ids, dim) + fixed
-        return Budget(False, samples, score_bytes, max(listed(most), assigning), column)
+        return Budget(
+            by_pair=False,
+            samples_per_centroid=samples,
+            score_bytes=score_bytes,
+            working_bytes=max(listed(most), assigning),
+            code_bytes=column,
+        )
     block = 100 * min(num_ids, assign_block(torch.device(engine.device), dim))
-    return Budget(False, samples, score_bytes, listed(most) + block, column)
+    return Budget(
+        by_pair=False,
+        samples_per_centroid=samples,
+        score_bytes=score_bytes,
+        working_bytes=listed(most) + block,
+        code_bytes=column,
+    )
 
 
 def _point_bytes(points: int, dim: int, engine: Engine) -> int:

@@ -89,8 +89,15 @@ class ChunkState:
         codes, config = self.codes, self.codes.config
         assert codes.codes is not None
         hash_ = helper_hash(config.seed, config.name, self.chunk, codes.rounds)
-        shape = (config.num_rows, config.helper_rows)
-        return ChunkIds(codes.codes, self.column, *shape, hash_, codes.ids, config.num_embeddings)
+        return ChunkIds(
+            codes=codes.codes,
+            column=self.column,
+            num_rows=config.num_rows,
+            helper_rows=config.helper_rows,
+            hash=hash_,
+            held=codes.ids,
+            num_ids=config.num_embeddings,
+        )
 
     def check_group(self, group: dist.ProcessGroup | None) -> None:
         """Raises ValueError if codes of a ROW_WISE table are on ranks that are not in `group`."""

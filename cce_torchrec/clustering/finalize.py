@@ -41,8 +41,15 @@ def finalize(
     nothing. If any chunk of any rank fails, nothing is written anywhere.
     """
     options = Options(
-        *(iterations, backend, init, tolerance, samples_per_centroid, memory_limit),
-        *(weights, metric, True),
+        iterations=iterations,
+        backend=backend,
+        init=init,
+        tolerance=tolerance,
+        samples_per_centroid=samples_per_centroid,
+        memory_limit=memory_limit,
+        weights=weights,
+        metric=metric,
+        finalise=True,
     )
     report, paths = run(model, options, optimizer, process_group)
     for path, module in model.named_modules():

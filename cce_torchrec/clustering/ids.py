@@ -42,7 +42,7 @@ class IdWeights:
         return seen_ids(self.values[first // 8 : -(-last // 8)], last - first).long()
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class ChunkIds:
     """Ids of one chunk that a rank holds: a column of `codes`, and the helper's hash."""
 
@@ -87,7 +87,9 @@ class ChunkIds:
 
     def native_column(self, first: int, last: int) -> native.Column:
         """Ids [first, last) for the compiled kernels."""
-        return native.Column(self.codes, self.column, first, last, self.held.start)
+        return native.Column(
+            codes=self.codes, column=self.column, first=first, last=last, base=self.held.start
+        )
 
     def keys(self, ids: torch.Tensor) -> torch.Tensor:
         """Pair of each of `ids`: code * k' + hash, int64."""

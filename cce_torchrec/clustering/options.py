@@ -17,7 +17,7 @@ from cce_torchrec.kmeans.points import metric_root
 INITS = ("random", "k-means++", "main")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Options:
     """How K-means runs; see the arguments of `cluster`."""
 
@@ -53,8 +53,14 @@ class Options:
         """What every rank of a step must have chosen alike."""
         seen = self.weights if isinstance(self.weights, str) else None
         return (
-            *(self.iterations, self.backend, self.init, self.tolerance),
-            *(self.samples_per_centroid, self.memory_limit, seen, self.finalise),
+            self.iterations,
+            self.backend,
+            self.init,
+            self.tolerance,
+            self.samples_per_centroid,
+            self.memory_limit,
+            seen,
+            self.finalise,
         )
 
     def check_names(self, tables: set[str]) -> None:
@@ -77,7 +83,13 @@ class Options:
         """What the memory of a step depends on."""
         weighted = self.weights is not None
         triton = device.type == "cuda" and usable(device)
-        return Engine(self.backend, self.init, weighted, device.type, triton)
+        return Engine(
+            backend=self.backend,
+            init=self.init,
+            weighted=weighted,
+            device=device.type,
+            triton=triton,
+        )
 
     def weights_of(self, state: ChunkState) -> IdWeights | None:
         """Weights of a table's ids, or None for one each.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from cce_torchrec.clustering.budget import Budget, budget
+from cce_torchrec.clustering.budget import Budget, ChunkShape, budget
 from cce_torchrec.clustering.chunk import ChunkState
 from cce_torchrec.clustering.options import Options
 from cce_torchrec.config import code_dtype
@@ -15,7 +15,7 @@ DEFAULT_MEMORY_LIMIT = 1 << 30
 Key = tuple[str, int]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Task:
     """A chunk to be clustered, as every rank hears of it."""
 
@@ -54,19 +54,41 @@ class Task:
 def task_of(path: str, state: ChunkState, options: Options) -> Task:
     """How a chunk is clustered: the same wherever it lives and whatever else its rank owns."""
     config = state.codes.config
-    shape = (config.num_embeddings, config.num_rows, config.helper_rows, config.chunk_dim)
     limit = options.memory_limit
     if limit is None:
         codes = config.num_embeddings * code_dtype(config.num_rows).itemsize
         limit = max(DEFAULT_MEMORY_LIMIT, codes // 10)
     engine, clusters = options.engine(state.weight.device), state.num_clusters
-    plan = budget(*shape, limit, options.samples_per_centroid, engine, options.finalise)
+    shape = ChunkShape(
+        num_ids=config.num_embeddings,
+        num_rows=config.num_rows,
+        helper_rows=config.helper_rows,
+        dim=config.chunk_dim,
+    )
+    plan = budget(
+        shape,
+        limit,
+        samples_per_centroid=options.samples_per_centroid,
+        engine=engine,
+        finalise=options.finalise,
+    )
     waiting = 4 * state.weight.numel() + 4 * clusters * config.chunk_dim
     if code_dtype(clusters) != code_dtype(config.num_rows):
         waiting += config.num_embeddings * code_dtype(clusters).itemsize
     waiting += sum(v.numel() * v.element_size() for v in state.optimizer_state.values())
-    row_wise = state.blocks is not None
-    return Task(path, config.name, state.chunk, *shape, clusters, plan, waiting, row_wise)
+    return Task(
+        path=path,
+        table=config.name,
+        chunk=state.chunk,
+        num_ids=config.num_embeddings,
+        num_rows=config.num_rows,
+        num_helper_rows=config.helper_rows,
+        dim=config.chunk_dim,
+        num_clusters=clusters,
+        budget=plan,
+        book_bytes=waiting,
+        row_wise=state.blocks is not None,
+    )
 
 
 class Plan:

@@ -27,7 +27,7 @@ from cce_torchrec.gpu.memory import free_bytes
 from cce_torchrec.kmeans.backends import make_backend
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class ChunkReport:
     """What the clustering step did to one chunk."""
 
@@ -113,7 +113,14 @@ def cluster(
             not make the call (gloo).
     """
     options = Options(
-        iterations, backend, init, tolerance, samples_per_centroid, memory_limit, weights, metric
+        iterations=iterations,
+        backend=backend,
+        init=init,
+        tolerance=tolerance,
+        samples_per_centroid=samples_per_centroid,
+        memory_limit=memory_limit,
+        weights=weights,
+        metric=metric,
     )
     return run(model, options, optimizer, process_group)[0]
 

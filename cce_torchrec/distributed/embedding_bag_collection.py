@@ -116,8 +116,13 @@ class ShardedCCEEmbeddingBagCollection(
         rank = getattr(env, "global_rank", env.rank)
         self.codes = self._local_codes(module, rank)
         self._codes_state = state = CodesState(
-            *(self.codes, self.tables, self.chunk_owners, self.id_blocks),
-            *(rank, device, env.process_group),
+            self.codes,
+            self.tables,
+            self.chunk_owners,
+            self.id_blocks,
+            rank,
+            device,
+            env.process_group,
         )
         self.register_state_dict_post_hook(
             partial(state.save)
@@ -142,7 +147,7 @@ class ShardedCCEEmbeddingBagCollection(
             take_over(kernel)
         self._pieces = self.output.column_pieces(*output_features(inner))
         self.inputs = sharding_inputs(
-            *(inner, self.tables, self.output, self.codes, self.id_blocks, env.rank)
+            inner, self.tables, self.output, self.codes, self.id_blocks, env.rank
         )
         for sharded, lookup in zip(self.inputs, self._lookups, strict=True):
             if sharded.expansion is not None and device.type == "cuda":

@@ -129,12 +129,23 @@ class CodebookBags(SplitTableBatchedEmbeddingBagsCodegen):
         if grad.stride(1) != 1:
             grad = grad.contiguous()
         lookups = (ctypes.c_int64 * 6)(
-            *(indices.data_ptr(), offsets.data_ptr(), len(grad)),
-            *(0 if weights is None else weights.data_ptr(), grad.data_ptr(), grad.stride(0)),
+            indices.data_ptr(),
+            offsets.data_ptr(),
+            len(grad),
+            0 if weights is None else weights.data_ptr(),
+            grad.data_ptr(),
+            grad.stride(0),
         )
         compiled.cce_rowwise_adagrad(
-            *(of.tables, len(self.embedding_specs), lookups, rate, eps),
-            *(of.scratch.data_ptr(), of.values, of.rows, len(of.scratch)),
+            of.tables,
+            len(self.embedding_specs),
+            lookups,
+            rate,
+            eps,
+            of.scratch.data_ptr(),
+            of.values,
+            of.rows,
+            len(of.scratch),
         )
         self._described = of
 

@@ -78,11 +78,18 @@ class DeviceTables:
             address, columns = (0, 0) if codes is None else (codes.data_ptr(), codes.shape[1])
             rows.append(
                 [
-                    *(table.num_embeddings, address, width, columns),
-                    *(table.num_rows, table.helper_rows),
-                    *(slot, slot + table.num_features),
-                    *(len(table.chunks), len(chunks)),
-                    *(int(table.raw_id_key is not None), table.raw_id_key or 0),
+                    table.num_embeddings,
+                    address,
+                    width,
+                    columns,
+                    table.num_rows,
+                    table.helper_rows,
+                    slot,
+                    slot + table.num_features,
+                    len(table.chunks),
+                    len(chunks),
+                    int(table.raw_id_key is not None),
+                    table.raw_id_key or 0,
                     0 if table.seen is None else table.seen.data_ptr(),
                     table.copies,
                 ]
@@ -152,7 +159,10 @@ class DeviceTables:
         sizes = features.stride_per_key()
         out_sizes = [sizes[slot] for slot in slots]
         return Bags(
-            *(offsets, 1, _starts_of(sizes, offsets.device), _starts_of(out_sizes, offsets.device)),
+            offsets,
+            1,
+            _starts_of(sizes, offsets.device),
+            _starts_of(out_sizes, offsets.device),
             num_out=sum(out_sizes),
         )
 

@@ -30,8 +30,15 @@ def library() -> ctypes.CDLL | None:
         pointer, integer, real = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float
         expansion.argtypes, expansion.restype = [pointer, integer], integer
         backward.argtypes = [
-            *(pointer, integer, pointer, real, real),
-            *(pointer, integer, integer, integer),
+            pointer,
+            integer,
+            pointer,
+            real,
+            real,
+            pointer,
+            integer,
+            integer,
+            integer,
         ]
         backward.restype = None
         return loaded

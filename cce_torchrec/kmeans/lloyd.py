@@ -27,7 +27,7 @@ _PLUS_PLUS_SAMPLE = 32
 INITS = ("random", "k-means++")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class IterationStats:
     """One assignment of all points and what followed."""
 
@@ -40,7 +40,7 @@ class IterationStats:
     """Empty clusters that took half of another one after this assignment."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class KMeansResult:
     """Outcome of `kmeans`.
 
@@ -202,9 +202,17 @@ def _lloyd(
         objective = error / points.error_scale
         imbalance = len(counts) * squares / total**2 if total else 0.0
         seconds = time.perf_counter() - began
-        stats.append(IterationStats(objective, seconds, imbalance, splits))
+        stats.append(
+            IterationStats(objective=objective, seconds=seconds, imbalance=imbalance, splits=splits)
+        )
         if not moved:
-            return KMeansResult(centroids, share.gather(assigned), sizes, centroids, stats)
+            return KMeansResult(
+                centroids=centroids,
+                assignment=share.gather(assigned),
+                sizes=sizes,
+                scored=centroids,
+                iterations=stats,
+            )
         centroids = updated
         least = tolerance * stats[-2].objective if tolerance and len(stats) > 1 else None
         if least is not None and stats[-2].objective - objective < least and not splits:

@@ -141,12 +141,22 @@ def accumulate(
     a, b, weights = pairs
     _call(
         "cce_accumulate",
-        *(main, helper, main.shape[1], a, b, weights, nearest, len(a)),
-        *(centroids.double(), 1.0 / scale, error_scale, *stats),
+        main,
+        helper,
+        main.shape[1],
+        a,
+        b,
+        weights,
+        nearest,
+        len(a),
+        centroids.double(),
+        1.0 / scale,
+        error_scale,
+        *stats,
     )
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Column:
     """Ids [first, last) of one chunk: their codes are a column of `codes`, from id `base` on."""
 
@@ -193,9 +203,17 @@ class Column:
         old, new = hashes
         _call(
             "cce_residuals",
-            *(*self._args, new_codes, int(by_pair)),
-            *(old.multiplier, old.addend, new.multiplier, new.addend, len(books[1])),
-            *(books[0].shape[1], *books, *stats),
+            *self._args,
+            new_codes,
+            int(by_pair),
+            old.multiplier,
+            old.addend,
+            new.multiplier,
+            new.addend,
+            len(books[1]),
+            books[0].shape[1],
+            *books,
+            *stats,
         )
 
     def relabel(

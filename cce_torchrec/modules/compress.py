@@ -17,7 +17,7 @@ from cce_torchrec.modules.embedding_bag_collection import CCEEmbeddingBagCollect
 from cce_torchrec.torchrec_internals import optimizers_in_backward
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class CompressedTable:
     """What `compress_model` did to one table."""
 

@@ -17,7 +17,7 @@ from cce_torchrec.modules.embedding_bag_collection import CCEEmbeddingBagCollect
 from cce_torchrec.planning.storage import optimizer_bytes, row_wise_bytes
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class PlannedTable:
     """One table on one rank."""
 
@@ -105,10 +105,7 @@ def _planned(
     if is_row_wise(entry) and is_cce(config):
         blocks = IdBlocks.of(config, entry)
         return [
-            PlannedTable(
-                *(path, config.name, entry.sharding_type, rank),
-                *row_wise_bytes(config, parameter, blocks, rank),
-            )
+            _table(path, config, entry, rank, row_wise_bytes(config, parameter, blocks, rank))
             for rank in blocks.ranks
         ]
     shares: dict[int, list[int]] = {}
@@ -123,9 +120,25 @@ def _planned(
         for i, n in enumerate((size, codes, optimizer_bytes(config, parameter, rows, width))):
             share[i] += n
     return [
-        PlannedTable(path, config.name, entry.sharding_type, rank, *share)
+        _table(path, config, entry, rank, (share[0], share[1], share[2]))
         for rank, share in sorted(shares.items())
     ]
+
+
+def _table(
+    path: str, config: EmbeddingBagConfig, entry: Any, rank: int, share: tuple[int, int, int]
+) -> PlannedTable:
+    """A table's share on a rank: bytes of codebooks, codes and optimizer state."""
+    codebooks, codes, optimizer = share
+    return PlannedTable(
+        collection=path,
+        name=config.name,
+        sharding_type=entry.sharding_type,
+        rank=rank,
+        codebook_bytes=codebooks,
+        code_bytes=codes,
+        optimizer_bytes=optimizer,
+    )
 
 
 def _everywhere(
@@ -135,7 +148,4 @@ def _everywhere(
     size, codes = parameter.numel() * parameter.element_size(), 0
     if is_cce(config):
         codes = config.code_bytes + config.seen_bytes
-    kind = entry.sharding_type
-    return [
-        PlannedTable(path, config.name, kind, rank, size, codes, 0) for rank in range(world_size)
-    ]
+    return [_table(path, config, entry, rank, (size, codes, 0)) for rank in range(world_size)]

@@ -15,8 +15,17 @@ if TYPE_CHECKING:
 
 _WEATHER = ["temp", "wind_speed", "precip", "visib", "pressure", "humid"]
 FLIGHTS_COLUMNS = [
-    *("label", "month", "day", "hour", "minute", "carrier", "flight", "tailnum", "origin"),
-    *("dest", "distance"),
+    "label",
+    "month",
+    "day",
+    "hour",
+    "minute",
+    "carrier",
+    "flight",
+    "tailnum",
+    "origin",
+    "dest",
+    "distance",
     *_WEATHER,
 ]
 

@@ -85,14 +85,31 @@ def _place() -> str:
 
 # Operations without a kernel, beside views.
 _FREE = {
-    *("empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided"),
-    *("detach", "alias", "lift_fresh", "_unsafe_view", "_reshape_alias"),
+    "empty",
+    "empty_like",
+    "empty_strided",
+    "new_empty",
+    "new_empty_strided",
+    "detach",
+    "alias",
+    "lift_fresh",
+    "_unsafe_view",
+    "_reshape_alias",
     "_local_scalar_dense",
 }
 # Operations whose result the host has to see before it goes on. (`_assert_async` does not wait.)
 _WAITS = {
-    *("_local_scalar_dense", "equal", "is_nonzero", "nonzero", "masked_select", "bincount"),
-    *("_unique", "_unique2", "unique_dim", "unique_consecutive", "unique_dim_consecutive"),
+    "_local_scalar_dense",
+    "equal",
+    "is_nonzero",
+    "nonzero",
+    "masked_select",
+    "bincount",
+    "_unique",
+    "_unique2",
+    "unique_dim",
+    "unique_consecutive",
+    "unique_dim_consecutive",
 }
 INDEXING = {"index", "index_put", "index_put_", "_index_put_impl_", "_unsafe_index"}
 

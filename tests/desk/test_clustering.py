@@ -161,7 +161,9 @@ def test_unusable_weights_are_refused_and_nothing_is_written():
 @pytest.mark.parametrize("backend", ["auto", "torch", "triton"])
 def test_budgets_on_cuda_hold_a_block_of_scores(backend):
     """Of what is computed without a device; what is taken is for a real one to say."""
-    shape = (10**8, 8192, 3 * 8192, 32)
-    cpu = budget.budget(*shape, 20 << 30, 200, Engine("torch", device="cpu"))
-    cuda = budget.budget(*shape, 20 << 30, 200, Engine(backend, device="cuda"))
+    shape = budget.ChunkShape(num_ids=10**8, num_rows=8192, helper_rows=3 * 8192, dim=32)
+    cpu, cuda = (
+        budget.budget(shape, 20 << 30, samples_per_centroid=200, engine=engine)
+        for engine in (Engine(backend="torch"), Engine(backend=backend, device="cuda"))
+    )
     assert cuda.working_bytes >= cpu.working_bytes and cuda.code_bytes == cpu.code_bytes

@@ -13,8 +13,15 @@ EXAMPLE = Path(__file__).parents[2] / "docs" / "example.py"
 
 def test_the_example_learns_what_is_no_input(tmp_path):
     command = [
-        *(sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"),
-        *("--master-port", str(free_port()), str(EXAMPLE), str(tmp_path)),
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--nproc-per-node",
+        "2",
+        "--master-port",
+        str(free_port()),
+        str(EXAMPLE),
+        str(tmp_path),
     ]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]

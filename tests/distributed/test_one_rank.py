@@ -6,7 +6,7 @@ from torch import nn
 from torch.profiler import ProfilerActivity, profile
 from torchrec import KeyedJaggedTensor
 from torchrec.distributed import DistributedModelParallel
-from torchrec.distributed.planner.types import ParameterConstraints
+from torchrec.distributed.planner.types import ParameterConstraints, PlannerError
 from torchrec.modules.embedding_configs import EmbeddingBagConfig
 
 from cce_torchrec import CCEEmbeddingBagCollection, CCEEmbeddingBagConfig
@@ -108,3 +108,21 @@ def columns(rank, world_size):
 
 def test_columns_of_a_plain_table():
     run_ranks(1, columns)
+
+
+def dense_memory(rank, world_size):
+    """The dense network's parameters, gradients and moments leave less room to the tables."""
+    configs = [
+        CCEEmbeddingBagConfig(name="t", num_embeddings=10**6, embedding_dim=8, num_chunks=2,
+                              feature_names=["f"], num_rows=70)
+    ]  # fmt: skip
+    memory = 12 << 20
+    model = nn.Sequential(CCEEmbeddingBagCollection(configs, device="meta"), nn.Linear(1, 1))
+    assert make_plan(model, configs, CPU, memory_bytes=memory)
+    model.append(nn.Linear(500, 1000, device="meta"))  # 2 MB, of which there are six
+    with pytest.raises(PlannerError):
+        make_plan(model, configs, CPU, memory_bytes=memory)
+
+
+def test_plans_count_the_dense_network():
+    run_ranks(1, dense_memory)

@@ -40,9 +40,22 @@ print("threads at the end:", *threads, flush=True)
 
 def train(out, *options, ranks=1, check=True, program=("-m", "cce_torchrec.train")):
     command = [
-        *(sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(ranks)),
-        *("--master-port", str(free_port()), *program, "--out", str(out)),
-        *("--epochs", "2", "--dataset", "synthetic", "--batch-size", "8192"),
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--nproc-per-node",
+        str(ranks),
+        "--master-port",
+        str(free_port()),
+        *program,
+        "--out",
+        str(out),
+        "--epochs",
+        "2",
+        "--dataset",
+        "synthetic",
+        "--batch-size",
+        "8192",
         *options,
     ]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300)

@@ -71,9 +71,21 @@ def test_the_training_program_under_every_pipeline(tmp_path):
     found = {}
     for pipeline in ("none", "sparse-dist", "prefetch"):
         command = [
-            *(sys.executable, "-m", "cce_torchrec.train", "--dataset", "synthetic"),
-            *("--epochs", "1", "--batch-size", "8192", "--clusterings", "2"),
-            *("--checkpoint-every", "8", "--out", str(tmp_path / pipeline)),
+            sys.executable,
+            "-m",
+            "cce_torchrec.train",
+            "--dataset",
+            "synthetic",
+            "--epochs",
+            "1",
+            "--batch-size",
+            "8192",
+            "--clusterings",
+            "2",
+            "--checkpoint-every",
+            "8",
+            "--out",
+            str(tmp_path / pipeline),
         ]
         runs = [["--pipeline", pipeline]]
         if pipeline == "prefetch":

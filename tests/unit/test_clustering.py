@@ -10,7 +10,7 @@ from torchrec.optim.apply_optimizer_in_backward import apply_optimizer_in_backwa
 
 from cce_torchrec import CCEEmbeddingBagCollection, CCEEmbeddingBagConfig
 from cce_torchrec.clustering import ClusteringSchedule, cluster
-from cce_torchrec.clustering.budget import budget
+from cce_torchrec.clustering.budget import ChunkShape, budget
 from cce_torchrec.clustering.ids import ChunkIds, starting_pairs
 from cce_torchrec.codes import seen_ids, widen
 from cce_torchrec.hashing import helper_hash
@@ -176,11 +176,17 @@ def test_pair_table_and_id_list_agree():
     """A memory limit too small for the table over pairs changes the way, not the result."""
     by_pair, by_list = grouped(), grouped()
     config = by_pair.embedding_bag_configs()[0]
-    shape = (config.num_embeddings, config.num_rows, config.helper_rows, config.chunk_dim)
-    chosen = budget(*shape, 1 << 30)
-    smaller = budget(*shape, chosen.working_bytes - 1)
+    shape = ChunkShape(
+        num_ids=config.num_embeddings,
+        num_rows=config.num_rows,
+        helper_rows=config.helper_rows,
+        dim=config.chunk_dim,
+    )
+    chosen = budget(shape, 1 << 30)
+    smaller = budget(shape, chosen.working_bytes - 1)
     assert chosen.by_pair and not smaller.by_pair
-    every = budget(40, 8, 8, 4, 1 << 30, samples_per_centroid=4)
+    few = ChunkShape(num_ids=40, num_rows=8, helper_rows=8, dim=4)
+    every = budget(few, 1 << 30, samples_per_centroid=4)
     assert not every.by_pair and every.samples_per_centroid == 4
     report = cluster(by_pair)
     other = cluster(by_list, samples_per_centroid=10**6)  # all ids, as a list
@@ -189,11 +195,24 @@ def test_pair_table_and_id_list_agree():
     assert report.peak_bytes >= chosen.working_bytes
 
 
+def ids_of(codes, num_rows, helper_rows, held):
+    """The second column of `codes`, under a hash."""
+    return ChunkIds(
+        codes=codes,
+        column=1,
+        num_rows=num_rows,
+        helper_rows=helper_rows,
+        hash=helper_hash(0, "t", 1, 0),
+        held=held,
+        num_ids=held.stop,
+    )
+
+
 def test_starts_are_the_pairs_of_hashed_ids():
     """Of the pairs that were listed, those of the drawn ids come first, each once."""
     m = grouped(num_ids=3000)
     codes = m.codes["t"].codes
-    ids = ChunkIds(codes, 1, 64, 192, helper_hash(0, "t", 1, 0), range(3000), 3000)
+    ids = ids_of(codes, 64, 192, range(3000))
     sample = helper_hash(7, "t", 1, 3)
     every = ids.keys(torch.arange(3000)).unique()
     some = every[::3]
@@ -396,7 +415,7 @@ def test_schedules():
 def test_a_rank_without_ids_has_no_blocks():
     """Of a small ROW_WISE table; on a GPU a block is all that a rank has."""
     codes = torch.zeros(0, 2, dtype=torch.uint8)
-    ids = ChunkIds(codes, 1, 4, 4, helper_hash(0, "t", 1, 0), range(20, 20), 20)
+    ids = ids_of(codes, 4, 4, range(20, 20))
     assert list(ids.blocks(len(ids.held))) == []
     assert not ids.count_pairs().any()
 

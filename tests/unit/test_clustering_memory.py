@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ import torch
 from cce_torchrec.clustering.budget import (
     ASSIGN_BLOCK,
     SAMPLES_PER_CENTROID,
+    ChunkShape,
     Engine,
     assign_block,
     budget,
@@ -93,16 +95,19 @@ def test_little_memory_leaves_no_room_for_new_codes():
     """The case of codes found again: 2 bytes for each of 16 million codes would not have fitted."""
     case = CASES["codes found again"]
     rows, limit = case["rows"], case["memory_limit"]
-    plan = budget(case["ids"], rows, 3 * rows, 8, limit, case["samples_per_centroid"])
+    shape = ChunkShape(num_ids=case["ids"], num_rows=rows, helper_rows=3 * rows, dim=8)
+    plan = budget(shape, limit, samples_per_centroid=case["samples_per_centroid"])
     assert plan.working_bytes + plan.code_bytes > limit
 
 
 def test_on_cuda_without_triton_a_block_of_ids_is_counted_as_large_as_it_is():
-    shape, engine = (10**8, 2000, 2000, 16), Engine("torch", device="cuda")
+    shape = ChunkShape(num_ids=10**8, num_rows=2000, helper_rows=2000, dim=16)
+    engine = Engine(backend="torch", device="cuda")
     few, block = SAMPLES_PER_CENTROID, assign_block(torch.device("cuda"), 16)
     assert block > ASSIGN_BLOCK
-    got = budget(*shape, 4 << 30, few, engine).working_bytes
+    got = budget(shape, 4 << 30, samples_per_centroid=few, engine=engine).working_bytes
     # Keys, and their sorted form with places: what torch.unique holds of each id, and a code.
     assert got > (8 + 8 + 8 + 4) * block
-    small = budget(ASSIGN_BLOCK, *shape[1:], 4 << 30, 1, engine).working_bytes
+    shape = replace(shape, num_ids=ASSIGN_BLOCK)
+    small = budget(shape, 4 << 30, samples_per_centroid=1, engine=engine).working_bytes
     assert got - small > 100 * (block - ASSIGN_BLOCK)

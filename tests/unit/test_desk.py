@@ -12,7 +12,13 @@ pytestmark = needs_interpreter
 FILES = sorted(path.stem for path in Path(__file__).parents[1].glob("desk/test_*.py"))
 BESIDE = {
     f"desk: {name}": [
-        *("-m", "pytest", "-q", "--tb=short", "-p", "no:cacheprovider", "--show-capture=no"),
+        "-m",
+        "pytest",
+        "-q",
+        "--tb=short",
+        "-p",
+        "no:cacheprovider",
+        "--show-capture=no",
         f"tests/desk/{name}.py",
     ]
     for name in FILES

@@ -1,6 +1,8 @@
 """finalize() on an unsharded collection, against its definition."""
 
 import copy
+import importlib
+from dataclasses import asdict
 
 import pytest
 import torch
@@ -132,3 +134,26 @@ def test_a_failure_after_codes_were_widened_narrows_them_again(monkeypatch):
     assert before.dtype == torch.uint8 and m.codes["t"].codes.dtype == torch.uint8
     assert torch.equal(m.codes["t"].codes, before)
     assert m.embedding_bag_configs()[0].helper_rows == 300
+
+
+@pytest.mark.parametrize("name", ["step", "finalize"])
+def test_every_option_arrives(monkeypatch, name):
+    """None of them in another's place: several are numbers, and would pass for each other."""
+    given = {
+        "iterations": 3,
+        "backend": "torch",
+        "init": "k-means++",
+        "tolerance": 0.5,
+        "samples_per_centroid": 7,
+        "memory_limit": 11,
+        "weights": "seen",
+        "metric": {},
+    }
+    seen = []
+    module_ = importlib.import_module(f"cce_torchrec.clustering.{name}")
+    monkeypatch.setattr(
+        module_, "run", lambda model, options, *_: (seen.append(options), ({}, set()))[1]
+    )
+    getattr(module_, "cluster" if name == "step" else name)(torch.nn.Module(), **given)
+    options = asdict(seen[0])
+    assert options.pop("finalise") == (name == "finalize") and options == given

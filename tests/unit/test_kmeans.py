@@ -16,7 +16,9 @@ from tests.optional import installed, needs
 
 CPU = torch.device("cpu")
 ENGINES = [
-    *("auto", "torch", *(["native"] if native.available() else [])),
+    "auto",
+    "torch",
+    *(["native"] if native.available() else []),
     pytest.param("faiss", marks=needs("faiss")),
 ]
 
