@@ -120,7 +120,7 @@ def tables(
                     num_chunks=1, num_rows=rows, num_helper_rows=0, learned_codes=False, **common
                 )
             )
-        elif kind == "finalised":
+        elif kind == "finalized":
             rows = setting.main_rows + setting.helper_rows
             out.append(
                 CCEEmbeddingBagConfig(

@@ -13,9 +13,9 @@ from cce_torchrec import CCEEmbeddingBagConfig
 from cce_torchrec.chunk_codes import ChunkCodes
 from cce_torchrec.clustering.budget import ASSIGN_BLOCK, ChunkShape, budget
 from cce_torchrec.clustering.chunk import ChunkState
-from cce_torchrec.clustering.pairs import IdBlock, find_pairs, of_all_ids
+from cce_torchrec.clustering.pairs import PairBatch, find_pairs, of_all_ids
 from cce_torchrec.kmeans import kmeans
-from cce_torchrec.kmeans.share import assign
+from cce_torchrec.kmeans.scan import assign
 from cce_torchrec.table import Table
 
 CPU = torch.device("cpu")
@@ -135,7 +135,7 @@ class Problem:
             of_all_ids(sampled, result.assignment).write()
             return result.centroids
         for first in range(0, self.shape.num_ids, ASSIGN_BLOCK):
-            block = IdBlock.of(sampled, first)
+            block = PairBatch.of(sampled, first)
             block.new_codes(assign(block.points, result.scored, score_bytes=score_bytes)).write()
         return result.centroids
 

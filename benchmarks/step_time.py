@@ -1,7 +1,7 @@
 """`python -m benchmarks.step_time [--quick] [--json FILE]`: what a training step costs.
 
 CCE, a plain fused table of the same N and D (TorchRec's EmbeddingBagCollection), a hashed table
-of the CCE table's bytes, the CCE table after finalising, and a dense-gradient CCE in plain PyTorch
+of the CCE table's bytes, the CCE table after finalizing, and a dense-gradient CCE in plain PyTorch
 (two nn.Embedding a chunk, stored int64 indices, AdamW: what research code does). The first four
 run through DistributedModelParallel on one rank with a fused optimizer. All take turns of five
 batches in one process; figures are medians, on a CPU of CPU time on one thread, on a GPU between
@@ -66,7 +66,7 @@ GPU_SETTINGS = [
     *(Setting(n, zipf=True, batch=65536) for n in (10**5, LARGE)),
     Setting(10**6, tables=26, bag=1, batch=65536),
 ]
-KINDS = ("cce", "plain", "hash", "finalised")
+KINDS = ("cce", "plain", "hash", "finalized")
 BLOCK = 5
 """Batches that a contender runs on end, after one that is not counted: a job runs one model, so
 that the caches are its own."""
@@ -158,8 +158,8 @@ def measure(
         "cce_parts": parts,
         "cce_over_plain": steps["cce"] / steps["plain"],
         "cce_over_hash": steps["cce"] / steps["hash"],
-        "finalised_over_plain": steps["finalised"] / steps["plain"],
-        "finalised_over_plain_serving": ms["finalised"]["serve"] / ms["plain"]["serve"],
+        "finalized_over_plain": steps["finalized"] / steps["plain"],
+        "finalized_over_plain_serving": ms["finalized"]["serve"] / ms["plain"]["serve"],
         "dense_over_cce": steps["dense"] / steps["cce"] if "dense" in steps else None,
     }
 
@@ -174,12 +174,12 @@ def line(row: dict[str, Any]) -> str:
         ms["cce"],
         ms["plain"],
         ms["hash"],
-        ms["finalised"],
+        ms["finalized"],
         ms.get("dense", ""),
         f"{row['cce_over_plain']:.2f}",
         str(row["setting"]["goal"] or ""),
         parts,
-        f"{row['finalised_over_plain_serving']:.2f}",
+        f"{row['finalized_over_plain_serving']:.2f}",
         f"{dense:.1f}" if dense else "",
     ]
     return "| " + " | ".join(cells) + " |"
@@ -215,8 +215,8 @@ def main() -> None:
         "optimizer": args.optimizer,
         "rows": [],
     }
-    print("| milliseconds a step | CCE | plain | hash | finalised | dense | CCE / plain | goal |"
-          " parts of CCE | finalised / plain, serving | dense / CCE |")  # fmt: skip
+    print("| milliseconds a step | CCE | plain | hash | finalized | dense | CCE / plain | goal |"
+          " parts of CCE | finalized / plain, serving | dense / CCE |")  # fmt: skip
     print("| --- " * 11 + "|", flush=True)
     for setting in settings:
         report["rows"].append(measure(setting, device, repeats, args.optimizer, args.profile))

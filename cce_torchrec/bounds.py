@@ -55,7 +55,7 @@ class BoundsCheck:
             self.found(who, count, int(ids[invalid][0]), num_embeddings)
         return ids.masked_fill(invalid, 0)
 
-    def once_more(self) -> BoundsCheck:
+    def without_counting(self) -> BoundsCheck:
         """For ids that were checked before, and shall not be counted again."""
         unchecked = self.mode == BoundsCheckMode.NONE
         return BoundsCheck(BoundsCheckMode.NONE if unchecked else BoundsCheckMode.IGNORE)

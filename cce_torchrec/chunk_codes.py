@@ -42,7 +42,7 @@ class ChunkCodes(nn.Module):
         self.seen: torch.Tensor | None
         bits = no_seen_ids(len(self.ids), device) if config.track_seen else None
         self.register_buffer("seen", bits)
-        self._rounds = 0
+        self._num_clusterings = 0
         self._hashes: dict[tuple[int, torch.device], torch.Tensor] = {}
 
     @property
@@ -50,21 +50,21 @@ class ChunkCodes(nn.Module):
         """The table as it is configured now."""
         return self.table.compressed
 
-    def sync_rounds(self) -> None:
+    def sync_clusterings(self) -> None:
         """Reads `clusterings` back to the host; called after it was loaded or changed."""
         if self.clusterings.device.type != "meta":
-            self._rounds = int(self.clusterings)
+            self._num_clusterings = int(self.clusterings)
         self.table.generation.advance()
 
     @property
-    def rounds(self) -> int:
+    def num_clusterings(self) -> int:
         """Clusterings so far."""
-        return self._rounds
+        return self._num_clusterings
 
-    def set_rounds(self, rounds: int) -> None:
+    def set_clusterings(self, rounds: int) -> None:
         """Sets the number of clusterings, and so the helper's hash."""
         self.clusterings.fill_(rounds)
-        self._rounds = rounds
+        self._num_clusterings = rounds
         self.table.generation.advance()
 
     def set_codes(self, codes: torch.Tensor) -> None:
@@ -76,7 +76,7 @@ class ChunkCodes(nn.Module):
         """Codes back to the initial hash."""
         if self.codes is not None:
             self.codes.copy_(hashed_codes(self.config, self.chunks, self.codes.device, self.ids))
-        self.set_rounds(0)
+        self.set_clusterings(0)
         if self.seen is not None:
             self.seen.zero_()
 
@@ -87,7 +87,7 @@ class ChunkCodes(nn.Module):
         local = ChunkCodes(table, chunks, device, ids)
         rows = slice(local.ids.start, local.ids.stop)
         if self.clusterings.device.type != "meta":
-            local.set_rounds(self.rounds)
+            local.set_clusterings(self.num_clusterings)
             if local.codes is not None and self.codes is not None:
                 local.codes.copy_(self.codes[rows, chunks])
             if local.seen is not None and self.seen is not None:
@@ -97,12 +97,12 @@ class ChunkCodes(nn.Module):
 
     def hashes(self, device: torch.device) -> torch.Tensor:
         """int64 [chunks, 5]: column, multiplier and addend of the main hash, of the helper hash."""
-        key = (self._rounds, device)
+        key = (self._num_clusterings, device)
         if key not in self._hashes:
             config, rows = self.config, []
             for column, chunk in enumerate(self.chunks):
                 main = code_hash(config.seed, config.name, chunk)
-                helper = helper_hash(config.seed, config.name, chunk, self._rounds)
+                helper = helper_hash(config.seed, config.name, chunk, self._num_clusterings)
                 rows.append(
                     [column, main.multiplier, main.addend, helper.multiplier, helper.addend]
                 )
@@ -136,7 +136,7 @@ class ChunkCodes(nn.Module):
             raise ValueError(
                 f"table {self.config.name!r}: the checkpoint has codes of {found.dtype}, the model "
                 f"of {self.codes.dtype}, so their rows differ; configure num_rows (or "
-                "config.finalised()) as it was saved"
+                "config.finalized()) as it was saved"
             )
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
         # With assign=True buffers are the checkpoint's tensors.
@@ -144,7 +144,7 @@ class ChunkCodes(nn.Module):
             self.codes = in_rows(self.codes)
         if self.seen is not None:
             self.seen = in_whole_words(self.seen)
-        self.sync_rounds()
+        self.sync_clusterings()
 
 
 def codes_of(codes: nn.ModuleDict, table: str) -> ChunkCodes | None:

@@ -74,7 +74,7 @@ class CCEEmbeddingBagConfig(EmbeddingBagConfig):
     num_rows: int = 0
     """Rows of the main codebook of each chunk (k)."""
     num_helper_rows: int | None = None
-    """Rows of the helper codebook of each chunk (k'); None is 3 * num_rows, 0 is the finalised
+    """Rows of the helper codebook of each chunk (k'); None is 3 * num_rows, 0 is the finalized
     form, which has no helper and reads one row per chunk."""
     learned_codes: bool = True
     """False keeps the hash as the code forever: no code tensor and no clustering (with
@@ -210,7 +210,7 @@ class CCEEmbeddingBagConfig(EmbeddingBagConfig):
         """Bytes of codebooks, codes and bits of seen ids; optimizer state is not counted."""
         return self.codebook_bytes + self.code_bytes + self.seen_bytes
 
-    def finalised(self) -> CCEEmbeddingBagConfig:
+    def finalized(self) -> CCEEmbeddingBagConfig:
         """This table after `finalize`: main has the helper's rows, and there is no helper."""
         out = copy.copy(self)
         out.num_rows, out.num_helper_rows = self.rows_per_chunk, 0

@@ -27,7 +27,7 @@ from cce_torchrec.table import Table, TableFeature
 
 
 @dataclass
-class Block:
+class TableLookup:
     """Consecutive physical features of one table: `chunks` of a CCE table, or a plain table."""
 
     table: Table
@@ -133,7 +133,9 @@ class Expansion:
 
     _dtype = torch.int64
 
-    def __init__(self, blocks: list[Block], slots: list[TableFeature], keys: list[str]) -> None:
+    def __init__(
+        self, blocks: list[TableLookup], slots: list[TableFeature], keys: list[str]
+    ) -> None:
         self.blocks = blocks
         self._keys = keys
         self.slots = slots
@@ -167,7 +169,7 @@ class Expansion:
         return [generation.number for generation in self._generations]
 
     def _count_rows(self) -> None:
-        """Rows per id of each physical feature, which change where a table is finalised."""
+        """Rows per id of each physical feature, which change where a table is finalized."""
         self._counted = self._generation()
         self._rows_per_id = [
             b.rows_per_id for b in self.blocks for _ in range(b.copies) for _ in b.slots

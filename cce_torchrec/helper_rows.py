@@ -1,6 +1,6 @@
 """The number of helper rows in a state dict, by which a load tells main from helper.
 
-Codebooks have a table's main and helper rows in one tensor, so a finalised table has the shapes
+Codebooks have a table's main and helper rows in one tensor, so a finalized table has the shapes
 that it had before, and so has any other division of the rows. Every rank saves and compares the
 numbers of all tables, whatever chunks it holds, and before anything is written.
 """
@@ -48,5 +48,5 @@ def check_helper_rows(
             raise ValueError(
                 f"table {config.name!r}: the checkpoint has {int(found)} helper rows, the model "
                 f"{config.helper_rows}; configure num_rows and num_helper_rows as it was saved, "
-                "and a table that was finalised as config.finalised()"
+                "and a table that was finalized as config.finalized()"
             )

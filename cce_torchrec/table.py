@@ -74,7 +74,7 @@ class Table:
 
     def finalize(self) -> None:
         """Main has the helper's rows from now on, and there is no helper."""
-        self.config = self.compressed.finalised()
+        self.config = self.compressed.finalized()
         self.generation.advance()
 
 

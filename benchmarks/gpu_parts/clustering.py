@@ -16,7 +16,7 @@ from cce_torchrec import CCEEmbeddingBagCollection, CCEEmbeddingBagConfig
 from cce_torchrec.clustering import ClusteringReport, cluster
 from cce_torchrec.clustering.budget import SAMPLES_PER_CENTROID, ChunkShape, budget
 from cce_torchrec.clustering.chunk import ChunkState
-from cce_torchrec.clustering.live import local_chunks
+from cce_torchrec.clustering.local_chunks import local_chunks
 from cce_torchrec.clustering.pairs import find_pairs
 from cce_torchrec.kmeans.backends import make_backend
 

@@ -17,7 +17,7 @@ OPTIMIZER = "rowwise_adagrad"
 FULL = Setting(10**8, dim=128, main_rows=8192, helper_rows=24576, batch=65536, goal=1.0)
 QUICK = Setting(10**4, dim=32, main_rows=64, helper_rows=192, batch=256, goal=1.0)
 AIM = 0.8
-KINDS = ("plain", "cce", "finalised")
+KINDS = ("plain", "cce", "finalized")
 
 
 def run(part: Part) -> None:
@@ -54,7 +54,7 @@ def _measure(part: Part, setting: Setting, models: Mapping[str, Contender], judg
         **ratios(ms, "cce", "plain"),
         "lengths to count": ms["cce, uncounted"]["wall"] / ms["plain, uncounted"]["wall"],
         **{f"{kind} {key}": ms[kind][key] for kind in KINDS for key in ("step", "wall", "host")},
-        "finalised / plain, serving": ms["finalised"]["serve"] / ms["plain"]["serve"],
+        "finalized / plain, serving": ms["finalized"]["serve"] / ms["plain"]["serve"],
         "parts of cce, ms": _parts(cce, kjts * 2, part.device),
         "milliseconds": ms,
         "setting": asdict(setting),

@@ -14,7 +14,7 @@ from benchmarks.contenders import Setting, batches, build
 from benchmarks.gpu_parts.part import Part, free, start_group
 from benchmarks.gpu_parts.timing import Contender, wait
 from cce_torchrec.clustering import cluster
-from cce_torchrec.clustering.live import fused_rows, uncached
+from cce_torchrec.clustering.local_chunks import fused_rows, uncached
 from cce_torchrec.torchrec_internals import fused_kernels, lookups_of
 
 FULL = Setting(10**6, dim=128, main_rows=4096, helper_rows=12288, tables=2, batch=65536, bag=10)

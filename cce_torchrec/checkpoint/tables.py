@@ -113,7 +113,7 @@ def compare_tables(saved: Tables, own: Tables, wanted: set[str] | None, grow: se
         raise ValueError("; ".join(wrong))
 
 
-def _is_finalised(saved: dict[str, Any], own: dict[str, Any]) -> bool:
+def _is_finalized(saved: dict[str, Any], own: dict[str, Any]) -> bool:
     """Whether main has in `saved` the rows that main and helper have in `own`."""
     rows = own["num_rows"] + own["num_helper_rows"]
     return (saved["num_rows"], saved["num_helper_rows"]) == (rows, 0)
@@ -136,8 +136,8 @@ def _differences(
         if field == "num_embeddings" and may_grow and own[field] > saved[field]:
             continue
         remedy = "configure the table as it was saved"
-        if field == "num_rows" and _is_finalised(saved, own):
-            remedy += ", by config.finalised()"
+        if field == "num_rows" and _is_finalized(saved, own):
+            remedy += ", by config.finalized()"
         if field == "learned_codes":
             lacks = "model" if saved[field] else "checkpoint"
             out.append(f"{who}: the {lacks} has no codes, the other side has; {remedy}")

@@ -88,7 +88,7 @@ def budget(
     *,
     samples_per_centroid: int | None = None,
     engine: Engine = Engine(),
-    finalise: bool = False,
+    finalize: bool = False,
 ) -> Budget:
     """How a chunk of `shape` is clustered within three quarters of `memory_limit` bytes.
 
@@ -99,7 +99,7 @@ def budget(
     num_rows, helper_rows = shape.num_rows, shape.helper_rows
     cells = num_rows * helper_rows
     pairs = min(num_ids, cells)
-    clusters = num_rows + helper_rows * finalise
+    clusters = num_rows + helper_rows * finalize
     code = code_dtype(clusters).itemsize
     scores = score_table_bytes(num_rows, helper_rows, clusters)
     score_bytes = scores if scores <= min(SCORE_BYTES, memory_limit // 4) else 0

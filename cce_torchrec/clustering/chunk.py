@@ -9,7 +9,7 @@ import torch.distributed as dist
 
 from cce_torchrec.chunk_codes import ChunkCodes
 from cce_torchrec.clustering.exact_sums import weighted_sums
-from cce_torchrec.clustering.ids import ChunkIds, NewCodes
+from cce_torchrec.clustering.id_passes import ChunkIds, NewCodes
 from cce_torchrec.codes import code_dtype
 from cce_torchrec.hashing import helper_hash
 from cce_torchrec.kmeans.lloyd import KMeansResult
@@ -26,7 +26,7 @@ _NOT_FINITE = "nothing was clustered. Lower the learning rate, or restore the la
 
 
 @dataclass(frozen=True)
-class Blocks:
+class CodePlacement:
     """The ranks that hold codes of a ROW_WISE table, and which of them holds a chunk's codebook."""
 
     group: dist.ProcessGroup
@@ -50,11 +50,11 @@ class ChunkState:
     """[k + k', s]: main, then helper; empty where only codes of a ROW_WISE table are."""
     optimizer_state: dict[str, torch.Tensor]
     """Tensors whose first dimension is k + k'."""
-    finalise: bool = False
+    finalize: bool = False
     """Whether main is given the helper's rows: k + k' clusters, and no helper after the step."""
     replicas: dist.ProcessGroup | None = None
     """The ranks that hold a copy of this chunk, where there are such (data-parallel, 2D)."""
-    blocks: Blocks | None = None
+    blocks: CodePlacement | None = None
     """Where the codes are, if those of other ids are on other ranks (ROW_WISE)."""
 
     @property
@@ -66,7 +66,7 @@ class ChunkState:
     def num_clusters(self) -> int:
         """Rows of main after the step."""
         config = self.codes.config
-        return config.rows_per_chunk if self.finalise else config.num_rows
+        return config.rows_per_chunk if self.finalize else config.num_rows
 
     @property
     def new_dtype(self) -> torch.dtype:
@@ -88,7 +88,7 @@ class ChunkState:
         """The ids of the chunk under its present hash."""
         codes, config = self.codes, self.codes.config
         assert codes.codes is not None
-        hash_ = helper_hash(config.seed, config.name, self.chunk, codes.rounds)
+        hash_ = helper_hash(config.seed, config.name, self.chunk, codes.num_clusterings)
         return ChunkIds(
             codes=codes.codes,
             column=self.column,
@@ -144,7 +144,7 @@ class ChunkUpdate:
     changed: int = 0
 
 
-def settle(state: ChunkState, points: PairPoints, result: KMeansResult) -> ChunkUpdate:
+def new_main_rows(state: ChunkState, points: PairPoints, result: KMeansResult) -> ChunkUpdate:
     """New main rows and optimizer state, from the K-means `result` over the chunk's pairs."""
     k, config = state.num_clusters, state.codes.config
     shape, device = (config.rows_per_chunk, config.chunk_dim), points.main.device
@@ -175,8 +175,10 @@ class Relabelling:
 
     def __init__(self, state: ChunkState, points: PairPoints, update: ChunkUpdate) -> None:
         config = state.codes.config
-        self._points, self._update, self._finalise = points, update, state.finalise
-        self._hash = helper_hash(config.seed, config.name, state.chunk, state.codes.rounds + 1)
+        self._points, self._update, self._finalize = points, update, state.finalize
+        self._hash = helper_hash(
+            config.seed, config.name, state.chunk, state.codes.num_clusterings + 1
+        )
         main = update.weight[: state.num_clusters]
         self._centroids = (main.double() * points.scale).round().int()
         device = points.helper.device
@@ -186,7 +188,7 @@ class Relabelling:
 
     def take(self, part: NewCodes) -> None:
         """Adds the residuals of the ids of `part`, and counts those whose code changes."""
-        if not self._finalise:
+        if not self._finalize:
             stats = (self._sums, self._sizes)
             part.add_residuals(self._points, self._centroids, self._hash, stats)
         self._changed += part.changed()
@@ -202,7 +204,7 @@ class Relabelling:
     def finish(self) -> None:
         """Helper rows become mean residuals under the new hash, or zero where there are none."""
         self._update.changed = int(self._changed)
-        if self._finalise:
+        if self._finalize:
             return
         means = self._sums.double() / self._sizes.clamp(min=1)[:, None] / self._points.scale
         self._update.weight[len(self._centroids) :] = means.float()

@@ -34,7 +34,7 @@ def finalize(
     "main" is refused. Parameters and optimizer state keep their tensors and shapes, and training
     may go on, best for the last tenth of it. Codes become wider where k + k' rows need it. The
     tables' configurations (`embedding_bag_configs()`) become those of
-    `CCEEmbeddingBagConfig.finalised()`; a model configured so loads the finalised one's
+    `CCEEmbeddingBagConfig.finalized()`; a model configured so loads the finalized one's
     checkpoints. A plan made before stays valid.
 
     Tables without learned codes or without a helper are left alone, so a second call does
@@ -49,7 +49,7 @@ def finalize(
         memory_limit=memory_limit,
         weights=weights,
         metric=metric,
-        finalise=True,
+        finalize=True,
     )
     report, paths = run(model, options, optimizer, process_group)
     for path, module in model.named_modules():

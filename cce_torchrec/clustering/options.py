@@ -9,7 +9,7 @@ import torch
 
 from cce_torchrec.clustering.budget import Engine
 from cce_torchrec.clustering.chunk import ChunkState
-from cce_torchrec.clustering.ids import IdWeights
+from cce_torchrec.clustering.id_passes import IdWeights
 from cce_torchrec.gpu.launch import usable
 from cce_torchrec.kmeans.backends import SKLEARN_BACKENDS
 from cce_torchrec.kmeans.points import metric_root
@@ -29,13 +29,13 @@ class Options:
     memory_limit: int | None = None
     weights: Mapping[str, torch.Tensor] | str | None = None
     metric: Mapping[str, torch.Tensor] | None = None
-    finalise: bool = False
+    finalize: bool = False
 
     def check(self) -> None:
         """Raises ValueError if an option cannot be used."""
         if self.init not in INITS:
             raise ValueError(f"unknown init {self.init!r}; choose one of {list(INITS)}")
-        if self.finalise and self.init == "main":
+        if self.finalize and self.init == "main":
             raise ValueError(
                 "init 'main' has no start for the helper's rows that finalize gives to main; use "
                 "'random' or 'k-means++'"
@@ -60,7 +60,7 @@ class Options:
             self.samples_per_centroid,
             self.memory_limit,
             seen,
-            self.finalise,
+            self.finalize,
         )
 
     def check_names(self, tables: set[str]) -> None:

@@ -11,7 +11,7 @@ import torch.distributed as dist
 
 from cce_torchrec.clustering.budget import Budget, assign_block, sample_room
 from cce_torchrec.clustering.chunk import ChunkState
-from cce_torchrec.clustering.ids import (
+from cce_torchrec.clustering.id_passes import (
     GPU_ID_BLOCK,
     ChunkIds,
     IdWeights,
@@ -40,7 +40,9 @@ class Sampled:
 def sample_hash(state: ChunkState) -> HashFunction:
     """What ids are sampled and drawn by."""
     config = state.codes.config
-    return hash_function(config.seed, config.name, state.chunk, SAMPLE_ROLE, state.codes.rounds)
+    return hash_function(
+        config.seed, config.name, state.chunk, SAMPLE_ROLE, state.codes.num_clusterings
+    )
 
 
 def most_ids(state: ChunkState, plan: Budget) -> int | None:
@@ -182,7 +184,7 @@ def of_all_ids(sampled: Sampled, assignment: torch.Tensor) -> NewCodes:
 
 
 @dataclass
-class IdBlock:
+class PairBatch:
     """The pairs of one block of ids, from id `first` on."""
 
     ids: ChunkIds
@@ -192,7 +194,7 @@ class IdBlock:
     """Position of each id's pair among the points; None where every id is a point."""
 
     @classmethod
-    def of(cls, sampled: Sampled, first: int) -> IdBlock:
+    def of(cls, sampled: Sampled, first: int) -> PairBatch:
         """The block of `assign_block` ids, or what is left.
 
         Pairs of a block hardly repeat where K-means saw a sample of them: on a GPU, where finding

@@ -70,7 +70,7 @@ def task_of(path: str, state: ChunkState, options: Options) -> Task:
         limit,
         samples_per_centroid=options.samples_per_centroid,
         engine=engine,
-        finalise=options.finalise,
+        finalize=options.finalize,
     )
     waiting = 4 * state.weight.numel() + 4 * clusters * config.chunk_dim
     if code_dtype(clusters) != code_dtype(config.num_rows):

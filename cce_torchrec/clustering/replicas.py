@@ -62,7 +62,7 @@ def digests(states: Iterable[tuple[str, ChunkState]], options: Options) -> Diges
             parts.append(weights.values)
         config = state.codes.config
         metric = options.metric_of(config.name, state.chunk, config.chunk_dim)
-        number = state.codes.rounds
+        number = state.codes.num_clusterings
         for part in parts if metric is None else [*parts, metric]:
             held = part.detach().contiguous().cpu().view(-1).view(torch.uint8)
             number = zlib.crc32(held.numpy().tobytes(), number)

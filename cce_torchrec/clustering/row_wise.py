@@ -14,11 +14,11 @@ import torch
 import torch.distributed as dist
 
 from cce_torchrec.clustering.budget import assign_block
-from cce_torchrec.clustering.chunk import ChunkState, ChunkUpdate, Relabelling, settle
-from cce_torchrec.clustering.ids import ChunkIds, IdWeights, NewCodes
+from cce_torchrec.clustering.chunk import ChunkState, ChunkUpdate, Relabelling, new_main_rows
+from cce_torchrec.clustering.id_passes import ChunkIds, IdWeights, NewCodes
 from cce_torchrec.clustering.options import Options
 from cce_torchrec.clustering.pairs import (
-    IdBlock,
+    PairBatch,
     Sampled,
     broadcast,
     codebooks_only,
@@ -63,7 +63,7 @@ class RowWiseSolver:
         """
         points = self._points()
         result = self._scoring.kmeans(points, self._group)
-        update = self._agree(lambda: settle(self._state, points, result))
+        update = self._agree(lambda: new_main_rows(self._state, points, result))
         if keep_codes:
             every = self._task.budget.samples_per_centroid is None
             nearest = result.assignment if every else None
@@ -77,7 +77,7 @@ class RowWiseSolver:
             self._relabelled(self._books(), update, None, keep=False)
             return
         points = self._points()
-        moved = self._agree(lambda: self._scoring.moved(points))
+        moved = self._agree(lambda: self._scoring.in_metric_space(points))
         nearest = self._scoring.nearest(moved, update.scored, self._group)
         self._relabelled(points, update, nearest, keep=False)
 
@@ -203,8 +203,8 @@ class RowWiseSolver:
         if nearest is None:
             books = Sampled(ids, points, None)
             for first in ids.held[:: assign_block(self._device, points.dim)]:
-                block = IdBlock.of(books, first)
-                moved = self._scoring.moved(block.points)
+                block = PairBatch.of(books, first)
+                moved = self._scoring.in_metric_space(block.points)
                 yield block.new_codes(self._scoring.nearest(moved, update.scored, None))
             return
         if self._task.budget.by_pair:

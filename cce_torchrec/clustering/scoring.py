@@ -10,7 +10,7 @@ from cce_torchrec.clustering.plan import Task
 from cce_torchrec.kmeans.ieee import ieee_float32
 from cce_torchrec.kmeans.lloyd import KMeansResult, kmeans
 from cce_torchrec.kmeans.points import PairPoints, metric_root
-from cce_torchrec.kmeans.share import assign
+from cce_torchrec.kmeans.scan import assign
 
 
 class Scoring:
@@ -36,7 +36,7 @@ class Scoring:
             score_bytes=task.budget.score_bytes,
         )
 
-    def moved(self, points: PairPoints) -> PairPoints:
+    def in_metric_space(self, points: PairPoints) -> PairPoints:
         """`points` in the space of the metric, in which `nearest` takes them."""
         if self._metric is None:
             return points

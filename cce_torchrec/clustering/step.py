@@ -14,11 +14,11 @@ from torch import nn
 from cce_torchrec.chunk_codes import ChunkCodes
 from cce_torchrec.clustering import replicas
 from cce_torchrec.clustering.chunk import ChunkState, ChunkUpdate, commit
-from cce_torchrec.clustering.live import local_chunks, uncached
+from cce_torchrec.clustering.local_chunks import local_chunks, uncached
 from cce_torchrec.clustering.options import Options
+from cce_torchrec.clustering.owned import Solver
 from cce_torchrec.clustering.plan import DEFAULT_MEMORY_LIMIT, Key, Plan, Task, task_of
 from cce_torchrec.clustering.row_wise import RowWiseSolver
-from cce_torchrec.clustering.solve import Solver
 from cce_torchrec.codes import converted
 from cce_torchrec.collectives import agree, gather, meet, raise_failures, ranks_of_call, reason
 from cce_torchrec.distributed.embedding_bag_collection import ShardedCCEEmbeddingBagCollection
@@ -172,7 +172,7 @@ def _run(
         done = work.solve()
     work.commit(done)
     for codes in {id(state.codes): state.codes for state in mine.values()}.values():
-        codes.set_rounds(codes.rounds + 1)
+        codes.set_clusterings(codes.num_clusterings + 1)
         if codes.seen is not None:
             codes.seen.zero_()
     # Also of collections of which this rank clustered nothing: what other ranks of a batch are to
@@ -209,7 +209,7 @@ def _prepared(
 ) -> tuple[list[tuple[str, ChunkState]], _Ready]:
     """This rank's chunks, checked, and what the others have to know."""
     options.check()
-    states, tasks = list(local_chunks(model, optimizer, options.finalise)), []
+    states, tasks = list(local_chunks(model, optimizer, options.finalize)), []
     for path, state in states:
         state.check_group(group)
         options.check_for(state)

@@ -18,8 +18,8 @@ from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 from cce_torchrec.bounds import BoundsCheck
 from cce_torchrec.chunk_codes import ChunkCodes, codes_of
 from cce_torchrec.codes import mark_seen, widen
-from cce_torchrec.distributed.id_blocks import IdBlocks
-from cce_torchrec.expand import Block, Expansion, Work
+from cce_torchrec.distributed.id_partition import IdPartition
+from cce_torchrec.expand import Expansion, TableLookup, Work
 from cce_torchrec.modules.embedding_bag_collection import select_slots
 from cce_torchrec.table import Table, TableFeature, physical_feature
 
@@ -43,11 +43,11 @@ class CodeFetch(Expansion):
 
     def __init__(
         self,
-        blocks: list[Block],
+        blocks: list[TableLookup],
         slots: list[TableFeature],
         keys: list[str],
         others: list[str],
-        ids: list[IdBlocks],
+        ids: list[IdPartition],
         group: dist.ProcessGroup,
     ) -> None:
         super().__init__(blocks, slots, keys)
@@ -60,7 +60,7 @@ class CodeFetch(Expansion):
         cls,
         tables: Sequence[Table],
         codes: nn.ModuleDict,
-        row_wise: dict[str, IdBlocks],
+        row_wise: dict[str, IdPartition],
         group: dist.ProcessGroup | None,
     ) -> CodeFetch | None:
         """For those of a collection's `tables` in `row_wise`; None without such tables.
@@ -68,7 +68,7 @@ class CodeFetch(Expansion):
         Args:
             codes: with those of this rank's blocks.
         """
-        blocks: list[Block] = []
+        blocks: list[TableLookup] = []
         slots: list[TableFeature] = []
         keys: list[str] = []
         others: list[str] = []
@@ -80,7 +80,7 @@ class CodeFetch(Expansion):
             held = codes_of(codes, config.name)
             assert held is not None
             at = range(len(slots), len(slots) + len(config.feature_names))
-            blocks.append(Block(table, list(at), held, held.chunks))
+            blocks.append(TableLookup(table, list(at), held, held.chunks))
             slots += [TableFeature(config.name, feature) for feature in config.feature_names]
             keys += [
                 physical_feature(config.name, feature, chunk)
@@ -195,17 +195,17 @@ class CodeFetch(Expansion):
         return torch.cat(replies)
 
 
-def _held(block: Block) -> ChunkCodes:
+def _held(block: TableLookup) -> ChunkCodes:
     assert block.codes is not None
     return block.codes
 
 
-def _codes(block: Block) -> torch.Tensor:
+def _codes(block: TableLookup) -> torch.Tensor:
     codes = _held(block).codes
     assert codes is not None
     return codes
 
 
-def _bytes_per_id(block: Block) -> int:
+def _bytes_per_id(block: TableLookup) -> int:
     codes = _codes(block)
     return codes.shape[1] * codes.element_size()

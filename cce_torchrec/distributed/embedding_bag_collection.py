@@ -39,7 +39,7 @@ from cce_torchrec.config import is_cce
 from cce_torchrec.distributed.caches import forget_prefetched
 from cce_torchrec.distributed.code_fetch import CodeFetch, mark_answered
 from cce_torchrec.distributed.context import CCEContext
-from cce_torchrec.distributed.id_blocks import IdBlocks, check_group, is_row_wise
+from cce_torchrec.distributed.id_partition import IdPartition, check_group, is_row_wise
 from cce_torchrec.distributed.input_dist import batch_sizes, sharding_inputs
 from cce_torchrec.distributed.plan import (
     chunk_owners,
@@ -104,7 +104,7 @@ class ShardedCCEEmbeddingBagCollection(
         self.generation = self.tables[0].generation if self.tables else Generation()
         configs = self.embedding_bag_configs()
         self._is_weighted = module.is_weighted()
-        self.weighed_later = False
+        self.weights_computed_after_dist = False
         """Whether weights are computed where the ids are looked up, by feature processors."""
         self._env = env
         self._device = device
@@ -119,7 +119,7 @@ class ShardedCCEEmbeddingBagCollection(
             self.codes,
             self.tables,
             self.chunk_owners,
-            self.id_blocks,
+            self.id_partitions,
             rank,
             device,
             env.process_group,
@@ -147,12 +147,12 @@ class ShardedCCEEmbeddingBagCollection(
             take_over(kernel)
         self._pieces = self.output.column_pieces(*output_features(inner))
         self.inputs = sharding_inputs(
-            inner, self.tables, self.output, self.codes, self.id_blocks, env.rank
+            inner, self.tables, self.output, self.codes, self.id_partitions, env.rank
         )
         for sharded, lookup in zip(self.inputs, self._lookups, strict=True):
             if sharded.expansion is not None and device.type == "cuda":
                 sharded.expansion.narrow = narrow.take_over(torchrec_kernels(lookup))
-        self._fetch = CodeFetch.of(self.tables, self.codes, self.id_blocks, self.process_group)
+        self._fetch = CodeFetch.of(self.tables, self.codes, self.id_partitions, self.process_group)
         self._input_dists += [sharded.dist for sharded in self.inputs]
         self._alone = is_alone(env, inner) and all(sharded.stays for sharded in self.inputs)
         self._feature_order = [slot.feature for sharded in self.inputs for slot in sharded.slots]
@@ -178,14 +178,14 @@ class ShardedCCEEmbeddingBagCollection(
             if c.name not in self.data_parallel
         }
         """Rank of each chunk's codebook, per CCE table that is not data-parallel."""
-        self.id_blocks = {
-            c.name: IdBlocks.of(c, params[c.name])
+        self.id_partitions = {
+            c.name: IdPartition.of(c, params[c.name])
             for c in compressed
             # A table without codes is spread by chunks, and nothing is fetched.
             if c.learned_codes and c.name in by_rows
         }
         """Which rank has the codes of which ids, per ROW_WISE table with codes."""
-        check_group(self.id_blocks, self.process_group)
+        check_group(self.id_partitions, self.process_group)
 
     def _local_codes(self, module: CCEEmbeddingBagCollection, rank: int) -> nn.ModuleDict:
         """Codes of the chunks that `rank` looks up, or of its block of ids, by table."""
@@ -194,8 +194,8 @@ class ShardedCCEEmbeddingBagCollection(
             name, codes = table.name, codes_of(module.codes, table.name)
             if codes is None:
                 continue
-            if name in self.id_blocks:
-                ids = self.id_blocks[name].ids(rank)
+            if name in self.id_partitions:
+                ids = self.id_partitions[name].ids(rank)
                 local[name] = codes.select(table, codes.chunks, self._device, ids)
                 continue
             owners = self.chunk_owners.get(name, [rank] * len(codes.chunks))
@@ -221,7 +221,9 @@ class ShardedCCEEmbeddingBagCollection(
 
     def _prepared(self, ctx: CCEContext, features: KeyedJaggedTensor) -> KeyedJaggedTensor:
         """`features` once they are checked, with what the output will need of them in `ctx`."""
-        check_features(features, self.output.slots, self._is_weighted and not self.weighed_later)
+        check_features(
+            features, self.output.slots, self._is_weighted and not self.weights_computed_after_dist
+        )
         if features.variable_stride_per_key():
             self._check_variable_batch()
         ctx.divisor = self.output.divisor(features)
@@ -245,7 +247,7 @@ class ShardedCCEEmbeddingBagCollection(
         self, ctx: CCEContext, features: KeyedJaggedTensor, again: bool = False
     ) -> Awaitable[Awaitable[KJTList]]:
         """Sends `features` to their tables' owners; ids of ROW_WISE tables become rows before."""
-        check = self.bounds_check.once_more() if again else self.bounds_check
+        check = self.bounds_check.without_counting() if again else self.bounds_check
         variable = ctx.variable_batch_per_feature  # TorchRec asks for sizes only then
         sizes = features.stride_per_key() if variable else []
         bags = dict(zip(features.keys(), sizes, strict=False))
@@ -269,7 +271,7 @@ class ShardedCCEEmbeddingBagCollection(
         for sharded, piece in zip(self.inputs, pieces, strict=True):
             if sharded.before is not None:
                 piece = sharded.before(piece, check)
-            sent.append(sharded.dist_again(piece) if again else sharded.dist(piece))
+            sent.append(sharded.redistribute(piece) if again else sharded.dist(piece))
         return KJTListSplitsAwaitable(sent, ctx)
 
     def _split(self, features: KeyedJaggedTensor) -> list[KeyedJaggedTensor]:
@@ -386,7 +388,7 @@ class ShardedCCEEmbeddingBagCollection(
         return CCEContext()
 
     def embedding_bag_configs(self) -> list[Any]:
-        """The tables as configured (or finalised), one entry per logical table."""
+        """The tables as configured (or finalized), one entry per logical table."""
         return [table.config for table in self.tables]
 
     def is_weighted(self) -> bool:

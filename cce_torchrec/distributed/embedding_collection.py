@@ -32,14 +32,14 @@ from torchrec.sparse.jagged_tensor import JaggedTensor, KeyedJaggedTensor
 
 from cce_torchrec.distributed.context import CCEContext
 from cce_torchrec.distributed.embedding_bag_sharder import CCEEmbeddingBagCollectionSharder
-from cce_torchrec.distributed.id_blocks import is_row_wise
+from cce_torchrec.distributed.id_partition import is_row_wise
 from cce_torchrec.distributed.plan import is_data_parallel
 from cce_torchrec.modules.embedding_collection import (
     CCEEmbeddingCollection,
-    as_they_are,
     bags_of_one,
     check_sequences,
     sequences,
+    with_current_configs,
 )
 from cce_torchrec.modules.output import LogicalOutput
 from cce_torchrec.torchrec_internals import (
@@ -188,8 +188,8 @@ class ShardedCCEEmbeddingCollection(
         return SequenceContext()
 
     def embedding_configs(self) -> list[BaseEmbeddingConfig]:
-        """The tables as configured (or finalised), one entry per logical table."""
-        return as_they_are(self._configs, self.bags.embedding_bag_configs())
+        """The tables as configured (or finalized), one entry per logical table."""
+        return with_current_configs(self._configs, self.bags.embedding_bag_configs())
 
     @property
     def num_invalid_ids(self) -> int:

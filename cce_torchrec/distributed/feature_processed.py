@@ -20,7 +20,7 @@ from torchrec.distributed.utils import append_prefix
 from torchrec.modules.fp_embedding_modules import FeatureProcessedEmbeddingBagCollection
 
 from cce_torchrec.distributed.embedding_bag_sharder import CCEEmbeddingBagCollectionSharder
-from cce_torchrec.distributed.id_blocks import is_row_wise
+from cce_torchrec.distributed.id_partition import is_row_wise
 from cce_torchrec.modules.embedding_bag_collection import CCEEmbeddingBagCollection
 from cce_torchrec.torchrec_internals import PROCESSED_COLLECTION, processed_collection
 
@@ -67,7 +67,7 @@ class FeatureProcessedSharder(FeatureProcessedEmbeddingBagCollectionSharder):
         sharded = ShardedFeatureProcessedCCE(
             module, params, self._cce_sharder, env, device, module_fqn
         )
-        processed_collection(sharded).weighed_later = True
+        processed_collection(sharded).weights_computed_after_dist = True
         return sharded
 
     def shardable_parameters(

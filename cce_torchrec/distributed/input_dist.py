@@ -21,7 +21,7 @@ from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
 from cce_torchrec.chunk_codes import codes_of
 from cce_torchrec.config import CCEEmbeddingBagConfig
-from cce_torchrec.expand import Block, Expansion
+from cce_torchrec.expand import Expansion, TableLookup
 from cce_torchrec.modules.output import LogicalOutput
 from cce_torchrec.table import Table, TableFeature, physical_feature
 from cce_torchrec.torchrec_internals import ranks_of, shardings_of
@@ -33,7 +33,7 @@ class ShardingInput:
 
     dist: nn.Module
     """Takes a KJT of `slots` to the ranks that own their tables' chunks."""
-    dist_again: nn.Module
+    redistribute: nn.Module
     """The same, which train pipelines leave as it is."""
     slots: list[TableFeature]
     """Per rank in turn, each slot once; of ROW_WISE tables, the physical features."""
@@ -98,7 +98,7 @@ def _input(
         make = partial(TwSparseFeaturesDist, ranks_of(sharding), counts)
     return ShardingInput(
         dist=make(),
-        dist_again=make(),
+        redistribute=make(),
         slots=[slot for slots in slots_per_rank for slot in slots],
         looked_up=[slot_of[name] for names in per_rank for name in names],
         expansion=Expansion(_blocks(tables, codes, names, slots, row_wise), slots, names),
@@ -116,7 +116,7 @@ def _row_wise_input(
     slots = [slot_of[name] for name in names]
     return ShardingInput(
         dist=sharding.create_input_dist(),
-        dist_again=sharding.create_input_dist(),
+        redistribute=sharding.create_input_dist(),
         slots=slots,
         looked_up=slots,
         expansion=None,
@@ -151,7 +151,7 @@ def _blocks(
     names: list[str],
     slots: list[TableFeature],
     row_wise: Collection[str],
-) -> list[Block]:
+) -> list[TableLookup]:
     """Blocks that produce the physical features `names`, in order, from `slots`."""
     position = {slot: i for i, slot in enumerate(slots)}
     by_first: dict[str, tuple[Table, list[str], int | None]] = {}
@@ -160,7 +160,7 @@ def _blocks(
             names_of = table.config.feature_names
             features = [physical_feature(table.name, f, chunk) for f in names_of]
             by_first[features[0]] = (table, features, chunk)
-    blocks: list[Block] = []
+    blocks: list[TableLookup] = []
     at = 0
     while at < len(names):
         table, features, chunk = by_first[names[at]]
@@ -169,11 +169,11 @@ def _blocks(
         if table.name in row_wise:
             own = [position[TableFeature(table.name, name)] for name in features]
             plain = Table(_as_plain(table.compressed, features), table.generation)
-            blocks.append(Block(plain, own, None, []))
+            blocks.append(TableLookup(plain, own, None, []))
             continue
         own = [position[TableFeature(table.name, f)] for f in table.config.feature_names]
         if chunk is None:
-            blocks.append(Block(table, own, None, []))
+            blocks.append(TableLookup(table, own, None, []))
             continue
         held = codes_of(codes, table.name)
         assert held is not None
@@ -181,5 +181,5 @@ def _blocks(
         if blocks and blocks[-1].table is table:
             blocks[-1].columns.append(column)
         else:
-            blocks.append(Block(table, own, held, [column]))
+            blocks.append(TableLookup(table, own, held, [column]))
     return blocks

@@ -12,7 +12,7 @@ from torchrec.distributed.types import ParameterSharding, ShardingType
 from torchrec.modules.embedding_configs import EmbeddingBagConfig
 
 from cce_torchrec.config import CCEEmbeddingBagConfig, is_cce
-from cce_torchrec.distributed.id_blocks import IdBlocks, codebook_owners, is_row_wise
+from cce_torchrec.distributed.id_partition import IdPartition, codebook_owners, is_row_wise
 from cce_torchrec.fused.backward import fits
 from cce_torchrec.modules.embedding_bag_collection import CCEEmbeddingBagCollection
 from cce_torchrec.table import logical_table, physical_table
@@ -70,7 +70,7 @@ def chunk_owners(config: CCEEmbeddingBagConfig, sharding: ParameterSharding) -> 
         ValueError: column shards that cut a chunk in two.
     """
     if is_row_wise(sharding):
-        return codebook_owners(config, IdBlocks.of(config, sharding))
+        return codebook_owners(config, IdPartition.of(config, sharding))
     who = f"table {config.name!r}"
     spec = sharding.sharding_spec
     shards = spec.shards if isinstance(spec, EnumerableShardingSpec) else None

@@ -21,7 +21,7 @@ from torch import nn
 from cce_torchrec.chunk_codes import ChunkCodes, codes_of
 from cce_torchrec.codes import code_dtype
 from cce_torchrec.config import CCEEmbeddingBagConfig
-from cce_torchrec.distributed.id_blocks import IdBlocks
+from cce_torchrec.distributed.id_partition import IdPartition
 from cce_torchrec.helper_rows import check_helper_rows, save_helper_rows
 from cce_torchrec.table import Table
 from cce_torchrec.torchrec_internals import (
@@ -68,7 +68,9 @@ class Part:
         return held.codes[row : row + len(self.ids), column : column + len(self.chunks)]
 
 
-def _parts(config: CCEEmbeddingBagConfig, owners: list[int], blocks: IdBlocks | None) -> list[Part]:
+def _parts(
+    config: CCEEmbeddingBagConfig, owners: list[int], blocks: IdPartition | None
+) -> list[Part]:
     """The shards of a table's codes."""
     if blocks is not None:
         held = [Part(rank, blocks.ids(rank), range(config.num_chunks)) for rank in blocks.ranks]
@@ -94,7 +96,7 @@ class CodesState:
         codes: nn.ModuleDict,
         tables: Sequence[Table],
         owners: dict[str, list[int]],
-        blocks: dict[str, IdBlocks],
+        blocks: dict[str, IdPartition],
         rank: int,
         device: torch.device,
         group: dist.ProcessGroup | None,

@@ -20,7 +20,7 @@ from cce_torchrec.kmeans.backends import (
 from cce_torchrec.kmeans.ieee import ieee_float32
 from cce_torchrec.kmeans.plus_plus import plus_plus
 from cce_torchrec.kmeans.points import MAX_MAGNITUDE, Points, TensorPoints, metric_root
-from cce_torchrec.kmeans.share import Share
+from cce_torchrec.kmeans.scan import Share
 
 _SPLIT = 1 / 1024
 _PLUS_PLUS_SAMPLE = 32

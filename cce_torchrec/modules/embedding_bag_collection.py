@@ -21,7 +21,7 @@ from torchrec.sparse.jagged_tensor import KeyedJaggedTensor, KeyedTensor
 from cce_torchrec.bounds import BoundsCheck
 from cce_torchrec.chunk_codes import ChunkCodes, codes_of
 from cce_torchrec.config import CodebookInit, is_cce
-from cce_torchrec.expand import Block, Expansion
+from cce_torchrec.expand import Expansion, TableLookup
 from cce_torchrec.helper_rows import check_helper_rows, save_helper_rows
 from cce_torchrec.modules.output import (
     LogicalOutput,
@@ -84,14 +84,14 @@ class CCEEmbeddingBagCollection(EmbeddingBagCollectionInterface):
         self.register_state_dict_post_hook(_save_helper_rows)
         self.register_load_state_dict_pre_hook(_check_helper_rows)
 
-    def _blocks(self) -> list[Block]:
+    def _blocks(self) -> list[TableLookup]:
         blocks, position = [], 0
         for table in self.tables:
             slots = list(range(position, position + len(table.config.feature_names)))
             position += len(slots)
             codes = codes_of(self.codes, table.name)
             columns = list(range(len(codes.chunks))) if codes is not None else []
-            blocks.append(Block(table, slots, codes, columns))
+            blocks.append(TableLookup(table, slots, codes, columns))
         return blocks
 
     def __setattr__(self, name: str, value: object) -> None:
@@ -121,7 +121,7 @@ class CCEEmbeddingBagCollection(EmbeddingBagCollectionInterface):
         return self.output.assemble(pooled.values(), self._pieces, divisor)
 
     def embedding_bag_configs(self) -> list[EmbeddingBagConfig]:
-        """The tables as configured (or finalised), one entry per logical table."""
+        """The tables as configured (or finalized), one entry per logical table."""
         return [table.config for table in self.tables]
 
     def is_weighted(self) -> bool:

@@ -87,8 +87,8 @@ class CCEEmbeddingCollection(EmbeddingCollectionInterface):
         return sequences(output, vectors, features, self._need_indices)
 
     def embedding_configs(self) -> list[BaseEmbeddingConfig]:
-        """The tables as configured (or finalised), one entry per logical table."""
-        return as_they_are(self._configs, self.bags.embedding_bag_configs())
+        """The tables as configured (or finalized), one entry per logical table."""
+        return with_current_configs(self._configs, self.bags.embedding_bag_configs())
 
     def need_indices(self) -> bool:
         """Whether ids are returned beside their embeddings."""
@@ -118,7 +118,7 @@ class CCEEmbeddingCollection(EmbeddingCollectionInterface):
         self.bags.reset_parameters()
 
 
-def as_they_are(
+def with_current_configs(
     configs: Sequence[BaseEmbeddingConfig], bags: Sequence[EmbeddingBagConfig]
 ) -> list[BaseEmbeddingConfig]:
     """`configs`, CCE tables as the collection of `bags` has them by now."""

@@ -10,7 +10,7 @@ from torchrec.distributed.types import EnumerableShardingSpec, ShardingPlan
 from torchrec.modules.embedding_configs import EmbeddingBagConfig
 
 from cce_torchrec.config import is_cce
-from cce_torchrec.distributed.id_blocks import IdBlocks, is_row_wise
+from cce_torchrec.distributed.id_partition import IdPartition, is_row_wise
 from cce_torchrec.distributed.plan import is_data_parallel
 from cce_torchrec.distributed.sharders import get_default_sharders
 from cce_torchrec.modules.embedding_bag_collection import CCEEmbeddingBagCollection
@@ -103,7 +103,7 @@ def _planned(
     """A table's shares, summed by rank."""
     assert isinstance(entry.sharding_spec, EnumerableShardingSpec)
     if is_row_wise(entry) and is_cce(config):
-        blocks = IdBlocks.of(config, entry)
+        blocks = IdPartition.of(config, entry)
         return [
             _table(path, config, entry, rank, row_wise_bytes(config, parameter, blocks, rank))
             for rank in blocks.ranks

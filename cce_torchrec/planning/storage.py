@@ -12,7 +12,7 @@ from torchrec.distributed.types import ShardingType
 from torchrec.modules.embedding_configs import EmbeddingBagConfig
 
 from cce_torchrec.config import CCEEmbeddingBagConfig, code_dtype, is_cce
-from cce_torchrec.distributed.id_blocks import IdBlocks, codebook_owners
+from cce_torchrec.distributed.id_partition import IdPartition, codebook_owners
 from cce_torchrec.torchrec_internals import optimizer_class_in_backward
 
 
@@ -59,7 +59,7 @@ class CodeStorageEstimator(ShardEstimator):
             if table is None:
                 continue
             row_wise = option.sharding_type == ShardingType.ROW_WISE.value
-            blocks = IdBlocks(table.num_embeddings, tuple(range(len(option.shards))))
+            blocks = IdPartition(table.num_embeddings, tuple(range(len(option.shards))))
             for rank, shard in enumerate(option.shards):
                 rows, width = shard.size
                 if row_wise:
@@ -76,7 +76,7 @@ class CodeStorageEstimator(ShardEstimator):
 
 
 def row_wise_bytes(
-    table: CCEEmbeddingBagConfig, parameter: nn.Parameter, blocks: IdBlocks, rank: int
+    table: CCEEmbeddingBagConfig, parameter: nn.Parameter, blocks: IdPartition, rank: int
 ) -> tuple[int, int, int]:
     """Bytes of codebooks, codes (and bits) and optimizer state that `rank` holds of `table`."""
     width = codebook_owners(table, blocks).count(rank) * table.chunk_dim

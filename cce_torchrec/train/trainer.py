@@ -61,7 +61,7 @@ class Trainer:
         """Optimizer steps per epoch."""
         self.schedule = ClusteringSchedule.evenly(self.steps * args.epochs, args.clusterings)
         if args.finalize and args.resume and self._past_last_clustering():
-            self._finalise_configs()
+            self._finalize_configs()
         dense_features = self.dataset.train.dense.shape[1]
         self.model, self.optimizer = build(
             args,
@@ -127,16 +127,16 @@ class Trainer:
             self.records.clustered(cluster(self.model, memory_limit=limit))
             return
         self.records.clustered(finalize(self.model, memory_limit=limit))
-        self._finalise_configs()
+        self._finalize_configs()
 
     def _past_last_clustering(self) -> bool:
-        """Whether the checkpoint to resume from was written after the model was finalised."""
+        """Whether the checkpoint to resume from was written after the model was finalized."""
         latest, steps = latest_checkpoint(self.checkpoints), self.schedule.steps
         return bool(steps) and latest is not None and read_manifest(latest)["step"] >= max(steps)
 
-    def _finalise_configs(self) -> None:
+    def _finalize_configs(self) -> None:
         self.configs = [
-            config.finalised() if is_cce(config) and config.learned_codes else config
+            config.finalized() if is_cce(config) and config.learned_codes else config
             for config in self.configs
         ]
 

@@ -72,12 +72,12 @@ def test_state_dicts_cross_devices(tmp_path, to):
     _, cuda = twins(mixed_tables(TABLES))
     cuda(batch(TABLES).to("cuda"))
     for name in cuda.codes:
-        cuda.codes[name].set_rounds(2)
+        cuda.codes[name].set_clusterings(2)
     torch.save(cuda.state_dict(), tmp_path / "state.pt")
     state = torch.load(tmp_path / "state.pt", weights_only=False)
     other = CCEEmbeddingBagCollection(mixed_tables(TABLES), device=to)
     other.load_state_dict(state)
-    assert all(codes.rounds == 2 for codes in other.codes.values())
+    assert all(codes.num_clusterings == 2 for codes in other.codes.values())
     for one, two in zip(cuda.state_dict().values(), other.state_dict().values(), strict=True):
         assert torch.equal(on_cpu(one), on_cpu(two))
 

@@ -71,7 +71,7 @@ def test_types_of_ids(option, dtype):
 
 
 @pytest.mark.parametrize("bad", BAD)
-@pytest.mark.parametrize("option", ["none", "track_seen", "finalised"])
+@pytest.mark.parametrize("option", ["none", "track_seen", "finalized"])
 @pytest.mark.parametrize("mode", [BoundsCheckMode.WARNING, BoundsCheckMode.IGNORE])
 def test_bad_ids_are_read_as_zero(mode, option, bad):
     cpu, cuda = twins(two_tables(**OPTIONS[option]), bounds_check_mode=mode)

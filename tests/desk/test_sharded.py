@@ -17,7 +17,7 @@ from torchrec.optim.apply_optimizer_in_backward import apply_optimizer_in_backwa
 from cce_torchrec import CCEEmbeddingBagCollection
 from cce_torchrec.checkpoint import load_checkpoint, save_checkpoint
 from cce_torchrec.clustering import cluster, finalize
-from cce_torchrec.clustering.live import fused_rows, unsharded_rows
+from cce_torchrec.clustering.local_chunks import fused_rows, unsharded_rows
 from cce_torchrec.distributed.sharders import get_default_sharders
 from cce_torchrec.planning import make_plan
 from tests.desk.counts import counting
@@ -111,7 +111,7 @@ def test_lookups_after_a_clustering(change, kind):
     copy_rows(cuda, cpu)
     for name, codes in cpu.collection.codes.items():
         codes.codes.copy_(on_cpu(own.codes[name].codes))
-        codes.set_rounds(own.codes[name].rounds)
+        codes.set_clusterings(own.codes[name].num_clusterings)
     features = batch(3, seed=2, num_ids=200)
     got = cuda(features.to("cuda")).wait().values()
     torch.testing.assert_close(on_cpu(got), cpu(features).values())

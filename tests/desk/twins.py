@@ -19,7 +19,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "track_seen": {"track_seen": True},
     "hash_ids and track_seen": {"hash_ids": True, "track_seen": True},
     "learned_codes=False": {"learned_codes": False},
-    "finalised": {"num_helper_rows": 0},
+    "finalized": {"num_helper_rows": 0},
     "one chunk": {"num_chunks": 1},
     "two chunks": {"num_chunks": 2},
     "wide codes": {"num_rows": 300},

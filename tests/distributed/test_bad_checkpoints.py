@@ -145,7 +145,7 @@ def more_ids(where, source):
         fresh = hashed_codes(own.config, own.chunks, torch.device("cpu"))
         assert torch.equal(own.codes[300:], fresh[300:])
         assert not torch.equal(own.codes[:300], fresh[:300])
-        assert own.rounds == 1
+        assert own.num_clusterings == 1
         assert own.seen[:37].any() and not own.seen[38:].any()
         if saved is not None:
             for column, chunk in enumerate(saved.chunks):

@@ -11,9 +11,9 @@ from unittest import mock
 
 import pytest
 
-from cce_torchrec.clustering import cluster, solve, step
-from cce_torchrec.clustering.live import fused_rows
-from cce_torchrec.kmeans import lloyd, share
+from cce_torchrec.clustering import cluster, owned, step
+from cce_torchrec.clustering.local_chunks import fused_rows
+from cce_torchrec.kmeans import lloyd, scan
 from cce_torchrec.kmeans.backends import NativeBackend, TorchBackend
 from cce_torchrec.kmeans.points import PairPoints
 from tests.distributed.ranks import run_ranks
@@ -31,23 +31,23 @@ EVERY_RANK = {
     "sums": (PairPoints, "accumulate", 2, {}),
     "means": (lloyd, "_means", 1, {"metric": metric()}),
     "points of a metric": (PairPoints, "transformed", 2, {**WAYS["sample"], "metric": metric()}),
-    "room for new codes": (share, "Share", 1, WAYS["sample"]),
+    "room for new codes": (scan, "Share", 1, WAYS["sample"]),
 }
 """What fails, at which call of it, and how the step is called."""
 if installed("sklearn"):
     EVERY_RANK["scikit-learn"] = (lloyd, "_sklearn_fit", 1, {"backend": "sklearn-minibatch"})
 OWNER_ALONE = {
-    "pairs": (solve, "find_pairs", 1, {}),
-    "optimizer state": (solve, "settle", 1, {}),
-    "a block of ids": (solve.IdBlock, "of", 1, WAYS["sample"]),
-    "new helper rows": (solve.Relabelling, "take", 1, {}),
+    "pairs": (owned, "find_pairs", 1, {}),
+    "optimizer state": (owned, "new_main_rows", 1, {}),
+    "a block of ids": (owned.PairBatch, "of", 1, WAYS["sample"]),
+    "new helper rows": (owned.Relabelling, "take", 1, {}),
 }
 OTHERS_ALONE = {"room for points": (PairPoints, "from_integers", 1, {})}
 AT_COMMIT = {
-    OWNER: {"codebooks": (solve, "codebooks_only", 1, WAYS["sample"])},
+    OWNER: {"codebooks": (owned, "codebooks_only", 1, WAYS["sample"])},
     OTHER: {
-        "room for new codes": (share, "Share", 1, WAYS["sample"]),
-        "new codes": (share, "make_backend", 1, {}),
+        "room for new codes": (scan, "Share", 1, WAYS["sample"]),
+        "new codes": (scan, "make_backend", 1, {}),
     },
 }
 

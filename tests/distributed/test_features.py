@@ -26,7 +26,7 @@ from torchrec.optim.apply_optimizer_in_backward import apply_optimizer_in_backwa
 from cce_torchrec import CCEEmbeddingBagCollection, CCEEmbeddingBagConfig, CCEEmbeddingCollection
 from cce_torchrec.checkpoint import load_checkpoint, save_checkpoint
 from cce_torchrec.clustering import cluster, finalize
-from cce_torchrec.clustering.live import fused_rows
+from cce_torchrec.clustering.local_chunks import fused_rows
 from cce_torchrec.codes import seen_ids
 from cce_torchrec.distributed.data_parallel import data_parallel_parameters
 from cce_torchrec.distributed.sharders import get_default_sharders
@@ -316,13 +316,13 @@ def replicas_of_a_checkpoint(rank, world_size):
     wanted = {k: plain[k] if "t#" in k or "codes.t" in k else v for k, v in state.items()}
     other.model.load_state_dict(wanted)
     assert torch.equal(other.sharded.codes["t"].codes, pair.sharded.codes["t"].codes)
-    assert other.sharded.codes["t"].rounds == 1
+    assert other.sharded.codes["t"].num_clusterings == 1
     kjt = batch(rank, False)
     assert torch.equal(other.model(kjt).wait()["g"], pair.model(kjt).wait()["g"])
 
 
-def finalised(rank, world_size):
-    """Data-parallel tables and sequences are finalised too, save their codes, and train on."""
+def finalized(rank, world_size):
+    """Data-parallel tables and sequences are finalized too, save their codes, and train on."""
     pair = Pair("tw", ("t",), SUM, False)
     pair.copy()
     finalize(pair.model, optimizer=pair.optimizer)
@@ -354,7 +354,7 @@ CHECKS = [
     seen_ids_are_shared, refused,
     ignored_optimizers_are_named, table_column_wise,
     feature_processors, quantised_communication, odd_batches, learning_rates_and_collections,
-    replicas_of_a_checkpoint, finalised,
+    replicas_of_a_checkpoint, finalized,
 ]  # fmt: skip
 
 

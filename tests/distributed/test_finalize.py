@@ -14,7 +14,7 @@ from torchrec.modules.embedding_configs import EmbeddingBagConfig, PoolingType
 from cce_torchrec import CCEEmbeddingBagConfig
 from cce_torchrec.clustering import cluster, finalize
 from cce_torchrec.clustering import plan as plans
-from cce_torchrec.clustering.live import fused_rows
+from cce_torchrec.clustering.local_chunks import fused_rows
 from cce_torchrec.distributed.sharders import get_default_sharders
 from cce_torchrec.planning import make_plan
 from tests.distributed import test_sharded as sharded_tests
@@ -30,10 +30,10 @@ from tests.distributed.test_sharded import (
 )
 
 
-def tables(pooling, finalised=False):
+def tables(pooling, finalized=False):
     """Codes of t become wider (100 + 300 rows); those of u do not."""
     rows = {"t": (100, 300), "u": (300, 900)}
-    if finalised:
+    if finalized:
         rows = {name: (main + helper, 0) for name, (main, helper) in rows.items()}
     return [
         CCEEmbeddingBagConfig(
@@ -51,8 +51,8 @@ def tables(pooling, finalised=False):
     ]  # fmt: skip
 
 
-def build(plan_kind, weighted=False, finalised=False):
-    sharded_tests.tables = lambda pooling: tables(pooling, finalised)  # in this process only
+def build(plan_kind, weighted=False, finalized=False):
+    sharded_tests.tables = lambda pooling: tables(pooling, finalized)  # in this process only
     model = Model(collection(PoolingType.MEAN, weighted, "rowwise"))
     plan = make_plan(model, sharded_tests.tables(PoolingType.MEAN), CPU, plan_kind)
     return DistributedModelParallel(model, device=CPU, plan=plan, sharders=get_default_sharders())
@@ -112,13 +112,13 @@ def equal_to_unsharded(rank, world_size):
 
 
 def reload(rank, world_size, folder):
-    """A finalised checkpoint, spread over ranks, into a model that was configured so, together."""
+    """A finalized checkpoint, spread over ranks, into a model that was configured so, together."""
     model = build("cw")
     model(batch(rank, False)).wait().values().square().sum().backward()
     finalize(model)
     state = {"model": model.state_dict(), "optimizer": model.fused_optimizer.state_dict()}
     dcp.save(state, checkpoint_id=folder)
-    other = build("tw", finalised=True)
+    other = build("tw", finalized=True)
     state = {"model": other.state_dict(), "optimizer": other.fused_optimizer.state_dict()}
     dcp.load(state, checkpoint_id=folder)
     other.load_state_dict(state["model"])
@@ -138,7 +138,7 @@ def everything(rank, world_size, folder):
 
 @pytest.fixture(scope="module")
 def two_ranks(tmp_path_factory):
-    return run_ranks(2, everything, str(tmp_path_factory.mktemp("finalised")))
+    return run_ranks(2, everything, str(tmp_path_factory.mktemp("finalized")))
 
 
 def test_sharded_equals_unsharded_and_reloads(two_ranks):

@@ -17,7 +17,7 @@ from torchrec.optim.keyed import CombinedOptimizer, KeyedOptimizerWrapper
 
 from cce_torchrec import CCEEmbeddingBagCollection, CCEEmbeddingBagConfig
 from cce_torchrec.clustering import cluster
-from cce_torchrec.clustering.live import fused_rows, unsharded_rows
+from cce_torchrec.clustering.local_chunks import fused_rows, unsharded_rows
 from cce_torchrec.distributed.data_parallel import data_parallel_parameters
 from cce_torchrec.distributed.sharders import get_default_sharders
 from cce_torchrec.planning import make_plan, make_planner
@@ -144,13 +144,13 @@ class Pair:
             for name, part in self.sharded.codes.items()
             for i, chunk in enumerate(part.chunks)
         }
-        rounds = {name: part.rounds for name, part in self.sharded.codes.items()}
+        rounds = {name: part.num_clusterings for name, part in self.sharded.codes.items()}
         gathered = [None] * self.world_size
         dist.all_gather_object(gathered, (rows, codes, rounds))
         own = unsharded_rows(self.plain, self.plain_optimizer)
         for source, (theirs, columns, numbers) in enumerate(gathered):
             for name, number in numbers.items():
-                self.plain.codes[name].set_rounds(number)
+                self.plain.codes[name].set_clusterings(number)
             for name, (weight, state) in theirs.items():
                 at = self.rows_of(weight, own[name][0], source)
                 own[name][0][at].copy_(weight)

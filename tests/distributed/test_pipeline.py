@@ -16,7 +16,7 @@ from torchrec.modules.embedding_configs import PoolingType
 from torchrec.streamable import Pipelineable
 
 from cce_torchrec.clustering import cluster
-from cce_torchrec.clustering.live import fused_rows, uncached
+from cce_torchrec.clustering.local_chunks import fused_rows, uncached
 from cce_torchrec.distributed.caches import bypassed, forget_prefetched
 from cce_torchrec.distributed.sharders import get_default_sharders
 from cce_torchrec.planning import make_plan

@@ -29,7 +29,7 @@ from cce_torchrec.clustering.plan import Plan
 from cce_torchrec.codes import seen_ids
 from cce_torchrec.distributed.code_fetch import CodeFetch
 from cce_torchrec.distributed.embedding_bag_sharder import CCEEmbeddingBagCollectionSharder
-from cce_torchrec.distributed.id_blocks import IdBlocks
+from cce_torchrec.distributed.id_partition import IdPartition
 from cce_torchrec.distributed.sharders import get_default_sharders
 from cce_torchrec.planning import make_plan, plan_report
 from cce_torchrec.table import tables_of
@@ -297,7 +297,7 @@ def test_row_wise(tmp_path):
 @pytest.mark.parametrize(("num_embeddings", "ranks"), [(300, 2), (10, 3), (9, 4), (8, 1), (1, 2)])
 def test_blocks_hold_every_id_once(num_embeddings, ranks):
     """Equal blocks of whole bytes of bits, the last ones shorter or empty."""
-    blocks = IdBlocks(num_embeddings, tuple(range(ranks)))
+    blocks = IdPartition(num_embeddings, tuple(range(ranks)))
     parts = [blocks.ids(rank) for rank in range(ranks)]
     assert [i for part in parts for i in part] == list(range(num_embeddings))
     assert all(part.start % 8 == 0 for part in parts if part)

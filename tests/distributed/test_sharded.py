@@ -13,9 +13,9 @@ from torchrec.modules.embedding_configs import EmbeddingBagConfig, PoolingType
 from torchrec.optim.apply_optimizer_in_backward import apply_optimizer_in_backward
 
 from cce_torchrec import CCEEmbeddingBagCollection, CCEEmbeddingBagConfig
-from cce_torchrec.clustering import cluster, solve, step
+from cce_torchrec.clustering import cluster, owned, step
 from cce_torchrec.clustering import plan as plans
-from cce_torchrec.clustering.live import fused_rows, unsharded_rows
+from cce_torchrec.clustering.local_chunks import fused_rows, unsharded_rows
 from cce_torchrec.distributed.sharders import get_default_sharders
 from cce_torchrec.kmeans import kmeans
 from cce_torchrec.planning import make_plan
@@ -85,7 +85,7 @@ def copy_state(sharded, plain):
         for name, part in sharded.codes.items()
         for i, chunk in enumerate(part.chunks if part.codes is not None else [])
     }
-    rounds = {name: part.rounds for name, part in sharded.codes.items()}
+    rounds = {name: part.num_clusterings for name, part in sharded.codes.items()}
     gathered = [None] * dist.get_world_size()
     dist.all_gather_object(gathered, (local, codes, rounds))
     rows = unsharded_rows(plain, None)
@@ -99,7 +99,7 @@ def copy_state(sharded, plain):
             held = plain.codes[name].codes
             held[ids.start : ids.stop, chunk] = column.to(held.dtype)
         for name, number in some_rounds.items():
-            plain.codes[name].set_rounds(number)
+            plain.codes[name].set_clusterings(number)
 
 
 def compare(sharded, plain, exact):
@@ -111,7 +111,7 @@ def compare(sharded, plain, exact):
             if key in rows[name][1]:
                 assert check(value, rows[name][1][key].view_as(value)), (name, key)
     for name, part in sharded.codes.items():
-        assert part.rounds == plain.codes[name].rounds
+        assert part.num_clusterings == plain.codes[name].num_clusterings
         if part.codes is None:
             continue
         own = plain.codes[name].codes[part.ids.start : part.ids.stop, part.chunks]
@@ -172,7 +172,7 @@ def failing_step(rank, world_size):
     for name, (weight, _) in before.items():
         assert torch.equal(weight.nan_to_num(), rows[name][0].nan_to_num())
     for name, part in sharded.codes.items():
-        assert part.rounds == 0 and torch.equal(part.codes, codes[name])
+        assert part.num_clusterings == 0 and torch.equal(part.codes, codes[name])
 
 
 def bad_collectives(rank, world_size):
@@ -266,16 +266,16 @@ def owner_fails(rank, world_size):
     model = Model(collection(PoolingType.SUM, False, "rowwise"))
     plan = make_plan(model, tables(PoolingType.SUM), CPU, "tw")
     model = DistributedModelParallel(model, device=CPU, plan=plan, sharders=get_default_sharders())
-    usual, find_pairs = plans.SHARE_FROM, solve.find_pairs
+    usual, find_pairs = plans.SHARE_FROM, owned.find_pairs
 
     def fails(*_):
         raise MemoryError("no memory")
 
-    plans.SHARE_FROM, solve.find_pairs = 0, fails
+    plans.SHARE_FROM, owned.find_pairs = 0, fails
     before = {n: w.clone() for n, (w, _) in fused_rows(model.module.collection).items()}
     with pytest.raises(ValueError, match=r"^table '[tu]', chunk [0-3]: rank [01]: no memory$"):
         cluster(model)
-    plans.SHARE_FROM, solve.find_pairs = usual, find_pairs
+    plans.SHARE_FROM, owned.find_pairs = usual, find_pairs
     for name, (weight, _) in fused_rows(model.module.collection).items():
         assert torch.equal(weight, before[name])
     cluster(model)  # the group still works

@@ -13,9 +13,9 @@ from torchrec.distributed import DistributedModelParallel
 from torchrec.modules.embedding_configs import PoolingType
 
 from cce_torchrec.clustering import budget, cluster, plan
-from cce_torchrec.clustering.live import fused_rows
+from cce_torchrec.clustering.local_chunks import fused_rows
 from cce_torchrec.distributed.sharders import get_default_sharders
-from cce_torchrec.kmeans import backends, share
+from cce_torchrec.kmeans import backends, scan
 from cce_torchrec.planning import make_plan
 from tests.distributed.ranks import run_ranks
 from tests.distributed.test_sharded import CPU, Model, collection, tables
@@ -52,7 +52,7 @@ def small_blocks(share_from, keep_codes):
 
     with contextlib.ExitStack() as stack:
         for module, name, value in [
-            (share, "BLOCK", 64), (backends, "BLOCK", 64), (budget, "ASSIGN_BLOCK", 512),
+            (scan, "BLOCK", 64), (backends, "BLOCK", 64), (budget, "ASSIGN_BLOCK", 512),
             (plan, "SHARE_FROM", share_from),
         ]:  # fmt: skip
             stack.enter_context(mock.patch.object(module, name, value))
@@ -99,14 +99,14 @@ def digests(model, sharded, **options):
 def all_cases(rank, world_size):
     """By case: digests, and the most points that this rank scored in one pass."""
     out, scored = {}, {}
-    first = share.Share.__init__
+    first = scan.Share.__init__
 
     def noted(self, points, k, group):
         first(self, points, k, group)
         if group is not None:
             scored[case] = max(scored.get(case, 0), self.end - self.start)
 
-    with mock.patch.object(share.Share, "__init__", noted):
+    with mock.patch.object(scan.Share, "__init__", noted):
         for case in CASES:
             way, plan_kind, share_from, keep_codes = case
             model, sharded = build(plan_kind)

@@ -161,9 +161,9 @@ def test_bad_options_end_with_one_sentence(tmp_path):
     assert "error: --pipeline prefetch fills caches on a CUDA device" in done.stderr
 
 
-def test_a_finalised_run_resumes(tmp_path):
+def test_a_finalized_run_resumes(tmp_path):
     options = ("--compression", "40", "--finalize", "--checkpoint-every", "20")
-    before = train(tmp_path, *options)  # 42 steps; finalised after step 38, saved after step 40
+    before = train(tmp_path, *options)  # 42 steps; finalized after step 38, saved after step 40
     after = train(tmp_path, *options, "--resume")
     assert before["table_bytes"] == 4 * (500 * 16 * 4 + 20_000 * 4 * 2)  # codes of 500 rows
     for key in ("table_bytes", "val_log_loss", "best_val_auc"):

@@ -81,7 +81,7 @@ def vars_of(config):
 
 
 def clusterings(num_ids):
-    """Clustering and finalising with every way to find pairs, to weigh and to start."""
+    """Clustering and finalizing with every way to find pairs, to weigh and to start."""
     configs = [c for c in tables(num_ids)[:3] if c.num_rows < num_ids]
     weights = {c.name: torch.arange(num_ids, device=DEVICE) % 3 for c in configs}
     options = [{}, {"samples_per_centroid": 2}, {"weights": weights}, {"init": "k-means++"}]

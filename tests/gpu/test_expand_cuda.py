@@ -89,7 +89,7 @@ def test_kernel_equals_the_cpu(sharded, bad, change):
     for name, codes in cpu.codes.items():
         own = sharded.module.collection.codes[name]
         codes.codes.copy_(own.codes)
-        codes.set_rounds(own.rounds)
+        codes.set_clusterings(own.num_clusterings)
     expected = cpu.expansion(batch(bad), cpu.bounds_check)
     by_key = expected.to_dict()
     for key, rows in got.to_dict().items():

@@ -7,7 +7,7 @@ from torchrec.distributed.train_pipeline import PrefetchTrainPipelineSparseDist
 from torchrec.modules.embedding_configs import PoolingType
 
 from cce_torchrec.clustering import cluster
-from cce_torchrec.clustering.live import fused_rows, uncached
+from cce_torchrec.clustering.local_chunks import fused_rows, uncached
 from cce_torchrec.distributed.sharders import get_default_sharders
 from cce_torchrec.planning import make_plan
 from tests.distributed.test_pipeline import STEPS, Batch, Loss

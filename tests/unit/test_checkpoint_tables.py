@@ -43,7 +43,7 @@ def test_codes_of_another_type_are_refused():
 
 
 @pytest.mark.parametrize("learned_codes", [True, False])
-@pytest.mark.parametrize("num_rows", [5, 100])  # codes of one byte, or of two once finalised
+@pytest.mark.parametrize("num_rows", [5, 100])  # codes of one byte, or of two once finalized
 def test_state_of_other_main_and_helper_rows_is_refused(num_rows, learned_codes):
     """Shapes are equal: only the number of helper rows tells."""
     tables = [
@@ -63,10 +63,10 @@ def test_state_of_other_main_and_helper_rows_is_refused(num_rows, learned_codes)
             assert all(torch.equal(v, before[k]) for k, v in table.state_dict().items())
 
 
-def test_finalised_state_loads_into_the_finalised_table_alone():
+def test_finalized_state_loads_into_the_finalized_table_alone():
     table, config = raw(), raw().embedding_bag_configs()[0]
     finalize(table)
-    copy.deepcopy(CCEEmbeddingBagCollection([config.finalised()])).load_state_dict(
+    copy.deepcopy(CCEEmbeddingBagCollection([config.finalized()])).load_state_dict(
         table.state_dict()
     )
     with pytest.raises(ValueError, match=r"table 't': the checkpoint has 0 helper rows.* 15"):
@@ -80,7 +80,7 @@ def test_finalised_state_loads_into_the_finalised_table_alone():
     raw().load_state_dict(state, strict=False)
 
 
-def test_a_finalised_checkpoint_names_its_configuration(tmp_path):
+def test_a_finalized_checkpoint_names_its_configuration(tmp_path):
     table = raw()
     finalize(table)
     save_checkpoint(tmp_path, table, step=1)
@@ -91,7 +91,7 @@ def test_a_finalised_checkpoint_names_its_configuration(tmp_path):
 
 
 @pytest.mark.parametrize(("clusterings", "past"), [(0, False), (2, True), (5, False)])
-def test_a_run_is_finalised_from_its_last_clustering_on(tmp_path, clusterings, past):
+def test_a_run_is_finalized_from_its_last_clustering_on(tmp_path, clusterings, past):
     save_checkpoint(tmp_path, raw(), step=3)
     schedule = ClusteringSchedule(steps=frozenset(range(1, clusterings + 1)))
     run = SimpleNamespace(checkpoints=tmp_path, schedule=schedule)

@@ -11,7 +11,7 @@ from torchrec.optim.apply_optimizer_in_backward import apply_optimizer_in_backwa
 from cce_torchrec import CCEEmbeddingBagCollection, CCEEmbeddingBagConfig
 from cce_torchrec.clustering import ClusteringSchedule, cluster
 from cce_torchrec.clustering.budget import ChunkShape, budget
-from cce_torchrec.clustering.ids import ChunkIds, starting_pairs
+from cce_torchrec.clustering.id_passes import ChunkIds, starting_pairs
 from cce_torchrec.codes import seen_ids, widen
 from cce_torchrec.hashing import helper_hash
 from cce_torchrec.kmeans import native
@@ -42,7 +42,7 @@ def test_step_follows_the_definition():
     before = embeddings(m)
     report = cluster(m)
     codes = m.codes["t"]
-    assert codes.rounds == 1 and len(report.chunks) == 4
+    assert codes.num_clusterings == 1 and len(report.chunks) == 4
     for j, chunk in enumerate(report.chunks):
         weight = m.embedding_bag_collection.embedding_bags[f"t#{j}"].weight.detach()
         main, helper = weight[:8], weight[8:]
@@ -371,7 +371,7 @@ def test_backends_and_starts(backend, init):
     got = cluster(m, backend=backend, init=init).chunks[0]
     margin = 1.05 if backend == "sklearn-minibatch" else 1.005  # mini batches: 2 % in the notes
     assert got.objective_after <= margin * reference.objective_after
-    assert m.codes["t"].rounds == 1
+    assert m.codes["t"].num_clusterings == 1
 
 
 @pytest.mark.parametrize(

@@ -61,7 +61,7 @@ def embedding(module, config, id_):
         weight = module.embedding_bag_collection.embedding_bags[f"{config.name}#{j}"].weight
         row = weight[int(codes.main_rows(torch.tensor([id_]))[j])]
         if config.num_helper_rows:
-            hashed = helper_hash(config.seed, config.name, j, codes.rounds)
+            hashed = helper_hash(config.seed, config.name, j, codes.num_clusterings)
             row = row + weight[config.num_rows + int(hashed(torch.tensor(id_), config.helper_rows))]
         chunks.append(row)
     return torch.cat(chunks)
@@ -125,9 +125,9 @@ def test_state_dict_keys_are_pinned():
 def test_save_and_load_keep_codes_and_hash():
     module, other = (CCEEmbeddingBagCollection(tables=tables()) for _ in range(2))
     module.codes["t"].codes.random_(0, 5)
-    module.codes["t"].set_rounds(3)
+    module.codes["t"].set_clusterings(3)
     other.load_state_dict(module.state_dict())
-    assert other.codes["t"].rounds == 3
+    assert other.codes["t"].num_clusterings == 3
     assert torch.equal(module(batch()).values(), other(batch()).values())
 
 

@@ -8,7 +8,7 @@ from torchrec import EmbeddingBagConfig, KeyedJaggedTensor
 from cce_torchrec import CCEEmbeddingBagConfig
 from cce_torchrec.bounds import BoundsCheck
 from cce_torchrec.chunk_codes import ChunkCodes
-from cce_torchrec.expand import Block, Expansion
+from cce_torchrec.expand import Expansion, TableLookup
 from cce_torchrec.fused import native
 from cce_torchrec.hashing import code_hash, hash_rows
 from cce_torchrec.table import Table, TableFeature
@@ -21,7 +21,7 @@ def made_codes(name, **kwargs):
         name=name, embedding_dim=32, feature_names=["f"], **{"num_embeddings": 5000, **kwargs}
     )
     codes = ChunkCodes(Table(config), range(config.num_chunks), torch.device("cpu"))
-    codes.set_rounds(3)
+    codes.set_clusterings(3)
     return config, codes
 
 
@@ -32,7 +32,7 @@ def blocks():
     def add(config, codes, columns, num_slots=1):
         at = list(range(len(slots), len(slots) + num_slots))
         table = codes.table if codes is not None else Table(config)
-        out.append(Block(table, at, codes, columns))
+        out.append(TableLookup(table, at, codes, columns))
         slots.extend(TableFeature(config.name, f"f{i}") for i in at)
         keys.extend(f"{config.name}#{j}.{i}" for j in columns or [None] for i in at)
 
@@ -42,7 +42,7 @@ def blocks():
         "int": {"num_rows": 70_000, "num_helper_rows": 200_000},
         "two ints": {"num_rows": 70_000, "num_chunks": 2},
         "eight bytes": {"num_rows": 200, "num_chunks": 8},
-        "finalised": {"num_rows": 300, "num_helper_rows": 0},
+        "finalized": {"num_rows": 300, "num_helper_rows": 0},
         "hash": {"num_rows": 40, "num_helper_rows": 50, "learned_codes": False},
         "eight": {"num_rows": 300, "num_chunks": 8},
         "three bytes": {"num_rows": 20, "num_chunks": 1},
@@ -113,12 +113,12 @@ def test_empty_batch():
 def test_codes_that_change_are_followed():
     _, codes = made_codes("t", num_rows=300)
     expansion = Expansion(
-        [Block(codes.table, [0], codes, [0, 1, 2, 3])], [TableFeature("t", "f")], list("abcd")
+        [TableLookup(codes.table, [0], codes, [0, 1, 2, 3])], [TableFeature("t", "f")], list("abcd")
     )
     features = KeyedJaggedTensor(["f"], torch.arange(50), lengths=torch.ones(50, dtype=torch.int32))
     check = BoundsCheck(BoundsCheckMode.WARNING)
     first = expansion(features, check).values().view(4, 50, 2)
-    codes.set_rounds(4)
+    codes.set_clusterings(4)
     codes.codes[7, 2] = 123
     second = expansion(features, check).values().view(4, 50, 2)
     assert int(second[2, 7, 0]) == 123

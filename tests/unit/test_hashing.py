@@ -26,7 +26,7 @@ GOLDEN = {
 
 
 def mixed(z):
-    """SplitMix64's finaliser in Python's unbounded integers."""
+    """SplitMix64's finalizer in Python's unbounded integers."""
     z = (z ^ (z >> 30)) * 0xBF58476D1CE4E5B9 % WORD
     z = (z ^ (z >> 27)) * 0x94D049BB133111EB % WORD
     return z ^ (z >> 31)

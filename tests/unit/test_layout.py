@@ -48,8 +48,10 @@ def imports(tree: ast.Module, inside: bool = True) -> set[str]:
 def test_every_form_of_import_is_seen():
     text = "from cce_torchrec import checkpoint, cluster\nimport cce_torchrec.train.run as x"
     assert imports(ast.parse(text)) == {"checkpoint", "train.run"}
-    text = "from cce_torchrec.clustering import ids\nfrom cce_torchrec.kmeans.points import Points"
-    assert imports(ast.parse(text)) == {"clustering", "clustering.ids", "kmeans.points"}
+    text = (
+        "from cce_torchrec.clustering import pairs\nfrom cce_torchrec.kmeans.points import Points"
+    )
+    assert imports(ast.parse(text)) == {"clustering", "clustering.pairs", "kmeans.points"}
 
 
 def test_imports_point_one_way():

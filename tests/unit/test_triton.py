@@ -78,7 +78,7 @@ assert torch.equal(one.assignment, other.assignment)
 CLUSTER = """
 import torch
 from cce_torchrec import CCEEmbeddingBagCollection, CCEEmbeddingBagConfig
-from cce_torchrec.clustering import cluster, finalize, ids, pairs
+from cce_torchrec.clustering import cluster, finalize, id_passes, pairs
 from cce_torchrec.kmeans import native, points
 
 points.usable = lambda device: False  # sums are tested above
@@ -97,7 +97,7 @@ def seen(module):
         codes.seen[:-2] = 0b01010101
 
 def run(step, usable, **options):
-    ids.usable = lambda device: usable
+    id_passes.usable = lambda device: usable
     module = tables()
     seen(module)
     report = step(module, backend="torch", iterations=3, **options)
@@ -129,7 +129,7 @@ torch.use_deterministic_algorithms(True)  # what is not written is seen
 from fbgemm_gpu.split_table_batched_embeddings_ops_common import BoundsCheckMode
 from torchrec import KeyedJaggedTensor
 from cce_torchrec.bounds import BoundsCheck
-from cce_torchrec.expand import Block, Expansion
+from cce_torchrec.expand import TableLookup, Expansion
 from cce_torchrec.fused import device, native, triton_expand
 from cce_torchrec.table import TableFeature
 from tests.unit.test_expand import batch, blocks, made_codes
@@ -145,7 +145,7 @@ def all_blocks():
         "both": {"hash_ids": True, "track_seen": True, "num_rows": 50_000, "seed": 7},
     }.items():
         config, codes = made_codes(name, **settings)
-        out.append(Block(codes.table, [len(slots)], codes, list(range(4))))
+        out.append(TableLookup(codes.table, [len(slots)], codes, list(range(4))))
         slots.append(TableFeature(name, "f"))
         keys += [f"{name}#{j}" for j in range(4)]
     return out, slots, keys
@@ -192,7 +192,7 @@ for bad, dtype, weighted in ((None, torch.int64, False), (-1, torch.int32, True)
             assert torch.equal(features.values(), before)
         for block in mixed.blocks:
             if block.codes is not None:
-                block.codes.set_rounds(block.codes.rounds + 1)
+                block.codes.set_clusterings(block.codes.num_clusterings + 1)
 
 # Tables of as many rows per id need one launch, and others two; int32 rows where they may be.
 parts, slots, keys = all_blocks()
@@ -205,7 +205,7 @@ triton_expand.launch = lambda kernel, *rest, **named: (launched.append(kernel),
                                                        usual(kernel, *rest, **named))
 def one_table(chunks, rows):
     config, codes = made_codes("one", num_chunks=chunks, num_rows=rows)
-    block = Block(codes.table, [0], codes, list(range(chunks)))
+    block = TableLookup(codes.table, [0], codes, list(range(chunks)))
     return Expansion([block], [TableFeature("one", "f")], [str(i) for i in range(chunks)])
 
 # Codes of an id of 8, 4 and 2 bytes, which are read at once, and of 16 and 1.
@@ -264,7 +264,7 @@ mixed(features, check)
 each, described = check.num_invalid, mixed._described
 mixed(features, check)
 assert each > 0 and check.num_invalid == 2 * each and mixed._described is described
-mixed.blocks[0].codes.set_rounds(9)
+mixed.blocks[0].codes.set_clusterings(9)
 for codes in mixed._tracked:
     codes.eval().seen.zero_()
 mixed(features, check)

@@ -11,7 +11,7 @@ from torch import nn
 
 from cce_torchrec.chunk_codes import ChunkCodes
 from cce_torchrec.clustering import replicas
-from cce_torchrec.clustering.chunk import Blocks, ChunkState
+from cce_torchrec.clustering.chunk import ChunkState, CodePlacement
 from cce_torchrec.distributed.caches import bypassed
 from cce_torchrec.distributed.embedding_bag_collection import ShardedCCEEmbeddingBagCollection
 from cce_torchrec.modules.embedding_bag_collection import CCEEmbeddingBagCollection
@@ -20,7 +20,7 @@ from cce_torchrec.torchrec_internals import fused_kernels, lookups_of, optimizer
 
 
 def local_chunks(
-    model: nn.Module, optimizer: torch.optim.Optimizer | None, finalise: bool
+    model: nn.Module, optimizer: torch.optim.Optimizer | None, finalize: bool
 ) -> Iterator[tuple[str, ChunkState]]:
     """Chunks that this rank owns and that cluster, in the order of the model.
 
@@ -46,19 +46,22 @@ def local_chunks(
                 blocks = _blocks(module, name, chunk)
                 weight, state = rows.get(physical_table(name, chunk), (_nowhere(codes), {}))
                 kept = {k: v for k, v in state.items() if v.ndim and len(v) == len(weight)}
-                found = ChunkState(codes, column, weight, kept, finalise, blocks=blocks)
+                found = ChunkState(codes, column, weight, kept, finalize, blocks=blocks)
                 if found.owned:
                     found.replicas = copies.get(name)
                 yield f"{path}.{name}" if path else name, found
 
 
-def _blocks(module: nn.Module, table: str, chunk: int) -> Blocks | None:
+def _blocks(module: nn.Module, table: str, chunk: int) -> CodePlacement | None:
     """Where the codes of a chunk are, if its table is ROW_WISE."""
-    if not isinstance(module, ShardedCCEEmbeddingBagCollection) or table not in module.id_blocks:
+    if (
+        not isinstance(module, ShardedCCEEmbeddingBagCollection)
+        or table not in module.id_partitions
+    ):
         return None
     assert module.process_group is not None
-    owner = module.id_blocks[table].ranks.index(module.chunk_owners[table][chunk])
-    return Blocks(module.process_group, owner)
+    owner = module.id_partitions[table].ranks.index(module.chunk_owners[table][chunk])
+    return CodePlacement(module.process_group, owner)
 
 
 def _nowhere(codes: ChunkCodes) -> torch.Tensor:

@@ -9,11 +9,11 @@ import torch
 import torch.distributed as dist
 
 from cce_torchrec.clustering.budget import assign_block
-from cce_torchrec.clustering.chunk import ChunkState, ChunkUpdate, Relabelling, settle
-from cce_torchrec.clustering.ids import NewCodes
+from cce_torchrec.clustering.chunk import ChunkState, ChunkUpdate, Relabelling, new_main_rows
+from cce_torchrec.clustering.id_passes import NewCodes
 from cce_torchrec.clustering.options import Options
 from cce_torchrec.clustering.pairs import (
-    IdBlock,
+    PairBatch,
     Sampled,
     broadcast,
     codebooks_only,
@@ -58,7 +58,7 @@ class Solver:
         """
         sampled, points = self._find(for_kmeans=True)
         result = self._scoring.kmeans(points, self._group)
-        update = self._try(settle, self._state, points, result)
+        update = self._try(new_main_rows, self._state, points, result)
         parts: list[NewCodes] = []
         if keep_codes:
             parts = list(self._new_codes(sampled, points, update, result))
@@ -144,7 +144,7 @@ class Solver:
     ) -> Iterator[NewCodes | None]:
         size = assign_block(self._device, self._task.dim)
         for first in range(0, self._task.num_ids, size):
-            block = self._try(IdBlock.of, sampled, first)
+            block = self._try(PairBatch.of, sampled, first)
             shared = self._everywhere(block.points if block else None)
             nearest = self._assign(shared, update)
             yield self._try(block.new_codes, nearest) if block else None
@@ -155,7 +155,7 @@ class Solver:
 
         def prepared() -> tuple[PairPoints, torch.Tensor]:
             scored = update.scored if update else torch.empty(k, dim, device=self._device)
-            return self._scoring.moved(points), scored
+            return self._scoring.in_metric_space(points), scored
 
         moved, scored = self._agreed(prepared)
         if self._group is not None:

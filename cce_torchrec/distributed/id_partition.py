@@ -21,14 +21,14 @@ def is_row_wise(sharding: ParameterSharding) -> bool:
 
 
 @dataclass(frozen=True)
-class IdBlocks:
+class IdPartition:
     """Equal blocks of neighbouring ids of one table, one for each of `ranks` in turn."""
 
     num_embeddings: int
     ranks: tuple[int, ...]
 
     @classmethod
-    def of(cls, config: CCEEmbeddingBagConfig, sharding: ParameterSharding) -> IdBlocks:
+    def of(cls, config: CCEEmbeddingBagConfig, sharding: ParameterSharding) -> IdPartition:
         """The blocks under a ROW_WISE plan, whose shards name the ranks.
 
         Raises:
@@ -61,7 +61,7 @@ class IdBlocks:
         return torch.searchsorted(rising, starts)
 
 
-def check_group(blocks: dict[str, IdBlocks], group: dist.ProcessGroup | None) -> None:
+def check_group(blocks: dict[str, IdPartition], group: dist.ProcessGroup | None) -> None:
     """Refuses ROW_WISE tables that are not on all ranks of `group`, in its order.
 
     Raises:
@@ -76,7 +76,7 @@ def check_group(blocks: dict[str, IdBlocks], group: dist.ProcessGroup | None) ->
             )
 
 
-def codebook_owners(config: CCEEmbeddingBagConfig, blocks: IdBlocks) -> list[int]:
+def codebook_owners(config: CCEEmbeddingBagConfig, blocks: IdPartition) -> list[int]:
     """Rank of each chunk's codebook: spread evenly, from a rank that follows from the name."""
     ranks, chunks = blocks.ranks, config.num_chunks
     first = zlib.crc32(config.name.encode())
