@@ -30,7 +30,7 @@ from fbgemm_gpu.split_table_batched_embeddings_ops_training import (
 
 from benchmarks.contenders import keep_freed_memory
 from benchmarks.machine import device_name
-from cce_torchrec.fused import backward
+from cce_torchrec.lookup import backward
 from cce_torchrec.versions import installed_versions
 
 

@@ -10,10 +10,10 @@ import faiss
 import torch
 
 from cce_torchrec import CCEEmbeddingBagConfig
-from cce_torchrec.chunk_codes import ChunkCodes
 from cce_torchrec.clustering.budget import ASSIGN_BLOCK, ChunkShape, budget
 from cce_torchrec.clustering.chunk import ChunkState
 from cce_torchrec.clustering.pairs import PairBatch, find_pairs, of_all_ids
+from cce_torchrec.codes.chunk_codes import ChunkCodes
 from cce_torchrec.kmeans import kmeans
 from cce_torchrec.kmeans.scan import assign
 from cce_torchrec.table import Table

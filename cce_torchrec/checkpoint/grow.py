@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from cce_torchrec.checkpoint.tables import Tables, configs_of, unwrapped
-from cce_torchrec.codes import fill_hashed
+from cce_torchrec.codes.storage import fill_hashed
 from cce_torchrec.config import CCEEmbeddingBagConfig
 from cce_torchrec.torchrec_internals import (
     Shard,

@@ -7,11 +7,11 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 
-from cce_torchrec.chunk_codes import ChunkCodes
 from cce_torchrec.clustering.exact_sums import weighted_sums
 from cce_torchrec.clustering.id_passes import ChunkIds, NewCodes
-from cce_torchrec.codes import code_dtype
-from cce_torchrec.hashing import helper_hash
+from cce_torchrec.codes.chunk_codes import ChunkCodes
+from cce_torchrec.codes.hashing import helper_hash
+from cce_torchrec.codes.storage import code_dtype
 from cce_torchrec.kmeans.lloyd import KMeansResult
 from cce_torchrec.kmeans.points import PairPoints, check_finite
 

@@ -18,9 +18,9 @@ from cce_torchrec.clustering.id_passes import (
     NewCodes,
     starting_pairs,
 )
-from cce_torchrec.codes import pack
+from cce_torchrec.codes.hashing import SAMPLE_ROLE, HashFunction, hash_function
+from cce_torchrec.codes.storage import pack
 from cce_torchrec.collectives import together
-from cce_torchrec.hashing import SAMPLE_ROLE, HashFunction, hash_function
 from cce_torchrec.kmeans.points import PairPoints
 
 _KEY_BLOCK = 1 << 24

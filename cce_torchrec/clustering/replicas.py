@@ -9,9 +9,9 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from cce_torchrec.chunk_codes import codes_of
 from cce_torchrec.clustering.chunk import ChunkState
 from cce_torchrec.clustering.options import Options
+from cce_torchrec.codes.chunk_codes import codes_of
 from cce_torchrec.config import CCEEmbeddingBagConfig
 from cce_torchrec.distributed.embedding_bag_collection import ShardedCCEEmbeddingBagCollection
 from cce_torchrec.table import physical_table

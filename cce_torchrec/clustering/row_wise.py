@@ -31,9 +31,9 @@ from cce_torchrec.clustering.pairs import (
 )
 from cce_torchrec.clustering.plan import Task
 from cce_torchrec.clustering.scoring import Scoring
-from cce_torchrec.codes import pack
+from cce_torchrec.codes.hashing import HashFunction
+from cce_torchrec.codes.storage import pack
 from cce_torchrec.collectives import gather, together
-from cce_torchrec.hashing import HashFunction
 from cce_torchrec.kmeans.points import PairPoints
 
 T = TypeVar("T")

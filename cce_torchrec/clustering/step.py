@@ -11,7 +11,6 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from cce_torchrec.chunk_codes import ChunkCodes
 from cce_torchrec.clustering import replicas
 from cce_torchrec.clustering.chunk import ChunkState, ChunkUpdate, commit
 from cce_torchrec.clustering.local_chunks import local_chunks, uncached
@@ -19,7 +18,8 @@ from cce_torchrec.clustering.options import Options
 from cce_torchrec.clustering.owned import Solver
 from cce_torchrec.clustering.plan import DEFAULT_MEMORY_LIMIT, Key, Plan, Task, task_of
 from cce_torchrec.clustering.row_wise import RowWiseSolver
-from cce_torchrec.codes import converted
+from cce_torchrec.codes.chunk_codes import ChunkCodes
+from cce_torchrec.codes.storage import converted
 from cce_torchrec.collectives import agree, gather, meet, raise_failures, ranks_of_call, reason
 from cce_torchrec.distributed.embedding_bag_collection import ShardedCCEEmbeddingBagCollection
 from cce_torchrec.gpu.launch import usable

@@ -13,9 +13,9 @@ import torch
 import triton
 import triton.language as tl
 
+from cce_torchrec.codes.hashing import HashFunction
 from cce_torchrec.gpu.launch import launch
 from cce_torchrec.gpu.triton_functions import bits31, hashed, mix
-from cce_torchrec.hashing import HashFunction
 
 _IDS = 1024
 _RESIDUAL_IDS = 32

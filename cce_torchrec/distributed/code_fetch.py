@@ -15,11 +15,11 @@ import torch.distributed as dist
 from torch import nn
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
-from cce_torchrec.bounds import BoundsCheck
-from cce_torchrec.chunk_codes import ChunkCodes, codes_of
-from cce_torchrec.codes import mark_seen, widen
+from cce_torchrec.codes.chunk_codes import ChunkCodes, codes_of
+from cce_torchrec.codes.storage import mark_seen, widen
 from cce_torchrec.distributed.id_partition import IdPartition
-from cce_torchrec.expand import Expansion, TableLookup, Work
+from cce_torchrec.lookup.bounds import BoundsCheck
+from cce_torchrec.lookup.expansion import Expansion, TableLookup, Work
 from cce_torchrec.modules.embedding_bag_collection import select_slots
 from cce_torchrec.table import Table, TableFeature, physical_feature
 

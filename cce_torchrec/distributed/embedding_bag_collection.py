@@ -33,8 +33,7 @@ from torchrec.distributed.types import (
 from torchrec.distributed.utils import append_prefix
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor, KeyedTensor
 
-from cce_torchrec.bounds import BoundsCheck
-from cce_torchrec.chunk_codes import codes_of
+from cce_torchrec.codes.chunk_codes import codes_of
 from cce_torchrec.config import is_cce
 from cce_torchrec.distributed.caches import forget_prefetched
 from cce_torchrec.distributed.code_fetch import CodeFetch, mark_answered
@@ -48,14 +47,15 @@ from cce_torchrec.distributed.plan import (
     warn_of_ignored_optimizers,
 )
 from cce_torchrec.distributed.state_dict import CodesState
-from cce_torchrec.fused import narrow
-from cce_torchrec.fused.backward import take_over
+from cce_torchrec.lookup import narrow
+from cce_torchrec.lookup.backward import take_over
+from cce_torchrec.lookup.bounds import BoundsCheck
+from cce_torchrec.lookup.output import check_features
 from cce_torchrec.modules.embedding_bag_collection import (
     CCEEmbeddingBagCollection,
     select_slots,
     without_weights,
 )
-from cce_torchrec.modules.output import check_features
 from cce_torchrec.table import Generation, tables_of
 from cce_torchrec.torchrec_internals import (
     fused_kernels,

@@ -34,6 +34,7 @@ from cce_torchrec.distributed.context import CCEContext
 from cce_torchrec.distributed.embedding_bag_sharder import CCEEmbeddingBagCollectionSharder
 from cce_torchrec.distributed.id_partition import is_row_wise
 from cce_torchrec.distributed.plan import is_data_parallel
+from cce_torchrec.lookup.output import LogicalOutput
 from cce_torchrec.modules.embedding_collection import (
     CCEEmbeddingCollection,
     bags_of_one,
@@ -41,7 +42,6 @@ from cce_torchrec.modules.embedding_collection import (
     sequences,
     with_current_configs,
 )
-from cce_torchrec.modules.output import LogicalOutput
 from cce_torchrec.torchrec_internals import (
     input_dists,
     lookups_of,

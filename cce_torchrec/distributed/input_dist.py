@@ -19,10 +19,10 @@ from torchrec.distributed.sharding.tw_sharding import TwSparseFeaturesDist
 from torchrec.modules.embedding_configs import EmbeddingBagConfig
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
-from cce_torchrec.chunk_codes import codes_of
+from cce_torchrec.codes.chunk_codes import codes_of
 from cce_torchrec.config import CCEEmbeddingBagConfig
-from cce_torchrec.expand import Expansion, TableLookup
-from cce_torchrec.modules.output import LogicalOutput
+from cce_torchrec.lookup.expansion import Expansion, TableLookup
+from cce_torchrec.lookup.output import LogicalOutput
 from cce_torchrec.table import Table, TableFeature, physical_feature
 from cce_torchrec.torchrec_internals import ranks_of, shardings_of
 

@@ -13,7 +13,7 @@ from torchrec.modules.embedding_configs import EmbeddingBagConfig
 
 from cce_torchrec.config import CCEEmbeddingBagConfig, is_cce
 from cce_torchrec.distributed.id_partition import IdPartition, codebook_owners, is_row_wise
-from cce_torchrec.fused.backward import fits
+from cce_torchrec.lookup.backward import fits
 from cce_torchrec.modules.embedding_bag_collection import CCEEmbeddingBagCollection
 from cce_torchrec.table import logical_table, physical_table
 from cce_torchrec.torchrec_internals import (

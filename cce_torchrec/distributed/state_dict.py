@@ -18,11 +18,11 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from cce_torchrec.chunk_codes import ChunkCodes, codes_of
-from cce_torchrec.codes import code_dtype
+from cce_torchrec.codes.chunk_codes import ChunkCodes, codes_of
+from cce_torchrec.codes.helper_rows import check_helper_rows, save_helper_rows
+from cce_torchrec.codes.storage import code_dtype
 from cce_torchrec.config import CCEEmbeddingBagConfig
 from cce_torchrec.distributed.id_partition import IdPartition
-from cce_torchrec.helper_rows import check_helper_rows, save_helper_rows
 from cce_torchrec.table import Table
 from cce_torchrec.torchrec_internals import (
     Shard,

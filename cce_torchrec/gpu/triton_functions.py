@@ -1,4 +1,4 @@
-"""Hashes and codes as Triton's kernels read them: hashing.py and codes.py once more."""
+"""Hashes and codes as Triton's kernels read them: those of the folder codes once more."""
 
 from __future__ import annotations
 

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from cce_torchrec.hashing import HashFunction
+from cce_torchrec.codes.hashing import HashFunction
 
 GROUP = 128
 """Columns of scores are padded to a multiple of this (GROUP in _native.cpp)."""

@@ -18,12 +18,12 @@ from torchrec.modules.embedding_modules import (
 )
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor, KeyedTensor
 
-from cce_torchrec.bounds import BoundsCheck
-from cce_torchrec.chunk_codes import ChunkCodes, codes_of
+from cce_torchrec.codes.chunk_codes import ChunkCodes, codes_of
+from cce_torchrec.codes.helper_rows import check_helper_rows, save_helper_rows
 from cce_torchrec.config import CodebookInit, is_cce
-from cce_torchrec.expand import Expansion, TableLookup
-from cce_torchrec.helper_rows import check_helper_rows, save_helper_rows
-from cce_torchrec.modules.output import (
+from cce_torchrec.lookup.bounds import BoundsCheck
+from cce_torchrec.lookup.expansion import Expansion, TableLookup
+from cce_torchrec.lookup.output import (
     LogicalOutput,
     check_features,
     divides_by_length,

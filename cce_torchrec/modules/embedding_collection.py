@@ -21,12 +21,12 @@ from torchrec.modules.embedding_modules import EmbeddingCollectionInterface
 from torchrec.sparse.jagged_tensor import JaggedTensor, KeyedJaggedTensor
 
 from cce_torchrec.config import CCEEmbeddingBagConfig, is_cce
+from cce_torchrec.lookup.output import LogicalOutput, check_features
 from cce_torchrec.modules.embedding_bag_collection import (
     CCEEmbeddingBagCollection,
     select_slots,
     without_weights,
 )
-from cce_torchrec.modules.output import LogicalOutput, check_features
 
 
 class CCEEmbeddingCollection(EmbeddingCollectionInterface):

@@ -7,7 +7,7 @@ from torchrec.modules.embedding_configs import PoolingType
 
 from cce_torchrec import CCEEmbeddingCollection
 from cce_torchrec.clustering import cluster
-from cce_torchrec.fused import triton_expand
+from cce_torchrec.lookup import triton_expand
 from tests.desk.emulated import on_cpu
 from tests.desk.twins import (
     OPTIONS,

@@ -11,8 +11,8 @@ from torchrec.optim.apply_optimizer_in_backward import apply_optimizer_in_backwa
 
 from cce_torchrec import CCEEmbeddingBagCollection, CCEEmbeddingBagConfig
 from cce_torchrec.distributed.sharders import get_default_sharders
-from cce_torchrec.fused import native
-from cce_torchrec.fused.backward import CodebookBags
+from cce_torchrec.lookup import native
+from cce_torchrec.lookup.backward import CodebookBags
 from cce_torchrec.planning import make_plan
 from cce_torchrec.torchrec_internals import fused_kernels, lookups_of
 from tests.distributed.ranks import run_ranks

@@ -27,7 +27,7 @@ from cce_torchrec import CCEEmbeddingBagCollection, CCEEmbeddingBagConfig, CCEEm
 from cce_torchrec.checkpoint import load_checkpoint, save_checkpoint
 from cce_torchrec.clustering import cluster, finalize
 from cce_torchrec.clustering.local_chunks import fused_rows
-from cce_torchrec.codes import seen_ids
+from cce_torchrec.codes.storage import seen_ids
 from cce_torchrec.distributed.data_parallel import data_parallel_parameters
 from cce_torchrec.distributed.sharders import get_default_sharders
 from cce_torchrec.planning import make_plan, make_planner

@@ -23,10 +23,10 @@ from cce_torchrec import (
     CCEEmbeddingBagConfig,
 )
 from cce_torchrec.checkpoint import load_checkpoint, save_checkpoint
-from cce_torchrec.chunk_codes import codes_of
 from cce_torchrec.clustering import cluster, finalize
 from cce_torchrec.clustering.plan import Plan
-from cce_torchrec.codes import seen_ids
+from cce_torchrec.codes.chunk_codes import codes_of
+from cce_torchrec.codes.storage import seen_ids
 from cce_torchrec.distributed.code_fetch import CodeFetch
 from cce_torchrec.distributed.embedding_bag_sharder import CCEEmbeddingBagCollectionSharder
 from cce_torchrec.distributed.id_partition import IdPartition

@@ -11,7 +11,7 @@ from cce_torchrec import CCEEmbeddingBagCollection, CCEEmbeddingBagConfig
 from cce_torchrec.checkpoint import load_checkpoint, save_checkpoint
 from cce_torchrec.clustering import cluster
 from cce_torchrec.clustering.local_chunks import fused_rows
-from cce_torchrec.codes import widen
+from cce_torchrec.codes.storage import widen
 from cce_torchrec.distributed.sharders import get_default_sharders
 from cce_torchrec.planning import make_plan
 

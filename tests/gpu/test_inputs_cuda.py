@@ -10,7 +10,7 @@ from torchrec.optim.apply_optimizer_in_backward import apply_optimizer_in_backwa
 
 from cce_torchrec import CCEEmbeddingBagCollection, CCEEmbeddingBagConfig, CCEEmbeddingCollection
 from cce_torchrec.clustering.local_chunks import fused_rows
-from cce_torchrec.codes import widen
+from cce_torchrec.codes.storage import widen
 from cce_torchrec.distributed.sharders import get_default_sharders
 from cce_torchrec.planning import make_plan
 from tests.distributed.test_sharded import Model

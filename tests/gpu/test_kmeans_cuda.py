@@ -5,7 +5,7 @@ import torch
 
 from cce_torchrec import CCEEmbeddingBagCollection, CCEEmbeddingBagConfig
 from cce_torchrec.clustering import cluster
-from cce_torchrec.codes import widen
+from cce_torchrec.codes.storage import widen
 from cce_torchrec.kmeans import kmeans
 
 pytestmark = [

@@ -17,8 +17,8 @@ from fbgemm_gpu.split_table_batched_embeddings_ops_training import (
     WeightDecayMode,
 )
 
-from cce_torchrec.fused import native
-from cce_torchrec.fused.backward import MAX_BYTES, CodebookBags, take_over
+from cce_torchrec.lookup import native
+from cce_torchrec.lookup.backward import MAX_BYTES, CodebookBags, take_over
 
 pytestmark = pytest.mark.skipif(not native.available(), reason="built without a C++ compiler")
 BAGS = 23

@@ -12,8 +12,8 @@ from cce_torchrec import CCEEmbeddingBagCollection, CCEEmbeddingBagConfig
 from cce_torchrec.clustering import ClusteringSchedule, cluster
 from cce_torchrec.clustering.budget import ChunkShape, budget
 from cce_torchrec.clustering.id_passes import ChunkIds, starting_pairs
-from cce_torchrec.codes import seen_ids, widen
-from cce_torchrec.hashing import helper_hash
+from cce_torchrec.codes.hashing import helper_hash
+from cce_torchrec.codes.storage import seen_ids, widen
 from cce_torchrec.kmeans import native
 from tests.optional import needs
 

@@ -10,8 +10,8 @@ from torchrec import EmbeddingBagCollection, KeyedJaggedTensor
 from torchrec.modules.embedding_configs import DataType, EmbeddingBagConfig, PoolingType
 
 from cce_torchrec import CCEEmbeddingBagCollection, CCEEmbeddingBagConfig
-from cce_torchrec.codes import pack, widen
-from cce_torchrec.hashing import helper_hash
+from cce_torchrec.codes.hashing import helper_hash
+from cce_torchrec.codes.storage import pack, widen
 
 SUM, MEAN = PoolingType.SUM, PoolingType.MEAN
 

@@ -6,11 +6,11 @@ from fbgemm_gpu.split_table_batched_embeddings_ops_common import BoundsCheckMode
 from torchrec import EmbeddingBagConfig, KeyedJaggedTensor
 
 from cce_torchrec import CCEEmbeddingBagConfig
-from cce_torchrec.bounds import BoundsCheck
-from cce_torchrec.chunk_codes import ChunkCodes
-from cce_torchrec.expand import Expansion, TableLookup
-from cce_torchrec.fused import native
-from cce_torchrec.hashing import code_hash, hash_rows
+from cce_torchrec.codes.chunk_codes import ChunkCodes
+from cce_torchrec.codes.hashing import code_hash, hash_rows
+from cce_torchrec.lookup import native
+from cce_torchrec.lookup.bounds import BoundsCheck
+from cce_torchrec.lookup.expansion import Expansion, TableLookup
 from cce_torchrec.table import Table, TableFeature
 
 needs_native = pytest.mark.skipif(not native.available(), reason="built without a C++ compiler")

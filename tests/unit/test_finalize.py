@@ -12,7 +12,7 @@ from torchrec.optim.apply_optimizer_in_backward import apply_optimizer_in_backwa
 
 from cce_torchrec import CCEEmbeddingBagCollection, CCEEmbeddingBagConfig
 from cce_torchrec.clustering import cluster, finalize, owned
-from cce_torchrec.codes import widen
+from cce_torchrec.codes.storage import widen
 from cce_torchrec.kmeans import native
 
 N = 3000

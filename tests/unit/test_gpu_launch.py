@@ -9,9 +9,9 @@ import pytest
 import torch
 from fbgemm_gpu.split_table_batched_embeddings_ops_common import BoundsCheckMode
 
-from cce_torchrec.bounds import BoundsCheck
 from cce_torchrec.gpu import launch, memory
 from cce_torchrec.kmeans.backends import TorchBackend, make_backend
+from cce_torchrec.lookup.bounds import BoundsCheck
 
 GPU = torch.device("cuda", 0)
 

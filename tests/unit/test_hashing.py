@@ -6,7 +6,7 @@ import zlib
 import pytest
 import torch
 
-from cce_torchrec.hashing import (
+from cce_torchrec.codes.hashing import (
     CODE_ROLE,
     HELPER_ROLE,
     code_hash,

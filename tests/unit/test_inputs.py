@@ -18,7 +18,7 @@ from torchrec.modules.mc_modules import (
 from cce_torchrec import CCEEmbeddingBagCollection, CCEEmbeddingBagConfig, CCEEmbeddingCollection
 from cce_torchrec.clustering import cluster
 from cce_torchrec.clustering.local_chunks import unsharded_rows
-from cce_torchrec.hashing import hash_ids
+from cce_torchrec.codes.hashing import hash_ids
 from tests.distributed.test_inputs import every_example, vbe_batch
 from tests.distributed.test_sharded import batch, tables
 from tests.unit.test_collection import embedding

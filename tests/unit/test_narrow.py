@@ -6,7 +6,7 @@ from torch import nn
 from torchrec import KeyedJaggedTensor
 from torchrec.distributed.batched_embedding_kernel import BatchedFusedEmbeddingBag
 
-from cce_torchrec.fused.narrow import NarrowKernel
+from cce_torchrec.lookup.narrow import NarrowKernel
 
 
 class Recorded(nn.Module):

@@ -56,7 +56,7 @@ def test_unknown_names():
 
 def test_managed_collision_is_refused_whatever_came_first():
     run(
-        "from cce_torchrec.modules import output\n"
+        "from cce_torchrec.modules import compress\n"
         "from torch.nn.modules.module import _global_module_registration_hooks as hooks\n"
         "assert any(hook.__module__.startswith('cce_torchrec') for hook in hooks.values())"
     )

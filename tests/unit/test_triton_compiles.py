@@ -11,9 +11,9 @@ from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
 
 from cce_torchrec.clustering import triton_kernel as passes  # noqa: E402
-from cce_torchrec.fused import triton_kernel as fused  # noqa: E402
 from cce_torchrec.kmeans import triton_kernel as kmeans  # noqa: E402
 from cce_torchrec.kmeans import triton_sums  # noqa: E402
+from cce_torchrec.lookup import triton_kernel as fused  # noqa: E402
 
 H100 = GPUTarget("cuda", 90, 32)
 SHARED_BYTES = 227 << 10

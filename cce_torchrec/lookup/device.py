@@ -13,7 +13,7 @@ from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 from cce_torchrec.gpu.launch import usable
 
 if TYPE_CHECKING:  # Triton may not be installed
-    from cce_torchrec.fused.triton_expand import Bags
+    from cce_torchrec.lookup.triton_expand import Bags
 
 _NO_POSITION = torch.iinfo(torch.int64).max
 
@@ -101,7 +101,7 @@ class DeviceTables:
                 for j in range(len(table.chunks))
                 for f in range(table.num_features)
             ]
-        from cce_torchrec.fused.triton_expand import Lookup
+        from cce_torchrec.lookup.triton_expand import Lookup
 
         self._lookup = Lookup(rows, chunks, features, table_of, device)
         self.most_copies = max(table.copies for table in tables)
@@ -128,7 +128,7 @@ class DeviceTables:
             invalid: int64 [tables], to which ids out of bounds are added, or None.
             first_bad: int64 [tables], see `no_positions`, or None.
         """
-        from cce_torchrec.fused.triton_expand import expand
+        from cce_torchrec.lookup.triton_expand import expand
 
         out = Rows(
             ids.new_empty(num_out, dtype=dtype),
@@ -150,7 +150,7 @@ class DeviceTables:
 
     def bags_of(self, features: KeyedJaggedTensor, slots: Sequence[int]) -> Bags:
         """The bags of `features` for `expand`; `slots`: of each physical feature."""
-        from cce_torchrec.fused.triton_expand import Bags
+        from cce_torchrec.lookup.triton_expand import Bags
 
         offsets = features.offsets()
         if not features.variable_stride_per_key():

@@ -18,7 +18,7 @@ from fbgemm_gpu.split_table_batched_embeddings_ops_training import (
     WeightDecayMode,
 )
 
-from cce_torchrec.fused import native
+from cce_torchrec.lookup import native
 from cce_torchrec.torchrec_internals import become
 
 MAX_BYTES = 4 << 20

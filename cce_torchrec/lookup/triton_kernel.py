@@ -1,7 +1,7 @@
 """Expansion in Triton: all tables, features, chunks and options of a lookup in one launch.
 
 It compiles on CUDA, and under TRITON_INTERPRET=1 runs on the CPU, where tests compare it with the
-torch form in expand.py. Nothing here is read back by the host; triton_expand.py launches it.
+torch form in expansion.py. Nothing here is read back by the host; triton_expand.py launches it.
 
 - `expand`: some of its programs take a run of the batch's ids, find the table of each by a search
   in the features' starts, hash raw ids, check bounds, mark seen ids, and write rows (and weights)

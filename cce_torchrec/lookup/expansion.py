@@ -16,13 +16,13 @@ from fbgemm_gpu.split_table_batched_embeddings_ops_common import BoundsCheckMode
 from torchrec.modules.embedding_configs import EmbeddingBagConfig
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
-from cce_torchrec.bounds import BoundsCheck
-from cce_torchrec.chunk_codes import ChunkCodes
-from cce_torchrec.codes import mark_seen
+from cce_torchrec.codes.chunk_codes import ChunkCodes
+from cce_torchrec.codes.hashing import hash_ids, raw_id_key
+from cce_torchrec.codes.storage import mark_seen
 from cce_torchrec.config import is_cce
-from cce_torchrec.fused import device, native
-from cce_torchrec.fused.narrow import MOST
-from cce_torchrec.hashing import hash_ids, raw_id_key
+from cce_torchrec.lookup import device, native
+from cce_torchrec.lookup.bounds import BoundsCheck
+from cce_torchrec.lookup.narrow import MOST
 from cce_torchrec.table import Table, TableFeature
 
 
@@ -152,7 +152,7 @@ class Expansion:
         ]
         self._invalid: dict[torch.device, torch.Tensor] = {}
         self.narrow = False
-        """Whether rows may be int32, where kernels write them (fused/narrow.py)."""
+        """Whether rows may be int32, where kernels write them (narrow.py)."""
         # Per physical feature: the slot it comes from.
         self._sources = [s for b in blocks for _ in range(b.copies) for s in b.slots]
         self._generations = list({id(g): g for g in (b.table.generation for b in blocks)}.values())

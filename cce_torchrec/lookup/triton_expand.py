@@ -10,8 +10,8 @@ from dataclasses import dataclass
 import torch
 import triton
 
-from cce_torchrec.fused import triton_kernel as kernels
 from cce_torchrec.gpu.launch import launch
+from cce_torchrec.lookup import triton_kernel as kernels
 
 _VALUES, _WARPS = 512, 8
 """Ids of a program and its warps. On an H100 others of 128 to 512 ids took as long for one table

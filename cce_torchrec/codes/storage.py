@@ -6,8 +6,8 @@ from collections.abc import Sequence
 
 import torch
 
+from cce_torchrec.codes.hashing import code_hash, mix
 from cce_torchrec.config import CCEEmbeddingBagConfig, code_dtype
-from cce_torchrec.hashing import code_hash, mix
 
 _BLOCK = 1 << 20
 _WORDS = {2: torch.int16, 4: torch.int32, 8: torch.int64}

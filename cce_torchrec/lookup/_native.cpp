@@ -1,5 +1,5 @@
 // Expansion of tables' ids into codebook rows in one pass: bounds, codes, hashes, rows.
-// Loaded by native.py through ctypes; the torch form in expand.py is its reference.
+// Loaded by native.py through ctypes; the torch form in expansion.py is its reference.
 #include <cstdint>
 #include <cstring>
 

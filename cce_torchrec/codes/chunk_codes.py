@@ -8,9 +8,15 @@ from typing import Any
 import torch
 from torch import nn
 
-from cce_torchrec.codes import hashed_codes, in_rows, in_whole_words, no_seen_ids, read_codes
+from cce_torchrec.codes.hashing import code_hash, hash_rows, helper_hash
+from cce_torchrec.codes.storage import (
+    hashed_codes,
+    in_rows,
+    in_whole_words,
+    no_seen_ids,
+    read_codes,
+)
 from cce_torchrec.config import CCEEmbeddingBagConfig
-from cce_torchrec.hashing import code_hash, hash_rows, helper_hash
 from cce_torchrec.table import Table
 
 

@@ -1,6 +1,6 @@
 """The compiled expansion (_native.cpp), where the package was installed with a C++ compiler.
 
-It is optional: `available()` is False without it, and expand.py then does the same in torch, and
+It is optional: `available()` is False without it, and expansion.py then does the same in torch, and
 FBGEMM what _backward.cpp does.
 """
 

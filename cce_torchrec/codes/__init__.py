@@ -1,0 +1,1 @@
+"""Codes of ids and hashes of codes: how they are stored, computed and saved."""

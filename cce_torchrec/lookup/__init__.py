@@ -1,0 +1,1 @@
+"""From ids to pooled embeddings: expansion into codebook rows, the kernels, the output."""
