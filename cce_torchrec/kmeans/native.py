@@ -6,13 +6,13 @@ They are optional: `available()` is False without them, and the same work then r
 from __future__ import annotations
 
 import ctypes
-import functools
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from cce_torchrec import compiled
 from cce_torchrec.codes.hashing import HashFunction
 
 GROUP = 128
@@ -27,16 +27,8 @@ LOWEST = -3.0e38
 """Score of a padding column; finite, so that adding to it is not NaN."""
 
 
-@functools.cache
 def _library() -> ctypes.CDLL | None:
-    for file in sorted(Path(__file__).parent.glob("_native*.so")):
-        try:
-            loaded = ctypes.CDLL(str(file))
-        except OSError:  # built for another platform
-            continue
-        if hasattr(loaded, "cce_nearest_sums"):  # otherwise built from older sources
-            return loaded
-    return None
+    return compiled.library(Path(__file__).parent, ("cce_nearest_sums",))
 
 
 def available() -> bool:

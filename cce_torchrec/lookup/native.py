@@ -10,9 +10,11 @@ import ctypes
 import functools
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
+
+from cce_torchrec import compiled
 
 _FIELDS = 14
 """int64 of a `Job` in _native.cpp, the last two of which are its result."""
@@ -21,28 +23,15 @@ _FIELDS = 14
 @functools.cache
 def library() -> ctypes.CDLL | None:
     """The compiled functions, or None without them."""
-    for file in sorted(Path(__file__).parent.glob("_native*.so")):
-        try:
-            loaded = ctypes.CDLL(str(file))
-            expansion, backward = loaded.cce_expand, loaded.cce_rowwise_adagrad
-        except (OSError, AttributeError):  # built for another platform, or from older sources
-            continue
+    loaded = compiled.library(Path(__file__).parent, ("cce_expand", "cce_rowwise_adagrad"))
+    if loaded is not None:
         pointer, integer, real = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float
-        expansion.argtypes, expansion.restype = [pointer, integer], integer
-        backward.argtypes = [
-            pointer,
-            integer,
-            pointer,
-            real,
-            real,
-            pointer,
-            integer,
-            integer,
-            integer,
-        ]
-        backward.restype = None
-        return loaded
-    return None
+        table: list[Any] = [pointer, integer, pointer, real, real]
+        batch: list[Any] = [pointer, integer, integer, integer]
+        loaded.cce_expand.argtypes, loaded.cce_expand.restype = [pointer, integer], integer
+        loaded.cce_rowwise_adagrad.argtypes = table + batch
+        loaded.cce_rowwise_adagrad.restype = None
+    return loaded
 
 
 def available() -> bool:
@@ -83,8 +72,8 @@ def expand(jobs: Sequence[Job]) -> list[tuple[int, int]]:
     Returns:
         Per job, how many ids are out of bounds and the position of the first; empty if none are.
     """
-    compiled, fields = library(), []
-    assert compiled is not None
+    kernels, fields = library(), []
+    assert kernels is not None
     for ids, num_embeddings, out, chunks, codes, num_rows, helper_rows in jobs:
         fields += [ids.data_ptr(), ids.element_size(), ids.numel(), num_embeddings]
         if codes is None:
@@ -95,7 +84,7 @@ def expand(jobs: Sequence[Job]) -> list[tuple[int, int]]:
         fields += [0, 0] if chunks is None else [chunks.data_ptr(), chunks.shape[0]]
         fields += [num_rows, helper_rows, out.data_ptr(), 0, -1]
     described = (ctypes.c_int64 * len(fields))(*fields)
-    if not compiled.cce_expand(ctypes.addressof(described), len(jobs)):
+    if not kernels.cce_expand(ctypes.addressof(described), len(jobs)):
         return []
     return list(
         zip(described[_FIELDS - 2 :: _FIELDS], described[_FIELDS - 1 :: _FIELDS], strict=True)

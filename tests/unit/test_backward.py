@@ -2,6 +2,7 @@
 
 import copy
 import types
+from pathlib import Path
 
 import pytest
 import torch
@@ -17,6 +18,7 @@ from fbgemm_gpu.split_table_batched_embeddings_ops_training import (
     WeightDecayMode,
 )
 
+from cce_torchrec import compiled
 from cce_torchrec.lookup import native
 from cce_torchrec.lookup.backward import MAX_BYTES, CodebookBags, take_over
 
@@ -285,5 +287,6 @@ def test_without_a_compiler_fbgemm_does_it(monkeypatch):
 def test_a_library_of_older_sources_is_not_used(monkeypatch):
     """As after an update without an installation: torch and FBGEMM do the work."""
     older = types.SimpleNamespace(cce_expand=types.SimpleNamespace())
-    monkeypatch.setattr(native.ctypes, "CDLL", lambda file: older)
-    assert native.library.__wrapped__() is None
+    monkeypatch.setattr(compiled.ctypes, "CDLL", lambda file: older)
+    folder, functions = Path(native.__file__).parent, ("cce_expand", "cce_rowwise_adagrad")
+    assert compiled.library.__wrapped__(folder, functions) is None

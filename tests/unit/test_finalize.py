@@ -136,8 +136,8 @@ def test_a_failure_after_codes_were_widened_narrows_them_again(monkeypatch):
     assert m.embedding_bag_configs()[0].helper_rows == 300
 
 
-@pytest.mark.parametrize("name", ["step", "finalize"])
-def test_every_option_arrives(monkeypatch, name):
+@pytest.mark.parametrize("call", [cluster, finalize])
+def test_every_option_arrives(monkeypatch, call):
     """None of them in another's place: several are numbers, and would pass for each other."""
     given = {
         "iterations": 3,
@@ -150,10 +150,11 @@ def test_every_option_arrives(monkeypatch, name):
         "metric": {},
     }
     seen = []
-    module_ = importlib.import_module(f"cce_torchrec.clustering.{name}")
     monkeypatch.setattr(
-        module_, "run", lambda model, options, *_: (seen.append(options), ({}, set()))[1]
+        importlib.import_module(call.__module__),
+        "run",
+        lambda model, options, *_: (seen.append(options), ({}, set()))[1],
     )
-    getattr(module_, "cluster" if name == "step" else name)(torch.nn.Module(), **given)
+    call(torch.nn.Module(), **given)
     options = asdict(seen[0])
-    assert options.pop("finalize") == (name == "finalize") and options == given
+    assert options.pop("finalize") == (call is finalize) and options == given

@@ -7,7 +7,7 @@ import cce_torchrec
 
 ROOT = Path(cce_torchrec.__file__).parent
 LAYERS = [
-    {"collectives", "gpu", "torchrec_internals", "versions"},
+    {"collectives", "compiled", "gpu", "torchrec_internals", "versions"},
     {"config"},
     {"table"},
     {"codes"},
