@@ -5,7 +5,8 @@ from cce_torchrec.versions import check_installation
 check_installation()  # before TorchRec is loaded, whose errors do not say what to do
 
 from cce_torchrec.clustering.finalizing import finalize  # noqa: E402
+from cce_torchrec.clustering.report import ChunkReport, ClusteringReport  # noqa: E402
 from cce_torchrec.clustering.schedule import ClusteringSchedule  # noqa: E402
-from cce_torchrec.clustering.step import ChunkReport, ClusteringReport, cluster  # noqa: E402
+from cce_torchrec.clustering.step import cluster  # noqa: E402
 
 __all__ = ["ChunkReport", "ClusteringReport", "ClusteringSchedule", "cluster", "finalize"]

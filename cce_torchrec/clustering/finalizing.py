@@ -9,7 +9,8 @@ import torch.distributed as dist
 from torch import nn
 
 from cce_torchrec.clustering.options import Options
-from cce_torchrec.clustering.step import ClusteringReport, run
+from cce_torchrec.clustering.report import ClusteringReport
+from cce_torchrec.clustering.step import run
 from cce_torchrec.distributed.embedding_bag_collection import ShardedCCEEmbeddingBagCollection
 from cce_torchrec.modules.embedding_bag_collection import CCEEmbeddingBagCollection
 

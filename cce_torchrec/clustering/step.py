@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Hashable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 
 import torch
 import torch.distributed as dist
@@ -13,47 +13,19 @@ from torch import nn
 
 from cce_torchrec.clustering import replicas
 from cce_torchrec.clustering.chunk import ChunkState, ChunkUpdate, commit
+from cce_torchrec.clustering.limits import least_free_share, memory
 from cce_torchrec.clustering.local_chunks import local_chunks, uncached
 from cce_torchrec.clustering.options import Options
 from cce_torchrec.clustering.owned import Solver
-from cce_torchrec.clustering.plan import DEFAULT_MEMORY_LIMIT, Key, Plan, Task, task_of
+from cce_torchrec.clustering.plan import Key, Plan, Task, task_of
+from cce_torchrec.clustering.report import ClusteringReport, report_of
 from cce_torchrec.clustering.row_wise import RowWiseSolver
 from cce_torchrec.codes.chunk_codes import ChunkCodes
 from cce_torchrec.codes.storage import converted
-from cce_torchrec.collectives import agree, gather, meet, raise_failures, ranks_of_call, reason
+from cce_torchrec.collectives import agree, gather, meet, ranks_of_call, reason
 from cce_torchrec.distributed.embedding_bag_collection import ShardedCCEEmbeddingBagCollection
 from cce_torchrec.gpu.launch import usable
-from cce_torchrec.gpu.memory import free_bytes
 from cce_torchrec.kmeans.backends import make_backend
-
-
-@dataclass(frozen=True, kw_only=True)
-class ChunkReport:
-    """What the clustering step did to one chunk."""
-
-    table: str
-    """Path of the table's collection in the model, and the table's name."""
-    chunk: int
-    ids: int
-    objective_before: float
-    """Sum of the squared distance between embedding and main row, over the ids (weighted) that
-    K-means saw."""
-    objective_after: float
-    """The same with the new codes and the new main rows."""
-    changed: float
-    """Share of ids whose code is another one."""
-    empty_clusters: int
-    seconds: float
-
-
-@dataclass(frozen=True)
-class ClusteringReport:
-    """What the clustering step did; the same on every rank, seconds apart."""
-
-    chunks: list[ChunkReport] = field(default_factory=list)
-    seconds: float = 0.0
-    peak_bytes: int = 0
-    """Most bytes beside the model on this rank, as computed before the step."""
 
 
 def cluster(
@@ -146,7 +118,7 @@ def _run(
     group: dist.ProcessGroup | None,
     began: float,
 ) -> tuple[ClusteringReport, set[str]]:
-    free = _least_free_share(model, group)
+    free = least_free_share(model, group)
     asked = options.memory_limit
     if asked is None and free is not None:
         options = replace(options, memory_limit=free)
@@ -165,7 +137,7 @@ def _run(
     plan = Plan([ready.tasks for ready in told], rank, held)
     options.check_names({task.table for task in plan.tasks.values()})
     whose = "half of what is free on the GPU" if asked is None and free is not None else None
-    peak_bytes, kept = _memory(plan, states, options.memory_limit, whose, group)
+    peak_bytes, kept = memory(plan, states, options.memory_limit, whose, group)
     replicas.share_seen(model)
     work = _Work(mine, plan, kept, options, _device(states), group)
     with _wider_codes(states, group):
@@ -181,7 +153,7 @@ def _run(
         if isinstance(module, ShardedCCEEmbeddingBagCollection):
             module.generation.advance()
     reports = {
-        key: _report(key, mine[key], *result) for key, result in done.items() if mine[key].owned
+        key: report_of(key, mine[key], *result) for key, result in done.items() if mine[key].owned
     }
     everyone = {key: r for part in reversed(gather(reports, group)) for key, r in part.items()}
     chunks = [everyone[key] for key in sorted(everyone)]
@@ -321,66 +293,6 @@ class _Work:
                 f"clustering failed while it was writing ({'; '.join(told)}); some chunks are new, "
                 "others old: restore the last checkpoint"
             )
-
-
-def _memory(
-    plan: Plan,
-    states: list[tuple[str, ChunkState]],
-    memory_limit: int | None,
-    whose: str | None,
-    group: dist.ProcessGroup | None,
-) -> tuple[int, set[Key]]:
-    """Most bytes beside the model on this rank, and the chunks of all ranks whose codes wait.
-
-    Raises:
-        ValueError: on every rank, if a rank needs more than its limit.
-    """
-    codes = {id(s.codes): s.codes.codes for _, s in states}
-    code_bytes = sum(c.numel() * c.element_size() for c in codes.values() if c is not None)
-    limit = memory_limit
-    if limit is None:
-        limit = max(DEFAULT_MEMORY_LIMIT, code_bytes // 10)
-    peak, kept = plan.memory(limit)
-    failure = None
-    if peak > limit:
-        failure = (
-            f"clustering needs up to {peak} bytes beside the model and memory_limit is {limit}"
-            + (f", {whose}; free some" if whose else "; raise it")
-            + ", or lower samples_per_centroid"
-        )
-    told = gather((failure, kept, [key for key in plan.row_wise if key not in kept]), group)
-    raise_failures([f for f, *_ in told])
-    shared = {key for _, keys, _ in told for key in keys} & set(plan.common)
-    return peak, {*kept, *shared} - {key for *_, dropped in told for key in dropped}
-
-
-def _report(key: Key, state: ChunkState, update: ChunkUpdate, seconds: float) -> ChunkReport:
-    return ChunkReport(
-        table=key[0],
-        chunk=key[1],
-        ids=state.codes.config.num_embeddings,
-        objective_before=update.objective_before,
-        objective_after=update.objective_after,
-        changed=update.changed / state.codes.config.num_embeddings,
-        empty_clusters=update.empty_clusters,
-        seconds=seconds,
-    )
-
-
-def _free_share(model: nn.Module) -> int | None:
-    """Half of what is free on this rank's GPU; None on a CPU."""
-    device = next((p.device for p in model.parameters()), torch.device("cpu"))
-    return free_bytes(device) // 2 if device.type == "cuda" else None
-
-
-def _least_free_share(model: nn.Module, group: dist.ProcessGroup | None) -> int | None:
-    """The least of the ranks' free shares: they plan alike only under the same limit.
-
-    Raises:
-        ValueError: on every rank, if a driver does not answer.
-    """
-    _, everyone = agree(lambda: (None, _free_share(model)), group)
-    return min((share for share in everyone if share is not None), default=None)
 
 
 def _device(states: list[tuple[str, ChunkState]]) -> torch.device:

@@ -19,7 +19,8 @@ from cce_torchrec.codes.chunk_codes import ChunkCodes, codes_of
 from cce_torchrec.codes.storage import mark_seen, widen
 from cce_torchrec.distributed.id_partition import IdPartition
 from cce_torchrec.lookup.bounds import BoundsCheck
-from cce_torchrec.lookup.expansion import Expansion, TableLookup, Work
+from cce_torchrec.lookup.expansion import Expansion, Work
+from cce_torchrec.lookup.table_lookup import TableLookup
 from cce_torchrec.modules.embedding_bag_collection import select_slots
 from cce_torchrec.table import Table, TableFeature, physical_feature
 

@@ -25,8 +25,6 @@ from torchrec.distributed.memory_stashing import MemoryStashingManager
 from torchrec.distributed.types import (
     Awaitable,
     LazyAwaitable,
-    LazyGetItemMixin,
-    LazyNoWait,
     ParameterSharding,
     ShardingEnv,
 )
@@ -35,6 +33,7 @@ from torchrec.sparse.jagged_tensor import KeyedJaggedTensor, KeyedTensor
 
 from cce_torchrec.codes.chunk_codes import codes_of
 from cce_torchrec.config import is_cce
+from cce_torchrec.distributed.alone import PooledNoWait, is_alone
 from cce_torchrec.distributed.caches import forget_prefetched
 from cce_torchrec.distributed.code_fetch import CodeFetch, mark_answered
 from cce_torchrec.distributed.context import CCEContext
@@ -62,26 +61,8 @@ from cce_torchrec.torchrec_internals import (
     leave_input_to_us,
     lookups_of,
     output_features,
-    sorts_columns,
     torchrec_kernels,
 )
-
-
-class PooledNoWait(LazyGetItemMixin[str, torch.Tensor], LazyNoWait[KeyedTensor]):
-    """Pooled embeddings that are there already, in the form of those that are waited for."""
-
-
-def is_alone(env: ShardingEnv, inner: ShardedEmbeddingBagCollection) -> bool:
-    """Whether a rank looks up for itself alone, and what lookups give is the output as it is.
-
-    Not where kernels need to be waited for (fully sharded 2D parallelism, TorchRec's Triton
-    kernels), nor where the output distribution sorts columns (plain COLUMN_WISE tables of several
-    features).
-    """
-    kernels = [kernel for lookup in lookups_of(inner) for kernel in torchrec_kernels(lookup)]
-    special = ("get_rs_awaitable", "wait_for_forward")
-    waits = any(hasattr(kernel, name) for kernel in kernels for name in special)
-    return env.world_size == 1 and not waits and not sorts_columns(inner)
 
 
 class ShardedCCEEmbeddingBagCollection(

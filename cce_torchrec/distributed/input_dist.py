@@ -21,8 +21,9 @@ from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
 from cce_torchrec.codes.chunk_codes import codes_of
 from cce_torchrec.config import CCEEmbeddingBagConfig
-from cce_torchrec.lookup.expansion import Expansion, TableLookup
+from cce_torchrec.lookup.expansion import Expansion
 from cce_torchrec.lookup.output import LogicalOutput
+from cce_torchrec.lookup.table_lookup import TableLookup
 from cce_torchrec.table import Table, TableFeature, physical_feature
 from cce_torchrec.torchrec_internals import ranks_of, shardings_of
 

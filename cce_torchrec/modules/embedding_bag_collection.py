@@ -22,13 +22,14 @@ from cce_torchrec.codes.chunk_codes import ChunkCodes, codes_of
 from cce_torchrec.codes.helper_rows import check_helper_rows, save_helper_rows
 from cce_torchrec.config import CodebookInit, is_cce
 from cce_torchrec.lookup.bounds import BoundsCheck
-from cce_torchrec.lookup.expansion import Expansion, TableLookup
+from cce_torchrec.lookup.expansion import Expansion
 from cce_torchrec.lookup.output import (
     LogicalOutput,
     check_features,
     divides_by_length,
     tensor_of,
 )
+from cce_torchrec.lookup.table_lookup import TableLookup
 from cce_torchrec.table import physical_feature, physical_table, tables_of
 
 

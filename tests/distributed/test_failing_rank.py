@@ -11,7 +11,7 @@ from unittest import mock
 
 import pytest
 
-from cce_torchrec.clustering import cluster, owned, step
+from cce_torchrec.clustering import cluster, limits, owned
 from cce_torchrec.clustering.local_chunks import fused_rows
 from cce_torchrec.kmeans import lloyd, scan
 from cce_torchrec.kmeans.backends import NativeBackend, TorchBackend
@@ -101,7 +101,9 @@ def ranks_that_fail(rank, world_size):
                     raise AssertionError(f"{way}, on rank {failed}") from error
                 for name, value in state_of(sharded).items():
                     assert value.equal(before[name]), (way, name)
-        fail(rank, OTHER, model, (step, "_free_share", 1, {}), ValueError, "^rank {}: MemoryError$")
+        fail(
+            rank, OTHER, model, (limits, "free_share", 1, {}), ValueError, "^rank {}: MemoryError$"
+        )
         assert digests(model, sharded) == digests(*build("tw"))  # as if nothing had happened
     with small_blocks(share_from=0, keep_codes=False):
         for failed, ways in AT_COMMIT.items():

@@ -10,7 +10,8 @@ from cce_torchrec.codes.chunk_codes import ChunkCodes
 from cce_torchrec.codes.hashing import code_hash, hash_rows
 from cce_torchrec.lookup import native
 from cce_torchrec.lookup.bounds import BoundsCheck
-from cce_torchrec.lookup.expansion import Expansion, TableLookup
+from cce_torchrec.lookup.expansion import Expansion
+from cce_torchrec.lookup.table_lookup import TableLookup
 from cce_torchrec.table import Table, TableFeature
 
 needs_native = pytest.mark.skipif(not native.available(), reason="built without a C++ compiler")

@@ -4,6 +4,7 @@ import importlib.util
 import logging
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
@@ -124,9 +125,9 @@ def test_free_memory_is_the_drivers_and_what_torch_keeps(monkeypatch):
 def test_too_little_free_memory_for_a_clustering(monkeypatch):
     """The limit is agreed on by all ranks: half of what the fullest GPU has free."""
     from cce_torchrec import CCEEmbeddingBagCollection, CCEEmbeddingBagConfig
-    from cce_torchrec.clustering import cluster, step
+    from cce_torchrec.clustering import cluster, limits
 
-    monkeypatch.setattr(step, "_free_share", lambda model: 5_000_000)
+    monkeypatch.setattr(limits, "free_share", lambda model: 5_000_000)
     config = CCEEmbeddingBagConfig(
         name="t", num_embeddings=9000, embedding_dim=16, feature_names=["f"], num_rows=50
     )
@@ -142,10 +143,14 @@ def test_ranks_agree_about_the_kernels(monkeypatch):
     from cce_torchrec import CCEEmbeddingBagCollection, CCEEmbeddingBagConfig
     from cce_torchrec.clustering import cluster, step
 
-    def with_another_rank(own, group):
-        return [own, (*own[:4], True)] if isinstance(own, tuple) and len(own) == 5 else [own]
+    def with_another_rank(work, group):
+        own, shared = agree(work, group)
+        if hasattr(shared[0], "has_kernels"):
+            shared.append(replace(shared[0], has_kernels=True))
+        return own, shared
 
-    monkeypatch.setattr(step, "gathered", with_another_rank)
+    agree = step.agree
+    monkeypatch.setattr(step, "agree", with_another_rank)
     config = CCEEmbeddingBagConfig(
         name="t", num_embeddings=900, embedding_dim=16, feature_names=["f"], num_rows=50
     )

@@ -129,7 +129,8 @@ torch.use_deterministic_algorithms(True)  # what is not written is seen
 from fbgemm_gpu.split_table_batched_embeddings_ops_common import BoundsCheckMode
 from torchrec import KeyedJaggedTensor
 from cce_torchrec.lookup.bounds import BoundsCheck
-from cce_torchrec.lookup.expansion import TableLookup, Expansion
+from cce_torchrec.lookup.expansion import Expansion
+from cce_torchrec.lookup.table_lookup import TableLookup
 from cce_torchrec.lookup import device, native, triton_expand
 from cce_torchrec.table import TableFeature
 from tests.unit.test_expand import batch, blocks, made_codes
