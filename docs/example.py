@@ -1,4 +1,4 @@
-"""The README's "Use it", whole: `torchrun --nproc-per-node 2 docs/example.py [folder]`.
+"""A whole job: `torchrun --nproc-per-node 2 docs/example.py [folder]`.
 
 On CPUs (gloo) or one GPU a rank (nccl). Whether a user likes a country depends on the user's group,
 which is not an input: clustering may find it. The last lines print the loss on fresh examples.

@@ -21,7 +21,7 @@ _HELPER_STATE_KEPT = 0.1
 """Share of the helper's mean accumulator that the fresh helper starts from (Adagrad, row-wise).
 
 Measured: from zero, the first steps after a clustering have the size of the learning rate and undo
-part of what it won; from all of it, the fresh helper learns too slowly. README, Measured."""
+part of what it won; from all of it, the fresh helper learns too slowly. docs/results.md."""
 _NOT_FINITE = "nothing was clustered. Lower the learning rate, or restore the last checkpoint"
 
 

@@ -39,8 +39,15 @@ def tables_for_memory(
     Args:
         tables: those below `min_bytes`, those that compression would not make smaller, and CCE
             tables stay as they are.
-        memory_bytes, world_size, device, kind, batch_size: see `make_planner`.
+        memory_bytes: per rank, of which 15 % are left to other things than tables.
+        world_size: ranks of the plan.
+        device: of the plan; by default a CPU.
+        kind: of the plan; see `make_planner`.
+        batch_size: global.
         optimizer: of the tables; its state counts.
+        min_bytes: bytes from which a table is compressed.
+        num_chunks: most chunks of a table; fewer where embedding_dim asks for it.
+        seed: of the hashes.
 
     Raises:
         ValueError: no tables, or not even two rows a chunk fit.

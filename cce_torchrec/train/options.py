@@ -93,7 +93,7 @@ def rows_per_table(args: argparse.Namespace, dataset: Dataset) -> dict[str, int]
 
 
 def set_defaults(args: argparse.Namespace, dataset: Dataset, rows: dict[str, int]) -> None:
-    """Fills in --lr and --clusterings by the rule that the README states."""
+    """Fills in --lr and --clusterings by the rule of docs/train.md."""
     if args.lr is None:
         full = sum(dataset.features[name] for name in dataset.compressed)
         compression = 1.0 if args.method == "full" else full / sum(rows.values())

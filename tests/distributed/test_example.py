@@ -1,4 +1,4 @@
-"""docs/example.py, as the README says to run it: it learns, and ends."""
+"""docs/example.py, as the documents say to run it: it learns, and ends."""
 
 import re
 import subprocess
