@@ -19,7 +19,7 @@ setup() {
   . .venv/bin/activate
   # torch first and by its exact version: a range would bring the newest build with CUDA packages.
   pip install -q torch==2.13.0
-  pip install -q ./docker/fbgemm-cpu-shim -e '.[cpu,demo,test]'
+  pip install -q ./docker/fbgemm-cpu-shim -e '.[cpu,demo,docs,test]'
   pip check
   echo "$wanted" > .venv/installed
 }
@@ -42,6 +42,7 @@ run_tests() {
   fi
   echo "== ruff"; ruff check . && ruff format --check .
   echo "== mypy"; mypy
+  echo "== docs"; NO_MKDOCS_2_WARNING=1 mkdocs build --strict -q -d build/site
   echo "== pytest"; python -m pytest -q "$@"
 }
 
