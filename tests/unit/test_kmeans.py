@@ -2,12 +2,14 @@
 
 import math
 import types
+from pathlib import Path
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from cce_torchrec import compiled
 from cce_torchrec.kmeans import PairPoints, TensorPoints, kmeans, native
 from cce_torchrec.kmeans.backends import make_backend, optional_module
 from cce_torchrec.kmeans.lloyd import refill_empty
@@ -216,8 +218,9 @@ def test_compiled_kernels_find_the_nearest(k, dim):
 
 
 def test_a_library_of_older_sources_is_not_used(monkeypatch):
-    monkeypatch.setattr(native.ctypes, "CDLL", lambda file: types.SimpleNamespace())
-    assert native._library.__wrapped__() is None
+    monkeypatch.setattr(compiled.ctypes, "CDLL", lambda file: types.SimpleNamespace())
+    folder = Path(native.__file__).parent
+    assert compiled.library.__wrapped__(folder, ("cce_nearest_sums",)) is None
 
 
 @pytest.mark.parametrize("backend", ENGINES)

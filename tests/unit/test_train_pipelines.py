@@ -51,7 +51,7 @@ def test_sharders_are_told_of_prefetching(name, params, monkeypatch):
     def sharders(fused_params):
         raise Stop(fused_params)
 
-    monkeypatch.setattr(job, "make_plan", lambda *_: None)
+    monkeypatch.setattr(job, "make_plan", lambda *_, **__: None)
     monkeypatch.setattr(job, "get_default_sharders", sharders)
     args = options.parse(["--lr", "0.1"])
     configs = [
