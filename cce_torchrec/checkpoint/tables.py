@@ -131,22 +131,23 @@ def _differences(
         return [
             f"{who}: grow needs ids that stay; with hash_ids a larger table renumbers all raw ids"
         ]
-    out = []
-    for field in _differing(saved, own, _CCE if own["kind"] == "CCE" else _PLAIN):
-        if field == "num_embeddings" and may_grow and own[field] > saved[field]:
-            continue
-        remedy = "configure the table as it was saved"
-        if field == "num_rows" and _is_finalized(saved, own):
-            remedy += ", by config.finalized()"
-        if field == "learned_codes":
-            lacks = "model" if saved[field] else "checkpoint"
-            out.append(f"{who}: the {lacks} has no codes, the other side has; {remedy}")
-            continue
-        if field == "num_embeddings" and own["kind"] == "CCE" and own[field] > saved[field]:
-            remedy += f", or pass grow=[{own['name']!r}]: new ids then start from their hash"
-        out.append(f"{who}: {field} is {saved[field]} in the checkpoint, {own[field]} in the model"
-                   f"; {remedy}")  # fmt: skip
-    return out
+    fields = _differing(saved, own, _CCE if own["kind"] == "CCE" else _PLAIN)
+    if may_grow and own["num_embeddings"] > saved["num_embeddings"]:
+        fields.remove("num_embeddings")
+    return [f"{who}: {_difference(field, saved, own)}" for field in fields]
+
+
+def _difference(field: str, saved: dict[str, Any], own: dict[str, Any]) -> str:
+    """What differs, and what to do."""
+    remedy = "configure the table as it was saved"
+    if field == "learned_codes":
+        lacks = "model" if saved[field] else "checkpoint"
+        return f"the {lacks} has no codes, the other side has; {remedy}"
+    if field == "num_rows" and _is_finalized(saved, own):
+        remedy += ", by config.finalized()"
+    if field == "num_embeddings" and own["kind"] == "CCE" and own[field] > saved[field]:
+        remedy += f", or pass grow=[{own['name']!r}]: new ids then start from their hash"
+    return f"{field} is {saved[field]} in the checkpoint, {own[field]} in the model; {remedy}"
 
 
 def _differing(saved: dict[str, Any], own: dict[str, Any], fields: Collection[str]) -> list[str]:

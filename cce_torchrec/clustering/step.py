@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Hashable, Iterator, Mapping
+from collections.abc import Hashable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
@@ -118,32 +118,35 @@ def _run(
     group: dist.ProcessGroup | None,
     began: float,
 ) -> tuple[ClusteringReport, set[str]]:
-    free = least_free_share(model, group)
-    asked = options.memory_limit
-    if asked is None and free is not None:
+    free = least_free_share(model, group)  # collective, so that ranks may disagree about a limit
+    free = free if options.memory_limit is None else None
+    if free is not None:
         options = replace(options, memory_limit=free)
     states, told = agree(lambda: _prepared(model, options, optimizer, group), group)
-    if len({ready.options for ready in told}) > 1:
-        raise ValueError(f"ranks disagree about the options: {[r.options for r in told]}")
-    if len({ready.has_kernels for ready in told}) > 1:  # they would count and score otherwise
-        raise ValueError(
-            "Triton's kernels run on some ranks and not on others (see their warnings), by rank: "
-            f"{[r.has_kernels for r in told]}; install the same everywhere"
-        )
-    replicas.check_equal([ready.digests for ready in told])
+    _check_agreement(told)
     mine = {(path, state.chunk): state for path, state in states}
-    held = {key for key, state in mine.items() if state.blocks is not None}
+    by_rows = {key for key, state in mine.items() if state.blocks is not None}
     rank = 0 if group is None else dist.get_rank(group)
-    plan = Plan([ready.tasks for ready in told], rank, held)
+    plan = Plan([ready.tasks for ready in told], rank, by_rows)
     options.check_names({task.table for task in plan.tasks.values()})
-    whose = "half of what is free on the GPU" if asked is None and free is not None else None
+    whose = "half of what is free on the GPU" if free is not None else None
     peak_bytes, kept = memory(plan, states, options.memory_limit, whose, group)
     replicas.share_seen(model)
     work = _Work(mine, plan, kept, options, _device(states), group)
     with _wider_codes(states, group):
         done = work.solve()
     work.commit(done)
-    for codes in {id(state.codes): state.codes for state in mine.values()}.values():
+    _begin_next_round(model, mine.values())
+    own = {k: report_of(k, mine[k], *result) for k, result in done.items() if mine[k].owned}
+    everyone = {key: r for part in reversed(gather(own, group)) for key, r in part.items()}
+    chunks = [everyone[key] for key in sorted(everyone)]
+    report = ClusteringReport(chunks, time.perf_counter() - began, peak_bytes)
+    return report, {task.path for task in plan.tasks.values()}
+
+
+def _begin_next_round(model: nn.Module, states: Iterable[ChunkState]) -> None:
+    """New hashes for the helper rows, no id seen yet, and batches that are under way are old."""
+    for codes in {id(state.codes): state.codes for state in states}.values():
         codes.set_clusterings(codes.num_clusterings + 1)
         if codes.seen is not None:
             codes.seen.zero_()
@@ -152,13 +155,6 @@ def _run(
     for module in model.modules():
         if isinstance(module, ShardedCCEEmbeddingBagCollection):
             module.generation.advance()
-    reports = {
-        key: report_of(key, mine[key], *result) for key, result in done.items() if mine[key].owned
-    }
-    everyone = {key: r for part in reversed(gather(reports, group)) for key, r in part.items()}
-    chunks = [everyone[key] for key in sorted(everyone)]
-    report = ClusteringReport(chunks, time.perf_counter() - began, peak_bytes)
-    return report, {task.path for task in plan.tasks.values()}
 
 
 @dataclass(frozen=True)
@@ -192,6 +188,18 @@ def _prepared(
     kernels = usable(device) if device.type == "cuda" else None
     digests = replicas.digests(states, options)
     return states, _Ready(tasks, digests, options.fingerprint(), kernels)
+
+
+def _check_agreement(told: list[_Ready]) -> None:
+    """Raises ValueError on every rank if what they told each other differs."""
+    if len({ready.options for ready in told}) > 1:
+        raise ValueError(f"ranks disagree about the options: {[r.options for r in told]}")
+    if len({ready.has_kernels for ready in told}) > 1:  # they would count and score otherwise
+        raise ValueError(
+            "Triton's kernels run on some ranks and not on others (see their warnings), by rank: "
+            f"{[r.has_kernels for r in told]}; install the same everywhere"
+        )
+    replicas.check_equal([ready.digests for ready in told])
 
 
 @contextmanager

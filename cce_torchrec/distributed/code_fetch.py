@@ -142,6 +142,25 @@ class CodeFetch(Expansion):
         Raises:
             ValueError: on every rank, if any has failed before.
         """
+        pieces, asked, answered = self._exchange_counts(distinct, failure)
+        wanted = self._sent(torch.cat(pieces), [sum(row) for row in asked], answered)
+        replies = self._codes_of(wanted, answered)
+        sizes = [_bytes_per_id(block) for block in self.blocks]
+        returned = [[n * s for n, s in zip(row, sizes, strict=True)] for row in asked]
+        sent = [sum(n * s for n, s in zip(row, sizes, strict=True)) for row in answered]
+        by_rank = self._sent(replies, sent, returned).split([n for row in returned for n in row])
+        return [
+            torch.cat(by_rank[t :: len(self.blocks)]).view(codes.dtype).view(-1, codes.shape[1])
+            for t, codes in enumerate(map(_codes, self.blocks))
+        ]
+
+    def _exchange_counts(
+        self, distinct: list[torch.Tensor], failure: Exception | None
+    ) -> tuple[list[torch.Tensor], list[list[int]], list[list[int]]]:
+        """Ids to ask each rank for, in turn by block; how many, and how many others ask for here.
+
+        A rank that has failed says so in its counts: the others wait for them.
+        """
         ranks, tables = dist.get_world_size(self._group), len(self.blocks)
         device = _held(self.blocks[0]).clusterings.device
         counts = torch.full((ranks, tables), _FAILED, device=device)
@@ -153,24 +172,13 @@ class CodeFetch(Expansion):
         theirs = torch.empty_like(counts)
         dist.all_to_all_single(theirs, counts, group=self._group)
         asked, answered = counts.tolist(), theirs.tolist()
-        failed = [rank for rank, row in enumerate(answered) if _FAILED in row]
         if failure is not None:
             raise failure
-        if failed:
-            raise ValueError(f"the batch of ranks {failed} could not be looked up; see their error")
+        _raise_if_any_failed(answered)
         pieces = [
             distinct[t][cuts[t][r] : cuts[t][r + 1]] for r in range(ranks) for t in range(tables)
         ]
-        wanted = self._sent(torch.cat(pieces), [sum(row) for row in asked], answered)
-        replies = self._codes_of(wanted, answered)
-        sizes = [_bytes_per_id(block) for block in self.blocks]
-        returned = [[n * s for n, s in zip(row, sizes, strict=True)] for row in asked]
-        sent = [sum(n * s for n, s in zip(row, sizes, strict=True)) for row in answered]
-        by_rank = self._sent(replies, sent, returned).split([n for row in returned for n in row])
-        return [
-            torch.cat(by_rank[t::tables]).view(codes.dtype).view(-1, codes.shape[1])
-            for t, codes in enumerate(map(_codes, self.blocks))
-        ]
+        return pieces, asked, answered
 
     def _sent(
         self, values: torch.Tensor, to_each: list[int], from_each: list[list[int]]
@@ -194,6 +202,12 @@ class CodeFetch(Expansion):
             size = _bytes_per_id(block)
             replies[t::tables] = found.split([row[t] * size for row in counts])
         return torch.cat(replies)
+
+
+def _raise_if_any_failed(counts: list[list[int]]) -> None:
+    failed = [rank for rank, row in enumerate(counts) if _FAILED in row]
+    if failed:
+        raise ValueError(f"the batch of ranks {failed} could not be looked up; see their error")
 
 
 def _held(block: TableLookup) -> ChunkCodes:

@@ -131,14 +131,7 @@ class CodesState:
                 table whose codes are not learned here, or other main and helper rows.
         """
         check_helper_rows(self._compressed, state, prefix, missing=rest[2])
-        learned = {config.name for config in self._compressed if config.learned_codes}
-        for key in state:
-            table = key.removeprefix(f"{prefix}codes.").removesuffix(".codes")
-            if key == codes_key(prefix, table) and table not in learned:
-                raise ValueError(
-                    f"table {table!r}: the checkpoint has codes, the model has no learned codes "
-                    "for it; configure the table as it was saved"
-                )
+        self._refuse_codes_of_others(state, prefix)
         for config in self._sharded_tables():
             key = codes_key(prefix, config.name)
             if key not in state:
@@ -159,6 +152,16 @@ class CodesState:
             seen = _seen_key(prefix, config.name)
             if config.name in self._blocks and seen in state and held is not None:
                 state[seen] = _own_bits(state[seen], held)
+
+    def _refuse_codes_of_others(self, state: dict[str, Any], prefix: str) -> None:
+        learned = {config.name for config in self._compressed if config.learned_codes}
+        for key in state:
+            table = key.removeprefix(f"{prefix}codes.").removesuffix(".codes")
+            if key == codes_key(prefix, table) and table not in learned:
+                raise ValueError(
+                    f"table {table!r}: the checkpoint has codes, the model has no learned codes "
+                    "for it; configure the table as it was saved"
+                )
 
     def _own_parts(self, config: CCEEmbeddingBagConfig) -> list[Part]:
         return [part for part in self._parts(config) if part.owner == self._rank]
@@ -217,9 +220,15 @@ def _taken(
     config: CCEEmbeddingBagConfig, value: torch.Tensor, own: list[Part], held: ChunkCodes | None
 ) -> torch.Tensor:
     """The codes of this rank, from a plain tensor or one that is sharded in the same way."""
-    if not isinstance(value, ShardedTensor):
-        rows = [value[p.ids.start : p.ids.stop, p.chunks.start : p.chunks.stop] for p in own]
-        return rows[0] if len(rows) == 1 else torch.cat(rows, dim=1)
+    if isinstance(value, ShardedTensor):
+        return _taken_from_shards(config, value, own, held)
+    rows = [value[p.ids.start : p.ids.stop, p.chunks.start : p.chunks.stop] for p in own]
+    return rows[0] if len(rows) == 1 else torch.cat(rows, dim=1)
+
+
+def _taken_from_shards(
+    config: CCEEmbeddingBagConfig, value: ShardedTensor, own: list[Part], held: ChunkCodes | None
+) -> torch.Tensor:
     cut = [part.cut(code_dtype(config.num_rows).itemsize) for part in own]
     shards = {tuple(shard.metadata.shard_offsets): shard for shard in value.local_shards()}
     found = {at: list(shard.metadata.shard_sizes) for at, shard in shards.items()}

@@ -53,6 +53,7 @@ class BlockBackend(Backend):
     """Scores points in blocks at fixed positions, because the bits of a product depend on them."""
 
     def prepare(self, points: Points, centroids: torch.Tensor) -> Nearest:
+        """See `Backend.prepare`."""
         block = self._block(points, centroids)
 
         def nearest(start: int, end: int) -> torch.Tensor:
@@ -124,6 +125,7 @@ class NativeBackend(BlockBackend):
         self._held: tuple[PairPoints, int, native.PairScorer | None] | None = None
 
     def prepare(self, points: Points, centroids: torch.Tensor) -> Nearest:
+        """See `Backend.prepare`."""
         if isinstance(points, PairPoints):
             a, b, main, helper = points.a, points.b, points.main, points.helper
             two_scores = self._pair_scorer(points, len(centroids))
@@ -227,6 +229,7 @@ class TritonBackend(Backend):
             raise ValueError(f"backend 'triton': {why}; or choose backend 'torch'")
 
     def prepare(self, points: Points, centroids: torch.Tensor) -> Nearest:
+        """See `Backend.prepare`."""
         from cce_torchrec.kmeans.triton_search import Search
 
         return Search(points, centroids).nearest

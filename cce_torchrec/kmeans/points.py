@@ -241,15 +241,19 @@ class PairPoints(Points):
         return out
 
     def integers(self, at: slice | torch.Tensor) -> torch.Tensor:
+        """Sums of the rows of both codebooks, int64 [., dim]."""
         return (self.main[self.a[at].long()] + self.helper[self.b[at].long()]).long()
 
     def sources(self) -> Sources:
+        """Both codebooks, and the rows of each pair."""
         return Sources(self.main, self.helper, self.a.contiguous(), self.b.contiguous())
 
     def starts(self, count: int) -> torch.Tensor:
+        """The first of those that were drawn for the pairs."""
         return self._starts[:count]
 
     def transformed(self, matrix: torch.Tensor) -> PairPoints:
+        """The same pairs of rows times `matrix`."""
         main, helper = (book @ matrix for book in self.codebooks())
         return PairPoints(main, helper, self.a, self.b, self.weights, self._starts)
 
@@ -265,6 +269,7 @@ class PairPoints(Points):
         error_scale: float,
         stats: Sums,
     ) -> None:
+        """The same by the compiled kernel, where there is one for these points."""
         if self.device.type != "cpu" or not native.available() or self.dim % 4:
             super().accumulate(start, nearest, centroids, error_scale, stats)
             return
@@ -303,15 +308,19 @@ class TensorPoints(Points):
         self._integers = (points.double() * self.scale).round().int().contiguous()
 
     def integers(self, at: slice | torch.Tensor) -> torch.Tensor:
+        """The points themselves, int64 [., dim]."""
         return self._integers[at].long()
 
     def sources(self) -> Sources:
+        """The points themselves."""
         return Sources(self._integers)
 
     def transformed(self, matrix: torch.Tensor) -> TensorPoints:
+        """The points times `matrix`."""
         return TensorPoints(self.vectors(slice(None)) @ matrix, self.weights)
 
     def starts(self, count: int) -> torch.Tensor:
+        """Points in an order that their number alone decides."""
         generator = torch.Generator().manual_seed(self.num_points)
         order = torch.randperm(self.num_points, generator=generator).to(self.device)
         order = order[self.weights[order] > 0][: max(4 * count, 1024)]

@@ -41,6 +41,7 @@ _LOOK_POINTS, _LOOK_WARPS = 128, 4
 def coordinates(  # type: ignore[no-untyped-def]  # Triton compiles it, types are its own
     main_ptr, helper_ptr, a_ptr, b_ptr, point, dims, inside, DIM: tl.constexpr, PAIRS: tl.constexpr
 ):  # fmt: skip
+    """float32 [points, dims]: a point is a row, or the sum of one of each codebook."""
     on = inside[:, None] & (dims < DIM)[None, :]
     if PAIRS:
         a = tl.load(a_ptr + point, mask=inside, other=0).to(tl.int64)
