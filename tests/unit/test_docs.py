@@ -131,3 +131,11 @@ def test_every_public_name_has_its_place_in_the_reference():
 def test_every_page_is_in_the_navigation():
     text = (ROOT / "mkdocs.yml").read_text()
     assert {p.name for p in PAGES if p.parent == ROOT / "docs"} == set(re.findall(r"\w+\.md", text))
+
+
+def test_the_walk_names_every_file_once():
+    package = Path(cce_torchrec.__file__).parent
+    files = {str(path.relative_to(package)) for path in package.rglob("*.py")}
+    files = {name for name in files if not name.endswith("__init__.py")}
+    named = re.findall(r"`([\w/]+\.py)`", (ROOT / "docs" / "walk.md").read_text())
+    assert sorted(named) == sorted(files)
