@@ -30,6 +30,7 @@ import cce_torchrec
 from benchmarks.kmeans_problem import CPU, FULL, QUICK, Problem, Shape, peers
 from benchmarks.machine import device_name
 from benchmarks.plots import ratio_plot
+from benchmarks.ranks import start_ranks
 from cce_torchrec.clustering.options import Options
 from cce_torchrec.clustering.pairs import find_pairs
 from cce_torchrec.distributed.process_group import end_process_group
@@ -111,24 +112,8 @@ RANK_SHAPES = {
 def by_ranks(world_size: int, name: str) -> float:
     """Wall seconds of one shared K-means on gloo ranks."""
     with tempfile.NamedTemporaryFile("r") as out:
-        subprocess.run(
-            [
-                sys.executable,
-                "-m",
-                "torch.distributed.run",
-                "--nproc-per-node",
-                str(world_size),
-                "--master-port",
-                "29611",
-                "-m",
-                "benchmarks.kmeans",
-                "--rank-of",
-                name,
-                "--json",
-                out.name,
-            ],
-            check=True,
-        )
+        arguments = ("--rank-of", name, "--json", out.name)
+        start_ranks("benchmarks.kmeans", world_size, 29611, *arguments)
         return float(json.loads(Path(out.name).read_text()))
 
 

@@ -6,9 +6,7 @@ Every all-to-all of TorchRec is counted: lengths, ids, pooled embeddings, and th
 from __future__ import annotations
 
 import json
-import os
 import statistics
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -17,6 +15,7 @@ import torch
 import torch.distributed as dist
 
 from benchmarks.contenders import Clock, Setting, batches, build, keep_freed_memory, step
+from benchmarks.ranks import start_ranks
 from cce_torchrec.distributed.process_group import end_process_group
 
 SETTING = Setting(10**5, tables=8, batch=4096)
@@ -71,20 +70,7 @@ def measure(repeats: int) -> dict[str, dict[str, float]]:
 def run(folder: Path, repeats: int) -> dict[str, Any]:
     """Starts two ranks; what the first measured."""
     out = folder / "network.json"
-    command = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--nproc-per-node",
-        "2",
-        "--master-port",
-        "29656",
-        "-m",
-        "benchmarks.network",
-        str(out),
-        str(repeats),
-    ]
-    subprocess.run(command, check=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    start_ranks("benchmarks.network", 2, 29656, str(out), str(repeats))
     found = json.loads(out.read_text())
     out.unlink()
     return {"setting": SETTING.name, **found}

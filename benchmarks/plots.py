@@ -8,8 +8,11 @@ from typing import Any
 
 def ratio_plot(bars: list[tuple[str, float, Any]], label: str, path: Path) -> None:
     """Writes a PNG of `bars` (name, ratio, goal or None)."""
-    import matplotlib
-
+    try:
+        import matplotlib
+    except ModuleNotFoundError:
+        print(f"no {path.name}: matplotlib is missing; pip install -e '.[benchmarks]'")
+        return
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 

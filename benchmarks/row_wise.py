@@ -12,10 +12,7 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import statistics
-import subprocess
-import sys
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -37,6 +34,7 @@ from benchmarks.contenders import (
 )
 from benchmarks.machine import device_name
 from benchmarks.network import Counted
+from benchmarks.ranks import start_ranks
 from cce_torchrec import CCEEmbeddingBagCollection
 from cce_torchrec.distributed.data_parallel import data_parallel_parameters
 from cce_torchrec.distributed.process_group import end_process_group
@@ -159,21 +157,8 @@ def main() -> None:
         return
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "found.json"
-        command = [
-            sys.executable,
-            "-m",
-            "torch.distributed.run",
-            "--nproc-per-node",
-            "2",
-            "--master-port",
-            "29657",
-            "-m",
-            "benchmarks.row_wise",
-            "--rank-out",
-            str(out),
-            *(["--quick"] if args.quick else []),
-        ]
-        subprocess.run(command, check=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+        quick = ["--quick"] if args.quick else []
+        start_ranks("benchmarks.row_wise", 2, 29657, "--rank-out", str(out), *quick)
         found = json.loads(out.read_text())
     print("| ms a step (MB sent) | table-wise | two hops | replicated | fetch | replicated / two |")
     print("| --- | --- | --- | --- | --- | --- |")

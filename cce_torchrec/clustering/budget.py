@@ -131,40 +131,20 @@ def budget(
         return (64 + 16 * engine.weighted) * ids + _point_bytes(ids, dim, engine) + fixed
 
     column = code * num_ids
-    every = listed(num_ids) + column
-    if samples_per_centroid is None and every <= room:
-        return Budget(
-            by_pair=False,
-            samples_per_centroid=None,
-            score_bytes=score_bytes,
-            working_bytes=every,
-            code_bytes=column,
-        )
+    working = listed(num_ids) + column
     samples = samples_per_centroid or SAMPLES_PER_CENTROID
-    if samples * clusters >= num_ids:
-        return Budget(
-            by_pair=False,
-            samples_per_centroid=None,
-            score_bytes=score_bytes,
-            working_bytes=every,
-            code_bytes=column,
-        )
-    most = sample_room(num_ids, samples * clusters / num_ids)
-    if engine.on_gpu:
-        assigning = gpu_budget.by_id(num_ids, dim) + fixed
-        return Budget(
-            by_pair=False,
-            samples_per_centroid=samples,
-            score_bytes=score_bytes,
-            working_bytes=max(listed(most), assigning),
-            code_bytes=column,
-        )
-    block = 100 * min(num_ids, assign_block(torch.device(engine.device), dim))
+    every = (samples_per_centroid is None and working <= room) or samples * clusters >= num_ids
+    if not every:
+        working = listed(sample_room(num_ids, samples * clusters / num_ids))
+        if engine.on_gpu:
+            working = max(working, gpu_budget.by_id(num_ids, dim) + fixed)
+        else:
+            working += 100 * min(num_ids, assign_block(torch.device(engine.device), dim))
     return Budget(
         by_pair=False,
-        samples_per_centroid=samples,
+        samples_per_centroid=None if every else samples,
         score_bytes=score_bytes,
-        working_bytes=listed(most) + block,
+        working_bytes=working,
         code_bytes=column,
     )
 

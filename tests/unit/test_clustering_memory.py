@@ -17,6 +17,7 @@ from cce_torchrec.clustering.budget import (
     assign_block,
     budget,
 )
+from cce_torchrec.clustering.gpu_budget import by_id
 
 CHILD = """
 import json, sys
@@ -111,3 +112,17 @@ def test_on_cuda_without_triton_a_block_of_ids_is_counted_as_large_as_it_is():
     shape = replace(shape, num_ids=ASSIGN_BLOCK)
     small = budget(shape, 4 << 30, samples_per_centroid=1, engine=engine).working_bytes
     assert got - small > 100 * (block - ASSIGN_BLOCK)
+
+
+def test_a_sample_of_as_many_ids_as_there_are_is_all_of_them():
+    shape = ChunkShape(num_ids=2**20, num_rows=2**13, helper_rows=2**13, dim=8)
+    few = shape.num_ids // shape.num_rows
+    assert budget(shape, 1 << 40, samples_per_centroid=few).samples_per_centroid is None
+    assert budget(shape, 1 << 40, samples_per_centroid=few - 1).samples_per_centroid == few - 1
+
+
+def test_on_cuda_codes_of_all_ids_count_where_few_are_sampled():
+    shape = ChunkShape(num_ids=10**8, num_rows=16, helper_rows=16, dim=16)
+    engine = Engine(device="cuda", triton=True)
+    got = budget(shape, 4 << 30, samples_per_centroid=1, engine=engine).working_bytes
+    assert got >= by_id(shape.num_ids, shape.dim)
