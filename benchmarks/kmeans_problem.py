@@ -11,8 +11,9 @@ import torch
 
 from cce_torchrec import CCEEmbeddingBagConfig
 from cce_torchrec.clustering.budget import ASSIGN_BLOCK, ChunkShape, budget
-from cce_torchrec.clustering.chunk import ChunkState
-from cce_torchrec.clustering.pairs import PairBatch, find_pairs, of_all_ids
+from cce_torchrec.clustering.chunk_state import ChunkState
+from cce_torchrec.clustering.pair_batch import PairBatch, of_all_ids
+from cce_torchrec.clustering.pairs import find_pairs
 from cce_torchrec.codes.chunk_codes import ChunkCodes
 from cce_torchrec.kmeans import kmeans
 from cce_torchrec.kmeans.scan import assign
@@ -116,26 +117,28 @@ class Problem:
 
     def ours(self) -> torch.Tensor:
         """Rewrites the codes; returns the centroids."""
-        sampled = find_pairs(self.state, self.plan)
+        pairs, ids = find_pairs(self.state, self.plan), self.state.ids
         score_bytes = self.plan.score_bytes
         if self.shape.assign_only:
             began = time.process_time()
-            nearest = assign(sampled.points, self.start, score_bytes=score_bytes)
-            of_all_ids(sampled, nearest).write()
+            nearest = assign(pairs.points, self.start, score_bytes=score_bytes)
+            for part in of_all_ids(ids, pairs, nearest):
+                part.write()
             self.seconds = time.process_time() - began
             return self.start
         result = kmeans(
-            sampled.points,
+            pairs.points,
             self.shape.k,
             self.shape.iterations,
             init=self.start,
             score_bytes=score_bytes,
         )
         if self.plan.samples_per_centroid is None:
-            of_all_ids(sampled, result.assignment).write()
+            for part in of_all_ids(ids, pairs, result.assignment):
+                part.write()
             return result.centroids
         for first in range(0, self.shape.num_ids, ASSIGN_BLOCK):
-            block = PairBatch.of(sampled, first)
+            block = PairBatch.from_block(ids, pairs.points, first)
             block.new_codes(assign(block.points, result.scored, score_bytes=score_bytes)).write()
         return result.centroids
 

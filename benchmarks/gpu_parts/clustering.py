@@ -15,7 +15,7 @@ from benchmarks.gpu_parts.timing import wait
 from cce_torchrec import CCEEmbeddingBagCollection, CCEEmbeddingBagConfig
 from cce_torchrec.clustering import ClusteringReport, cluster
 from cce_torchrec.clustering.budget import SAMPLES_PER_CENTROID, ChunkShape, budget
-from cce_torchrec.clustering.chunk import ChunkState
+from cce_torchrec.clustering.chunk_state import ChunkState
 from cce_torchrec.clustering.local_chunks import local_chunks
 from cce_torchrec.clustering.pairs import find_pairs
 from cce_torchrec.kmeans.backends import make_backend

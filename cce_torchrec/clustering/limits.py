@@ -6,8 +6,9 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from cce_torchrec.clustering.chunk import ChunkState
-from cce_torchrec.clustering.plan import DEFAULT_MEMORY_LIMIT, Key, Plan
+from cce_torchrec.clustering.chunk_state import ChunkState
+from cce_torchrec.clustering.plan import DEFAULT_MEMORY_LIMIT, Plan
+from cce_torchrec.clustering.task import Key
 from cce_torchrec.collectives import agree, gather, raise_failures
 from cce_torchrec.gpu.memory import free_bytes
 

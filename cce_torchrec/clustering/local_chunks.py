@@ -10,7 +10,8 @@ import torch.distributed as dist
 from torch import nn
 
 from cce_torchrec.clustering import replicas
-from cce_torchrec.clustering.chunk import ChunkState, CodePlacement
+from cce_torchrec.clustering.chunk_group import ALONE, ChunkGroup
+from cce_torchrec.clustering.chunk_state import ChunkState
 from cce_torchrec.codes.chunk_codes import ChunkCodes
 from cce_torchrec.distributed.caches import bypassed
 from cce_torchrec.distributed.embedding_bag_collection import ShardedCCEEmbeddingBagCollection
@@ -43,25 +44,25 @@ def local_chunks(
             if isinstance(module, ShardedCCEEmbeddingBagCollection):
                 replicas.check_optimizer(module, codes.config, optimizer)
             for column, chunk in enumerate(codes.chunks):
-                blocks = _blocks(module, name, chunk)
                 weight, state = rows.get(physical_table(name, chunk), (_nowhere(codes), {}))
                 kept = {k: v for k, v in state.items() if v.ndim and len(v) == len(weight)}
-                found = ChunkState(codes, column, weight, kept, finalize, blocks=blocks)
+                holders = _holders(module, codes, chunk)
+                found = ChunkState(codes, column, weight, kept, finalize, holders=holders)
                 if found.owned:
                     found.replicas = copies.get(name)
                 yield f"{path}.{name}" if path else name, found
 
 
-def _blocks(module: nn.Module, table: str, chunk: int) -> CodePlacement | None:
-    """Where the codes of a chunk are, if its table is ROW_WISE."""
+def _holders(module: nn.Module, codes: ChunkCodes, chunk: int) -> ChunkGroup:
+    """Where the codes of a chunk are: on several ranks if its table is ROW_WISE."""
+    table = codes.config.name
     if (
         not isinstance(module, ShardedCCEEmbeddingBagCollection)
         or table not in module.id_partitions
     ):
-        return None
-    assert module.process_group is not None
+        return ALONE
     owner = module.id_partitions[table].ranks.index(module.chunk_owners[table][chunk])
-    return CodePlacement(module.process_group, owner)
+    return ChunkGroup(module.process_group, owner, codes.clusterings.device)
 
 
 def _nowhere(codes: ChunkCodes) -> torch.Tensor:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from cce_torchrec.clustering.budget import Engine
-from cce_torchrec.clustering.chunk import ChunkState
+from cce_torchrec.clustering.chunk_state import ChunkState
 from cce_torchrec.clustering.id_passes import IdWeights
 from cce_torchrec.gpu.launch import usable
 from cce_torchrec.kmeans.backends import SKLEARN_BACKENDS
@@ -100,7 +100,7 @@ class Options:
         config = state.codes.config
         if isinstance(self.weights, str):
             if state.codes.seen is None:
-                raise ValueError(f"{state.who}: weights='seen' needs a table with track_seen=True")
+                raise ValueError(f"{state.name}: weights='seen' needs a table with track_seen=True")
             return IdWeights(state.codes.seen, bits=True, base=state.codes.ids.start)
         if self.weights is None or config.name not in self.weights:
             return None

@@ -1,26 +1,17 @@
-"""The pairs of a chunk: which K-means sees, and how they cross to ranks that help to score."""
+"""The pairs of a chunk that K-means sees, and how often ids have them."""
 
 from __future__ import annotations
 
-import functools
-import math
 from dataclasses import dataclass
+from functools import partial
 
 import torch
-import torch.distributed as dist
 
-from cce_torchrec.clustering.budget import Budget, assign_block, sample_room
-from cce_torchrec.clustering.chunk import ChunkState
-from cce_torchrec.clustering.id_passes import (
-    GPU_ID_BLOCK,
-    ChunkIds,
-    IdWeights,
-    NewCodes,
-    starting_pairs,
-)
+from cce_torchrec.clustering.budget import Budget, sample_room
+from cce_torchrec.clustering.chunk_group import ChunkGroup
+from cce_torchrec.clustering.chunk_state import ChunkState
+from cce_torchrec.clustering.id_passes import GPU_ID_BLOCK, ChunkIds, IdWeights, starting_pairs
 from cce_torchrec.codes.hashing import SAMPLE_ROLE, HashFunction, hash_function
-from cce_torchrec.codes.storage import pack
-from cce_torchrec.collectives import together
 from cce_torchrec.kmeans.points import PairPoints
 
 _KEY_BLOCK = 1 << 24
@@ -28,13 +19,14 @@ _KEY_BLOCK = 1 << 24
 
 
 @dataclass
-class Sampled:
-    """The pairs of a chunk that K-means runs over, and where they come from."""
+class ChunkPairs:
+    """The pairs of a chunk that K-means runs over."""
 
-    ids: ChunkIds
     points: PairPoints
-    pair_of_id: torch.Tensor | None
-    """int32 [N], where the pairs of all ids were listed: position in `keys`."""
+    by_pair: bool = False
+    """Whether they were counted in a table of all pairs."""
+    pair_of_id: torch.Tensor | None = None
+    """int32 [N]: position of each id's pair, where the pairs of all ids were listed on one rank."""
 
 
 def sample_hash(state: ChunkState) -> HashFunction:
@@ -52,26 +44,87 @@ def most_ids(state: ChunkState, plan: Budget) -> int | None:
     return plan.samples_per_centroid * state.num_clusters
 
 
-def find_pairs(state: ChunkState, plan: Budget, weights: IdWeights | None = None) -> Sampled:
-    """Distinct pairs of the chunk's ids (or of a sample of them, drawn by hash)."""
-    ids, sample, pair_of_id = state.ids, sample_hash(state), None
+def find_pairs(state: ChunkState, plan: Budget, weights: IdWeights | None = None) -> ChunkPairs:
+    """Distinct pairs of the chunk's ids (or of a sample of them, drawn by hash).
+
+    Collective among the ranks that hold its codes: each looks through its own ids, and all get
+    the same pairs.
+    """
+    ids, sample, holders = state.ids, sample_hash(state), state.holders
+    pair_of_id = None
     if plan.by_pair:
-        grid = ids.count_pairs()
-        keys = grid.nonzero().view(-1)
-        counts = taken_at(grid if weights is None else ids.count_pairs(weights), keys)
-        del grid
+        keys, counts = _counted(ids, weights, holders)
     else:
-        taken, weight = list_ids(ids, sample, most_ids(state, plan), weights)
-        if not len(taken):  # a handful of ids, all hashed above the threshold
-            taken = ids.keys(ids.range(0, min(ids.num_ids, ids.num_rows)))
-            weight = torch.ones_like(taken)
-        keys, inverse = torch.unique(taken, return_inverse=True)
-        del taken
-        counts = torch.zeros_like(keys).index_add_(0, inverse, weight)
-        if plan.samples_per_centroid is None:
+        keys, counts, inverse = _listed(ids, sample, most_ids(state, plan), weights, holders)
+        if plan.samples_per_centroid is None and holders.group is None:
             pair_of_id = inverse.int()
-    drawn = ids.keys(ids.drawn(sample, starts_wanted(state, weights)))
-    return Sampled(ids, points_of(state, keys, counts, drawn, weights), pair_of_id)
+        del inverse
+    drawn = holders.agree(lambda: _drawn(ids, sample, starts_wanted(state, weights)))
+    holders.add_up(drawn)
+    points = holders.from_owner(lambda: points_of(state, keys, counts, drawn, weights), state.shape)
+    return ChunkPairs(points, plan.by_pair, pair_of_id)
+
+
+def _counted(
+    ids: ChunkIds, weights: IdWeights | None, holders: ChunkGroup
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Pairs of all ids, rising, and their ids or weights, int64 on the owner."""
+    grid = holders.agree(ids.count_pairs)
+    holders.add_up_on_owner(grid)
+    keys = holders.agree(lambda: grid.nonzero().view(-1))
+    if weights is not None:
+        del grid  # as large as the next one
+        grid = holders.agree(lambda: ids.count_pairs(weights))
+        holders.add_up_on_owner(grid)
+    return keys, holders.agree(lambda: taken_at(grid, keys))
+
+
+def _listed(
+    ids: ChunkIds,
+    sample: HashFunction,
+    most: int | None,
+    weights: IdWeights | None,
+    holders: ChunkGroup,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """As `_counted`, from a list of the pairs of ids; and where in it the pair of each id is."""
+    taken, weight = holders.agree(lambda: list_ids(ids, sample, most, weights))
+    if not holders.total(len(taken)):  # a handful of ids, all hashed above the threshold
+        taken, weight = holders.agree(lambda: _first_ids(ids))
+    keys, inverse = holders.agree(partial(torch.unique, taken, return_inverse=True))
+    del taken  # as large as all ids
+    counts = holders.agree(lambda: _added_up(keys, inverse, weight))
+    if holders.group is None:
+        return keys, counts, inverse
+    every_key, every_count = holders.collected(keys), holders.collected(counts)
+    keys, inverse = holders.agree(partial(torch.unique, every_key, return_inverse=True))
+    return keys, holders.agree(lambda: _added_up(keys, inverse, every_count)), inverse
+
+
+def _added_up(keys: torch.Tensor, inverse: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """The sum of the `weight` of each of `keys`; `inverse`: positions in them."""
+    return torch.zeros_like(keys).index_add_(0, inverse, weight)
+
+
+def _held(ids: ChunkIds, wanted: torch.Tensor) -> torch.Tensor:
+    """Which of `wanted` this rank holds, bool."""
+    return (wanted >= ids.held.start) & (wanted < ids.held.stop)
+
+
+def _first_ids(ids: ChunkIds) -> tuple[torch.Tensor, torch.Tensor]:
+    """Pair and weight of those of the first ids that are held, where the sample is empty."""
+    first = ids.range(0, min(ids.num_ids, ids.num_rows))
+    keys = ids.keys(first[_held(ids, first)])
+    return keys, torch.ones_like(keys)
+
+
+def _drawn(ids: ChunkIds, sample: HashFunction, count: int) -> torch.Tensor:
+    """Pairs of the ids drawn by `sample`, 0 for those of other ranks."""
+    drawn = ids.drawn(sample, count)
+    if len(ids.held) == ids.num_ids:
+        return ids.keys(drawn)  # a mask would wait for a GPU
+    here, pairs = _held(ids, drawn), torch.zeros_like(drawn)
+    pairs[here] = ids.keys(drawn[here])
+    return pairs
 
 
 def taken_at(table: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
@@ -163,104 +216,3 @@ def _sample_on_gpu(
             listed = keys[:found]
             return listed, listed.new_ones(()).expand(found) if sums is None else sums[:found]
         room = found
-
-
-def codebooks_only(state: ChunkState, plan: Budget, weights: IdWeights | None = None) -> Sampled:
-    """The chunk without pairs, for scoring its ids in blocks; arguments as `find_pairs`."""
-    num_rows, weight = state.codes.config.num_rows, state.weight.detach()
-    none = torch.zeros(0, dtype=torch.int32, device=weight.device)
-    rest = (none, none, none.long(), none.long())
-    points = PairPoints(weight[:num_rows], weight[num_rows:], *rest)
-    return Sampled(state.ids, points, None)
-
-
-def of_all_ids(sampled: Sampled, assignment: torch.Tensor) -> NewCodes:
-    """New codes of all ids, where K-means saw all their pairs."""
-    ids = sampled.ids
-    if sampled.pair_of_id is None:
-        return NewCodes.of_pairs(ids, sampled.points, assignment)
-    packed = pack(assignment, ids.codes.dtype)[sampled.pair_of_id]
-    return NewCodes(ids, packed, False, ids.held.start, ids.held.stop)
-
-
-@dataclass
-class PairBatch:
-    """The pairs of one block of ids, from id `first` on."""
-
-    ids: ChunkIds
-    first: int
-    points: PairPoints
-    pair_of_id: torch.Tensor | None
-    """Position of each id's pair among the points; None where every id is a point."""
-
-    @classmethod
-    def of(cls, sampled: Sampled, first: int) -> PairBatch:
-        """The block of `assign_block` ids, or what is left.
-
-        Pairs of a block hardly repeat where K-means saw a sample of them: on a GPU, where finding
-        those that do takes longer than scoring them, every id is a point.
-        """
-        ids, books = sampled.ids, sampled.points
-        last = min(first + assign_block(ids.codes.device, books.dim), ids.held.stop)
-        if ids.on_gpu:
-            a, b = ids.gpu_range(first, last).pairs()
-            none = a[:0].long()
-            rest = (a, b, none.new_ones(()).expand(len(a)), none)
-            points = PairPoints.from_integers(books.main, books.helper, books.scale, *rest)
-            return cls(ids, first, points, None)
-        block = ids.range(first, last)
-        keys, inverse = torch.unique(ids.keys(block), return_inverse=True)
-        a, b = rows_of_keys(keys, ids.helper_rows)
-        rest = (a, b, torch.ones_like(keys), keys[:0])
-        points = PairPoints.from_integers(books.main, books.helper, books.scale, *rest)
-        return cls(ids, first, points, inverse)
-
-    def new_codes(self, nearest: torch.Tensor) -> NewCodes:
-        """New codes of these ids, from the nearest centroid of their pairs."""
-        packed = pack(nearest, self.ids.codes.dtype)
-        if self.pair_of_id is not None:
-            packed = packed[self.pair_of_id]
-        return NewCodes(self.ids, packed, False, self.first, self.first + len(packed))
-
-
-def broadcast(
-    points: PairPoints | None,
-    rows: tuple[int, int, int],
-    owner: int,
-    device: torch.device,
-    group: dist.ProcessGroup,
-) -> PairPoints | None:
-    """The owner's points on every rank, bit for bit: codebooks, pairs and counts, no codes.
-
-    None on every rank where the owner has failed. `rows`: k, k' and width.
-
-    Raises:
-        ValueError: on every rank, if there is no room for them on any.
-    """
-    source = dist.get_global_rank(group, owner)
-    header = torch.full((3,), -1, device=device)
-    if points is not None:
-        exponent = round(math.log2(points.scale))  # a power of two
-        sizes = (points.num_points, len(points.starts(1 << 40)), exponent)
-        header = torch.tensor(sizes, device=device)
-    dist.broadcast(header, source, group=group)
-    num_points, num_starts, exponent = header.tolist()
-    if num_points < 0:
-        return None
-
-    def room() -> tuple[PairPoints, list[torch.Tensor]]:
-        out = points
-        if out is None:
-            num_rows, helper_rows, dim = rows
-            empty = functools.partial(torch.empty, device=device, dtype=torch.int32)
-            shapes = (num_rows, dim), (helper_rows, dim), (num_points,), (num_points,)
-            main, helper, a, b = (empty(shape) for shape in shapes)
-            longs = [empty(n, dtype=torch.int64) for n in (num_points, num_starts)]
-            out = PairPoints.from_integers(main, helper, 2.0**exponent, a, b, *longs)
-        parts = (out.main, out.helper, out.a, out.b, out.weights, out.starts(1 << 40))
-        return out, [part.contiguous() for part in parts]
-
-    out, parts = together(room, device=device, group=group)
-    for part in parts:
-        dist.broadcast(part, source, group=group)
-    return out

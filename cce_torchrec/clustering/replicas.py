@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from cce_torchrec.clustering.chunk import ChunkState
+from cce_torchrec.clustering.chunk_state import ChunkState
 from cce_torchrec.clustering.options import Options
 from cce_torchrec.codes.chunk_codes import codes_of
 from cce_torchrec.config import CCEEmbeddingBagConfig

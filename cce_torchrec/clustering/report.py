@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from cce_torchrec.clustering.chunk import ChunkState, ChunkUpdate
-from cce_torchrec.clustering.plan import Key
+from cce_torchrec.clustering.chunk import ChunkUpdate
+from cce_torchrec.clustering.chunk_state import ChunkState
+from cce_torchrec.clustering.task import Key
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -6,7 +6,7 @@ import torch
 import torch.distributed as dist
 
 from cce_torchrec.clustering.options import Options
-from cce_torchrec.clustering.plan import Task
+from cce_torchrec.clustering.task import Task
 from cce_torchrec.kmeans.ieee import ieee_float32
 from cce_torchrec.kmeans.lloyd import KMeansResult, kmeans
 from cce_torchrec.kmeans.points import PairPoints, metric_root
@@ -18,8 +18,8 @@ class Scoring:
 
     def __init__(self, task: Task, options: Options, device: torch.device) -> None:
         self._task, self._options, self._device = task, options, device
-        self._metric = options.metric_of(task.table, task.chunk, task.dim)
-        self._moved: tuple[torch.Tensor, PairPoints] | None = None
+        self._metric = options.metric_of(task.table, task.chunk, task.shape.dim)
+        self._transformed: tuple[torch.Tensor, PairPoints] | None = None
 
     def kmeans(self, points: PairPoints, group: dist.ProcessGroup | None) -> KMeansResult:
         """Clusters `points`; collective where a group is given."""
@@ -40,20 +40,20 @@ class Scoring:
         """`points` in the space of the metric, in which `nearest` takes them."""
         if self._metric is None:
             return points
-        if self._moved is None or self._moved[0] is not points.main:
-            root = metric_root(self._metric, self._task.dim).to(self._device)
+        if self._transformed is None or self._transformed[0] is not points.main:
+            root = metric_root(self._metric, self._task.shape.dim).to(self._device)
             with ieee_float32(self._device):
-                self._moved = (points.main, points.transformed(root))
-        books = self._moved[1]  # those of every block of ids
-        rest = (points.a, points.b, points.weights, points.starts(1 << 40))
+                self._transformed = (points.main, points.transformed(root))
+        books = self._transformed[1]  # those of every block of ids
+        rest = (points.a, points.b, points.weights, points.starts(points.num_points))
         return PairPoints.from_integers(books.main, books.helper, books.scale, *rest)
 
     def nearest(
-        self, moved: PairPoints, scored: torch.Tensor, group: dist.ProcessGroup | None
+        self, points: PairPoints, scored: torch.Tensor, group: dist.ProcessGroup | None
     ) -> torch.Tensor:
-        """Nearest of the centroids that K-means scored last; collective where a group is given."""
+        """Nearest of the centroids `scored` last, to points `in_metric_space`; as `assign`."""
         return assign(
-            moved,
+            points,
             scored,
             backend=self._options.scorer,
             process_group=group,

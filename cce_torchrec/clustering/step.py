@@ -12,14 +12,16 @@ import torch.distributed as dist
 from torch import nn
 
 from cce_torchrec.clustering import replicas
-from cce_torchrec.clustering.chunk import ChunkState, ChunkUpdate, commit
+from cce_torchrec.clustering.chunk import ChunkUpdate
+from cce_torchrec.clustering.chunk_group import ALONE, ChunkGroup
+from cce_torchrec.clustering.chunk_state import ChunkState
 from cce_torchrec.clustering.limits import least_free_share, memory
 from cce_torchrec.clustering.local_chunks import local_chunks, uncached
 from cce_torchrec.clustering.options import Options
-from cce_torchrec.clustering.owned import Solver
-from cce_torchrec.clustering.plan import Key, Plan, Task, task_of
+from cce_torchrec.clustering.plan import Plan, task_of
 from cce_torchrec.clustering.report import ClusteringReport, report_of
-from cce_torchrec.clustering.row_wise import RowWiseSolver
+from cce_torchrec.clustering.solver import ChunkSolver
+from cce_torchrec.clustering.task import Key, Task
 from cce_torchrec.codes.chunk_codes import ChunkCodes
 from cce_torchrec.codes.storage import converted
 from cce_torchrec.collectives import agree, gather, meet, ranks_of_call, reason
@@ -122,12 +124,12 @@ def _run(
     free = free if options.memory_limit is None else None
     if free is not None:
         options = replace(options, memory_limit=free)
-    states, told = agree(lambda: _prepared(model, options, optimizer, group), group)
-    _check_agreement(told)
+    states, by_rank = agree(lambda: _prepared(model, options, optimizer, group), group)
+    _check_agreement(by_rank)
     mine = {(path, state.chunk): state for path, state in states}
-    by_rows = {key for key, state in mine.items() if state.blocks is not None}
+    spread = {key for key, state in mine.items() if state.is_spread}
     rank = 0 if group is None else dist.get_rank(group)
-    plan = Plan([ready.tasks for ready in told], rank, by_rows)
+    plan = Plan([ready.tasks for ready in by_rank], rank, spread)
     options.check_names({task.table for task in plan.tasks.values()})
     whose = "half of what is free on the GPU" if free is not None else None
     peak_bytes, kept = memory(plan, states, options.memory_limit, whose, group)
@@ -137,7 +139,11 @@ def _run(
         done = work.solve()
     work.commit(done)
     _begin_next_round(model, mine.values())
-    own = {k: report_of(k, mine[k], *result) for k, result in done.items() if mine[k].owned}
+    own = {
+        key: report_of(key, mine[key], *result)
+        for key, result in done.items()
+        if key in mine and mine[key].owned
+    }
     everyone = {key: r for part in reversed(gather(own, group)) for key, r in part.items()}
     chunks = [everyone[key] for key in sorted(everyone)]
     report = ClusteringReport(chunks, time.perf_counter() - began, peak_bytes)
@@ -190,16 +196,16 @@ def _prepared(
     return states, _Ready(tasks, digests, options.fingerprint(), kernels)
 
 
-def _check_agreement(told: list[_Ready]) -> None:
+def _check_agreement(by_rank: list[_Ready]) -> None:
     """Raises ValueError on every rank if what they told each other differs."""
-    if len({ready.options for ready in told}) > 1:
-        raise ValueError(f"ranks disagree about the options: {[r.options for r in told]}")
-    if len({ready.has_kernels for ready in told}) > 1:  # they would count and score otherwise
+    if len({ready.options for ready in by_rank}) > 1:
+        raise ValueError(f"ranks disagree about the options: {[r.options for r in by_rank]}")
+    if len({ready.has_kernels for ready in by_rank}) > 1:  # they would count and score otherwise
         raise ValueError(
             "Triton's kernels run on some ranks and not on others (see their warnings), by rank: "
-            f"{[r.has_kernels for r in told]}; install the same everywhere"
+            f"{[r.has_kernels for r in by_rank]}; install the same everywhere"
         )
-    replicas.check_equal([ready.digests for ready in told])
+    replicas.check_equal([ready.digests for ready in by_rank])
 
 
 @contextmanager
@@ -211,10 +217,10 @@ def _wider_codes(
 
     def widen() -> tuple[None, None]:
         for _, state in states:
-            held = state.codes.codes
-            if held is not None and held.dtype != state.new_dtype:
-                wider = converted(held, state.new_dtype)
-                before[id(state.codes)] = (state.codes, held.dtype)
+            codes = state.ids.codes
+            if codes.dtype != state.new_dtype:
+                wider = converted(codes, state.new_dtype)
+                before[id(state.codes)] = (state.codes, codes.dtype)
                 state.codes.set_codes(wider)
         return None, None
 
@@ -229,7 +235,7 @@ def _wider_codes(
 
 
 Done = dict[Key, tuple[ChunkUpdate, float]]
-"""Updates of this rank's chunks, and their seconds."""
+"""Updates of the chunks that this rank takes part in, in order, and their seconds."""
 
 
 @dataclass
@@ -243,18 +249,14 @@ class _Work:
     device: torch.device
     group: dist.ProcessGroup | None
 
-    def _solver(self, key: Key) -> Solver | RowWiseSolver:
+    def _solver(self, key: Key) -> ChunkSolver:
+        states = [self.mine[key]] if key in self.mine else []
+        scorers = replace(ALONE, device=self.device)
         if key in self.plan.row_wise:
-            return RowWiseSolver(self.mine[key], self.plan.tasks[key], self.options, self.device)
-        alone = key not in self.plan.common
-        return Solver(
-            self.mine.get(key),
-            self.plan.tasks[key],
-            self.options,
-            self.device,
-            None if alone else self.group,
-            self.plan.owner[key],
-        )
+            scorers = self.mine[key].holders
+        elif key in self.plan.common:
+            scorers = ChunkGroup(self.group, self.plan.owner[key], self.device)
+        return ChunkSolver(states, self.plan.tasks[key], self.options, scorers)
 
     def solve(self) -> Done:
         """Writes nothing."""
@@ -265,9 +267,8 @@ class _Work:
             try:
                 update = self._solver(key).solve(key in self.kept)
             except Exception as error:
-                raise ValueError(f"{self.plan.tasks[key].who}: {reason(error)}") from error
-            if update is not None:
-                done[key] = (update, time.perf_counter() - started)
+                raise ValueError(f"{self.plan.tasks[key].name}: {reason(error)}") from error
+            done[key] = (update, time.perf_counter() - started)
 
         def solve_own() -> tuple[None, None]:
             for key in self.plan.alone:
@@ -275,6 +276,7 @@ class _Work:
             return None, None
 
         agree(solve_own, self.group)
+        # Collective, and so in one order on all ranks; after those that each does by itself.
         for key in [*self.plan.common, *self.plan.row_wise]:
             solve(key)
         return done
@@ -286,20 +288,19 @@ class _Work:
             RuntimeError: on every rank, if a write failed on any.
         """
         failures: list[str] = []
-        for key in [*self.plan.alone, *self.plan.common, *self.plan.row_wise]:
-            update = done[key][0] if key in done else None
+        for key, (update, _) in done.items():
             try:
                 if key not in self.kept:
                     self._solver(key).write_codes(update)
-                if update is not None:
-                    commit(self.mine[key], update)
+                if key in self.mine:
+                    self.mine[key].commit(update)
             except Exception as error:
-                failures.append(f"{self.plan.tasks[key].who}: {reason(error)}")
-        told = list(dict.fromkeys(f for theirs in gather(failures, self.group) for f in theirs))
-        if told:
+                failures.append(f"{self.plan.tasks[key].name}: {reason(error)}")
+        everyone = [failure for found in gather(failures, self.group) for failure in found]
+        if everyone:
             raise RuntimeError(
-                f"clustering failed while it was writing ({'; '.join(told)}); some chunks are new, "
-                "others old: restore the last checkpoint"
+                f"clustering failed while it was writing ({'; '.join(dict.fromkeys(everyone))}); "
+                "some chunks are new, others old: restore the last checkpoint"
             )
 
 

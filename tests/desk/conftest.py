@@ -16,7 +16,7 @@ if INTERPRETS:
     import triton.experimental.gluon  # noqa: F401  # the interpreter imports it when it first runs
 
     import cce_torchrec.distributed.sharders
-    from cce_torchrec.clustering import budget, id_passes, owned, pairs, row_wise
+    from cce_torchrec.clustering import budget, id_passes, pair_batch, pairs, solver
     from cce_torchrec.kmeans import backends, points, scan
     from tests.desk.device import emulated_cuda
 
@@ -36,7 +36,7 @@ if INTERPRETS:
     def small_blocks(monkeypatch):
         """Blocks of fixed size are small, so that few points and ids are several of them."""
         sizes = {"ID_BLOCK": 128, "GPU_ID_BLOCK": 256, "ASSIGN_BLOCK": 256, "BLOCK": 256}
-        for module in (id_passes, budget, pairs, owned, row_wise, backends, points, scan):
+        for module in (id_passes, budget, pairs, pair_batch, solver, backends, points, scan):
             for name, size in sizes.items():
                 if hasattr(module, name):
                     monkeypatch.setattr(module, name, size)

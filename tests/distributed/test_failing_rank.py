@@ -11,7 +11,7 @@ from unittest import mock
 
 import pytest
 
-from cce_torchrec.clustering import cluster, limits, owned
+from cce_torchrec.clustering import cluster, limits, solver
 from cce_torchrec.clustering.local_chunks import fused_rows
 from cce_torchrec.kmeans import lloyd, scan
 from cce_torchrec.kmeans.backends import NativeBackend, TorchBackend
@@ -37,14 +37,14 @@ EVERY_RANK = {
 if installed("sklearn"):
     EVERY_RANK["scikit-learn"] = (lloyd, "_sklearn_fit", 1, {"backend": "sklearn-minibatch"})
 OWNER_ALONE = {
-    "pairs": (owned, "find_pairs", 1, {}),
-    "optimizer state": (owned, "new_main_rows", 1, {}),
-    "a block of ids": (owned.PairBatch, "of", 1, WAYS["sample"]),
-    "new helper rows": (owned.Relabelling, "take", 1, {}),
+    "pairs": (solver, "find_pairs", 1, {}),
+    "optimizer state": (solver, "new_main_rows", 1, {}),
+    "a block of ids": (solver.PairBatch, "from_block", 1, WAYS["sample"]),
+    "new helper rows": (solver.Relabelling, "take", 1, {}),
 }
 OTHERS_ALONE = {"room for points": (PairPoints, "from_integers", 1, {})}
 AT_COMMIT = {
-    OWNER: {"codebooks": (owned, "codebooks_only", 1, WAYS["sample"])},
+    OWNER: {"codebooks": (solver, "codebooks_only", 1, WAYS["sample"])},
     OTHER: {
         "room for new codes": (scan, "Share", 1, WAYS["sample"]),
         "new codes": (scan, "make_backend", 1, {}),

@@ -19,7 +19,7 @@ from torchrec.modules.fp_embedding_modules import FeatureProcessedEmbeddingBagCo
 
 from cce_torchrec import CCEEmbeddingBagConfig, CCEEmbeddingCollection
 from cce_torchrec.checkpoint import load_checkpoint, save_checkpoint
-from cce_torchrec.clustering import cluster, row_wise
+from cce_torchrec.clustering import cluster, pairs
 from cce_torchrec.clustering.id_passes import ChunkIds, NewCodes
 from cce_torchrec.clustering.local_chunks import fused_rows
 from cce_torchrec.distributed.sharders import get_default_sharders
@@ -66,7 +66,7 @@ def failures_reach_every_rank(rank, world_size):
         for owner, method, options in (
             (ChunkIds, "count_pairs", {}),
             (ChunkIds, "drawn", {}),
-            (row_wise, "_added_up", {"samples_per_centroid": 3}),
+            (pairs, "_added_up", {"samples_per_centroid": 3}),
             (NewCodes, "add_residuals", {}),
         ):
             broken = mock.patch.object(owner, method, out_of_memory)

@@ -13,8 +13,9 @@ from torchrec.modules.embedding_configs import EmbeddingBagConfig, PoolingType
 from torchrec.optim.apply_optimizer_in_backward import apply_optimizer_in_backward
 
 from cce_torchrec import CCEEmbeddingBagCollection, CCEEmbeddingBagConfig
-from cce_torchrec.clustering import cluster, owned, step
+from cce_torchrec.clustering import cluster, solver
 from cce_torchrec.clustering import plan as plans
+from cce_torchrec.clustering.chunk_state import ChunkState
 from cce_torchrec.clustering.local_chunks import fused_rows, unsharded_rows
 from cce_torchrec.distributed.sharders import get_default_sharders
 from cce_torchrec.kmeans import kmeans
@@ -266,16 +267,16 @@ def owner_fails(rank, world_size):
     model = Model(collection(PoolingType.SUM, False, "rowwise"))
     plan = make_plan(model, tables(PoolingType.SUM), CPU, "tw")
     model = DistributedModelParallel(model, device=CPU, plan=plan, sharders=get_default_sharders())
-    usual, find_pairs = plans.SHARE_FROM, owned.find_pairs
+    usual, find_pairs = plans.SHARE_FROM, solver.find_pairs
 
     def fails(*_):
         raise MemoryError("no memory")
 
-    plans.SHARE_FROM, owned.find_pairs = 0, fails
+    plans.SHARE_FROM, solver.find_pairs = 0, fails
     before = {n: w.clone() for n, (w, _) in fused_rows(model.module.collection).items()}
     with pytest.raises(ValueError, match=r"^table '[tu]', chunk [0-3]: rank [01]: no memory$"):
         cluster(model)
-    plans.SHARE_FROM, owned.find_pairs = usual, find_pairs
+    plans.SHARE_FROM, solver.find_pairs = usual, find_pairs
     for name, (weight, _) in fused_rows(model.module.collection).items():
         assert torch.equal(weight, before[name])
     cluster(model)  # the group still works
@@ -286,16 +287,16 @@ def write_fails(rank, world_size):
     model = Model(collection(PoolingType.SUM, False, "rowwise"))
     plan = make_plan(model, tables(PoolingType.SUM), CPU, "cw")
     model = DistributedModelParallel(model, device=CPU, plan=plan, sharders=get_default_sharders())
-    usual = step.commit
+    usual = ChunkState.commit
 
     def fails(*_):
         raise OSError("no space")
 
     if rank == 1:
-        step.commit = fails
+        ChunkState.commit = fails
     with pytest.raises(RuntimeError, match=r"no space.*restore the last checkpoint"):
         cluster(model)
-    step.commit = usual
+    ChunkState.commit = usual
 
 
 def compiled_model(rank, world_size):

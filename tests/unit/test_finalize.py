@@ -11,7 +11,7 @@ from torchrec import EmbeddingBagConfig, KeyedJaggedTensor
 from torchrec.optim.apply_optimizer_in_backward import apply_optimizer_in_backward
 
 from cce_torchrec import CCEEmbeddingBagCollection, CCEEmbeddingBagConfig
-from cce_torchrec.clustering import cluster, finalize, owned
+from cce_torchrec.clustering import cluster, finalize, solver
 from cce_torchrec.codes.storage import widen
 from cce_torchrec.kmeans import native
 
@@ -128,7 +128,7 @@ def test_a_failure_after_codes_were_widened_narrows_them_again(monkeypatch):
     def fails(*_):
         raise MemoryError("no memory")
 
-    monkeypatch.setattr(owned, "find_pairs", fails)
+    monkeypatch.setattr(solver, "find_pairs", fails)
     with pytest.raises(ValueError, match="no memory"):
         finalize(m)
     assert before.dtype == torch.uint8 and m.codes["t"].codes.dtype == torch.uint8

@@ -1,0 +1,83 @@
+"""From the clusters of pairs to new codes of ids."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+
+from cce_torchrec.clustering.budget import assign_block
+from cce_torchrec.clustering.chunk_state import ChunkState
+from cce_torchrec.clustering.id_passes import ChunkIds, NewCodes
+from cce_torchrec.clustering.pairs import ChunkPairs, rows_of_keys
+from cce_torchrec.codes.storage import pack
+from cce_torchrec.kmeans.points import PairPoints
+
+
+def of_all_ids(ids: ChunkIds, pairs: ChunkPairs, assignment: torch.Tensor) -> Iterator[NewCodes]:
+    """New codes of all ids that are held, where K-means saw the pairs of all of them."""
+    points = pairs.points
+    if pairs.by_pair:
+        yield NewCodes.of_pairs(ids, points, assignment)
+        return
+    packed = pack(assignment, ids.codes.dtype)
+    if pairs.pair_of_id is not None:
+        yield NewCodes(ids, packed[pairs.pair_of_id], False, ids.held.start, ids.held.stop)
+        return
+    # The list was put together from those of several ranks: each finds its own pairs in it.
+    keys = points.a.long() * ids.helper_rows + points.b
+    for first, last in ids.blocks(assign_block(ids.codes.device, points.dim)):
+        at = torch.searchsorted(keys, ids.keys(ids.range(first, last)))
+        yield NewCodes(ids, packed[at], False, first, last)
+
+
+def codebooks_only(state: ChunkState) -> ChunkPairs:
+    """The chunk without pairs, for scoring its ids in blocks; collective as `find_pairs`."""
+
+    def without_pairs() -> PairPoints:
+        num_rows, weight = state.codes.config.num_rows, state.weight.detach()
+        none = torch.zeros(0, dtype=torch.int32, device=weight.device)
+        main, helper = weight[:num_rows], weight[num_rows:]
+        return PairPoints(main, helper, none, none, none.long(), none.long())
+
+    return ChunkPairs(state.holders.from_owner(without_pairs, state.shape))
+
+
+@dataclass
+class PairBatch:
+    """The pairs of one block of ids, from id `first` on."""
+
+    ids: ChunkIds
+    first: int
+    points: PairPoints
+    pair_of_id: torch.Tensor | None
+    """Position of each id's pair among the points; None where every id is a point."""
+
+    @classmethod
+    def from_block(cls, ids: ChunkIds, books: PairPoints, first: int) -> PairBatch:
+        """The pairs of `assign_block` ids, or of what is left, over the codebooks of `books`.
+
+        Pairs of a block hardly repeat where K-means saw a sample of them: on a GPU, where finding
+        those that do takes longer than scoring them, every id is a point.
+        """
+        last = min(first + assign_block(ids.codes.device, books.dim), ids.held.stop)
+        if ids.on_gpu:
+            a, b = ids.gpu_range(first, last).pairs()
+            none = a[:0].long()
+            rest = (a, b, none.new_ones(()).expand(len(a)), none)
+            points = PairPoints.from_integers(books.main, books.helper, books.scale, *rest)
+            return cls(ids, first, points, None)
+        block = ids.range(first, last)
+        keys, inverse = torch.unique(ids.keys(block), return_inverse=True)
+        a, b = rows_of_keys(keys, ids.helper_rows)
+        rest = (a, b, torch.ones_like(keys), keys[:0])
+        points = PairPoints.from_integers(books.main, books.helper, books.scale, *rest)
+        return cls(ids, first, points, inverse)
+
+    def new_codes(self, nearest: torch.Tensor) -> NewCodes:
+        """New codes of these ids, from the nearest centroid of their pairs."""
+        packed = pack(nearest, self.ids.codes.dtype)
+        if self.pair_of_id is not None:
+            packed = packed[self.pair_of_id]
+        return NewCodes(self.ids, packed, False, self.first, self.first + len(packed))
