@@ -113,7 +113,9 @@ def budget(
     pairs_repeat = cells <= max(2 * num_ids, 1 << 20)
     if engine.on_gpu:
         extra = _sklearn_bytes(pairs, dim, engine) + fixed
-        by_pair = gpu_budget.by_cells(num_ids, cells, dim, code, engine.weighted) + extra
+        by_pair = extra + gpu_budget.by_cells(
+            num_ids=num_ids, cells=cells, dim=dim, code=code, weighted=engine.weighted
+        )
         pairs_repeat = cells <= max(gpu_budget.CELLS_PER_ID * num_ids, 1 << 20)
     if samples_per_centroid is None and pairs_repeat and by_pair <= room:
         return Budget(

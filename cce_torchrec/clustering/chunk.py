@@ -122,7 +122,13 @@ def _new_optimizer_state(
         return new
     old_rows, new_rows = len(points.main), len(result.centroids)
     main = old[:old_rows].double().reshape(old_rows, -1)
-    sums = weighted_sums(main, points.a, points.weights, result.assignment, new_rows)
+    sums = weighted_sums(
+        main,
+        rows=points.a,
+        weights=points.weights,
+        clusters=result.assignment,
+        num_clusters=new_rows,
+    )
     sizes = result.sizes[:, None]
     means = torch.where(sizes > 0, sums / sizes.clamp(min=1), main.mean(0))
     new[:new_rows] = means.reshape(new[:new_rows].shape).to(old.dtype)

@@ -19,6 +19,7 @@ _GPU_VALUES = 1 << 22
 
 def weighted_sums(
     values: torch.Tensor,
+    *,
     rows: torch.Tensor,
     weights: torch.Tensor,
     clusters: torch.Tensor,

@@ -32,7 +32,7 @@ def search_bytes(points: int, dim: int) -> int:
     return min(points, points_at_once(dim)) * bytes_per_point(dim)
 
 
-def by_cells(num_ids: int, cells: int, dim: int, code: int, weighted: bool) -> int:
+def by_cells(*, num_ids: int, cells: int, dim: int, code: int, weighted: bool) -> int:
     """Where pairs are counted in a table over all `cells`; `code`: bytes of a code."""
     pairs = distinct_pairs(num_ids, cells)
     # Counts (int32, and int64 weights beside), then keys and counts of the pairs.

@@ -38,10 +38,12 @@ def test_sums_of_state_are_those_of_the_cpu_in_any_order():
     rows = torch.randint(5000, (3_000_000,), generator=generator).int()
     weights = torch.randint(1000, rows.shape, generator=generator)
     clusters = torch.randint(300, rows.shape, generator=generator).int()
-    expected = weighted_sums(values, rows, weights, clusters, 300)
+    points = {"rows": rows, "weights": weights, "clusters": clusters}
+    expected = weighted_sums(values, **points, num_clusters=300)
     for order in (torch.arange(len(rows)), torch.randperm(len(rows), generator=generator)):
-        points = [part[order].cuda() for part in (rows, weights, clusters)]
-        assert torch.equal(weighted_sums(values.cuda(), *points, 300).cpu(), expected)
+        moved = {name: part[order].cuda() for name, part in points.items()}
+        found = weighted_sums(values.cuda(), **moved, num_clusters=300)
+        assert torch.equal(found.cpu(), expected)
 
 
 def test_a_job_s_tf32_does_not_count():
