@@ -14,7 +14,8 @@ from cce_torchrec.kmeans.gpu_blocks import points_at_once, width
 from cce_torchrec.kmeans.points import BLOCK
 
 SAMPLES_PER_CENTROID = 200
-"""Ids per cluster that K-means sees where all distinct pairs would not fit (kmeans-notes)."""
+"""Ids per cluster that K-means sees where all distinct pairs would not fit: half a percent of the
+objective is lost against all ids; with 50 it would be 3.4 percent."""
 ASSIGN_BLOCK = 1 << 19
 """Ids that get their codes at once, where K-means did not see them all; on a CPU."""
 _SLACK = 1 << 23
@@ -45,6 +46,7 @@ def assign_block(device: torch.device, dim: int) -> int:
 
 def sample_room(ids: int, share: float) -> int:
     """Room for a sample of a `share` of `ids`, drawn by hash: about as many."""
+    # A tenth and 1,024 more than expected: so many standard deviations that it hardly overflows.
     return min(ids, round(1.1 * share * ids) + 1024)
 
 
@@ -97,6 +99,7 @@ def budget(
     """
     num_ids, dim = shape.num_ids, shape.dim
     num_rows, helper_rows = shape.num_rows, shape.helper_rows
+    # Ids of equal code and hash are one point of K-means, weighted: the work stops growing with N.
     cells = num_rows * helper_rows
     pairs = min(num_ids, cells)
     clusters = num_rows + helper_rows * finalize
@@ -110,6 +113,7 @@ def budget(
 
     grid = 8 * cells * (1 + engine.weighted) + code * cells
     by_pair = grid + 48 * pairs + _point_bytes(pairs, dim, engine) + fixed
+    # A table of all pairs is swept as a whole; beyond this, a list of those that occur is shorter.
     pairs_repeat = cells <= max(2 * num_ids, 1 << 20)
     if engine.on_gpu:
         extra = _sklearn_bytes(pairs, dim, engine) + fixed
@@ -134,6 +138,8 @@ def budget(
 
     column = code * num_ids
     working = listed(num_ids) + column
+    # A sample is drawn only where the list of all ids would not fit, or as the caller says; one
+    # that would be as large as the table is the table.
     samples = samples_per_centroid or SAMPLES_PER_CENTROID
     every = (samples_per_centroid is None and working <= room) or samples * clusters >= num_ids
     if not every:

@@ -49,6 +49,7 @@ def new_main_rows(
 
     The same on every rank; `optimizer_state` is the owner's, and empty elsewhere.
     """
+    # Helper rows stay zero until the new codes are known, of which they are the residuals.
     weight = torch.zeros(task.codebook_shape, dtype=torch.float32, device=points.main.device)
     weight[: task.num_clusters] = result.centroids
     # Counts are exact in any order: integers, and all weights sum to 2^33 at most (MAX_WEIGHT),
@@ -130,6 +131,7 @@ def _new_optimizer_state(
         num_clusters=new_rows,
     )
     sizes = result.sizes[:, None]
+    # A cluster without ids has no mean of its own: its row starts from what rows have on average.
     means = torch.where(sizes > 0, sums / sizes.clamp(min=1), main.mean(0))
     new[:new_rows] = means.reshape(new[:new_rows].shape).to(old.dtype)
     if new_rows < len(new):

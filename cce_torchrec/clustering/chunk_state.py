@@ -116,6 +116,7 @@ class ChunkState:
         except ValueError as error:
             raise ValueError(f"{self.name}: codebook {error}; {_NOT_FINITE}") from error
         for name, value in self.optimizer_state.items():
+            # First moments are set to zero, whatever they are.
             if name not in FIRST_MOMENTS and not bool(torch.isfinite(value).all()):
                 raise ValueError(
                     f"{self.name}: optimizer state {name!r} is not finite (NaN or infinite); "
@@ -127,6 +128,7 @@ class ChunkState:
         with torch.no_grad():
             for part in update.codes:
                 part.write()
+            # In place: kernels, optimizers and the caller's own references keep the same tensors.
             if self.owned:
                 self.weight.copy_(update.weight)
             for key, value in update.optimizer_state.items():

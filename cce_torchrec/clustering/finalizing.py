@@ -53,6 +53,7 @@ def finalize(
         finalize=True,
     )
     report, paths = run(model, options, optimizer, process_group)
+    # On every rank, also where other ranks alone hold a table's chunks: all describe it alike.
     for path, module in model.named_modules():
         if isinstance(module, CCEEmbeddingBagCollection | ShardedCCEEmbeddingBagCollection):
             prefix = f"{path}." if path else ""

@@ -22,7 +22,7 @@ ID_BLOCK = 1 << 16
 PAIR_BLOCK = 1 << 24
 """Pairs whose place in a table of all pairs is found at once."""
 GPU_ID_BLOCK = 1 << 25
-"""Ids whose weights are read at once on a GPU."""
+"""Ids whose weights are read at once on a GPU: 256 MiB of int64."""
 
 
 @dataclass(frozen=True)
@@ -38,6 +38,7 @@ class IdWeights:
         """int64 weights of ids [first, last); `first` is a multiple of 8."""
         if not self.bits:
             return self.values[first:last].long().contiguous()
+        # Blocks begin at multiples of 8 (ID_BLOCK, and ROW_WISE parts): their bits begin at a byte.
         first, last = first - self.base, last - self.base
         return seen_ids(self.values[first // 8 : -(-last // 8)], last - first).long()
 
@@ -133,6 +134,8 @@ class ChunkIds:
     def drawn(self, sample: HashFunction, count: int) -> torch.Tensor:
         """Ids of the whole table in hashed order, or many times `count` that are drawn by hash."""
         device = self.codes.device
+        # Sorting all ids by hash gives `count` different ones for sure; for large tables it would
+        # cost more than the rest, and draws by hash repeat few.
         if self.num_ids <= 8 * count:
             everyone = torch.arange(self.num_ids, device=device)
             return torch.sort(sample.bits31(everyone), stable=True).indices
@@ -167,6 +170,7 @@ class NewCodes:
     @classmethod
     def of_pairs(cls, ids: ChunkIds, points: PairPoints, assignment: torch.Tensor) -> NewCodes:
         """Of all ids that are held, by lookup of their pairs among `points`."""
+        # Pairs that no id has are never looked up, so that zero does for them.
         table = torch.zeros(ids.cells, dtype=ids.codes.dtype, device=points.a.device)
         for first in range(0, points.num_points, PAIR_BLOCK):
             at = slice(first, first + PAIR_BLOCK)

@@ -38,10 +38,13 @@ def memory(
             + (f", {whose}; free some" if whose else "; raise it")
             + ", or lower samples_per_centroid"
         )
-    told = gather((failure, kept, [key for key in plan.row_wise if key not in kept]), group)
-    raise_failures([f for f, *_ in told])
-    shared = {key for _, keys, _ in told for key in keys} & set(plan.common)
-    return peak, {*kept, *shared} - {key for *_, dropped in told for key in dropped}
+    # Ranks that solve a chunk together keep its codes together, or find them again together: those
+    # of a shared chunk as its owner has room, those of a ROW_WISE one if every rank has.
+    dropped = [key for key in plan.row_wise if key not in kept]
+    by_rank = gather((failure, kept, dropped), group)
+    raise_failures([failure for failure, *_ in by_rank])
+    shared = {key for _, keys, _ in by_rank for key in keys} & set(plan.common)
+    return peak, {*kept, *shared} - {key for *_, keys in by_rank for key in keys}
 
 
 def free_share(model: nn.Module) -> int | None:

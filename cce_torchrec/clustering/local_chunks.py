@@ -45,6 +45,7 @@ def local_chunks(
                 replicas.check_optimizer(module, codes.config, optimizer)
             for column, chunk in enumerate(codes.chunks):
                 weight, state = rows.get(physical_table(name, chunk), (_nowhere(codes), {}))
+                # Only what has a value a row can follow the rows; step counts stay as they are.
                 kept = {k: v for k, v in state.items() if v.ndim and len(v) == len(weight)}
                 holders = _holders(module, codes, chunk)
                 found = ChunkState(codes, column, weight, kept, finalize, holders=holders)

@@ -51,6 +51,7 @@ class Options:
 
     def fingerprint(self) -> tuple[object, ...]:
         """What every rank of a step must have chosen alike."""
+        # Tensors are not compared here: replicas.digests has those of tables that have copies.
         seen = self.weights if isinstance(self.weights, str) else None
         return (
             self.iterations,
@@ -130,7 +131,7 @@ class Options:
         """Raises ValueError if an option does not suit a chunk, or its weights are not finite."""
         state.check()
         config = state.codes.config
-        if self.weights is not None and state.column == 0:
+        if self.weights is not None and state.column == 0:  # once a table: they are as long as it
             self.weights_of(state)
         metric = self.metric_of(config.name, state.chunk, config.chunk_dim)
         if metric is not None:

@@ -59,6 +59,7 @@ def find_pairs(state: ChunkState, plan: Budget, weights: IdWeights | None = None
         if plan.samples_per_centroid is None and holders.group is None:
             pair_of_id = inverse.int()
         del inverse
+    # Starts are drawn by the hash of ids, not by a generator: the same ones on any number of ranks.
     drawn = holders.agree(lambda: _drawn(ids, sample, starts_wanted(state, weights)))
     holders.add_up(drawn)
     points = holders.from_owner(lambda: points_of(state, keys, counts, drawn, weights), state.shape)
@@ -159,10 +160,11 @@ def points_of(
     weights: IdWeights | None,
 ) -> PairPoints:
     """The pairs `keys`, with their ids or weights, as points; `drawn`: pairs of drawn ids."""
+    # Integers, so that it makes no difference how many ranks added them up.
     if not bool(counts.any()):
         counts = torch.ones_like(counts)  # nothing was seen: uniform, as without weights
     starts = starting_pairs(drawn, starts_wanted(state, weights), keys)
-    if weights is not None:
+    if weights is not None:  # a centroid where nothing weighs would lose its cluster at once
         starts = starts[counts[starts] > 0]
     num_rows, helper_rows = state.codes.config.num_rows, state.codes.config.helper_rows
     weight = state.weight.detach()

@@ -64,6 +64,7 @@ def digests(states: Iterable[tuple[str, ChunkState]], options: Options) -> Diges
         metric = options.metric_of(config.name, state.chunk, config.chunk_dim)
         number = state.codes.num_clusterings
         for part in parts if metric is None else [*parts, metric]:
+            # Of bytes, not of values: rows that differ by a rounding cluster apart sooner or later.
             held = part.detach().contiguous().cpu().view(-1).view(torch.uint8)
             number = zlib.crc32(held.numpy().tobytes(), number)
         out[path, state.chunk] = number
@@ -99,6 +100,7 @@ def share_seen(model: nn.Module) -> None:
             codes = codes_of(module.codes, name)
             if codes is None or codes.seen is None:
                 continue
+            # Gathered, because NCCL has no reduction by a bitwise or.
             everyone = [torch.empty_like(codes.seen) for _ in range(dist.get_world_size(group))]
             dist.all_gather(everyone, codes.seen, group=group)
             for theirs in everyone:

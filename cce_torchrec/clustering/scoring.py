@@ -40,6 +40,7 @@ class Scoring:
         """`points` in the space of the metric, in which `nearest` takes them."""
         if self._metric is None:
             return points
+        # Codebooks are transformed once for all blocks of ids, which differ in their pairs alone.
         if self._transformed is None or self._transformed[0] is not points.main:
             root = metric_root(self._metric, self._task.shape.dim).to(self._device)
             with ieee_float32(self._device):

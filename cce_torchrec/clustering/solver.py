@@ -62,6 +62,7 @@ class ChunkSolver:
             lambda: new_main_rows(self._task, self._optimizer_state(), pairs.points, result)
         )
         if keep_codes:
+            # K-means ends with an assignment to its final centroids: nothing is scored again.
             nearest = result.assignment if self._task.sees_all_ids else None
             self._relabel(pairs, update, nearest, update.codes.append)
         return update
@@ -69,6 +70,7 @@ class ChunkSolver:
     def write_codes(self, update: ChunkUpdate) -> None:
         """Finds new codes that were not kept, and writes them part by part."""
         if self._task.sees_all_ids:
+            # Codes of this chunk are still the old ones: the same pairs as when it was solved.
             pairs = self._pairs()
             nearest = self._nearest(pairs.points, update, self._scorers)
             self._relabel(pairs, update, nearest, NewCodes.write)

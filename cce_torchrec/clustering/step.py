@@ -133,7 +133,7 @@ def _run(
     options.check_names({task.table for task in plan.tasks.values()})
     whose = "half of what is free on the GPU" if free is not None else None
     peak_bytes, kept = memory(plan, states, options.memory_limit, whose, group)
-    replicas.share_seen(model)
+    replicas.share_seen(model)  # before ids are weighed by it
     work = _Work(mine, plan, kept, options, _device(states), group)
     with _wider_codes(states, group):
         done = work.solve()
@@ -153,7 +153,7 @@ def _run(
 def _begin_next_round(model: nn.Module, states: Iterable[ChunkState]) -> None:
     """New hashes for the helper rows, no id seen yet, and batches that are under way are old."""
     for codes in {id(state.codes): state.codes for state in states}.values():
-        codes.set_clusterings(codes.num_clusterings + 1)
+        codes.set_clusterings(codes.num_clusterings + 1)  # and so another helper hash
         if codes.seen is not None:
             codes.seen.zero_()
     # Also of collections of which this rank clustered nothing: what other ranks of a batch are to
@@ -190,7 +190,7 @@ def _prepared(
         if state.owned:
             tasks.append(task_of(path, state, options))
     device = _device(states)
-    make_backend(options.scorer, device)
+    make_backend(options.scorer, device)  # raises what is missing before anything is computed
     kernels = usable(device) if device.type == "cuda" else None
     digests = replicas.digests(states, options)
     return states, _Ready(tasks, digests, options.fingerprint(), kernels)

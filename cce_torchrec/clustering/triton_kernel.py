@@ -2,7 +2,7 @@
 
 Each pass is one launch over a range of ids, without a temporary: an id's pair is found from its
 code and its hash where it is needed. All sums are of integers, so that no bit depends on the order
-of atomics. The torch and C++ forms are beside each use in ids.py and pairs.py.
+of atomics. The torch and C++ forms are beside each use in id_passes.py and pairs.py.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from cce_torchrec.gpu.launch import launch
 from cce_torchrec.gpu.triton_functions import bits31, hashed, mix
 
 _IDS = 1024
+# Few, because a program holds a row of `_MOST_DIMS` coordinates of each in registers.
 _RESIDUAL_IDS = 32
 _MOST_DIMS = 64
 
@@ -139,6 +140,8 @@ def _read_code(codes_ptr, cell, on):  # type: ignore[no-untyped-def]  # Triton's
         return code.to(tl.int64)
 
 
+# Numbers that differ from chunk to chunk: a kernel that was compiled anew for each (Triton does so
+# where one is 1 or a multiple of 16) would take longer than its pass.
 @triton.jit(do_not_specialize=["column", "first", "count", "base", "helper_rows"])
 def _write_pairs(  # type: ignore[no-untyped-def]
     codes_ptr, columns, column, first, count, base, multiplier, addend, helper_rows, a_ptr, b_ptr,
@@ -170,6 +173,7 @@ def _count_pairs(  # type: ignore[no-untyped-def]
         weight = tl.load(weights_ptr + at, mask=on, other=0)
     else:
         weight = tl.full((IDS,), 1, counts_ptr.dtype.element_ty)
+    # Relaxed: nothing reads the counts before the kernel has ended.
     tl.atomic_add(counts_ptr + key, weight, mask=on, sem="relaxed")
 
 
@@ -189,6 +193,7 @@ def _append_sampled(  # type: ignore[no-untyped-def]
     upto = tl.cumsum(on.to(tl.int32), axis=0)
     taken = tl.atomic_add(found_ptr, tl.max(upto, axis=0).to(tl.int64), sem="relaxed")
     to = taken + upto - 1
+    # What has no room is counted all the same: the caller makes room for it and starts again.
     on &= to < room
     tl.store(keys_ptr + to, key, mask=on)
     if WEIGHTED:
@@ -241,5 +246,5 @@ def _relabel(  # type: ignore[no-untyped-def]
     new = _new_code(new_codes_ptr, key, at, on, BY_PAIR)
     differs = tl.sum((on & (new != a)).to(tl.int64), axis=0)
     tl.atomic_add(changed_ptr, differs, sem="relaxed")
-    if WRITE:
+    if WRITE:  # no other program reads this cell: codes are read by their own id only
         tl.store(codes_ptr + cell, new.to(codes_ptr.dtype.element_ty), mask=on)
