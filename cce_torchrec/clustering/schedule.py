@@ -29,7 +29,7 @@ class ClusteringSchedule:
                 f"cannot spread {clusterings} clusterings over {until} of {total_steps} steps; "
                 "steps must be positive and the share in (0, 1]"
             )
-        # The end of a run only trains: in what was measured, the best last clustering came before it.
+        # The end of a run only trains: the best last clustering of those measured came before it.
         last = until * total_steps
         # A set: where there are fewer steps than clusterings, several fall on one.
         steps = {round(last * (i + 1) / clusterings) for i in range(clusterings)}
