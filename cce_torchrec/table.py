@@ -58,9 +58,8 @@ class Table:
     @property
     def compressed(self) -> CCEEmbeddingBagConfig:
         """The configuration of a table that is known to be compressed."""
-        found = self.cce
-        assert found is not None, f"table {self.name!r} is plain"
-        return found
+        assert is_cce(self.config), f"table {self.name!r} is plain"
+        return self.config
 
     @property
     def chunks(self) -> Sequence[int | None]:

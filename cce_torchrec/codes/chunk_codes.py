@@ -52,6 +52,12 @@ class ChunkCodes(nn.Module):
         self._hashes: dict[tuple[int, torch.device], torch.Tensor] = {}
 
     @property
+    def stored(self) -> torch.Tensor:
+        """The buffer `codes` of a table that is known to have learned codes."""
+        assert self.codes is not None, f"table {self.config.name!r} has no learned codes"
+        return self.codes
+
+    @property
     def config(self) -> CCEEmbeddingBagConfig:
         """The table as it is configured now."""
         return self.table.compressed
@@ -157,4 +163,11 @@ def codes_of(codes: nn.ModuleDict, table: str) -> ChunkCodes | None:
     """The codes of `table` in `codes`, None for a plain table or one of another rank."""
     found = codes[table] if table in codes else None  # noqa: SIM401  # ModuleDict.get is untyped
     assert found is None or isinstance(found, ChunkCodes)
+    return found
+
+
+def local_codes(codes: nn.ModuleDict, table: str) -> ChunkCodes:
+    """The codes of `table`, a CCE table of which this rank has some."""
+    found = codes[table]
+    assert isinstance(found, ChunkCodes)
     return found

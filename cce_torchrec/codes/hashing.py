@@ -83,7 +83,7 @@ def hash_rows(
     return bits.bitwise_and_(0x7FFFFFFF).mul_(num_rows).bitwise_right_shift_(31)
 
 
-def hash_function(seed: int, table: str, chunk: int, role: int, round_: int = 0) -> HashFunction:
+def hash_function(seed: int, table: str, chunk: int, *, role: int, round_: int = 0) -> HashFunction:
     """The hash of one chunk of one table; `round_` counts the clusterings of the table."""
     state = _splitmix64((seed & _MASK) ^ zlib.crc32(table.encode()))
     for part in (chunk, role, round_):
@@ -94,12 +94,12 @@ def hash_function(seed: int, table: str, chunk: int, role: int, round_: int = 0)
 
 def helper_hash(seed: int, table: str, chunk: int, clusterings: int) -> HashFunction:
     """Hash that sends an id to its helper row after `clusterings` clusterings."""
-    return hash_function(seed, table, chunk, HELPER_ROLE, clusterings)
+    return hash_function(seed, table, chunk, role=HELPER_ROLE, round_=clusterings)
 
 
 def code_hash(seed: int, table: str, chunk: int) -> HashFunction:
     """Hash that is an id's code until the first clustering."""
-    return hash_function(seed, table, chunk, CODE_ROLE)
+    return hash_function(seed, table, chunk, role=CODE_ROLE)
 
 
 def hash_ids(ids: torch.Tensor, seed: int, table: str, num_embeddings: int) -> torch.Tensor:
@@ -113,4 +113,4 @@ def hash_ids(ids: torch.Tensor, seed: int, table: str, num_embeddings: int) -> t
 
 def raw_id_key(seed: int, table: str) -> int:
     """The signed 64-bit seed that raw ids of a table are xored with."""
-    return hash_function(seed, table, 0, RAW_ID_ROLE).addend
+    return hash_function(seed, table, 0, role=RAW_ID_ROLE).addend
