@@ -87,6 +87,7 @@ class ShardedCCEEmbeddingBagCollection(
         self.data_parallel = placement.data_parallel
         self.chunk_owners = placement.chunk_owners
         self.id_partitions = placement.id_partitions
+        # A rank pools the rows that it has of a bag, so MEAN is taken of the sum of all parts.
         self.output = module.output.divided(self._plain_row_wise)
         warn_of_ignored_optimizers(module, self.data_parallel)
         # Plans name global ranks, also where a sharding group is a part of them (2D parallelism).
@@ -190,6 +191,7 @@ class ShardedCCEEmbeddingBagCollection(
             if self._distribution.fetch is None and self._is_direct(ctx):
                 return KJTList(self._distribution.split(features))
             sent = self._distribution(ctx, features, self.bounds_check)
+        # First the numbers of ids, then the ids: pipelines do other work in between.
         return sent.wait().wait()
 
     def compute(self, ctx: CCEContext, dist_input: KJTList) -> list[torch.Tensor]:
@@ -218,10 +220,8 @@ class ShardedCCEEmbeddingBagCollection(
         return self.output.assemble(values, self._columns, ctx.divisor)
 
     def _is_direct(self, ctx: CCEContext) -> bool:
-        """Whether the lookups' output is this rank's: alone in its group, it sends nothing.
-
-        What TorchRec does between the two for other jobs takes the host longer than the lookup.
-        """
+        """Whether the lookups' output is this rank's: alone in its group, it sends nothing."""
+        # What TorchRec does between the two for other jobs takes the host longer than the lookup.
         inner = self.embedding_bag_collection
         watched = inner.post_lookup_tracker_fn or inner.post_odist_tracker_fn
         stashed = MemoryStashingManager.is_enabled()
@@ -280,6 +280,7 @@ class ShardedCCEEmbeddingBagCollection(
     @property
     def process_group(self) -> dist.ProcessGroup | None:
         """The ranks that share the tables; None without such."""
+        # In 2D parallelism, `process_group` is that of the whole job.
         return getattr(self._env, "sharding_pg", self._env.process_group)
 
     def replica_groups(self) -> dict[str, dist.ProcessGroup]:
@@ -296,6 +297,7 @@ class ShardedCCEEmbeddingBagCollection(
         """Names of everything that DDP must leave alone: parameters and codes."""
         for name, _ in self.named_parameters():
             yield append_prefix(prefix, name)
+        # DDP broadcasts buffers: ranks have different codes, and gloo refuses int16.
         for name, _ in self.named_buffers():
             yield append_prefix(prefix, name)
 

@@ -56,6 +56,7 @@ Sequences = dict[str, JaggedTensor]
 class SequenceContext(CCEContext):
     """The context of a batch, with the features that the rank put in."""
 
+    # Without a value until `input_dist`: pipelines record streams of distributed batches only.
     features: KeyedJaggedTensor = field(init=False)
 
     def record_stream(self, stream: torch.Stream) -> None:
@@ -81,6 +82,7 @@ class SequencesAwaitable(LazyAwaitable[Sequences]):
         self.output, self._features, self._need_indices = output, features, need_indices
 
     def _wait_impl(self) -> Sequences:
+        # Flat, as chunks of one table may be wider than those of another.
         flat = torch.cat([awaitable.wait().view(-1) for awaitable in self._awaitables])
         parts = flat.split([ids * dim for ids, dim in self._shapes])
         vectors = {
@@ -137,6 +139,8 @@ class ShardedCCEEmbeddingCollection(
         check_sequences(features, self.bags.output)
         ctx.features = features
         awaitable = self.bags.input_dist(ctx, features)
+        # Only now: ids are sent with one batch size, and embeddings return one an id, by TorchRec's
+        # output distribution for a batch size per feature.
         ctx.variable_batch_per_feature = True
         ids = dict(zip(features.keys(), features.length_per_key(), strict=True))
         for sharded, context in zip(self.bags.inputs, ctx.sharding_contexts, strict=True):

@@ -142,19 +142,17 @@ def physical_plan(
     params: dict[str, ParameterSharding],
     device: torch.device,
 ) -> dict[str, ParameterSharding]:
-    """The plan of the tables that TorchRec shards, from that of the logical ones.
-
-    Ids are checked before expansion; FBGEMM would pass over all rows once more. On a CPU, large
-    tables are kept apart from those that have our backward: TorchRec groups tables of equal
-    parameters, and `enforce_hbm` means nothing there.
-    """
+    """The plan of the tables that TorchRec shards, from that of the logical ones."""
     out = {}
     for config in configs:
         shape = (config.num_embeddings, config.embedding_dim)
         if is_cce(config):
             shape = (config.rows_per_chunk, config.chunk_dim)
+        # On a CPU, large tables are kept apart from those that have our backward: TorchRec groups
+        # tables of equal parameters, and `enforce_hbm` means nothing there.
         apart = device.type == "cpu" and not fits(*shape)
         for name, sharding in fan_out(config, params[config.name]).items():
+            # Ids are checked before expansion; FBGEMM would pass over all rows once more.
             hbm = True if apart else sharding.enforce_hbm
             out[name] = replace(sharding, bounds_check_mode=BoundsCheckMode.NONE, enforce_hbm=hbm)
     return out

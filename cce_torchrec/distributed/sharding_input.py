@@ -89,6 +89,7 @@ def _input(
         list(dict.fromkeys(_arriving(slot_of[n], n, row_wise) for n in names)) for names in per_rank
     ]
     counts = [len(slots) for slots in slots_per_rank]
+    # A data-parallel sharding has one list of features, which is every rank's.
     mine = 0 if data_parallel else rank
     names, slots = list(per_rank[mine]), slots_per_rank[mine]
     # A rank that is alone in its group keeps its ids: nothing is sent, and nothing waits for it.
@@ -113,7 +114,7 @@ def _row_wise_input(
     tables: Sequence[Table],
     slot_of: dict[str, TableFeature],
 ) -> ShardingInput:
-    """Of plain tables cut by rows, as TorchRec does it; ids are checked before they are cut up."""
+    """Of plain tables cut by rows, as TorchRec does it."""
     names = sharding.feature_names()
     slots = [slot_of[name] for name in names]
     return ShardingInput(
@@ -122,6 +123,7 @@ def _row_wise_input(
         slots=slots,
         looked_up=slots,
         expansion=None,
+        # Ids are checked here: what arrives elsewhere is counted from the first row of its rank.
         before=Expansion(_table_lookups(tables, nn.ModuleDict(), names, slots, ()), slots, names),
     )
 

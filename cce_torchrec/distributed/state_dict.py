@@ -58,6 +58,7 @@ class Part:
 
     def cut(self, itemsize: int) -> list[Part]:
         """The same in blocks of ids, as shards have them."""
+        # A rank of another plan reads whole shards, of which it may want a few columns.
         size = max(1, SHARD_BYTES // (itemsize * len(self.chunks)))
         cuts = range(0, len(self.ids), size)
         return [Part(self.owner, self.ids[at : at + size], self.chunks) for at in cuts]
@@ -131,6 +132,7 @@ class CodesState:
             ValueError: codes of another table size or number of chunks, naming both, or of a
                 table whose codes are not learned here, or other main and helper rows.
         """
+        # `rest` begins with torch's local_metadata, strict and missing_keys.
         check_helper_rows(self._compressed, state, prefix, missing=rest[2])
         self._refuse_codes_of_others(state, prefix)
         for config in self._sharded_tables():
@@ -144,7 +146,7 @@ class CodesState:
             if found != (config.num_embeddings, config.num_chunks):
                 raise ValueError(_mismatch(config, found))
             parts = self._own_parts(config)
-            if local is None:
+            if local is None:  # torch would call the key unexpected
                 del state[key]
                 continue
             # Without parts it has the codes of no id, as a rank of a ROW_WISE table may.
@@ -197,6 +199,7 @@ class CodesState:
         return self._tensor(local, shards, [config.seen_bytes], torch.uint8)
 
     def _shard(self, part: Part, offsets: list[int], sizes: list[int]) -> ShardMetadata:
+        # The codes of others are on the GPU of their owner, whose number is counted on its node.
         device = str(self._device)
         if self._device.type == "cuda" and part.owner != self._rank:
             device = f"cuda:{part.owner % max(1, torch.cuda.device_count())}"
@@ -236,6 +239,7 @@ def _taken_from_shards(
             "load_checkpoint, or by dcp.load into model.state_dict(), then load_state_dict"
         )
     read = [[shards[tuple(part.offsets)].tensor for part in parts] for parts in cut]
+    # As in `model.state_dict()` that dcp.load has filled: nothing has to be copied.
     if _in_place(read, cut, local):
         return local.stored
     widths = [len(part.chunks) for part in own]

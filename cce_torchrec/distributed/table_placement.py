@@ -74,6 +74,7 @@ class TablePlacement:
                 ids = self.id_partitions[name].ids(rank)
                 local[name] = whole.select(table, whole.chunks, device, ids)
                 continue
+            # All chunks of a data-parallel table are here.
             owners = self.chunk_owners.get(name, [rank] * len(whole.chunks))
             chunks = [chunk for chunk, owner in enumerate(owners) if owner == rank]
             if chunks:

@@ -96,6 +96,7 @@ class CCEEmbeddingBagCollection(EmbeddingBagCollectionInterface):
         return lookups
 
     def __setattr__(self, name: str, value: object) -> None:
+        # DistributedModelParallel without our sharders looks inside, and finds a TorchRec module.
         if name == "embedding_bag_collection" and isinstance(value, ShardedModule):
             raise ValueError(
                 f"tables {[table.name for table in self.tables]}: the chunks inside a "
@@ -146,6 +147,7 @@ class CCEEmbeddingBagCollection(EmbeddingBagCollectionInterface):
             local_codes(self.codes, name).reset_parameters()
 
 
+# Functions, as torch marks the hooks that it is given, which methods do not allow.
 def _save_helper_rows(
     module: CCEEmbeddingBagCollection, state: dict[str, Any], prefix: str, _: Any
 ) -> None:
@@ -160,9 +162,11 @@ def _check_helper_rows(
 
 def physical_configs(config: EmbeddingBagConfig, is_weighted: bool) -> list[EmbeddingBagConfig]:
     """The TorchRec tables behind one logical table: one per chunk, or the plain table itself."""
+    # FBGEMM's MEAN would divide by the rows of a bag, which are two an id.
     pooling = PoolingType.SUM if divides_by_length(config, is_weighted) else config.pooling
     plain = {field.name: getattr(config, field.name) for field in fields(EmbeddingBagConfig)}
     if not is_cce(config):
+        # Named by the table too: tables that share a feature read different rows of it.
         names = [physical_feature(config.name, f, None) for f in config.feature_names]
         return [EmbeddingBagConfig(**{**plain, "feature_names": names, "pooling": pooling})]
     return [
