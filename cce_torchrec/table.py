@@ -58,9 +58,8 @@ class Table:
     @property
     def compressed(self) -> CCEEmbeddingBagConfig:
         """The configuration of a table that is known to be compressed."""
-        found = self.cce
-        assert found is not None, f"table {self.name!r} is plain"
-        return found
+        assert is_cce(self.config), f"table {self.name!r} is plain"
+        return self.config
 
     @property
     def chunks(self) -> Sequence[int | None]:
@@ -80,6 +79,7 @@ class Table:
 
 def tables_of(configs: Iterable[EmbeddingBagConfig]) -> list[Table]:
     """The tables of one collection."""
+    # One for all of them: a batch that a pipeline is ahead with is looked up in all of them.
     generation = Generation()
     return [Table(config, generation) for config in configs]
 
@@ -91,6 +91,7 @@ def physical_table(table: str, chunk: int) -> str:
 
 def logical_table(physical: str) -> str:
     """Name of the table that the TorchRec table `physical` is a chunk of, or that it is."""
+    # Users' tables have no '#' in their names: it is refused.
     return physical.split("#")[0]
 
 

@@ -33,7 +33,11 @@ def sample_hash(state: ChunkState) -> HashFunction:
     """What ids are sampled and drawn by."""
     config = state.codes.config
     return hash_function(
-        config.seed, config.name, state.chunk, SAMPLE_ROLE, state.codes.num_clusterings
+        config.seed,
+        config.name,
+        state.chunk,
+        role=SAMPLE_ROLE,
+        round_=state.codes.num_clusterings,
     )
 
 

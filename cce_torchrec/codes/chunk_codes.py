@@ -48,8 +48,15 @@ class ChunkCodes(nn.Module):
         self.seen: torch.Tensor | None
         bits = no_seen_ids(len(self.ids), device) if config.track_seen else None
         self.register_buffer("seen", bits)
+        # On the host as well, where every lookup asks for it without waiting for a device.
         self._num_clusterings = 0
         self._hashes: dict[tuple[int, torch.device], torch.Tensor] = {}
+
+    @property
+    def stored(self) -> torch.Tensor:
+        """The buffer `codes` of a table that is known to have learned codes."""
+        assert self.codes is not None, f"table {self.config.name!r} has no learned codes"
+        return self.codes
 
     @property
     def config(self) -> CCEEmbeddingBagConfig:
@@ -92,6 +99,7 @@ class ChunkCodes(nn.Module):
         """A copy for `table` with `chunks` (and `ids`) only; the hash if these are on meta."""
         local = ChunkCodes(table, chunks, device, ids)
         rows = slice(local.ids.start, local.ids.stop)
+        # On meta there is nothing to copy, and the new buffers have the initial hash already.
         if self.clusterings.device.type != "meta":
             local.set_clusterings(self.num_clusterings)
             if local.codes is not None and self.codes is not None:
@@ -112,6 +120,7 @@ class ChunkCodes(nn.Module):
                 rows.append(
                     [column, main.multiplier, main.addend, helper.multiplier, helper.addend]
                 )
+            # The newest alone: codes are never looked up by the hashes of an earlier clustering.
             self._hashes = {key: torch.tensor(rows, device=device)}
         return self._hashes[key]
 
@@ -128,6 +137,7 @@ class ChunkCodes(nn.Module):
         return hash_rows(ids, hashes[:, 3:4], hashes[:, 4:5], self.config.helper_rows)
 
     def _apply(self, *args: Any, **kwargs: Any) -> ChunkCodes:
+        # Buffers may move, and kernels are given their addresses once a generation.
         self.table.generation.advance()
         super()._apply(*args, **kwargs)
         if self.seen is not None:
@@ -137,6 +147,7 @@ class ChunkCodes(nn.Module):
     def _load_from_state_dict(
         self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any
     ) -> None:
+        # torch would convert the type, and int16 codes are unsigned: other rows would be read.
         found = state_dict.get(f"{prefix}codes")
         if self.codes is not None and found is not None and found.dtype != self.codes.dtype:
             raise ValueError(
@@ -157,4 +168,11 @@ def codes_of(codes: nn.ModuleDict, table: str) -> ChunkCodes | None:
     """The codes of `table` in `codes`, None for a plain table or one of another rank."""
     found = codes[table] if table in codes else None  # noqa: SIM401  # ModuleDict.get is untyped
     assert found is None or isinstance(found, ChunkCodes)
+    return found
+
+
+def local_codes(codes: nn.ModuleDict, table: str) -> ChunkCodes:
+    """The codes of `table`, a CCE table of which this rank has some."""
+    found = codes[table]
+    assert isinstance(found, ChunkCodes)
     return found

@@ -49,6 +49,7 @@ def mix(ids: torch.Tensor) -> torch.Tensor:
 
 def _shifted(values: torch.Tensor, by: int) -> torch.Tensor:
     """int64 shifted right as unsigned."""
+    # torch's shift repeats the sign bit.
     return (values >> by).bitwise_and_((1 << (64 - by)) - 1)
 
 
@@ -83,34 +84,33 @@ def hash_rows(
     return bits.bitwise_and_(0x7FFFFFFF).mul_(num_rows).bitwise_right_shift_(31)
 
 
-def hash_function(seed: int, table: str, chunk: int, role: int, round_: int = 0) -> HashFunction:
+def hash_function(seed: int, table: str, chunk: int, *, role: int, round_: int = 0) -> HashFunction:
     """The hash of one chunk of one table; `round_` counts the clusterings of the table."""
+    # Not `hash` of the name, which differs from process to process.
     state = _splitmix64((seed & _MASK) ^ zlib.crc32(table.encode()))
     for part in (chunk, role, round_):
         state = _splitmix64(state ^ part)
     addend = _splitmix64(state ^ 0xADD)
+    # Multiply-shift takes odd multipliers.
     return HashFunction(_signed(_splitmix64(state) | 1), _signed(addend))
 
 
 def helper_hash(seed: int, table: str, chunk: int, clusterings: int) -> HashFunction:
     """Hash that sends an id to its helper row after `clusterings` clusterings."""
-    return hash_function(seed, table, chunk, HELPER_ROLE, clusterings)
+    return hash_function(seed, table, chunk, role=HELPER_ROLE, round_=clusterings)
 
 
 def code_hash(seed: int, table: str, chunk: int) -> HashFunction:
     """Hash that is an id's code until the first clustering."""
-    return hash_function(seed, table, chunk, CODE_ROLE)
+    return hash_function(seed, table, chunk, role=CODE_ROLE)
 
 
 def hash_ids(ids: torch.Tensor, seed: int, table: str, num_embeddings: int) -> torch.Tensor:
-    """Ids in [0, num_embeddings) of raw `ids`: any integers, negative ones included; int64.
-
-    The remainder of the upper 63 bits of each id's mix, xored with a seed before it: raw ids meet
-    only in the remainder.
-    """
+    """Ids in [0, num_embeddings) of raw `ids`: any integers, negative ones included; int64."""
+    # Xor and mix are bijections, so that raw ids meet only in the remainder of the upper 63 bits.
     return _shifted(mix(ids.long() ^ raw_id_key(seed, table)), 1) % num_embeddings
 
 
 def raw_id_key(seed: int, table: str) -> int:
     """The signed 64-bit seed that raw ids of a table are xored with."""
-    return hash_function(seed, table, 0, RAW_ID_ROLE).addend
+    return hash_function(seed, table, 0, role=RAW_ID_ROLE).addend

@@ -41,6 +41,7 @@ def check_helper_rows(
         ValueError: a table whose rows are divided otherwise, naming it and both numbers.
     """
     for key, config in _keys(configs, prefix):
+        # Taken out: no buffer has this name, and torch would call it unexpected.
         found = state.pop(key, None)
         if found is None:
             missing.append(key)

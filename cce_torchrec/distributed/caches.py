@@ -34,6 +34,7 @@ def bypassed(lookups: Iterable[nn.Module]) -> Iterator[None]:
     finally:
         for module in modules:
             module.reset_cache_states()
+            # FBGEMM resets which rows are cached, and not which lines prefetched batches lock.
             if hasattr(module, "lxu_cache_locking_counter"):
                 module.lxu_cache_locking_counter.zero_()
 
@@ -41,6 +42,7 @@ def bypassed(lookups: Iterable[nn.Module]) -> Iterator[None]:
 def forget_prefetched(lookups: Iterable[nn.Module]) -> None:
     """Drops where the caches hold the oldest batch that was prefetched; the lookup asks anew."""
     for module in _cached(lookups):
+        # A lookup takes the first of each queue, and where there is none finds the rows itself.
         for waiting in (module.timesteps_prefetched, module.lxu_cache_locations_list):
             if waiting:
                 waiting.pop(0)

@@ -9,14 +9,16 @@ blocks, whose owner would otherwise answer for most of the batch.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
 from torch import nn
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
-from cce_torchrec.codes.chunk_codes import ChunkCodes, codes_of
-from cce_torchrec.codes.storage import mark_seen, widen
+from cce_torchrec.codes.chunk_codes import ChunkCodes, local_codes
+from cce_torchrec.codes.storage import widen
+from cce_torchrec.distributed.batch_in_flight import Answered
 from cce_torchrec.distributed.id_partition import IdPartition
 from cce_torchrec.lookup.bounds import BoundsCheck
 from cce_torchrec.lookup.expansion import Expansion, Work
@@ -24,16 +26,22 @@ from cce_torchrec.lookup.table_lookup import TableLookup
 from cce_torchrec.modules.embedding_bag_collection import select_slots
 from cce_torchrec.table import Table, TableFeature, physical_feature
 
+# In place of a number of ids, which is never negative.
 _FAILED = -1
-Answered = list[tuple[ChunkCodes, torch.Tensor]]
-"""Codes of this rank that keep bits of seen ids, and the positions in them that were asked for."""
 
 
-def mark_answered(answered: Answered) -> None:
-    """Marks ids as seen when they are looked up, which pipelines do after later ones are sent."""
-    for held, own in answered:
-        if held.seen is not None and held.training:
-            mark_seen(held.seen, own)
+@dataclass
+class RowWiseLookup(TableLookup):
+    """A table whose learned codes are spread over ranks by ids; this one has a block of them."""
+
+    codes: ChunkCodes
+    partition: IdPartition
+
+    @property
+    def bytes_per_id(self) -> int:
+        """Of an id's codes, all chunks together."""
+        stored = self.codes.stored
+        return stored.shape[1] * stored.element_size()
 
 
 class CodeFetch(Expansion):
@@ -44,55 +52,54 @@ class CodeFetch(Expansion):
 
     def __init__(
         self,
-        blocks: list[TableLookup],
+        lookups: list[RowWiseLookup],
         slots: list[TableFeature],
         keys: list[str],
+        *,
         others: list[str],
-        ids: list[IdPartition],
-        group: dist.ProcessGroup,
+        group: dist.ProcessGroup | None,
     ) -> None:
-        super().__init__(blocks, slots, keys)
-        self._others, self._ids, self._group = others, ids, group
+        super().__init__(lookups, slots, keys)
+        self._row_wise, self._others, self._group = lookups, others, group
+        # The kernel reads codes by address, and most of them are in the memory of other ranks.
         self._kernel_takes = False
         self._answered: Answered = []
 
     @classmethod
-    def of(
+    def from_partitions(
         cls,
         tables: Sequence[Table],
         codes: nn.ModuleDict,
-        row_wise: dict[str, IdPartition],
+        partitions: dict[str, IdPartition],
         group: dist.ProcessGroup | None,
     ) -> CodeFetch | None:
-        """For those of a collection's `tables` in `row_wise`; None without such tables.
+        """For those of a collection's `tables` in `partitions`; None without such tables.
 
         Args:
-            codes: with those of this rank's blocks.
+            codes: with those of this rank's ids.
         """
-        blocks: list[TableLookup] = []
+        lookups: list[RowWiseLookup] = []
         slots: list[TableFeature] = []
         keys: list[str] = []
         others: list[str] = []
         for table in tables:
-            config = table.config
-            if config.name not in row_wise:
-                others += config.feature_names
+            name, features = table.name, table.config.feature_names
+            if name not in partitions:
+                others += features
                 continue
-            held = codes_of(codes, config.name)
-            assert held is not None
-            at = range(len(slots), len(slots) + len(config.feature_names))
-            blocks.append(TableLookup(table, list(at), held, held.chunks))
-            slots += [TableFeature(config.name, feature) for feature in config.feature_names]
+            own = local_codes(codes, name)
+            at = list(range(len(slots), len(slots) + len(features)))
+            lookups.append(RowWiseLookup(table, at, own, own.chunks, partitions[name]))
+            slots += [TableFeature(name, feature) for feature in features]
             keys += [
-                physical_feature(config.name, feature, chunk)
-                for chunk in held.chunks
-                for feature in config.feature_names
+                physical_feature(name, feature, chunk)
+                for chunk in own.chunks
+                for feature in features
             ]
-        if not blocks:
+        if not lookups:
             return None
-        assert group is not None
-        ids = [row_wise[block.config.name] for block in blocks]
-        return cls(blocks, slots, keys, list(dict.fromkeys(others)), ids, group)
+        # A feature of several tables is sent once.
+        return cls(lookups, slots, keys, others=list(dict.fromkeys(others)), group=group)
 
     def replace(
         self, features: KeyedJaggedTensor, check: BoundsCheck
@@ -111,76 +118,83 @@ class CodeFetch(Expansion):
         return rows, self._answered
 
     def _write_rows(self, work: list[Work], check: BoundsCheck) -> None:
-        """Rows of the ids of every block, after one exchange for all of them."""
+        """Rows of the ids of every table, after one exchange for all of them."""
         failure: Exception | None = None
         distinct: list[torch.Tensor] = []
         checked: list[tuple[torch.Tensor, torch.Tensor]] = []
         try:
-            for block, (who, ids, _) in zip(self.blocks, work, strict=True):
-                valid = check(who, ids, block.config.num_embeddings).long()
+            for lookup, (name, ids, _) in zip(self._row_wise, work, strict=True):
+                valid = check(name, ids, lookup.config.num_embeddings).long()
                 rising, inverse = torch.unique(valid, return_inverse=True)
                 distinct.append(rising)
                 checked.append((valid, inverse))
-        except Exception as error:  # told to every rank, as all of them wait for this one
+        except Exception as error:  # sent to every rank, as all of them wait for this one
             failure = error
-        codes = self._exchange(distinct, failure)
-        for block, (_, _, out), (ids, at), own in zip(
-            self.blocks, work, checked, codes, strict=True
+        found = self._exchange(distinct, failure)
+        for lookup, (_, _, out), (ids, at), own in zip(
+            self._row_wise, work, checked, found, strict=True
         ):
-            held = _held(block)
             parts = [widen(own[at]).t()]
-            if block.rows_per_id == 2:
-                parts.append(held.helper_rows(ids) + held.config.num_rows)
+            if lookup.rows_per_id == 2:
+                # Helper rows are hashes, which every rank computes: codes alone are exchanged.
+                parts.append(lookup.codes.helper_rows(ids) + lookup.codes.config.num_rows)
             rows = torch.stack(parts, dim=-1)
             out.view(rows.shape).copy_(rows)
 
     def _exchange(
         self, distinct: list[torch.Tensor], failure: Exception | None
     ) -> list[torch.Tensor]:
-        """Codes [U, c] of the rising ids [U] of each block, in storage type.
+        """Codes [U, c] of the rising ids [U] of each table, in storage type.
 
         Raises:
             ValueError: on every rank, if any has failed before.
         """
-        pieces, asked, answered = self._exchange_counts(distinct, failure)
-        wanted = self._sent(torch.cat(pieces), [sum(row) for row in asked], answered)
+        by_rank, asked, answered = self._exchange_counts(distinct, failure)
+        wanted = self._exchanged(torch.cat(by_rank), [sum(row) for row in asked], answered)
         replies = self._codes_of(wanted, answered)
-        sizes = [_bytes_per_id(block) for block in self.blocks]
+        sizes = [lookup.bytes_per_id for lookup in self._row_wise]
         returned = [[n * s for n, s in zip(row, sizes, strict=True)] for row in asked]
         sent = [sum(n * s for n, s in zip(row, sizes, strict=True)) for row in answered]
-        by_rank = self._sent(replies, sent, returned).split([n for row in returned for n in row])
+        arrived = self._exchanged(replies, sent, returned).split(
+            [n for row in returned for n in row]
+        )
         return [
-            torch.cat(by_rank[t :: len(self.blocks)]).view(codes.dtype).view(-1, codes.shape[1])
-            for t, codes in enumerate(map(_codes, self.blocks))
+            torch.cat(arrived[t :: len(sizes)])
+            .view(lookup.codes.stored.dtype)
+            .view(-1, len(lookup.codes.chunks))
+            for t, lookup in enumerate(self._row_wise)
         ]
 
     def _exchange_counts(
         self, distinct: list[torch.Tensor], failure: Exception | None
     ) -> tuple[list[torch.Tensor], list[list[int]], list[list[int]]]:
-        """Ids to ask each rank for, in turn by block; how many, and how many others ask for here.
+        """Ids to ask each rank for, in turn by table; how many, and how many others ask for here.
 
         A rank that has failed says so in its counts: the others wait for them.
         """
-        ranks, tables = dist.get_world_size(self._group), len(self.blocks)
-        device = _held(self.blocks[0]).clusterings.device
+        ranks, tables = dist.get_world_size(self._group), len(self._row_wise)
+        device = self._row_wise[0].codes.clusterings.device
         counts = torch.full((ranks, tables), _FAILED, device=device)
         cuts: list[list[int]] = []
         if failure is None:
-            each = [ids.cuts(rising) for ids, rising in zip(self._ids, distinct, strict=True)]
+            each = [
+                lookup.partition.cuts(rising)
+                for lookup, rising in zip(self._row_wise, distinct, strict=True)
+            ]
             counts = torch.stack([c.diff() for c in each], dim=1).contiguous()
             cuts = torch.stack(each).tolist()
-        theirs = torch.empty_like(counts)
-        dist.all_to_all_single(theirs, counts, group=self._group)
-        asked, answered = counts.tolist(), theirs.tolist()
+        from_others = torch.empty_like(counts)
+        dist.all_to_all_single(from_others, counts, group=self._group)
+        asked, answered = counts.tolist(), from_others.tolist()
         if failure is not None:
             raise failure
         _raise_if_any_failed(answered)
-        pieces = [
+        by_rank = [
             distinct[t][cuts[t][r] : cuts[t][r + 1]] for r in range(ranks) for t in range(tables)
         ]
-        return pieces, asked, answered
+        return by_rank, asked, answered
 
-    def _sent(
+    def _exchanged(
         self, values: torch.Tensor, to_each: list[int], from_each: list[list[int]]
     ) -> torch.Tensor:
         """What the other ranks send when this one sends `values`, by counts."""
@@ -191,15 +205,15 @@ class CodeFetch(Expansion):
 
     def _codes_of(self, wanted: torch.Tensor, counts: list[list[int]]) -> torch.Tensor:
         """Codes of the ids that other ranks ask for, as bytes in their order."""
-        pieces = wanted.split([n for row in counts for n in row])
-        tables, replies = len(self.blocks), list(pieces)
-        for t, block in enumerate(self.blocks):
-            held = _held(block)
-            own = torch.cat(pieces[t::tables]) - held.ids.start
-            if held.seen is not None:
-                self._answered.append((held, own))
-            found = _codes(block).index_select(0, own).view(-1).view(torch.uint8)
-            size = _bytes_per_id(block)
+        replies = list(wanted.split([n for row in counts for n in row]))
+        tables = len(self._row_wise)
+        for t, lookup in enumerate(self._row_wise):
+            codes, size = lookup.codes, lookup.bytes_per_id
+            own = torch.cat(replies[t::tables]) - codes.ids.start
+            if codes.seen is not None:
+                self._answered.append((codes, own))
+            # As bytes: gloo refuses int16, and tables of other storage types go along.
+            found = codes.stored.index_select(0, own).view(-1).view(torch.uint8)
             replies[t::tables] = found.split([row[t] * size for row in counts])
         return torch.cat(replies)
 
@@ -208,19 +222,3 @@ def _raise_if_any_failed(counts: list[list[int]]) -> None:
     failed = [rank for rank, row in enumerate(counts) if _FAILED in row]
     if failed:
         raise ValueError(f"the batch of ranks {failed} could not be looked up; see their error")
-
-
-def _held(block: TableLookup) -> ChunkCodes:
-    assert block.codes is not None
-    return block.codes
-
-
-def _codes(block: TableLookup) -> torch.Tensor:
-    codes = _held(block).codes
-    assert codes is not None
-    return codes
-
-
-def _bytes_per_id(block: TableLookup) -> int:
-    codes = _codes(block)
-    return codes.shape[1] * codes.element_size()

@@ -14,8 +14,6 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from fbgemm_gpu.split_table_batched_embeddings_ops_common import BoundsCheckMode
-from torch import nn
-from torchrec.distributed.embedding_sharding import EmbeddingShardingContext, KJTListSplitsAwaitable
 from torchrec.distributed.embedding_types import KJTList, ShardedEmbeddingModule
 from torchrec.distributed.embeddingbag import (
     EmbeddingBagCollectionSharder,
@@ -31,28 +29,23 @@ from torchrec.distributed.types import (
 from torchrec.distributed.utils import append_prefix
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor, KeyedTensor
 
-from cce_torchrec.codes.chunk_codes import codes_of
-from cce_torchrec.config import is_cce
 from cce_torchrec.distributed.alone import PooledNoWait, is_alone
+from cce_torchrec.distributed.batch_in_flight import BatchInFlight
 from cce_torchrec.distributed.caches import forget_prefetched
-from cce_torchrec.distributed.code_fetch import CodeFetch, mark_answered
+from cce_torchrec.distributed.code_fetch import CodeFetch
 from cce_torchrec.distributed.context import CCEContext
-from cce_torchrec.distributed.id_partition import IdPartition, check_group, is_row_wise
-from cce_torchrec.distributed.input_dist import batch_sizes, sharding_inputs
-from cce_torchrec.distributed.plan import (
-    chunk_owners,
-    is_data_parallel,
-    physical_plan,
-    warn_of_ignored_optimizers,
-)
+from cce_torchrec.distributed.id_partition import check_group
+from cce_torchrec.distributed.input_dist import InputDistribution
+from cce_torchrec.distributed.plan import physical_plan, warn_of_ignored_optimizers
+from cce_torchrec.distributed.sharding_input import sharding_inputs
 from cce_torchrec.distributed.state_dict import CodesState
+from cce_torchrec.distributed.table_placement import TablePlacement
 from cce_torchrec.lookup import narrow
 from cce_torchrec.lookup.backward import take_over
 from cce_torchrec.lookup.bounds import BoundsCheck
 from cce_torchrec.lookup.output import check_features
 from cce_torchrec.modules.embedding_bag_collection import (
     CCEEmbeddingBagCollection,
-    select_slots,
     without_weights,
 )
 from cce_torchrec.table import Generation, tables_of
@@ -83,27 +76,25 @@ class ShardedCCEEmbeddingBagCollection(
         self.tables = tables_of(module.embedding_bag_configs())
         """As they are now; `embedding_bag_configs` reads their configurations."""
         self.generation = self.tables[0].generation if self.tables else Generation()
-        configs = self.embedding_bag_configs()
         self._is_weighted = module.is_weighted()
         self.weights_computed_after_dist = False
         """Whether weights are computed where the ids are looked up, by feature processors."""
         self._env = env
-        self._device = device
         self.bounds_check = BoundsCheck(module.bounds_check_mode)
-        self._read_plan(params)
-        self.output = module.output.divided(self._cut_by_rows)
+        placement = TablePlacement.from_plan(self.embedding_bag_configs(), params)
+        check_group(placement.id_partitions, self.process_group)
+        self._plain_row_wise = placement.plain_row_wise
+        self.data_parallel = placement.data_parallel
+        self.chunk_owners = placement.chunk_owners
+        self.id_partitions = placement.id_partitions
+        # A rank pools the rows that it has of a bag, so MEAN is taken of the sum of all parts.
+        self.output = module.output.divided(self._plain_row_wise)
         warn_of_ignored_optimizers(module, self.data_parallel)
         # Plans name global ranks, also where a sharding group is a part of them (2D parallelism).
         rank = getattr(env, "global_rank", env.rank)
-        self.codes = self._local_codes(module, rank)
+        self.codes = placement.local_codes(self.tables, module.codes, rank, device)
         self._codes_state = state = CodesState(
-            self.codes,
-            self.tables,
-            self.chunk_owners,
-            self.id_partitions,
-            rank,
-            device,
-            env.process_group,
+            self.codes, self.tables, placement, rank, device, env.process_group
         )
         self.register_state_dict_post_hook(
             partial(state.save)
@@ -111,11 +102,15 @@ class ShardedCCEEmbeddingBagCollection(
         self.register_load_state_dict_pre_hook(state.load)
         self.embedding_bag_collection: ShardedEmbeddingBagCollection = ebc_sharder.shard(
             module.embedding_bag_collection,
-            physical_plan(configs, params, device),
+            physical_plan(self.embedding_bag_configs(), params, device),
             env=env,
             device=device,
             module_fqn=append_prefix(module_fqn or "", "embedding_bag_collection"),
         )
+        self._prepare_lookups(device)
+
+    def _prepare_lookups(self, device: torch.device) -> None:
+        """What is between the input, TorchRec's lookups, and the output."""
         inner = self.embedding_bag_collection
         # Ids are distributed here; the inner module's input distribution is never called. Means
         # of tables cut by rows are taken here too.
@@ -126,64 +121,24 @@ class ShardedCCEEmbeddingBagCollection(
             # Rows are in bounds: ids were checked before they were expanded, all of them.
             kernel.bounds_check_mode_int = BoundsCheckMode.NONE.value
             take_over(kernel)
-        self._pieces = self.output.column_pieces(*output_features(inner))
+        self._columns = self.output.column_pieces(*output_features(inner))
         self.inputs = sharding_inputs(
-            inner, self.tables, self.output, self.codes, self.id_partitions, env.rank
+            inner, self.tables, self.output, self.codes, self.id_partitions, self._env.rank
         )
         for sharded, lookup in zip(self.inputs, self._lookups, strict=True):
             if sharded.expansion is not None and device.type == "cuda":
                 sharded.expansion.narrow = narrow.take_over(torchrec_kernels(lookup))
-        self._fetch = CodeFetch.of(self.tables, self.codes, self.id_partitions, self.process_group)
+        self._distribution = InputDistribution(
+            self.inputs,
+            CodeFetch.from_partitions(
+                self.tables, self.codes, self.id_partitions, self.process_group
+            ),
+            self._env.world_size,
+        )
+        # Where train pipelines look for what to fuse. Not `redistribute`, which has to stay as it
+        # is: see ShardingInput.
         self._input_dists += [sharded.dist for sharded in self.inputs]
-        self._alone = is_alone(env, inner) and all(sharded.stays for sharded in self.inputs)
-        self._feature_order = [slot.feature for sharded in self.inputs for slot in sharded.slots]
-
-    def _read_plan(self, params: dict[str, ParameterSharding]) -> None:
-        """Which table is where.
-
-        Raises:
-            ValueError: a table without an entry, or whose entry cannot be carried out.
-        """
-        configs = self.embedding_bag_configs()
-        missing = [c.name for c in configs if c.name not in params]
-        if missing:
-            raise ValueError(f"the plan has no entry for tables {missing}; it has {sorted(params)}")
-        compressed = [c for c in configs if is_cce(c)]
-        by_rows = {c.name for c in configs if is_row_wise(params[c.name])}
-        self._cut_by_rows = by_rows - {c.name for c in compressed}
-        self.data_parallel = {c.name for c in configs if is_data_parallel(params[c.name])}
-        """Tables that are whole on every rank."""
-        self.chunk_owners = {
-            c.name: chunk_owners(c, params[c.name])
-            for c in compressed
-            if c.name not in self.data_parallel
-        }
-        """Rank of each chunk's codebook, per CCE table that is not data-parallel."""
-        self.id_partitions = {
-            c.name: IdPartition.of(c, params[c.name])
-            for c in compressed
-            # A table without codes is spread by chunks, and nothing is fetched.
-            if c.learned_codes and c.name in by_rows
-        }
-        """Which rank has the codes of which ids, per ROW_WISE table with codes."""
-        check_group(self.id_partitions, self.process_group)
-
-    def _local_codes(self, module: CCEEmbeddingBagCollection, rank: int) -> nn.ModuleDict:
-        """Codes of the chunks that `rank` looks up, or of its block of ids, by table."""
-        local = nn.ModuleDict()
-        for table in self.tables:
-            name, codes = table.name, codes_of(module.codes, table.name)
-            if codes is None:
-                continue
-            if name in self.id_partitions:
-                ids = self.id_partitions[name].ids(rank)
-                local[name] = codes.select(table, codes.chunks, self._device, ids)
-                continue
-            owners = self.chunk_owners.get(name, [rank] * len(codes.chunks))
-            chunks = [chunk for chunk, owner in enumerate(owners) if owner == rank]
-            if chunks:
-                local[name] = codes.select(table, chunks, self._device)
-        return local
+        self._alone = is_alone(self._env, inner) and all(sharded.stays for sharded in self.inputs)
 
     def input_dist(  # type: ignore[override]  # TorchRec's own modules narrow *input likewise
         self, ctx: CCEContext, features: KeyedJaggedTensor
@@ -198,7 +153,7 @@ class ShardedCCEEmbeddingBagCollection(
             feature where a table is data-parallel.
         """
         with torch.no_grad():
-            return self._distribute(ctx, self._prepared(ctx, features))
+            return self._distribution(ctx, self._prepared(ctx, features), self.bounds_check)
 
     def _prepared(self, ctx: CCEContext, features: KeyedJaggedTensor) -> KeyedJaggedTensor:
         """`features` once they are checked, with what the output will need of them in `ctx`."""
@@ -210,64 +165,19 @@ class ShardedCCEEmbeddingBagCollection(
         ctx.divisor = self.output.divisor(features)
         ctx.variable_batch_per_feature = features.variable_stride_per_key()
         if ctx.variable_batch_per_feature:
-            ctx.inverse_indices = self._inverse_indices(*features.inverse_indices())
+            ctx.inverse_indices = self._distribution.inverse_indices(*features.inverse_indices())
         return features if self._is_weighted else without_weights(features)
 
     def _check_variable_batch(self) -> None:
         """Refuses a batch size per feature where TorchRec cannot distribute the output."""
         why, tables = "data-parallel, for which TorchRec has no", self.data_parallel
-        if not tables and self._cut_by_rows and dist.get_backend(self.process_group) == "gloo":
-            why, tables = "cut by rows, for which gloo cannot gather a", self._cut_by_rows
+        if not tables and self._plain_row_wise and dist.get_backend(self.process_group) == "gloo":
+            why, tables = "cut by rows, for which gloo cannot gather a", self._plain_row_wise
         if tables:
             raise ValueError(
                 f"tables {sorted(tables)} are {why} variable batch size per feature; plan them "
                 "table-wise or column-wise, or give every feature the same batch size"
             )
-
-    def _distribute(
-        self, ctx: CCEContext, features: KeyedJaggedTensor, again: bool = False
-    ) -> Awaitable[Awaitable[KJTList]]:
-        """Sends `features` to their tables' owners; ids of ROW_WISE tables become rows before."""
-        check = self.bounds_check.without_counting() if again else self.bounds_check
-        variable = ctx.variable_batch_per_feature  # TorchRec asks for sizes only then
-        sizes = features.stride_per_key() if variable else []
-        bags = dict(zip(features.keys(), sizes, strict=False))
-        if self._fetch is not None:
-            ctx.fetched_for, ctx.generation = features, self.generation.number
-            features, ctx.answered = self._fetch.replace(features, check)
-        pieces = self._split(features)
-        # Ids that are sent tell their number on arrival; those of a rank alone are not sent.
-        alone = self._env.world_size == 1 and not variable
-        ctx.sharding_contexts = [
-            EmbeddingShardingContext(
-                batch_size_per_rank=[features.stride()] if alone else [],
-                batch_size_per_feature_pre_a2a=[
-                    bags[s.feature] for s in sharded.looked_up if variable
-                ],
-                variable_batch_per_feature=variable,
-            )
-            for sharded in self.inputs
-        ]
-        sent = []
-        for sharded, piece in zip(self.inputs, pieces, strict=True):
-            if sharded.before is not None:
-                piece = sharded.before(piece, check)
-            sent.append(sharded.redistribute(piece) if again else sharded.dist(piece))
-        return KJTListSplitsAwaitable(sent, ctx)
-
-    def _split(self, features: KeyedJaggedTensor) -> list[KeyedJaggedTensor]:
-        """The slots of every sharding."""
-        ordered = select_slots(features, self._feature_order)
-        # Also what is known of the lengths afterwards, so that values beyond the last bag are.
-        ordered.length_per_key()
-        return ordered.split([len(sharded.slots) for sharded in self.inputs])
-
-    def _inverse_indices(
-        self, names: list[str], inverse: torch.Tensor
-    ) -> tuple[list[str], torch.Tensor]:
-        """Rows of `inverse` in the order in which TorchRec gathers the physical features."""
-        looked_up = [slot.feature for sharded in self.inputs for slot in sharded.looked_up]
-        return looked_up, inverse[[names.index(feature) for feature in looked_up]]
 
     def forward(self, *input: Any, **kwargs: Any) -> LazyAwaitable[KeyedTensor]:
         """The pooled embeddings; where nothing is sent there are no awaitables in between."""
@@ -278,9 +188,10 @@ class ShardedCCEEmbeddingBagCollection(
         """What this rank looks up of every rank's `features`."""
         with torch.no_grad():
             features = self._prepared(ctx, features)
-            if self._fetch is None and self._is_direct(ctx):
-                return KJTList(self._split(features))
-            sent = self._distribute(ctx, features)
+            if self._distribution.fetch is None and self._is_direct(ctx):
+                return KJTList(self._distribution.split(features))
+            sent = self._distribution(ctx, features, self.bounds_check)
+        # First the numbers of ids, then the ids: pipelines do other work in between.
         return sent.wait().wait()
 
     def compute(self, ctx: CCEContext, dist_input: KJTList) -> list[torch.Tensor]:
@@ -306,67 +217,52 @@ class ShardedCCEEmbeddingBagCollection(
     def _joined(self, ctx: CCEContext, pooled: list[torch.Tensor]) -> KeyedTensor:
         """The logical output of all lookups', of a rank that is alone."""
         values = pooled[0] if len(pooled) == 1 else torch.cat(pooled, dim=1)
-        return self.output.assemble(values, self._pieces, ctx.divisor)
+        return self.output.assemble(values, self._columns, ctx.divisor)
 
     def _is_direct(self, ctx: CCEContext) -> bool:
-        """Whether the lookups' output is this rank's: alone in its group, it sends nothing.
-
-        What TorchRec does between the two for other jobs takes the host longer than the lookup.
-        """
+        """Whether the lookups' output is this rank's: alone in its group, it sends nothing."""
+        # What TorchRec does between the two for other jobs takes the host longer than the lookup.
         inner = self.embedding_bag_collection
         watched = inner.post_lookup_tracker_fn or inner.post_odist_tracker_fn
         stashed = MemoryStashingManager.is_enabled()
         variable = ctx.variable_batch_per_feature
         return self._alone and not (watched or stashed or variable)
 
-    def prefetch(
+    def prefetch(  # type: ignore[override]  # pipelines always give a context, by name
         self,
         dist_input: KJTList,
         forward_stream: torch.Stream | None = None,
-        ctx: CCEContext | None = None,
+        *,
+        ctx: CCEContext,
     ) -> None:
         """Brings the codebook rows of a batch into the caches of kernels that have some (CUDA).
 
         The rows are kept for `compute`, unless codes change before it.
         """
-        assert ctx is not None, "codes are expanded for one batch"
-        ctx.expanded, ctx.expanded_at = self._expand(ctx, dist_input), self.generation.number
-        super().prefetch(ctx.expanded, forward_stream, ctx)
+        rows = ctx.in_flight.prefetched(self._expand(ctx, dist_input))
+        super().prefetch(rows, forward_stream, ctx)
 
     def _expand(self, ctx: CCEContext, dist_input: KJTList) -> KJTList:
-        if ctx.expanded is not None:
-            if ctx.expanded_at == self.generation.number:
-                return ctx.expanded
-            forget_prefetched(self._lookups)
-        if self._fetch is not None:
-            if ctx.generation != self.generation.number:
-                # A pipeline had distributed the batch before a clustering step, on every rank.
-                assert ctx.fetched_for is not None
-                with torch.no_grad():
-                    dist_input = self._distribute(ctx, ctx.fetched_for, again=True).wait().wait()
-            mark_answered(ctx.answered)
-        expanded = [
-            features
-            if sharded.expansion is None
-            else sharded.expansion(features, self.bounds_check)
-            for sharded, features in zip(self.inputs, dist_input, strict=True)
-        ]
-        if ctx.variable_batch_per_feature:
-            for context, rows in zip(ctx.sharding_contexts, expanded, strict=True):
-                context.batch_size_per_rank_per_feature = batch_sizes(rows, self._env.world_size)
-        return KJTList(expanded)
+        """Codebook rows of what arrived, by the codes as they are now."""
+        return ctx.in_flight.current_rows(
+            dist_input,
+            self.bounds_check,
+            distribute_again=partial(self._distribution.again, ctx),
+            expand=partial(self._distribution.expand, ctx),
+            forget_prefetched=partial(forget_prefetched, self._lookups),
+        )
 
     def _assembled(
         self, ctx: CCEContext, awaitable: LazyAwaitable[KeyedTensor]
     ) -> LazyAwaitable[KeyedTensor]:
         awaitable.callbacks.append(
-            lambda pooled: self.output.assemble(pooled.values(), self._pieces, ctx.divisor)
+            lambda pooled: self.output.assemble(pooled.values(), self._columns, ctx.divisor)
         )
         return awaitable
 
     def create_context(self) -> CCEContext:
         """A fresh context for one batch."""
-        return CCEContext()
+        return CCEContext(in_flight=BatchInFlight(self.generation))
 
     def embedding_bag_configs(self) -> list[Any]:
         """The tables as configured (or finalized), one entry per logical table."""
@@ -384,6 +280,7 @@ class ShardedCCEEmbeddingBagCollection(
     @property
     def process_group(self) -> dist.ProcessGroup | None:
         """The ranks that share the tables; None without such."""
+        # In 2D parallelism, `process_group` is that of the whole job.
         return getattr(self._env, "sharding_pg", self._env.process_group)
 
     def replica_groups(self) -> dict[str, dist.ProcessGroup]:
@@ -400,6 +297,7 @@ class ShardedCCEEmbeddingBagCollection(
         """Names of everything that DDP must leave alone: parameters and codes."""
         for name, _ in self.named_parameters():
             yield append_prefix(prefix, name)
+        # DDP broadcasts buffers: ranks have different codes, and gloo refuses int16.
         for name, _ in self.named_buffers():
             yield append_prefix(prefix, name)
 

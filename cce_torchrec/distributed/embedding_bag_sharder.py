@@ -63,17 +63,14 @@ class CCEEmbeddingBagCollectionSharder(BaseEmbeddingSharder[CCEEmbeddingBagColle
         )
 
     def shardable_parameters(self, module: CCEEmbeddingBagCollection) -> dict[str, nn.Parameter]:
-        """One parameter per logical table: the real one of a plain table, a proxy [k + k', D].
-
-        The proxy carries the chunks' in-backward optimizer, without which the planner would
-        choose the dense kernel.
-        """
+        """One parameter per logical table: the real one of a plain table, a proxy [k + k', D]."""
         real = self._ebc_sharder.shardable_parameters(module.embedding_bag_collection)
         out: dict[str, nn.Parameter] = {}
         for config in module.embedding_bag_configs():
             if not is_cce(config):
                 out[config.name] = real[config.name]
                 continue
+            # Planners read its shape, type and optimizer alone, so it takes no memory.
             proxy = nn.Parameter(
                 torch.empty(
                     config.rows_per_chunk,
@@ -82,12 +79,14 @@ class CCEEmbeddingBagCollectionSharder(BaseEmbeddingSharder[CCEEmbeddingBagColle
                     device="meta",
                 )
             )
+            # Without an optimizer in backward the planner would choose the dense kernel.
             copy_optimizer_in_backward(real[physical_table(config.name, 0)], proxy)
             out[config.name] = proxy
         return out
 
     def sharding_types(self, compute_device_type: str) -> list[str]:
         """Those that place whole codebooks; ROW_WISE, which cuts codes only, on a CPU too."""
+        # TorchRec offers ROW_WISE on GPUs alone.
         types = {*super().sharding_types(compute_device_type), ShardingType.ROW_WISE.value}
         return [kind for kind in SUPPORTED if kind in types]
 

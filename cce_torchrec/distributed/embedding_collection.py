@@ -8,7 +8,7 @@ embeddings back.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -56,13 +56,13 @@ Sequences = dict[str, JaggedTensor]
 class SequenceContext(CCEContext):
     """The context of a batch, with the features that the rank put in."""
 
-    features: KeyedJaggedTensor | None = None
+    # Without a value until `input_dist`: pipelines record streams of distributed batches only.
+    features: KeyedJaggedTensor = field(init=False)
 
     def record_stream(self, stream: torch.Stream) -> None:
         """Keeps the tensors alive for `stream`."""
         super().record_stream(stream)
-        if self.features is not None:
-            self.features.record_stream(stream)
+        self.features.record_stream(stream)
 
 
 class SequencesAwaitable(LazyAwaitable[Sequences]):
@@ -82,6 +82,7 @@ class SequencesAwaitable(LazyAwaitable[Sequences]):
         self.output, self._features, self._need_indices = output, features, need_indices
 
     def _wait_impl(self) -> Sequences:
+        # Flat, as chunks of one table may be wider than those of another.
         flat = torch.cat([awaitable.wait().view(-1) for awaitable in self._awaitables])
         parts = flat.split([ids * dim for ids, dim in self._shapes])
         vectors = {
@@ -138,10 +139,11 @@ class ShardedCCEEmbeddingCollection(
         check_sequences(features, self.bags.output)
         ctx.features = features
         awaitable = self.bags.input_dist(ctx, features)
+        # Only now: ids are sent with one batch size, and embeddings return one an id, by TorchRec's
+        # output distribution for a batch size per feature.
         ctx.variable_batch_per_feature = True
         ids = dict(zip(features.keys(), features.length_per_key(), strict=True))
         for sharded, context in zip(self.bags.inputs, ctx.sharding_contexts, strict=True):
-            assert context is not None
             context.batch_size_per_feature_pre_a2a = [ids[s.feature] for s in sharded.looked_up]
             context.variable_batch_per_feature = True
         return awaitable
@@ -150,15 +152,15 @@ class ShardedCCEEmbeddingCollection(
         """Looks up every received id by itself."""
         return self.bags.compute(ctx, _each_by_itself(ctx, dist_input))
 
-    def prefetch(
+    def prefetch(  # type: ignore[override]  # pipelines always give a context, by name
         self,
         dist_input: KJTList,
         forward_stream: torch.Stream | None = None,
-        ctx: SequenceContext | None = None,
+        *,
+        ctx: SequenceContext,
     ) -> None:
         """Brings the codebook rows of a batch into the caches of kernels that have some (CUDA)."""
-        assert ctx is not None, "codes are expanded for one batch"
-        self.bags.prefetch(_each_by_itself(ctx, dist_input), forward_stream, ctx)
+        self.bags.prefetch(_each_by_itself(ctx, dist_input), forward_stream, ctx=ctx)
 
     def output_dist(
         self, ctx: SequenceContext, output: list[torch.Tensor]
@@ -169,10 +171,8 @@ class ShardedCCEEmbeddingCollection(
         for dist, embeddings, context in zip(
             output_dists(inner), output, ctx.sharding_contexts, strict=True
         ):
-            assert context is not None
             awaitables.append(dist(embeddings, context))
             ids += context.batch_size_per_feature_pre_a2a
-        assert ctx.features is not None
         names, dims = uncombined_features(inner)
         return SequencesAwaitable(
             awaitables,
@@ -185,7 +185,7 @@ class ShardedCCEEmbeddingCollection(
 
     def create_context(self) -> SequenceContext:
         """A fresh context for one batch."""
-        return SequenceContext()
+        return SequenceContext(in_flight=self.bags.create_context().in_flight)
 
     def embedding_configs(self) -> list[BaseEmbeddingConfig]:
         """The tables as configured (or finalized), one entry per logical table."""
@@ -210,7 +210,6 @@ def _each_by_itself(ctx: SequenceContext, dist_input: KJTList) -> KJTList:
     """The received ids, in bags of one."""
     each = []
     for features, context in zip(dist_input, ctx.sharding_contexts, strict=True):
-        assert context is not None
         each.append(bags_of_one(features, context.batch_size_per_rank))
     return KJTList(each)
 

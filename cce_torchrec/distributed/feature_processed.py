@@ -67,6 +67,7 @@ class FeatureProcessedSharder(FeatureProcessedEmbeddingBagCollectionSharder):
         sharded = ShardedFeatureProcessedCCE(
             module, params, self._cce_sharder, env, device, module_fqn
         )
+        # Or it would refuse the features that users give, which have no weights yet.
         processed_collection(sharded).weights_computed_after_dist = True
         return sharded
 

@@ -7,9 +7,10 @@ from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
-from torchrec.distributed.types import EnumerableShardingSpec, ParameterSharding, ShardingType
+from torchrec.distributed.types import ParameterSharding, ShardingType
 
 from cce_torchrec.config import CCEEmbeddingBagConfig
+from cce_torchrec.distributed.shards import placed_shards
 
 _UNIT = 8
 """Blocks are cut at multiples of this, so that the bits of seen ids are cut at bytes."""
@@ -28,16 +29,14 @@ class IdPartition:
     ranks: tuple[int, ...]
 
     @classmethod
-    def of(cls, config: CCEEmbeddingBagConfig, sharding: ParameterSharding) -> IdPartition:
+    def from_plan(cls, config: CCEEmbeddingBagConfig, sharding: ParameterSharding) -> IdPartition:
         """The blocks under a ROW_WISE plan, whose shards name the ranks.
 
         Raises:
             ValueError: a plan without shards.
         """
-        spec = sharding.sharding_spec
-        shards = spec.shards if isinstance(spec, EnumerableShardingSpec) else []
-        ranks = tuple(shard.placement.rank() for shard in shards if shard.placement is not None)
-        if not ranks or None in ranks:
+        ranks = tuple(rank for rank, _ in placed_shards(config.name, sharding))
+        if not ranks:
             raise ValueError(
                 f"table {config.name!r}: its ROW_WISE plan has no shards; make it with a TorchRec "
                 "planner"
@@ -61,23 +60,25 @@ class IdPartition:
         return torch.searchsorted(rising, starts)
 
 
-def check_group(blocks: dict[str, IdPartition], group: dist.ProcessGroup | None) -> None:
+def check_group(partitions: dict[str, IdPartition], group: dist.ProcessGroup | None) -> None:
     """Refuses ROW_WISE tables that are not on all ranks of `group`, in its order.
 
     Raises:
         ValueError: naming the table and both.
     """
     ranks = dist.get_process_group_ranks(group) if dist.is_initialized() else [0]
-    for table, found in blocks.items():
-        if list(found.ranks) != ranks:
+    for table, partition in partitions.items():
+        if list(partition.ranks) != ranks:
             raise ValueError(
-                f"table {table!r}: its ROW_WISE plan has shards on ranks {list(found.ranks)}, and "
-                f"ids are exchanged among all ranks of the group, {ranks}; give each one shard"
+                f"table {table!r}: its ROW_WISE plan has shards on ranks {list(partition.ranks)}, "
+                f"and ids are exchanged among all ranks of the group, {ranks}; give each one shard"
             )
 
 
-def codebook_owners(config: CCEEmbeddingBagConfig, blocks: IdPartition) -> list[int]:
+def codebook_owners(config: CCEEmbeddingBagConfig, partition: IdPartition) -> list[int]:
     """Rank of each chunk's codebook: spread evenly, from a rank that follows from the name."""
-    ranks, chunks = blocks.ranks, config.num_chunks
+    ranks, chunks = partition.ranks, config.num_chunks
+    # Not from the first rank, which would have a codebook of every table; and not by `hash`, which
+    # differs from process to process.
     first = zlib.crc32(config.name.encode())
     return [ranks[(first + chunk * len(ranks) // chunks) % len(ranks)] for chunk in range(chunks)]

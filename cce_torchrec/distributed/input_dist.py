@@ -1,186 +1,106 @@
-"""Input distribution over logical slots: where each id goes, and what it becomes there."""
+"""Input distribution over logical slots: ids to the ranks that look them up, and to rows there."""
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
-from dataclasses import dataclass
-from functools import partial
-from typing import Any
+from collections.abc import Sequence
 
-import torch.distributed as dist
-from torch import nn
-from torchrec.distributed.embeddingbag import ShardedEmbeddingBagCollection
-from torchrec.distributed.sharding.dp_sharding import (
-    DpPooledEmbeddingSharding,
-    DpSparseFeaturesDist,
-)
-from torchrec.distributed.sharding.rw_sharding import RwPooledEmbeddingSharding
-from torchrec.distributed.sharding.tw_sharding import TwSparseFeaturesDist
-from torchrec.modules.embedding_configs import EmbeddingBagConfig
+import torch
+from torchrec.distributed.embedding_sharding import EmbeddingShardingContext, KJTListSplitsAwaitable
+from torchrec.distributed.embedding_types import KJTList
+from torchrec.distributed.types import Awaitable
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
-from cce_torchrec.codes.chunk_codes import codes_of
-from cce_torchrec.config import CCEEmbeddingBagConfig
-from cce_torchrec.lookup.expansion import Expansion
-from cce_torchrec.lookup.output import LogicalOutput
-from cce_torchrec.lookup.table_lookup import TableLookup
-from cce_torchrec.table import Table, TableFeature, physical_feature
-from cce_torchrec.torchrec_internals import ranks_of, shardings_of
+from cce_torchrec.distributed.code_fetch import CodeFetch
+from cce_torchrec.distributed.context import CCEContext
+from cce_torchrec.distributed.sharding_input import ShardingInput
+from cce_torchrec.lookup.bounds import BoundsCheck
+from cce_torchrec.modules.embedding_bag_collection import select_slots
 
 
-@dataclass(frozen=True)
-class ShardingInput:
-    """How ids reach the lookup of one of TorchRec's shardings, and are expanded there."""
-
-    dist: nn.Module
-    """Takes a KJT of `slots` to the ranks that own their tables' chunks."""
-    redistribute: nn.Module
-    """The same, which train pipelines leave as it is."""
-    slots: list[TableFeature]
-    """Per rank in turn, each slot once; of ROW_WISE tables, the physical features."""
-    looked_up: list[TableFeature]
-    """Logical slot of each physical feature of all ranks, in the order of the lookups' outputs."""
-    expansion: Expansion | None
-    """Of the slots that this rank receives; None where they are local rows already."""
-    before: Expansion | None = None
-    """What is done to the slots on the rank that has the batch."""
-    stays: bool = False
-    """Whether nothing is sent."""
-
-
-def sharding_inputs(
-    inner: ShardedEmbeddingBagCollection,
-    tables: Sequence[Table],
-    output: LogicalOutput,
-    codes: nn.ModuleDict,
-    row_wise: Collection[str],
-    rank: int,
-) -> list[ShardingInput]:
-    """One entry per sharding of `inner`, whose tables are the chunks of `tables`.
+class InputDistribution:
+    """The input distribution of one sharded collection, over all of TorchRec's shardings.
 
     Args:
-        codes: of the chunks that `rank` owns.
-        row_wise: tables whose ids arrive as rows of their chunks, by physical feature.
+        inputs: one per sharding.
+        fetch: of the codes of ROW_WISE tables, where there are some.
+        world_size: ranks that share the tables.
     """
-    slot_of = {
-        name: slot
-        for slot, names in zip(output.slots, output.physical, strict=True)
-        for name in names
-    }
-    return [
-        _row_wise_input(sharding, tables, slot_of)
-        if isinstance(sharding, RwPooledEmbeddingSharding)
-        else _input(sharding, tables, slot_of, codes, row_wise, rank)
-        for sharding in shardings_of(inner)
-    ]
+
+    def __init__(
+        self, inputs: Sequence[ShardingInput], fetch: CodeFetch | None, world_size: int
+    ) -> None:
+        self.inputs, self.fetch = inputs, fetch
+        self._world_size = world_size
+        self._feature_order = [slot.feature for sharded in inputs for slot in sharded.slots]
+
+    def __call__(
+        self, ctx: CCEContext, features: KeyedJaggedTensor, check: BoundsCheck
+    ) -> Awaitable[Awaitable[KJTList]]:
+        """Sends `features` to their tables' owners; ids of ROW_WISE tables become rows before."""
+        return self._send(ctx, features, check, again=False)
+
+    def again(self, ctx: CCEContext, features: KeyedJaggedTensor, check: BoundsCheck) -> KJTList:
+        """The same for a batch whose codes have changed; waits for what the other ranks send."""
+        with torch.no_grad():
+            return self._send(ctx, features, check, again=True).wait().wait()
+
+    def _send(
+        self, ctx: CCEContext, features: KeyedJaggedTensor, check: BoundsCheck, again: bool
+    ) -> Awaitable[Awaitable[KJTList]]:
+        variable = ctx.variable_batch_per_feature  # TorchRec asks for sizes only then
+        sizes = features.stride_per_key() if variable else []
+        bags = dict(zip(features.keys(), sizes, strict=False))
+        if self.fetch is not None:
+            rows, answered = self.fetch.replace(features, check)
+            ctx.in_flight.fetched(features, answered)
+            features = rows
+        split = self.split(features)
+        # Ids that are sent tell their number on arrival; those of a rank alone are not sent.
+        alone = self._world_size == 1 and not variable
+        ctx.sharding_contexts = [
+            EmbeddingShardingContext(
+                batch_size_per_rank=[features.stride()] if alone else [],
+                batch_size_per_feature_pre_a2a=[
+                    bags[s.feature] for s in sharded.looked_up if variable
+                ],
+                variable_batch_per_feature=variable,
+            )
+            for sharded in self.inputs
+        ]
+        sent = []
+        for sharded, own in zip(self.inputs, split, strict=True):
+            if sharded.before is not None:
+                own = sharded.before(own, check)
+            sent.append(sharded.redistribute(own) if again else sharded.dist(own))
+        return KJTListSplitsAwaitable(sent, ctx)
+
+    def split(self, features: KeyedJaggedTensor) -> list[KeyedJaggedTensor]:
+        """The slots of every sharding."""
+        ordered = select_slots(features, self._feature_order)
+        # Also what is known of the lengths afterwards, so that values beyond the last bag are.
+        ordered.length_per_key()
+        return ordered.split([len(sharded.slots) for sharded in self.inputs])
+
+    def expand(self, ctx: CCEContext, received: KJTList, check: BoundsCheck) -> KJTList:
+        """Codebook rows of the ids that this rank has received."""
+        rows = [
+            ids if sharded.expansion is None else sharded.expansion(ids, check)
+            for sharded, ids in zip(self.inputs, received, strict=True)
+        ]
+        if ctx.variable_batch_per_feature:
+            for context, own in zip(ctx.sharding_contexts, rows, strict=True):
+                context.batch_size_per_rank_per_feature = _batch_sizes(own, self._world_size)
+        return KJTList(rows)
+
+    def inverse_indices(
+        self, names: list[str], inverse: torch.Tensor
+    ) -> tuple[list[str], torch.Tensor]:
+        """Rows of `inverse` in the order in which TorchRec gathers the physical features."""
+        looked_up = [slot.feature for sharded in self.inputs for slot in sharded.looked_up]
+        return looked_up, inverse[[names.index(feature) for feature in looked_up]]
 
 
-def _input(
-    sharding: Any,
-    tables: Sequence[Table],
-    slot_of: dict[str, TableFeature],
-    codes: nn.ModuleDict,
-    row_wise: Collection[str],
-    rank: int,
-) -> ShardingInput:
-    """Of whole tables: each slot goes once to every rank that has a chunk of its table."""
-    data_parallel = isinstance(sharding, DpPooledEmbeddingSharding)
-    per_rank = [sharding.feature_names()] if data_parallel else sharding.feature_names_per_rank()
-    slots_per_rank = [
-        list(dict.fromkeys(_arriving(slot_of[n], n, row_wise) for n in names)) for names in per_rank
-    ]
-    counts = [len(slots) for slots in slots_per_rank]
-    mine = 0 if data_parallel else rank
-    names, slots = list(per_rank[mine]), slots_per_rank[mine]
-    # A rank that is alone in its group keeps its ids: nothing is sent, and nothing waits for it.
-    stays = data_parallel or dist.get_world_size(ranks_of(sharding)) == 1
-    make: Any = DpSparseFeaturesDist
-    if not stays:
-        make = partial(TwSparseFeaturesDist, ranks_of(sharding), counts)
-    return ShardingInput(
-        dist=make(),
-        redistribute=make(),
-        slots=[slot for slots in slots_per_rank for slot in slots],
-        looked_up=[slot_of[name] for names in per_rank for name in names],
-        expansion=Expansion(_blocks(tables, codes, names, slots, row_wise), slots, names),
-        stays=stays,
-    )
-
-
-def _row_wise_input(
-    sharding: RwPooledEmbeddingSharding,
-    tables: Sequence[Table],
-    slot_of: dict[str, TableFeature],
-) -> ShardingInput:
-    """Of plain tables cut by rows, as TorchRec does it; ids are checked before they are cut up."""
-    names = sharding.feature_names()
-    slots = [slot_of[name] for name in names]
-    return ShardingInput(
-        dist=sharding.create_input_dist(),
-        redistribute=sharding.create_input_dist(),
-        slots=slots,
-        looked_up=slots,
-        expansion=None,
-        before=Expansion(_blocks(tables, nn.ModuleDict(), names, slots, ()), slots, names),
-    )
-
-
-def _arriving(slot: TableFeature, name: str, row_wise: Collection[str]) -> TableFeature:
-    """What ids of the physical feature `name` of `slot` are called when they arrive."""
-    return TableFeature(slot.table, name) if slot.table in row_wise else slot
-
-
-def _as_plain(config: CCEEmbeddingBagConfig, features: list[str]) -> EmbeddingBagConfig:
-    """A chunk as the plain table that it is where rows arrive, not ids."""
-    return EmbeddingBagConfig(
-        name=f"rows of {config.name}",
-        num_embeddings=config.rows_per_chunk,
-        embedding_dim=config.chunk_dim,
-        feature_names=features,
-    )
-
-
-def batch_sizes(rows: KeyedJaggedTensor, world_size: int) -> list[list[int]]:
+def _batch_sizes(rows: KeyedJaggedTensor, world_size: int) -> list[list[int]]:
     """Bags per rank and physical feature of `rows`, received with a batch size per feature."""
     per_feature = rows.stride_per_key_per_rank() if rows.keys() else []
     return [[int(sizes[rank]) for sizes in per_feature] for rank in range(world_size)]
-
-
-def _blocks(
-    tables: Sequence[Table],
-    codes: nn.ModuleDict,
-    names: list[str],
-    slots: list[TableFeature],
-    row_wise: Collection[str],
-) -> list[TableLookup]:
-    """Blocks that produce the physical features `names`, in order, from `slots`."""
-    position = {slot: i for i, slot in enumerate(slots)}
-    by_first: dict[str, tuple[Table, list[str], int | None]] = {}
-    for table in tables:
-        for chunk in table.chunks:
-            names_of = table.config.feature_names
-            features = [physical_feature(table.name, f, chunk) for f in names_of]
-            by_first[features[0]] = (table, features, chunk)
-    blocks: list[TableLookup] = []
-    at = 0
-    while at < len(names):
-        table, features, chunk = by_first[names[at]]
-        assert names[at : at + len(features)] == features, "TorchRec tore a table apart"
-        at += len(features)
-        if table.name in row_wise:
-            own = [position[TableFeature(table.name, name)] for name in features]
-            plain = Table(_as_plain(table.compressed, features), table.generation)
-            blocks.append(TableLookup(plain, own, None, []))
-            continue
-        own = [position[TableFeature(table.name, f)] for f in table.config.feature_names]
-        if chunk is None:
-            blocks.append(TableLookup(table, own, None, []))
-            continue
-        held = codes_of(codes, table.name)
-        assert held is not None
-        column = held.chunks.index(chunk)
-        if blocks and blocks[-1].table is table:
-            blocks[-1].columns.append(column)
-        else:
-            blocks.append(TableLookup(table, own, held, [column]))
-    return blocks

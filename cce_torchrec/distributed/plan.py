@@ -13,6 +13,7 @@ from torchrec.modules.embedding_configs import EmbeddingBagConfig
 
 from cce_torchrec.config import CCEEmbeddingBagConfig, is_cce
 from cce_torchrec.distributed.id_partition import IdPartition, codebook_owners, is_row_wise
+from cce_torchrec.distributed.shards import placed_shards
 from cce_torchrec.lookup.backward import fits
 from cce_torchrec.modules.embedding_bag_collection import CCEEmbeddingBagCollection
 from cce_torchrec.table import logical_table, physical_table
@@ -38,13 +39,6 @@ def is_data_parallel(sharding: ParameterSharding) -> bool:
     return sharding.sharding_type == ShardingType.DATA_PARALLEL.value
 
 
-def _rank(shard: ShardMetadata) -> int:
-    assert shard.placement is not None
-    rank = shard.placement.rank()
-    assert rank is not None
-    return rank
-
-
 def check_world_size(params: dict[str, ParameterSharding], world_size: int) -> None:
     """Refuses a plan for more ranks than there are.
 
@@ -52,10 +46,8 @@ def check_world_size(params: dict[str, ParameterSharding], world_size: int) -> N
         ValueError: naming the table and the rank.
     """
     for table, sharding in params.items():
-        spec = sharding.sharding_spec
-        ranks = list(sharding.ranks or [])
-        if isinstance(spec, EnumerableShardingSpec):
-            ranks += [_rank(shard) for shard in spec.shards]
+        # A data-parallel table has ranks, and no shards.
+        ranks = [*(sharding.ranks or []), *(rank for rank, _ in placed_shards(table, sharding))]
         if ranks and max(ranks) >= world_size:
             raise ValueError(
                 f"table {table!r}: the plan puts it on rank {max(ranks)}, the job has "
@@ -70,24 +62,23 @@ def chunk_owners(config: CCEEmbeddingBagConfig, sharding: ParameterSharding) -> 
         ValueError: column shards that cut a chunk in two.
     """
     if is_row_wise(sharding):
-        return codebook_owners(config, IdPartition.of(config, sharding))
-    who = f"table {config.name!r}"
-    spec = sharding.sharding_spec
-    shards = spec.shards if isinstance(spec, EnumerableShardingSpec) else None
+        return codebook_owners(config, IdPartition.from_plan(config, sharding))
+    table = f"table {config.name!r}"
+    shards = placed_shards(config.name, sharding)
     if not shards:
-        raise ValueError(f"{who}: its plan has no shards; make it with a TorchRec planner")
+        raise ValueError(f"{table}: its plan has no shards; make it with a TorchRec planner")
     owners: list[int | None] = [None] * config.num_chunks
-    for shard in shards:
+    for rank, shard in shards:
         start, width = shard.shard_offsets[1], shard.shard_sizes[1]
         if start % config.chunk_dim or width % config.chunk_dim:
             raise ValueError(
-                f"{who}: a shard of columns [{start}, {start + width}) cuts a chunk of width "
+                f"{table}: a shard of columns [{start}, {start + width}) cuts a chunk of width "
                 f"{config.chunk_dim}; set ParameterConstraints(min_partition={config.chunk_dim})"
             )
         for chunk in range(start // config.chunk_dim, (start + width) // config.chunk_dim):
-            owners[chunk] = _rank(shard)
+            owners[chunk] = rank
     if None in owners:
-        raise ValueError(f"{who}: the shards of its plan do not cover all columns")
+        raise ValueError(f"{table}: the shards of its plan do not cover all columns")
     return [owner for owner in owners if owner is not None]
 
 
@@ -110,8 +101,8 @@ def fan_out(
     if is_data_parallel(sharding):
         return dict.fromkeys(tables, sharding)
     owners = chunk_owners(config, sharding)
-    assert isinstance(sharding.sharding_spec, EnumerableShardingSpec)
-    placements = {_rank(s): s.placement for s in sharding.sharding_spec.shards}
+    # A placement names the device too, so a chunk takes that of a shard on its owner.
+    placements = {rank: shard.placement for rank, shard in placed_shards(config.name, sharding)}
     return {
         table: replace(
             sharding,
@@ -151,19 +142,17 @@ def physical_plan(
     params: dict[str, ParameterSharding],
     device: torch.device,
 ) -> dict[str, ParameterSharding]:
-    """The plan of the tables that TorchRec shards, from that of the logical ones.
-
-    Ids are checked before expansion; FBGEMM would pass over all rows once more. On a CPU, large
-    tables are kept apart from those that have our backward: TorchRec groups tables of equal
-    parameters, and `enforce_hbm` means nothing there.
-    """
+    """The plan of the tables that TorchRec shards, from that of the logical ones."""
     out = {}
     for config in configs:
         shape = (config.num_embeddings, config.embedding_dim)
         if is_cce(config):
             shape = (config.rows_per_chunk, config.chunk_dim)
+        # On a CPU, large tables are kept apart from those that have our backward: TorchRec groups
+        # tables of equal parameters, and `enforce_hbm` means nothing there.
         apart = device.type == "cpu" and not fits(*shape)
         for name, sharding in fan_out(config, params[config.name]).items():
+            # Ids are checked before expansion; FBGEMM would pass over all rows once more.
             hbm = True if apart else sharding.enforce_hbm
             out[name] = replace(sharding, bounds_check_mode=BoundsCheckMode.NONE, enforce_hbm=hbm)
     return out

@@ -18,11 +18,12 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from cce_torchrec.codes.chunk_codes import ChunkCodes, codes_of
+from cce_torchrec.codes.chunk_codes import ChunkCodes, codes_of, local_codes
 from cce_torchrec.codes.helper_rows import check_helper_rows, save_helper_rows
 from cce_torchrec.codes.storage import code_dtype
 from cce_torchrec.config import CCEEmbeddingBagConfig
 from cce_torchrec.distributed.id_partition import IdPartition
+from cce_torchrec.distributed.table_placement import TablePlacement
 from cce_torchrec.table import Table
 from cce_torchrec.torchrec_internals import (
     Shard,
@@ -57,27 +58,29 @@ class Part:
 
     def cut(self, itemsize: int) -> list[Part]:
         """The same in blocks of ids, as shards have them."""
+        # A rank of another plan reads whole shards, of which it may want a few columns.
         size = max(1, SHARD_BYTES // (itemsize * len(self.chunks)))
-        blocks = [self.ids[first : first + size] for first in range(0, len(self.ids), size)]
-        return [Part(self.owner, ids, self.chunks) for ids in blocks]
+        cuts = range(0, len(self.ids), size)
+        return [Part(self.owner, self.ids[at : at + size], self.chunks) for at in cuts]
 
-    def of(self, held: ChunkCodes) -> torch.Tensor:
-        """These codes in the buffer of a rank that holds them, [ids, chunks]; a view."""
-        assert held.codes is not None
-        row, column = self.ids.start - held.ids.start, held.chunks.index(self.chunks.start)
-        return held.codes[row : row + len(self.ids), column : column + len(self.chunks)]
+    def view(self, local: ChunkCodes) -> torch.Tensor:
+        """These codes in the buffer `local` of the rank that has them, [ids, chunks]; a view."""
+        row, column = self.ids.start - local.ids.start, local.chunks.index(self.chunks.start)
+        return local.stored[row : row + len(self.ids), column : column + len(self.chunks)]
 
 
 def _parts(
-    config: CCEEmbeddingBagConfig, owners: list[int], blocks: IdPartition | None
+    config: CCEEmbeddingBagConfig, owners: list[int], partition: IdPartition | None
 ) -> list[Part]:
     """The shards of a table's codes."""
-    if blocks is not None:
-        held = [Part(rank, blocks.ids(rank), range(config.num_chunks)) for rank in blocks.ranks]
-        return [part for part in held if part.ids]
+    if partition is not None:
+        chunks = range(config.num_chunks)
+        by_rank = [Part(rank, partition.ids(rank), chunks) for rank in partition.ranks]
+        # A small table has fewer blocks than there are ranks, and no shard is empty.
+        return [part for part in by_rank if part.ids]
     out, first = [], 0
-    for owner, chunks in itertools.groupby(owners):
-        count = len(list(chunks))
+    for owner, run in itertools.groupby(owners):
+        count = len(list(run))
         out.append(Part(owner, range(config.num_embeddings), range(first, first + count)))
         first += count
     return out
@@ -95,14 +98,13 @@ class CodesState:
         self,
         codes: nn.ModuleDict,
         tables: Sequence[Table],
-        owners: dict[str, list[int]],
-        blocks: dict[str, IdPartition],
+        placement: TablePlacement,
         rank: int,
         device: torch.device,
         group: dist.ProcessGroup | None,
     ) -> None:
-        self._codes, self._owners, self._blocks, self._rank = codes, owners, blocks, rank
-        self._tables = tables
+        self._codes, self._tables, self._rank = codes, tables, rank
+        self._owners, self._partitions = placement.chunk_owners, placement.id_partitions
         self._device, self._group = torch.empty(0, device=device).device, group  # with its index
 
     @property
@@ -119,7 +121,7 @@ class CodesState:
         """Replaces this rank's part by the table's ShardedTensor, on every rank."""
         for config in self._sharded_tables():
             state[codes_key(prefix, config.name)] = self._sharded(config)
-            if config.track_seen and config.name in self._blocks:
+            if config.track_seen and config.name in self._partitions:
                 state[_seen_key(prefix, config.name)] = self._sharded_seen(config)
         save_helper_rows(self._compressed, state, prefix)
 
@@ -130,6 +132,7 @@ class CodesState:
             ValueError: codes of another table size or number of chunks, naming both, or of a
                 table whose codes are not learned here, or other main and helper rows.
         """
+        # `rest` begins with torch's local_metadata, strict and missing_keys.
         check_helper_rows(self._compressed, state, prefix, missing=rest[2])
         self._refuse_codes_of_others(state, prefix)
         for config in self._sharded_tables():
@@ -138,20 +141,19 @@ class CodesState:
                 if not self._own_parts(config):  # an owner misses its buffer itself
                     rest[2].append(key)
                 continue
-            value, held = state[key], codes_of(self._codes, config.name)
+            value, local = state[key], codes_of(self._codes, config.name)
             found = tuple(value.size()) if isinstance(value, torch.Tensor) else ()
             if found != (config.num_embeddings, config.num_chunks):
                 raise ValueError(_mismatch(config, found))
             parts = self._own_parts(config)
-            if parts:
-                state[key] = _taken(config, value, parts, held)
-            elif held is not None and held.codes is not None:  # a block without ids
-                state[key] = held.codes
-            else:
+            if local is None:  # torch would call the key unexpected
                 del state[key]
+                continue
+            # Without parts it has the codes of no id, as a rank of a ROW_WISE table may.
+            state[key] = _taken(config, value, parts, local) if parts else local.stored
             seen = _seen_key(prefix, config.name)
-            if config.name in self._blocks and seen in state and held is not None:
-                state[seen] = _own_bits(state[seen], held)
+            if local.seen is not None and config.name in self._partitions and seen in state:
+                state[seen] = _own_bits(state[seen], local.seen, first=local.ids.start)
 
     def _refuse_codes_of_others(self, state: dict[str, Any], prefix: str) -> None:
         learned = {config.name for config in self._compressed if config.learned_codes}
@@ -167,26 +169,24 @@ class CodesState:
         return [part for part in self._parts(config) if part.owner == self._rank]
 
     def _parts(self, config: CCEEmbeddingBagConfig) -> list[Part]:
-        return _parts(config, self._owners[config.name], self._blocks.get(config.name))
+        return _parts(config, self._owners[config.name], self._partitions.get(config.name))
 
     def _sharded(self, config: CCEEmbeddingBagConfig) -> ShardedTensor:
         shards, local = [], []
-        held = codes_of(self._codes, config.name)
         dtype = code_dtype(config.num_rows)
         for part in (p for whole in self._parts(config) for p in whole.cut(dtype.itemsize)):
             shard = self._shard(part, part.offsets, part.sizes)
             shards.append(shard)
             if part.owner == self._rank:
-                assert held is not None
                 # Rows of the buffer are their own shard; columns are copied, as shards must be
                 # contiguous.
-                local.append(Shard(part.of(held).contiguous(), shard))
+                codes = part.view(local_codes(self._codes, config.name))
+                local.append(Shard(codes.contiguous(), shard))
         return self._tensor(local, shards, [config.num_embeddings, config.num_chunks], dtype)
 
     def _sharded_seen(self, config: CCEEmbeddingBagConfig) -> ShardedTensor:
         """The bits of all ids: of each block its own bytes, of the last one the spare as well."""
         shards, local = [], []
-        held = codes_of(self._codes, config.name)
         parts = self._parts(config)
         for part in parts:
             first = part.ids.start // 8
@@ -194,11 +194,12 @@ class CodesState:
             shard = self._shard(part, [first], [last - first])
             shards.append(shard)
             if part.owner == self._rank:
-                assert held is not None and held.seen is not None
-                local.append(Shard(held.seen[: last - first], shard))
+                bits = local_codes(self._codes, config.name).get_buffer("seen")
+                local.append(Shard(bits[: last - first], shard))
         return self._tensor(local, shards, [config.seen_bytes], torch.uint8)
 
     def _shard(self, part: Part, offsets: list[int], sizes: list[int]) -> ShardMetadata:
+        # The codes of others are on the GPU of their owner, whose number is counted on its node.
         device = str(self._device)
         if self._device.type == "cuda" and part.owner != self._rank:
             device = f"cuda:{part.owner % max(1, torch.cuda.device_count())}"
@@ -217,17 +218,17 @@ def _seen_key(prefix: str, table: str) -> str:
 
 
 def _taken(
-    config: CCEEmbeddingBagConfig, value: torch.Tensor, own: list[Part], held: ChunkCodes | None
+    config: CCEEmbeddingBagConfig, value: torch.Tensor, own: list[Part], local: ChunkCodes
 ) -> torch.Tensor:
     """The codes of this rank, from a plain tensor or one that is sharded in the same way."""
     if isinstance(value, ShardedTensor):
-        return _taken_from_shards(config, value, own, held)
+        return _taken_from_shards(config, value, own, local)
     rows = [value[p.ids.start : p.ids.stop, p.chunks.start : p.chunks.stop] for p in own]
     return rows[0] if len(rows) == 1 else torch.cat(rows, dim=1)
 
 
 def _taken_from_shards(
-    config: CCEEmbeddingBagConfig, value: ShardedTensor, own: list[Part], held: ChunkCodes | None
+    config: CCEEmbeddingBagConfig, value: ShardedTensor, own: list[Part], local: ChunkCodes
 ) -> torch.Tensor:
     cut = [part.cut(code_dtype(config.num_rows).itemsize) for part in own]
     shards = {tuple(shard.metadata.shard_offsets): shard for shard in value.local_shards()}
@@ -238,29 +239,29 @@ def _taken_from_shards(
             "load_checkpoint, or by dcp.load into model.state_dict(), then load_state_dict"
         )
     read = [[shards[tuple(part.offsets)].tensor for part in parts] for parts in cut]
-    if held is not None and held.codes is not None and _in_place(read, cut, held):
-        return held.codes
+    # As in `model.state_dict()` that dcp.load has filled: nothing has to be copied.
+    if _in_place(read, cut, local):
+        return local.stored
     widths = [len(part.chunks) for part in own]
     codes = read[0][0].new_empty(len(own[0].ids), sum(widths))
-    for blocks, columns in zip(read, codes.split(widths, dim=1), strict=True):
-        torch.cat(blocks, out=columns)
+    for of_ids, columns in zip(read, codes.split(widths, dim=1), strict=True):
+        torch.cat(of_ids, out=columns)
     return codes
 
 
-def _in_place(read: list[list[torch.Tensor]], cut: list[list[Part]], held: ChunkCodes) -> bool:
+def _in_place(read: list[list[torch.Tensor]], cut: list[list[Part]], local: ChunkCodes) -> bool:
     """Whether all that was read lies in the buffer itself."""
     pairs = [pair for row in zip(read, cut, strict=True) for pair in zip(*row, strict=True)]
-    return all(tensor.data_ptr() == part.of(held).data_ptr() for tensor, part in pairs)
+    return all(tensor.data_ptr() == part.view(local).data_ptr() for tensor, part in pairs)
 
 
-def _own_bits(value: torch.Tensor, held: ChunkCodes) -> torch.Tensor:
-    """Bits of seen ids of this rank's block."""
-    assert held.seen is not None
-    out = torch.zeros_like(held.seen)
+def _own_bits(value: torch.Tensor, own: torch.Tensor, first: int) -> torch.Tensor:
+    """Bits of seen ids of this rank, from id `first` on, in the size of its buffer `own`."""
+    out = torch.zeros_like(own)
     if isinstance(value, ShardedTensor):
         parts = [shard.tensor for shard in value.local_shards()]
     else:
-        parts = [value[held.ids.start // 8 :][: len(out)]]
+        parts = [value[first // 8 :][: len(out)]]
     for part in parts:
         out[: len(part)] = part
     return out

@@ -1,13 +1,14 @@
 """Expansion: a KeyedJaggedTensor of ids becomes one of codebook rows.
 
-Logical slots (table, feature) come in; physical features (table chunk, feature) go out. A block
-is one table with the chunks that are looked up together: its ids are contiguous in the input and
-its rows are written straight into their place in the output, [chunks, ids, rows per id].
+Logical slots (table, feature) come in; physical features (table chunk, feature) go out. The ids of
+a `TableLookup`, one table with the chunks that are looked up together, are contiguous in the input,
+and its rows are written straight into their place in the output, [chunks, ids, rows per id].
 """
 
 from __future__ import annotations
 
 import itertools
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -21,7 +22,7 @@ from cce_torchrec.lookup.table_lookup import TableLookup
 from cce_torchrec.table import TableFeature
 
 Work = tuple[str, torch.Tensor, torch.Tensor]
-"""Of one block: whose ids for messages, the ids [V], and where their rows go."""
+"""Of one table: what messages call it, its ids [V], and where their rows go."""
 
 
 class Expansion:
@@ -30,28 +31,27 @@ class Expansion:
     _dtype = torch.int64
 
     def __init__(
-        self, blocks: list[TableLookup], slots: list[TableFeature], keys: list[str]
+        self, table_lookups: Sequence[TableLookup], slots: list[TableFeature], keys: list[str]
     ) -> None:
-        self.blocks = blocks
+        self.table_lookups = table_lookups
         self._keys = keys
         self.slots = slots
-        self._who = []
-        for block in blocks:
-            features = ", ".join(f"feature {slots[s].feature!r}" for s in block.slots)
-            self._who.append(f"table {block.config.name!r}, {features}")
+        self._names = []
+        for lookup in table_lookups:
+            features = ", ".join(f"feature {slots[s].feature!r}" for s in lookup.slots)
+            self._names.append(f"table {lookup.config.name!r}, {features}")
         # The kernels take the ids in their order.
-        self._kernel_takes = len(blocks) > 0 and [s for b in blocks for s in b.slots] == list(
-            range(len(slots))
-        )
-        self._tracked = [
-            b.codes for b in blocks if b.codes is not None and b.codes.seen is not None
-        ]
+        in_order = [s for lookup in table_lookups for s in lookup.slots]
+        self._kernel_takes = len(table_lookups) > 0 and in_order == list(range(len(slots)))
+        every = [lookup.codes for lookup in table_lookups]
+        self._tracked = [codes for codes in every if codes is not None and codes.seen is not None]
         self._invalid: dict[torch.device, torch.Tensor] = {}
         self.narrow = False
         """Whether rows may be int32, where kernels write them (narrow.py)."""
         # Per physical feature: the slot it comes from.
-        self._sources = [s for b in blocks for _ in range(b.copies) for s in b.slots]
-        self._generations = list({id(g): g for g in (b.table.generation for b in blocks)}.values())
+        self._sources = [s for t in table_lookups for _ in range(t.copies) for s in t.slots]
+        generations = [lookup.table.generation for lookup in table_lookups]
+        self._generations = list({id(g): g for g in generations}.values())
         self._length_maps: dict[torch.device, tuple[torch.Tensor, torch.Tensor]] = {}
         self._described: tuple[object, device.DeviceTables] | None = None
         self._count_rows()
@@ -68,7 +68,7 @@ class Expansion:
         """Rows per id of each physical feature, which change where a table is finalized."""
         self._counted = self._generation()
         self._rows_per_id = [
-            b.rows_per_id for b in self.blocks for _ in range(b.copies) for _ in b.slots
+            t.rows_per_id for t in self.table_lookups for _ in range(t.copies) for _ in t.slots
         ]
         self._length_maps.clear()
 
@@ -100,14 +100,14 @@ class Expansion:
         values = torch.empty(sum(out_per_key), dtype=self._dtype, device=ids.device)
         out_weights = weights.new_empty(len(values)) if weights is not None else None
         end, work = 0, []
-        for who, block in zip(self._who, self.blocks, strict=True):
-            pieces = [(starts[s], starts[s + 1]) for s in block.slots]
-            own = block.hashed(_gather(ids, pieces))
-            shape = (block.copies, -1, block.rows_per_id)
-            start, end = end, end + len(own) * block.copies * block.rows_per_id
-            work.append((who, own, values[start:end]))
+        for name, lookup in zip(self._names, self.table_lookups, strict=True):
+            bounds = [(starts[s], starts[s + 1]) for s in lookup.slots]
+            own = lookup.hashed(_gather(ids, bounds))
+            shape = (lookup.copies, -1, lookup.rows_per_id)
+            start, end = end, end + len(own) * lookup.copies * lookup.rows_per_id
+            work.append((name, own, values[start:end]))
             if weights is not None and out_weights is not None and end > start:
-                own = _gather(weights, pieces).view(1, -1, 1)
+                own = _gather(weights, bounds).view(1, -1, 1)
                 out_weights[start:end].view(shape).copy_(own)
         self._write_rows(work, check)
         return KeyedJaggedTensor(
@@ -120,20 +120,20 @@ class Expansion:
         )
 
     def _write_rows(self, work: list[Work], check: BoundsCheck) -> None:
-        """Writes the rows of every block's ids to where they go, all that can be by one call."""
+        """Writes the rows of every table's ids to where they go, all that can be by one call."""
         jobs, names = [], []
-        for block, (who, ids, out) in zip(self.blocks, work, strict=True):
-            ids = block.marked(who, ids, check)
+        for lookup, (name, ids, out) in zip(self.table_lookups, work, strict=True):
+            ids = lookup.marked(name, ids, check)
             if native.takes(ids):
-                jobs.append(block.job(ids, out))
-                names.append(who)
+                jobs.append(lookup.job(ids, out))
+                names.append(name)
             else:
-                rows = block.rows(check(who, ids, block.config.num_embeddings))
+                rows = lookup.rows(check(name, ids, lookup.config.num_embeddings))
                 out.view(rows.shape).copy_(rows)
         found = native.expand(jobs) if jobs else []
-        for who, job, (count, first) in zip(names, jobs, found, strict=False):
+        for name, job, (count, first) in zip(names, jobs, found, strict=False):
             if count:
-                check.found(who, count, int(job.ids[first]), job.num_embeddings)
+                check.found(name, count, int(job.ids[first]), job.num_embeddings)
 
     def _fits_device(self, features: KeyedJaggedTensor) -> bool:
         weights = features.weights_or_none()
@@ -154,7 +154,7 @@ class Expansion:
         check: BoundsCheck,
         inverse_indices: tuple[list[str], torch.Tensor] | None,
     ) -> KeyedJaggedTensor:
-        """All blocks in one launch, without waiting for the device (but in FATAL mode).
+        """All tables in one launch, without waiting for the device (but in FATAL mode).
 
         Where `length_per_key` is not known there is room for as many rows as all values may have,
         and those of no bag are left behind the last one.
@@ -171,7 +171,7 @@ class Expansion:
         fatal = check.mode == BoundsCheckMode.FATAL
         if fatal:
             check.refuse_capture()
-        first_bad = device.no_positions(len(self.blocks), ids.device) if fatal else None
+        first_bad = device.no_positions(len(self._names), ids.device) if fatal else None
         rows = tables.expand(
             ids,
             weights,
@@ -193,26 +193,29 @@ class Expansion:
         )
 
     def _counters(self, where: torch.device, check: BoundsCheck) -> torch.Tensor | None:
-        """Where ids out of bounds are counted, int64 [blocks]; None in modes that do not count."""
+        """Where ids out of bounds are counted, int64 [tables]; None in modes that do not count."""
         if check.mode != BoundsCheckMode.WARNING:
             return None
         if where not in self._invalid:
-            self._invalid[where] = torch.zeros(len(self.blocks), dtype=torch.int64, device=where)
-            for who, count in zip(self._who, self._invalid[where], strict=True):
-                check.watch(who, count)
+            self._invalid[where] = torch.zeros(len(self._names), dtype=torch.int64, device=where)
+            for name, count in zip(self._names, self._invalid[where], strict=True):
+                check.watch(name, count)
         return self._invalid[where]
 
     def _raise_for(self, ids: torch.Tensor, first_bad: torch.Tensor, check: BoundsCheck) -> None:
         """Raises for the first table that has an id out of bounds; waits for the device."""
-        for who, block, first in zip(self._who, self.blocks, first_bad.tolist(), strict=True):
+        tables = zip(self._names, self.table_lookups, first_bad.tolist(), strict=True)
+        for name, lookup, first in tables:
             if first < len(ids):
-                check.found(who, None, int(ids[first]), block.config.num_embeddings)
+                check.found(name, None, int(ids[first]), lookup.config.num_embeddings)
 
     def _device_tables(self, where: torch.device) -> device.DeviceTables:
-        """The blocks as the kernels read them; described again only when codes were rewritten."""
+        """The tables as the kernels read them; described again only when codes were rewritten."""
         key = (where, self._counted, [codes.training for codes in self._tracked])
         if self._described is None or self._described[0] != key:
-            tables = device.DeviceTables([block.on_device() for block in self.blocks], where)
+            tables = device.DeviceTables(
+                [lookup.on_device() for lookup in self.table_lookups], where
+            )
             self._described = (key, tables)
         return self._described[1]
 
@@ -250,9 +253,9 @@ class Expansion:
         return sizes
 
 
-def _gather(values: torch.Tensor, pieces: list[tuple[int, int]]) -> torch.Tensor:
-    """The pieces of `values`, one tensor; a view where they follow one another."""
-    follows = all(a[1] == b[0] for a, b in itertools.pairwise(pieces))
+def _gather(values: torch.Tensor, bounds: list[tuple[int, int]]) -> torch.Tensor:
+    """The parts of `values` inside `bounds`, one tensor; a view where they follow one another."""
+    follows = all(a[1] == b[0] for a, b in itertools.pairwise(bounds))
     if follows:
-        return values[pieces[0][0] : pieces[-1][1]]
-    return torch.cat([values[start:end] for start, end in pieces])
+        return values[bounds[0][0] : bounds[-1][1]]
+    return torch.cat([values[start:end] for start, end in bounds])

@@ -95,7 +95,7 @@ class TableLookup:
         )
 
     def on_device(self) -> device.Table:
-        """The block as the Triton kernels read it."""
+        """The table as the Triton kernels read it."""
         codes, num_embeddings = self.codes, self.config.num_embeddings
         if codes is None:
             return device.Table(

@@ -148,6 +148,7 @@ def _checked_ratio(
 
 def _replace(model: nn.Module, replacements: dict[nn.Module, nn.Module]) -> None:
     """Puts the new modules wherever `model` has the old ones, which may be in several places."""
+    # A list: the modules that are walked over are replaced meanwhile.
     for path, module in list(model.named_modules(remove_duplicate=False)):
         if module in replacements:
             parent, _, name = path.rpartition(".")
@@ -208,6 +209,7 @@ def compressed(
     kept = {field.name: getattr(config, field.name) for field in fields(EmbeddingBagConfig)}
     kept |= {"num_chunks": chunks, "seed": seed}
     if _is_default_init(config):
+        # As a custom one, it would leave the helper rows at zero (CodebookInit).
         kept["init_fn"] = None
     if num_rows is not None:
         made = CCEEmbeddingBagConfig(num_rows=num_rows, **kept)
@@ -242,6 +244,7 @@ def _ratio_for(configs: list[EmbeddingBagConfig], budget: int, num_chunks: int, 
             f"table_bytes {budget} does not hold the codes of {len(configs)} tables and two rows "
             f"each, which take {total(high)}; use more bytes or fewer chunks"
         )
+    # Of the logarithm: the ratio may be of any order of magnitude up to the number of ids.
     for _ in range(60):
         middle = (low * high) ** 0.5
         low, high = (low, middle) if total(middle) <= budget else (middle, high)

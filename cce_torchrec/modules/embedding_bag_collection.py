@@ -18,7 +18,7 @@ from torchrec.modules.embedding_modules import (
 )
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor, KeyedTensor
 
-from cce_torchrec.codes.chunk_codes import ChunkCodes, codes_of
+from cce_torchrec.codes.chunk_codes import ChunkCodes, codes_of, local_codes
 from cce_torchrec.codes.helper_rows import check_helper_rows, save_helper_rows
 from cce_torchrec.config import CodebookInit, is_cce
 from cce_torchrec.lookup.bounds import BoundsCheck
@@ -80,22 +80,23 @@ class CCEEmbeddingBagCollection(EmbeddingBagCollectionInterface):
         self.output = LogicalOutput.from_configs(tables, is_weighted)
         names = [feature for config in physical for feature in config.feature_names]
         dims = [config.embedding_dim for config in physical for _ in config.feature_names]
-        self._pieces = self.output.column_pieces(names, dims)
-        self.expansion = Expansion(self._blocks(), self.output.slots, names)
+        self._columns = self.output.column_pieces(names, dims)
+        self.expansion = Expansion(self._table_lookups(), self.output.slots, names)
         self.register_state_dict_post_hook(_save_helper_rows)
         self.register_load_state_dict_pre_hook(_check_helper_rows)
 
-    def _blocks(self) -> list[TableLookup]:
-        blocks, position = [], 0
+    def _table_lookups(self) -> list[TableLookup]:
+        lookups, position = [], 0
         for table in self.tables:
             slots = list(range(position, position + len(table.config.feature_names)))
             position += len(slots)
             codes = codes_of(self.codes, table.name)
             columns = list(range(len(codes.chunks))) if codes is not None else []
-            blocks.append(TableLookup(table, slots, codes, columns))
-        return blocks
+            lookups.append(TableLookup(table, slots, codes, columns))
+        return lookups
 
     def __setattr__(self, name: str, value: object) -> None:
+        # DistributedModelParallel without our sharders looks inside, and finds a TorchRec module.
         if name == "embedding_bag_collection" and isinstance(value, ShardedModule):
             raise ValueError(
                 f"tables {[table.name for table in self.tables]}: the chunks inside a "
@@ -119,7 +120,7 @@ class CCEEmbeddingBagCollection(EmbeddingBagCollectionInterface):
         slots.length_per_key()  # TorchRec's own collection asks for it, and then the rows are known
         rows = self.expansion(slots, self.bounds_check, features.inverse_indices_or_none())
         pooled = self.embedding_bag_collection(rows)
-        return self.output.assemble(pooled.values(), self._pieces, divisor)
+        return self.output.assemble(pooled.values(), self._columns, divisor)
 
     def embedding_bag_configs(self) -> list[EmbeddingBagConfig]:
         """The tables as configured (or finalized), one entry per logical table."""
@@ -143,11 +144,10 @@ class CCEEmbeddingBagCollection(EmbeddingBagCollectionInterface):
         """Fresh codebooks, and codes back at their hash."""
         self.embedding_bag_collection.reset_parameters()
         for name in self.codes:
-            codes = codes_of(self.codes, name)
-            assert codes is not None
-            codes.reset_parameters()
+            local_codes(self.codes, name).reset_parameters()
 
 
+# Functions, as torch marks the hooks that it is given, which methods do not allow.
 def _save_helper_rows(
     module: CCEEmbeddingBagCollection, state: dict[str, Any], prefix: str, _: Any
 ) -> None:
@@ -162,9 +162,11 @@ def _check_helper_rows(
 
 def physical_configs(config: EmbeddingBagConfig, is_weighted: bool) -> list[EmbeddingBagConfig]:
     """The TorchRec tables behind one logical table: one per chunk, or the plain table itself."""
+    # FBGEMM's MEAN would divide by the rows of a bag, which are two an id.
     pooling = PoolingType.SUM if divides_by_length(config, is_weighted) else config.pooling
     plain = {field.name: getattr(config, field.name) for field in fields(EmbeddingBagConfig)}
     if not is_cce(config):
+        # Named by the table too: tables that share a feature read different rows of it.
         names = [physical_feature(config.name, f, None) for f in config.feature_names]
         return [EmbeddingBagConfig(**{**plain, "feature_names": names, "pooling": pooling})]
     return [
@@ -195,9 +197,9 @@ def select_slots(features: KeyedJaggedTensor, names: list[str]) -> KeyedJaggedTe
     if weights is None or not weights.requires_grad:
         return features.permute(order, tensor_of(tuple(order), features.device()))
     # FBGEMM's permute has no gradient where a feature is left out or taken twice.
-    pieces = weights.split(features.length_per_key())
+    by_feature = weights.split(features.length_per_key())
     permuted = without_weights(features).permute(order)
-    return _with_weights(permuted, torch.cat([pieces[i] for i in order]))
+    return _with_weights(permuted, torch.cat([by_feature[i] for i in order]))
 
 
 def without_weights(features: KeyedJaggedTensor) -> KeyedJaggedTensor:

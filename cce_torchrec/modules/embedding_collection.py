@@ -76,13 +76,14 @@ class CCEEmbeddingCollection(EmbeddingCollectionInterface):
         check_sequences(features, output)
         slots = select_slots(without_weights(features), [slot.feature for slot in output.slots])
         each = bags_of_one(slots, [slots.stride()])
-        each.length_per_key()
+        each.length_per_key()  # `to_dict` asks for it, and so the expansion knows it as well
         rows = self.bags.expansion(each, self.bags.bounds_check).to_dict()
         inner = self.bags.embedding_bag_collection
         vectors = {}
         for config in inner.embedding_bag_configs():
             for name in config.feature_names:
                 bag = inner.embedding_bags[config.name]
+                # float32 of tables of any type, as TorchRec's own collection gives them.
                 vectors[name] = bag(rows[name].values(), rows[name].offsets()).float()
         return sequences(output, vectors, features, self._need_indices)
 
@@ -176,6 +177,7 @@ def _with_bags(table: CCEEmbeddingBagConfig | EmbeddingConfig) -> EmbeddingBagCo
     if not isinstance(table, EmbeddingBagConfig):
         shared = {field.name for field in fields(EmbeddingBagConfig)}
         kept = {f.name: getattr(table, f.name) for f in fields(table) if f.name in shared}
+        # The sum over a bag of one id is its embedding.
         return EmbeddingBagConfig(**kept, pooling=PoolingType.SUM)
     if table.pooling != PoolingType.SUM:
         raise ValueError(

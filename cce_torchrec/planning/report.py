@@ -103,7 +103,7 @@ def _planned(
     """A table's shares, summed by rank."""
     assert isinstance(entry.sharding_spec, EnumerableShardingSpec)
     if is_row_wise(entry) and is_cce(config):
-        blocks = IdPartition.of(config, entry)
+        blocks = IdPartition.from_plan(config, entry)
         return [
             _table(path, config, entry, rank, row_wise_bytes(config, parameter, blocks, rank))
             for rank in blocks.ranks

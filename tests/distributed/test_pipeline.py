@@ -107,7 +107,7 @@ def prefetched_in_between(rank, world_size):
             received = sharded.input_dist(context, batch(rank, False)).wait().wait()
             with mock.patch.object(sharded, "_expand", wraps=sharded._expand) as expand:
                 sharded.prefetch(received, ctx=context)
-                rows = context.expanded
+                rows = context.in_flight.rows
                 if clustered:
                     cluster(model)
                 out = sharded.compute_and_output_dist(context, received).wait().values()

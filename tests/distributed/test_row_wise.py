@@ -306,6 +306,6 @@ def test_blocks_hold_every_id_once(num_embeddings, ranks):
 
 
 def test_fetch_needs_no_tables_to_be_absent():
-    assert CodeFetch.of(tables_of(tables()), torch.nn.ModuleDict(), {}, None) is None
+    assert CodeFetch.from_partitions(tables_of(tables()), torch.nn.ModuleDict(), {}, None) is None
     kjt = KeyedJaggedTensor(keys=["f"], values=torch.arange(2), lengths=torch.ones(2).long())
     assert kjt.keys() == ["f"]

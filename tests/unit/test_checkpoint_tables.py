@@ -11,6 +11,7 @@ from cce_torchrec import CCEEmbeddingBagCollection, CCEEmbeddingBagConfig
 from cce_torchrec.checkpoint import load_checkpoint, save_checkpoint
 from cce_torchrec.clustering import ClusteringSchedule, finalize
 from cce_torchrec.distributed.state_dict import CodesState, Part
+from cce_torchrec.distributed.table_placement import TablePlacement
 from cce_torchrec.train.trainer import Trainer
 
 
@@ -99,7 +100,8 @@ def test_a_run_is_finalized_from_its_last_clustering_on(tmp_path, clusterings, p
 
 
 def test_shards_name_the_device_that_holds_them(monkeypatch):
-    state = CodesState(nn.ModuleDict(), [], {}, {}, 9, torch.device("cpu"), None)
+    nothing = TablePlacement.from_plan([], {})
+    state = CodesState(nn.ModuleDict(), [], nothing, 9, torch.device("cpu"), None)
 
     def placement(owner):
         return str(state._shard(Part(owner, range(8), range(4)), [0, 0], [8, 4]).placement)

@@ -191,7 +191,7 @@ for bad, dtype, weighted in ((None, torch.int64, False), (-1, torch.int32, True)
             assert bits[0].any() and bits[1].any()
             assert count == other_count and (count > 0) == (bad is not None)
             assert torch.equal(features.values(), before)
-        for block in mixed.blocks:
+        for block in mixed.table_lookups:
             if block.codes is not None:
                 block.codes.set_clusterings(block.codes.num_clusterings + 1)
 
@@ -265,7 +265,7 @@ mixed(features, check)
 each, described = check.num_invalid, mixed._described
 mixed(features, check)
 assert each > 0 and check.num_invalid == 2 * each and mixed._described is described
-mixed.blocks[0].codes.set_clusterings(9)
+mixed.table_lookups[0].codes.set_clusterings(9)
 for codes in mixed._tracked:
     codes.eval().seen.zero_()
 mixed(features, check)
@@ -278,7 +278,7 @@ for codes in mixed._tracked:
     codes.train()
 features.length_per_key()  # then there are no rows of no bag
 before, other = mixed(features, check).values(), copy.deepcopy(mixed)
-for block in mixed.blocks:
+for block in mixed.table_lookups:
     if block.codes is not None and block.codes.codes is not None:
         block.codes.codes.zero_()
     if block.codes is not None and block.codes.seen is not None:
