@@ -83,9 +83,8 @@ class ChunkState:
     def ids(self) -> ChunkIds:
         """The ids of the chunk under its present hash."""
         codes, config = self.codes, self.codes.config
-        assert codes.codes is not None
         return ChunkIds(
-            codes=codes.codes,
+            codes=codes.stored,
             column=self.column,
             num_rows=config.num_rows,
             helper_rows=config.helper_rows,

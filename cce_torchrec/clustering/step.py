@@ -217,7 +217,7 @@ def _wider_codes(
 
     def widen() -> tuple[None, None]:
         for _, state in states:
-            codes = state.ids.codes
+            codes = state.codes.stored
             if codes.dtype != state.new_dtype:
                 wider = converted(codes, state.new_dtype)
                 before[id(state.codes)] = (state.codes, codes.dtype)
@@ -229,8 +229,7 @@ def _wider_codes(
         yield
     except BaseException:
         for codes, dtype in before.values():
-            assert codes.codes is not None
-            codes.set_codes(converted(codes.codes, dtype))
+            codes.set_codes(converted(codes.stored, dtype))
         raise
 
 
