@@ -14,14 +14,8 @@ from cce_torchrec.codes.hashing import helper_hash
 from cce_torchrec.codes.storage import code_dtype
 from cce_torchrec.kmeans.lloyd import KMeansResult
 from cce_torchrec.kmeans.points import PairPoints, check_finite
+from cce_torchrec.optimizer_state import reset_of
 
-_FIRST_MOMENTS = ("exp_avg", "momentum_buffer", "momentum")
-_SECOND_MOMENTS = ("exp_avg_sq", "max_exp_avg_sq")
-_HELPER_STATE_KEPT = 0.1
-"""Share of the helper's mean accumulator that the fresh helper starts from (Adagrad, row-wise).
-
-Measured: from zero, the first steps after a clustering have the size of the learning rate and undo
-part of what it won; from all of it, the fresh helper learns too slowly. docs/results.md."""
 _NOT_FINITE = "nothing was clustered. Lower the learning rate, or restore the last checkpoint"
 
 
@@ -121,7 +115,7 @@ class ChunkState:
         except ValueError as error:
             raise ValueError(f"{self.who}: codebook {error}; {_NOT_FINITE}") from error
         for name, value in self.optimizer_state.items():
-            if name not in _FIRST_MOMENTS and not bool(torch.isfinite(value).all()):
+            if reset_of(name).main_is_mean and not bool(torch.isfinite(value).all()):
                 raise ValueError(
                     f"{self.who}: optimizer state {name!r} is not finite (NaN or infinite); "
                     f"{_NOT_FINITE}"
@@ -224,13 +218,9 @@ def commit(state: ChunkState, new: ChunkUpdate) -> None:
 def _new_optimizer_state(
     name: str, old: torch.Tensor, points: PairPoints, result: KMeansResult
 ) -> torch.Tensor:
-    """Main: mean over the ids of the cluster. Helper: a share of its mean, for Adam all of it.
-
-    First moments restart at zero everywhere. An average forgets by itself, and a small one would
-    make Adam take steps of several times lr; an accumulator does not.
-    """
-    new = torch.zeros_like(old)
-    if name in _FIRST_MOMENTS:
+    """Main: the mean over the ids of the cluster, or zero. Helper: a share of the old one's mean."""
+    new, reset = torch.zeros_like(old), reset_of(name)
+    if not reset.main_is_mean:
         return new
     old_rows, new_rows = len(points.main), len(result.centroids)
     main = old[:old_rows].double().reshape(old_rows, -1)
@@ -239,6 +229,6 @@ def _new_optimizer_state(
     means = torch.where(sizes > 0, sums / sizes.clamp(min=1), main.mean(0))
     new[:new_rows] = means.reshape(new[:new_rows].shape).to(old.dtype)
     if new_rows < len(new):
-        kept = 1.0 if name in _SECOND_MOMENTS else _HELPER_STATE_KEPT
-        new[new_rows:] = (kept * old[old_rows:].double().mean(0)).to(old.dtype)
+        helper_mean = old[old_rows:].double().mean(0)
+        new[new_rows:] = (reset.helper_share * helper_mean).to(old.dtype)
     return new

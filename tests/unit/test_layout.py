@@ -9,7 +9,7 @@ ROOT = Path(cce_torchrec.__file__).parent
 LAYERS = [
     {"collectives", "compiled", "gpu", "torchrec_internals", "versions"},
     {"config"},
-    {"table"},
+    {"optimizer_state", "table"},
     {"codes"},
     {"lookup"},
     {"kmeans", "metrics"},
