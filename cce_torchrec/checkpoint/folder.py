@@ -12,11 +12,11 @@ import os
 import shutil
 import zlib
 from pathlib import Path
-from typing import Any
+
+from cce_torchrec.checkpoint.manifest import FORMAT, Fingerprint, Manifest
 
 LATEST = "latest"
 MANIFEST = "manifest.json"
-FORMAT = 2
 _WRITING = ".writing-"
 _PRUNED = ".pruned-"
 _BLOCK = 1 << 22
@@ -55,16 +55,16 @@ def begin(folder: Path, step: int) -> tuple[Path, str]:
     return writing, name
 
 
-def commit(writing: Path, name: str, manifest: dict[str, Any], keep: int) -> Path:
+def commit(writing: Path, name: str, manifest: Manifest, keep: int) -> Path:
     """Turns a folder that is written into the latest checkpoint; then removes old ones."""
     folder = writing.parent
-    missing = [file for file in manifest["files"] if not (writing / file).exists()]
+    missing = [file for file in manifest.files if not (writing / file).exists()]
     if missing:
         raise ValueError(
             f"{folder}: rank 0 does not see files {missing} that other ranks wrote; checkpoints "
             "need a folder that all ranks share"
         )
-    write_durably(writing / MANIFEST, json.dumps(manifest))
+    write_durably(writing / MANIFEST, json.dumps(manifest.to_json()))
     final = folder / name
     if final.exists():  # left by a kill between the two renames below, or an older run
         _remove(final)
@@ -120,7 +120,7 @@ def find(folder: Path) -> Path:
     raise ValueError(f"no checkpoint in {folder}: it has no file {LATEST!r}{hint}")
 
 
-def read_manifest(checkpoint: Path) -> dict[str, Any]:
+def read_manifest(checkpoint: Path) -> Manifest:
     """The manifest of a checkpoint.
 
     Raises:
@@ -128,39 +128,40 @@ def read_manifest(checkpoint: Path) -> dict[str, Any]:
     """
     file = checkpoint / MANIFEST
     try:
-        manifest = json.loads(file.read_text())
-        format_ = manifest["format"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        found = json.loads(file.read_text())
+        format_ = found["format"]
+        if format_ == FORMAT:  # the fields of others are other ones
+            return Manifest.from_json(found)
+    except (OSError, AttributeError, ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{file} is damaged ({error}); load another checkpoint") from error
-    if format_ != FORMAT:
-        raise ValueError(f"{file} has format {format_}; this version reads {FORMAT}")
-    return manifest
+    raise ValueError(f"{file} has format {format_}; this version reads {FORMAT}")
 
 
-def fingerprint(file: Path) -> list[int]:
+def fingerprint(file: Path) -> Fingerprint:
     """Size and CRC-32 of a file."""
     crc, size = 0, 0
     with file.open("rb") as stream:
         while block := stream.read(_BLOCK):
             crc = zlib.crc32(block, crc)
             size += len(block)
-    return [size, crc]
+    return Fingerprint(size, crc)
 
 
-def verify(checkpoint: Path, files: dict[str, list[int]]) -> None:
+def verify(checkpoint: Path, files: dict[str, Fingerprint]) -> None:
     """Compares files with the fingerprints of the manifest.
 
     Raises:
         ValueError: naming the file that is missing, short or changed.
     """
-    for name, (size, crc) in files.items():
+    for name, expected in files.items():
         file = checkpoint / name
         if not file.exists():
             raise ValueError(f"{file} is missing; load another checkpoint")
         found = file.stat().st_size
-        if found != size:
+        if found != expected.size:
             raise ValueError(
-                f"{file} has {found} bytes, its manifest says {size}; load another checkpoint"
+                f"{file} has {found} bytes, its manifest says {expected.size}; load another "
+                "checkpoint"
             )
-        if fingerprint(file) != [size, crc]:
+        if fingerprint(file) != expected:
             raise ValueError(f"{file} is damaged (its checksum differs); load another checkpoint")

@@ -218,7 +218,7 @@ def commit(state: ChunkState, new: ChunkUpdate) -> None:
 def _new_optimizer_state(
     name: str, old: torch.Tensor, points: PairPoints, result: KMeansResult
 ) -> torch.Tensor:
-    """Main: the mean over the ids of the cluster, or zero. Helper: a share of the old one's mean."""
+    """Main: mean over the ids of the cluster, or zero. Helper: a share of the old one's mean."""
     new, reset = torch.zeros_like(old), reset_of(name)
     if not reset.main_is_mean:
         return new

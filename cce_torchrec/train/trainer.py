@@ -43,7 +43,7 @@ class Trainer:
         self.checkpoints = args.out / "checkpoints"
         latest = latest_checkpoint(self.checkpoints) if args.resume else None
         if latest is not None:
-            saved = read_manifest(latest)["extra"] or {}
+            saved = read_manifest(latest).extra or {}
             options.check_same(saved.get("settings", {}), options.lasting(args), latest)
         torch.manual_seed(args.seed)
         # A dot product of embeddings near zero has no gradient; DLRM's dense part has its own.
@@ -132,7 +132,7 @@ class Trainer:
     def _past_last_clustering(self) -> bool:
         """Whether the checkpoint to resume from was written after the model was finalized."""
         latest, steps = latest_checkpoint(self.checkpoints), self.schedule.steps
-        return bool(steps) and latest is not None and read_manifest(latest)["step"] >= max(steps)
+        return bool(steps) and latest is not None and read_manifest(latest).step >= max(steps)
 
     def _finalize_configs(self) -> None:
         self.configs = [
