@@ -197,11 +197,11 @@ def make_plan(
     """
     names = {table.name for table in tables}
     collections = [m for m in model.modules() if isinstance(m, CCEEmbeddingBagCollection)]
-    held = {table.name for made in collections for table in made.embedding_bag_configs()}
-    if not held <= names:
+    in_model = {t.name for collection in collections for t in collection.embedding_bag_configs()}
+    if not in_model <= names:
         raise ValueError(
-            f"tables {sorted(held - names)} are in the model, but not among the {sorted(names)} to "
-            "plan; their codes would not be counted. Pass every table of its collections"
+            f"tables {sorted(in_model - names)} are in the model, but not among the "
+            f"{sorted(names)} to plan; their codes would not be counted. Pass every table of its collections"
         )
     dense = sum(
         parameter.numel() * parameter.element_size()

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:  # neither the options nor `--help` need torch
-    from cce_torchrec.train.data import Dataset
+    from cce_torchrec.data import Dataset
 
 PIPELINES = ("auto", "sparse-dist", "prefetch", "none")
 DEFAULT_SPLIT_SEED = 20231211
@@ -108,18 +108,18 @@ def lasting(args: argparse.Namespace) -> dict[str, Any]:
     return {name: value for name, value in vars(args).items() if name not in free}
 
 
-def check_same(saved: dict[str, Any], own: dict[str, Any], checkpoint: Path) -> None:
+def check_same(saved: dict[str, Any], current: dict[str, Any], checkpoint: Path) -> None:
     """Refuses to resume a run with other options.
 
     Raises:
         ValueError: naming each option with both values.
     """
-    differing = [name for name in own if saved.get(name) != own[name]]
+    differing = [name for name in current if saved.get(name) != current[name]]
     if differing:
-        told = ", ".join(
-            f"--{name.replace('_', '-')} was {saved.get(name)} and is {own[name]}"
+        changes = ", ".join(
+            f"--{name.replace('_', '-')} was {saved.get(name)} and is {current[name]}"
             for name in differing
         )
         raise ValueError(
-            f"{checkpoint}: {told}; resume with the same options, or start anew in another --out"
+            f"{checkpoint}: {changes}; resume with the same options, or start anew in another --out"
         )

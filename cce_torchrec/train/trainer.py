@@ -12,13 +12,14 @@ import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
+from cce_torchrec import data
 from cce_torchrec.checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint
 from cce_torchrec.checkpoint.folder import read_manifest
 from cce_torchrec.clustering import ClusteringSchedule, cluster, finalize
 from cce_torchrec.collectives import gather
 from cce_torchrec.config import is_cce
 from cce_torchrec.metrics import auc, log_loss
-from cce_torchrec.train import data, options, pipelines
+from cce_torchrec.train import options, pipelines
 from cce_torchrec.train.job import Batch, build
 from cce_torchrec.train.model import keyed_jagged, tables
 from cce_torchrec.train.records import Records
@@ -50,12 +51,12 @@ class Trainer:
         init_bound = args.embedding_dim**-0.5 if args.model == "gmf" else None
         self.configs = tables(
             self.dataset,
-            args.method,
-            args.embedding_dim,
-            args.num_chunks,
-            rows,
-            args.seed,
-            init_bound,
+            method=args.method,
+            dim=args.embedding_dim,
+            num_chunks=args.num_chunks,
+            rows=rows,
+            seed=args.seed,
+            init_bound=init_bound,
         )
         self.steps = max(1, len(self.dataset.train) // args.batch_size)
         """Optimizer steps per epoch."""
@@ -225,10 +226,10 @@ class Trainer:
 
     def _resume(self) -> None:
         report = load_checkpoint(self.checkpoints, self.model, optimizers=[self.optimizer])
-        assert report.extra is not None
+        extra = report.extra or {}
         self.step = report.step
-        self.records = Records(**report.extra["records"])
-        losses = report.extra["losses"]
+        self.records = Records(**extra["records"])
+        losses = extra["losses"]
         if len(losses) != self.world_size:  # their mean counts, which has another divisor now
             losses = [sum(losses) / len(losses)] * self.world_size
         self.loss.fill_(losses[self.rank])

@@ -12,7 +12,7 @@ LAYERS = [
     {"optimizer_state", "table"},
     {"codes"},
     {"lookup"},
-    {"kmeans", "metrics"},
+    {"data", "kmeans", "metrics"},
     {"modules"},
     {"distributed"},
     {"clustering", "planning"},
