@@ -201,7 +201,8 @@ def make_plan(
     if not in_model <= names:
         raise ValueError(
             f"tables {sorted(in_model - names)} are in the model, but not among the "
-            f"{sorted(names)} to plan; their codes would not be counted. Pass every table of its collections"
+            f"{sorted(names)} to plan; their codes would not be counted. Pass every table of its "
+            "collections"
         )
     dense = sum(
         parameter.numel() * parameter.element_size()
