@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import Enum
 from typing import Any
 
 import torch
 
 _STATE_BYTES = 4
-"""FBGEMM keeps state in float32, whatever the type of the weights."""
+"""FBGEMM keeps state in float32 by default, whatever the type of the weights."""
 
 
 class Extent(Enum):
@@ -56,8 +56,7 @@ class StateTensor:
 
 @dataclass(frozen=True, kw_only=True)
 class OptimizerKind:
-    """An optimizer as torch, TorchRec and FBGEMM know it; one that is not in `KINDS` has no more
-    than a name."""
+    """An optimizer of torch, TorchRec and FBGEMM; one that is not in `KINDS` is but a name."""
 
     name: str
     """Of torch's or TorchRec's class, by which checkpoints name it."""
@@ -100,6 +99,12 @@ class OptimizerKind:
 # Adagrad's step count enters an update only where the learning rate decays, and FBGEMM's fused
 # forms, which know no such decay, keep none: state moves between the two without it.
 _UNUSED_STEP = StateTensor(name="step", extent=Extent.TABLE, needed=False)
+# TorchRec calls the first state of any fused optimizer momentum1, and others by FBGEMM's name,
+# which is torch's.
+_EXP_AVG = StateTensor(name="exp_avg", fused=("momentum1",), reset=_FIRST_MOMENT)
+_EXP_AVG_SQ = StateTensor(
+    name="exp_avg_sq", fused=("exp_avg_sq", "momentum2"), reset=_SECOND_MOMENT
+)
 
 KINDS = (
     OptimizerKind(
@@ -115,36 +120,25 @@ KINDS = (
     OptimizerKind(
         name="SGD",
         fbgemm=("exact_sgd", "sgd"),
-        # torch's own, where it was given momentum; FBGEMM's knows none.
+        # Only torch's form knows momentum.
         tensors=(StateTensor(name="momentum_buffer", reset=_FIRST_MOMENT),),
     ),
     OptimizerKind(
         name="Adam",
         fbgemm=("adam",),
         tensors=(
-            # TorchRec calls the first state of any fused optimizer momentum1, and the rest what
-            # FBGEMM's get_optimizer_state does, which is torch's name.
-            StateTensor(name="exp_avg", fused=("momentum1",), reset=_FIRST_MOMENT),
-            StateTensor(name="exp_avg_sq", fused=("exp_avg_sq", "momentum2"), reset=_SECOND_MOMENT),
-            # torch's own, with amsgrad.
-            StateTensor(name="max_exp_avg_sq", reset=_SECOND_MOMENT),
-            # The correction of the bias needs it. A fused kernel has it as `iter`, of all tables.
+            _EXP_AVG,
+            _EXP_AVG_SQ,
+            StateTensor(name="max_exp_avg_sq", reset=_SECOND_MOMENT),  # torch's form, with amsgrad
+            # The correction of the bias needs it. A fused kernel has one for all of its tables.
             StateTensor(name="step", fused=("iter",), extent=Extent.TABLE),
         ),
     ),
+    # Without FBGEMM's name: neither torch nor TorchRec has a form that works, to which its state
+    # could move, and checkpoints have it under FBGEMM's names.
     OptimizerKind(
-        # FBGEMM's name is left out: checkpoints have this one under FBGEMM's names, as there is no
-        # optimizer of torch or TorchRec to which its state could move.
         name="PartialRowWiseAdam",
-        tensors=(
-            StateTensor(name="exp_avg", fused=("momentum1",), reset=_FIRST_MOMENT),
-            StateTensor(
-                name="exp_avg_sq",
-                fused=("exp_avg_sq",),
-                extent=Extent.ROW,
-                reset=_SECOND_MOMENT,
-            ),
-        ),
+        tensors=(_EXP_AVG, replace(_EXP_AVG_SQ, extent=Extent.ROW)),
     ),
 )
 _BY_NAME = {name: kind for kind in KINDS for name in (kind.name, *kind.fbgemm)}

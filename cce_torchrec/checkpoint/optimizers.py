@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import nn
@@ -38,6 +38,8 @@ class ParameterState:
     In this form a parameter that has none.
     """
 
+    creates_tensors: ClassVar[bool] = False
+    """Whether the optimizer takes tensors that it has not made yet."""
     kind: OptimizerKind = field(default_factory=lambda: OptimizerKind(name=NO_OPTIMIZER.kind))
     tensors: State = field(default_factory=dict)
     settings: dict[str, Any] = field(default_factory=dict)
@@ -46,11 +48,6 @@ class ParameterState:
         """What the manifest keeps of it."""
         shapes = {key: list(value.size()) for key, value in self.tensors.items()}
         return OptimizerRecord(kind=self.kind.name, settings=self.settings, state=shapes)
-
-    @property
-    def creates_tensors(self) -> bool:
-        """Whether the optimizer takes tensors that it has not made yet."""
-        return False
 
     def create(self, key: str, value: torch.Tensor) -> None:
         """Puts a state tensor that the optimizer has not made yet."""
@@ -63,18 +60,17 @@ class ParameterState:
 class _TorchState(ParameterState):
     """Under an optimizer of torch, which the user steps or the backward."""
 
+    creates_tensors: ClassVar[bool] = True  # torch makes them at the first step
     optimizer: torch.optim.Optimizer
     parameter: torch.Tensor
     group: dict[str, Any]
 
-    @property
-    def creates_tensors(self) -> bool:
-        return True
-
     def create(self, key: str, value: torch.Tensor) -> None:
+        """Puts it where the first step would."""
         self.optimizer.state[self.parameter][key] = self.kind.as_kept(key, value)
 
     def restore(self, settings: dict[str, Any]) -> None:
+        """Takes over what the group of the parameter has too."""
         for key, value in settings.items():
             if isinstance(self.group.get(key), torch.Tensor):
                 self.group[key].fill_(value)
@@ -91,6 +87,7 @@ class _FusedState(ParameterState):
     fused_optimizer: CombinedOptimizer
 
     def restore(self, settings: dict[str, Any]) -> None:
+        """Takes over the learning rate, into the kernel and TorchRec's optimizer around it."""
         self.kernel.set_learning_rate(settings["lr"])
         if hasattr(self.kernel, "iter_cpu"):
             self.kernel.iter_cpu.zero_()  # FBGEMM then reads it from `iter` anew

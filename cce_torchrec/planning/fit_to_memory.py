@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 
 import torch
 import torchrec
@@ -57,73 +55,60 @@ def tables_for_memory(
     """
     if not tables or num_chunks < 1:
         raise ValueError(f"{len(tables)} tables, num_chunks {num_chunks}: at least 1 of each")
-    search = _Search(
-        tables=tables,
-        large={t.name for t in tables if not is_cce(t) and full_bytes(t) >= min_bytes},
-        num_chunks=num_chunks,
-        seed=seed,
-        optimizer=optimizer,
-        make_planner=functools.partial(
-            make_planner,
-            world_size=world_size,
-            device=device if device is not None else torch.device("cpu"),
-            kind=kind,
-            batch_size=batch_size,
-            memory_bytes=memory_bytes,
-        ),
-    )
-    most = float(max(t.num_embeddings for t in tables))
-    if not search.fits(most):
-        least = sum(t.table_bytes for t in search.at(most) if is_cce(t))
-        raise ValueError(
-            f"{memory_bytes} bytes on each of {world_size} ranks do not hold {len(tables)} tables "
-            f"with two rows a chunk; compressed ones alone take {least}. Use more ranks or memory, "
-            "fewer chunks, or kind='cw'"
-        )
-    return search.at(search.least_ratio(most))
+    device = device if device is not None else torch.device("cpu")
+    large = {t.name for t in tables if not is_cce(t) and full_bytes(t) >= min_bytes}
 
-
-@dataclass(frozen=True, kw_only=True)
-class _Search:
-    """The tables at any ratio of compression, and whether a plan has room for them."""
-
-    tables: Sequence[EmbeddingBagConfig]
-    large: set[str]
-    """Those that are compressed."""
-    num_chunks: int
-    seed: int
-    optimizer: type[torch.optim.Optimizer]
-    make_planner: Callable[..., EmbeddingShardingPlanner]
-    """Of the configurations it is given."""
-
-    def at(self, ratio: float) -> list[EmbeddingBagConfig]:
-        """All tables, with the large ones compressed by `ratio`."""
+    def at(ratio: float) -> list[EmbeddingBagConfig]:
         return [
-            compressed(t, ratio, None, self.num_chunks, self.seed)[0] if t.name in self.large else t
-            for t in self.tables
+            compressed(t, ratio, None, num_chunks, seed)[0] if t.name in large else t
+            for t in tables
         ]
 
-    def fits(self, ratio: float) -> bool:
-        """Whether the planner finds a plan for the tables at `ratio`."""
-        configs = self.at(ratio)
-        # On meta: the planner asks modules for shapes and optimizers, and these may be any size.
-        collection = CCEEmbeddingBagCollection(configs, device=torch.device("meta"))
-        apply_optimizer_in_backward(self.optimizer, list(collection.parameters()), {"lr": 0.1})
-        try:
-            self.make_planner(configs).plan(
-                nn.ModuleDict({"tables": collection}), get_default_sharders()
-            )
-        except PlannerError:
-            return False
-        return True
+    def fits(ratio: float) -> bool:
+        configs = at(ratio)
+        planner = make_planner(
+            configs, world_size, device, kind, batch_size=batch_size, memory_bytes=memory_bytes
+        )
+        return _has_plan(planner, configs, optimizer)
 
-    def least_ratio(self, most: float) -> float:
-        """The least ratio that fits, within 2 %; `most` does."""
-        low, high = 1.0, most
-        if self.fits(low):
-            return low
-        # Ratios, not differences: at 1000 a step of 1 is nothing, at 1 it halves a table.
-        while high / low > 1.02:
-            middle = (low * high) ** 0.5
-            low, high = (low, middle) if self.fits(middle) else (middle, high)
-        return high
+    most = float(max(t.num_embeddings for t in tables))
+    if not fits(most):
+        raise _too_little(at(most), memory_bytes, world_size)
+    return at(_least(fits, most))
+
+
+def _has_plan(
+    planner: EmbeddingShardingPlanner,
+    configs: Sequence[EmbeddingBagConfig],
+    optimizer: type[torch.optim.Optimizer],
+) -> bool:
+    # On meta: the planner asks modules for shapes and optimizers, and these may be of any size.
+    collection = CCEEmbeddingBagCollection(configs, device=torch.device("meta"))
+    apply_optimizer_in_backward(optimizer, list(collection.parameters()), {"lr": 0.1})
+    try:
+        planner.plan(nn.ModuleDict({"tables": collection}), get_default_sharders())
+    except PlannerError:
+        return False
+    return True
+
+
+def _too_little(
+    least: Sequence[EmbeddingBagConfig], memory_bytes: int, world_size: int
+) -> ValueError:
+    taken = sum(t.table_bytes for t in least if is_cce(t))
+    return ValueError(
+        f"{memory_bytes} bytes on each of {world_size} ranks do not hold {len(least)} tables "
+        f"with two rows a chunk; compressed ones alone take {taken}. Use more ranks or memory, "
+        "fewer chunks, or kind='cw'"
+    )
+
+
+def _least(fits: Callable[[float], bool], most: float) -> float:
+    """The least ratio that fits, within 2 %; `most` does."""
+    low, high = 1.0, most
+    if fits(low):
+        return low
+    while high / low > 1.02:
+        middle = (low * high) ** 0.5
+        low, high = (low, middle) if fits(middle) else (middle, high)
+    return high
