@@ -24,10 +24,12 @@ _BLOCK = 1 << 22
 
 def write_durably(path: Path, text: str) -> None:
     """Replaces `path` by a file that holds `text`, or leaves it as it was."""
+    # Renamed into place, as a kill may stop a write anywhere but no rename halfway.
     beside = path.with_name(f".{path.name}.new")
     with beside.open("w") as file:
         file.write(text)
         file.flush()
+        # Before the rename: else a power cut may leave the new name with none of the content.
         os.fsync(file.fileno())
     beside.rename(path)
     sync_folder(path.parent)
@@ -58,12 +60,14 @@ def begin(folder: Path, step: int) -> tuple[Path, str]:
 def commit(writing: Path, name: str, manifest: Manifest, keep: int) -> Path:
     """Turns a folder that is written into the latest checkpoint; then removes old ones."""
     folder = writing.parent
+    # Where each machine has a disk of its own, rank 0 sees only what its own machine wrote.
     missing = [file for file in manifest.files if not (writing / file).exists()]
     if missing:
         raise ValueError(
             f"{folder}: rank 0 does not see files {missing} that other ranks wrote; checkpoints "
             "need a folder that all ranks share"
         )
+    # Last of all files, so that a folder with a manifest is whole.
     write_durably(writing / MANIFEST, json.dumps(manifest.to_json()))
     final = folder / name
     if final.exists():  # left by a kill between the two renames below, or an older run
@@ -91,6 +95,7 @@ def _pointed(folder: Path) -> str | None:
 
 def _whole(folder: Path) -> list[Path]:
     """Checkpoints in `folder`, newest first."""
+    # By time: of step-000000003 and step-000000003-again either may be the newer one.
     found = [path for path in folder.glob("step-*") if (path / MANIFEST).exists()]
     return sorted(found, key=lambda path: (path / MANIFEST).stat().st_mtime_ns, reverse=True)
 
@@ -140,6 +145,7 @@ def read_manifest(checkpoint: Path) -> Manifest:
 def fingerprint(file: Path) -> Fingerprint:
     """Size and CRC-32 of a file."""
     crc, size = 0, 0
+    # Block by block: a file may have more bytes than a machine has memory left.
     with file.open("rb") as stream:
         while block := stream.read(_BLOCK):
             crc = zlib.crc32(block, crc)
@@ -158,6 +164,7 @@ def verify(checkpoint: Path, files: dict[str, Fingerprint]) -> None:
         if not file.exists():
             raise ValueError(f"{file} is missing; load another checkpoint")
         found = file.stat().st_size
+        # Of a write that was cut short the size says more than a checksum, and is there at once.
         if found != expected.size:
             raise ValueError(
                 f"{file} has {found} bytes, its manifest says {expected.size}; load another "

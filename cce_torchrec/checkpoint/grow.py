@@ -114,7 +114,7 @@ class Growth:
         part = torch.empty(kept, dtype=whole.dtype, device=whole.device)
 
         def finish() -> None:
-            whole.zero_()
+            whole.zero_()  # new ids have not been seen
             used = min(kept, max(old // 8 + 1 - first, 0))  # the last byte is a spare
             whole[:used] = part[:used]
 

@@ -207,6 +207,7 @@ class _Load:
             read = self._state[f"model.{key}"]
             if not isinstance(read, torch.Tensor) and not hasattr(read, "local_shards"):
                 loaded[key] = read  # extra state of a module is replaced, not written into
+        # Parts of a model lack the keys of the rest, and `check` has compared those that count.
         self.model.load_state_dict(loaded, strict=self._wanted is None)
         for state, key, value in self._created:
             state.create(key, value)
@@ -217,6 +218,7 @@ class _Load:
             record = self.manifest.optimizers.get(name, NO_OPTIMIZER)
             if dropped_state(record, state) is None:
                 state.restore(record.settings)
+        # Another number of ranks has no generators to which the saved ones would belong.
         if ranks.size == self.manifest.world_size:
             set_random_state(json.loads((self.path / f"rank-{ranks.rank}.json").read_text()))
 

@@ -12,6 +12,7 @@ T = TypeVar("T")
 FORMAT = 2
 
 
+# A tuple, which JSON has as a list: [size, crc], the form of format 2.
 class Fingerprint(NamedTuple):
     """What a file was when it was written."""
 
@@ -40,6 +41,7 @@ class TableRecord:
     def to_json(self) -> dict[str, Any]:
         """The record as JSON has it."""
         found = asdict(self)
+        # The order of format 2, in which the kind stands between the place and the shape.
         place = {"collection": found.pop("collection"), "name": found.pop("name")}
         return place | {"kind": self.kind} | found
 
@@ -106,6 +108,7 @@ class Manifest:
             "world_size": self.world_size,
             "tables": {name: table.to_json() for name, table in self.tables.items()},
             "optimizers": {name: asdict(one) for name, one in self.optimizers.items()},
+            # JSON has no sets, and a set has no order.
             "schedule": None
             if schedule is None
             else {"steps": sorted(schedule.steps), "interval": schedule.interval},

@@ -108,6 +108,7 @@ def optimizer_states(
         optimizers: the ones that the user steps; TorchRec's combined ones may hold the fused.
     """
     out = _fused(model) if isinstance(model, DistributedModelParallel) else {}
+    # By identity: optimizers know no names, and `==` of tensors compares their values.
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     for name, parameter in model.named_parameters():
         if name not in out and not isinstance(model, DistributedModelParallel):

@@ -66,7 +66,7 @@ def save_checkpoint(
     folder, ranks = Path(folder), Ranks(process_group)
     writing, name = ranks.first(lambda: folders.begin(folder, step))
     state: dict[str, Any] = {}
-    share_seen(model)
+    share_seen(model)  # before `agree`, as it is collective itself
     described = ranks.agree(lambda: _collect(model, optimizers, state))
     written = ranks.agree(lambda: _write(writing, ranks.rank, state, process_group))
     files = {name: found for part in written for name, found in part.items()}

@@ -12,6 +12,7 @@ from torchrec.distributed import DistributedModelParallel
 from cce_torchrec.checkpoint.manifest import CCETableRecord, TableRecord
 from cce_torchrec.config import is_cce
 
+# Of our collections, of EmbeddingBagCollection and of EmbeddingCollection: where tables are.
 _CONTAINERS = ("codes.", "embedding_bags.", "embeddings.")
 
 

@@ -29,6 +29,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     add("--method", choices=["cce", "full", "hash", "ce"], default="cce")
     add("--embedding-dim", type=int, default=16)
     add("--num-chunks", type=int, default=4)
+    # Each says how many rows a table has: of two that disagree one would be ignored.
     budget = parser.add_mutually_exclusive_group()
     budget.add_argument("--params-per-dim", type=int, help="main + helper rows of each table")
     budget.add_argument("--num-rows", type=int, help="main rows of each table; 3x helper beside")
@@ -104,6 +105,7 @@ def set_defaults(args: argparse.Namespace, dataset: Dataset, rows: dict[str, int
 
 def lasting(args: argparse.Namespace) -> dict[str, Any]:
     """The options that a resumed run must share with the run that saved its checkpoint."""
+    # They say where and how the run goes on, and not what is trained.
     free = ("out", "checkpoint_every", "resume", "pipeline", "timeout", "plan", "data")
     return {name: value for name, value in vars(args).items() if name not in free}
 

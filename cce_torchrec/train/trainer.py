@@ -42,6 +42,7 @@ class Trainer:
         rows = options.rows_per_table(args, self.dataset)
         options.set_defaults(args, self.dataset, rows)
         self.checkpoints = args.out / "checkpoints"
+        # Here and not by load_checkpoint, whose errors name shapes of tables and no options.
         latest = latest_checkpoint(self.checkpoints) if args.resume else None
         if latest is not None:
             saved = read_manifest(latest).extra or {}
@@ -61,6 +62,7 @@ class Trainer:
         self.steps = max(1, len(self.dataset.train) // args.batch_size)
         """Optimizer steps per epoch."""
         self.schedule = ClusteringSchedule.evenly(self.steps * args.epochs, args.clusterings)
+        # The tables have other rows by then, and a checkpoint fits only those that it was saved of.
         if args.finalize and args.resume and self._past_last_clustering():
             self._finalize_configs()
         dense_features = self.dataset.train.dense.shape[1]
@@ -76,6 +78,7 @@ class Trainer:
         self.records = Records()
         self.step = 0
         """Optimizer steps so far."""
+        # On the device: to read it at every step would make the host wait for each.
         self.loss = torch.zeros((), device=device)
         """Sum of this rank's losses in the running epoch."""
 
@@ -165,6 +168,7 @@ class Trainer:
     def _batches(self, epoch: int, done: int) -> Iterator[Batch]:
         """This rank's share of each batch of the epoch; the order depends on seed and epoch."""
         args, train = self.args, self.dataset.train
+        # Not torch's own generator: a resumed run draws the order anew, whatever was drawn between.
         generator = torch.Generator().manual_seed(args.seed * 1_000_003 + epoch)
         order = torch.randperm(len(train), generator=generator)
         for step in range(done, self.steps):
@@ -205,6 +209,7 @@ class Trainer:
             _, (_, logits) = self.model(batch.to(self.device, non_blocking=True))
             outputs.append((logits.cpu(), batch.labels))
         local = tuple(torch.cat(part) for part in zip(*outputs, strict=True))
+        # The AUC is one of all pairs of rows, and no mean of the ranks' own.
         everyone = gather(local, dist.group.WORLD)
         logits, labels = (torch.cat(part) for part in zip(*everyone, strict=True))
         return log_loss(logits, labels), auc(logits, labels)
