@@ -21,12 +21,7 @@ from cce_torchrec.checkpoint.manifest import NO_OPTIMIZER, Manifest, TableRecord
 from cce_torchrec.checkpoint.optimizers import ParameterState, dropped_state, optimizer_states
 from cce_torchrec.checkpoint.random_state import set_random_state
 from cce_torchrec.checkpoint.save import model_state
-from cce_torchrec.checkpoint.tables import (
-    choose_tables,
-    compare_tables,
-    describe_tables,
-    table_of,
-)
+from cce_torchrec.checkpoint.tables import choose_tables, compare_tables, describe_tables, table_of
 from cce_torchrec.clustering.schedule import ClusteringSchedule
 from cce_torchrec.collectives import Ranks
 

@@ -13,12 +13,7 @@ import torch.distributed.checkpoint as dcp
 from torch import nn
 
 from cce_torchrec.checkpoint import folder as folders
-from cce_torchrec.checkpoint.manifest import (
-    Fingerprint,
-    Manifest,
-    OptimizerRecord,
-    TableRecord,
-)
+from cce_torchrec.checkpoint.manifest import Fingerprint, Manifest, OptimizerRecord, TableRecord
 from cce_torchrec.checkpoint.optimizers import ParameterState, optimizer_states
 from cce_torchrec.checkpoint.random_state import random_state
 from cce_torchrec.checkpoint.tables import describe_tables
