@@ -92,8 +92,7 @@ class CCEEmbeddingBagConfig(EmbeddingBagConfig):
         self._check_whole_numbers()
         self._check_shape()
         self._check_inherited_fields()
-        if self.num_helper_rows is None:
-            self.num_helper_rows = DEFAULT_HELPER_RATIO * self.num_rows
+        self.num_helper_rows = self.helper_rows
         if self.num_helper_rows < 0:
             raise ValueError(f"{self._who}: num_helper_rows {self.num_helper_rows} is negative")
         if self.rows_per_chunk > MAX_ROWS:
@@ -165,8 +164,8 @@ class CCEEmbeddingBagConfig(EmbeddingBagConfig):
     @property
     def helper_rows(self) -> int:
         """Rows of the helper codebook (k'), resolved."""
-        assert self.num_helper_rows is not None
-        return self.num_helper_rows
+        rows = self.num_helper_rows
+        return DEFAULT_HELPER_RATIO * self.num_rows if rows is None else rows
 
     @property
     def rows_per_chunk(self) -> int:

@@ -12,11 +12,11 @@ import os
 import shutil
 import zlib
 from pathlib import Path
-from typing import Any
+
+from cce_torchrec.checkpoint.manifest import FORMAT, Fingerprint, Manifest
 
 LATEST = "latest"
 MANIFEST = "manifest.json"
-FORMAT = 2
 _WRITING = ".writing-"
 _PRUNED = ".pruned-"
 _BLOCK = 1 << 22
@@ -24,10 +24,12 @@ _BLOCK = 1 << 22
 
 def write_durably(path: Path, text: str) -> None:
     """Replaces `path` by a file that holds `text`, or leaves it as it was."""
+    # Renamed into place, as a kill may stop a write anywhere but no rename halfway.
     beside = path.with_name(f".{path.name}.new")
     with beside.open("w") as file:
         file.write(text)
         file.flush()
+        # Before the rename: else a power cut may leave the new name with none of the content.
         os.fsync(file.fileno())
     beside.rename(path)
     sync_folder(path.parent)
@@ -55,16 +57,18 @@ def begin(folder: Path, step: int) -> tuple[Path, str]:
     return writing, name
 
 
-def commit(writing: Path, name: str, manifest: dict[str, Any], keep: int) -> Path:
+def commit(writing: Path, name: str, manifest: Manifest, keep: int) -> Path:
     """Turns a folder that is written into the latest checkpoint; then removes old ones."""
     folder = writing.parent
-    missing = [file for file in manifest["files"] if not (writing / file).exists()]
+    # Where each machine has a disk of its own, rank 0 sees only what its own machine wrote.
+    missing = [file for file in manifest.files if not (writing / file).exists()]
     if missing:
         raise ValueError(
             f"{folder}: rank 0 does not see files {missing} that other ranks wrote; checkpoints "
             "need a folder that all ranks share"
         )
-    write_durably(writing / MANIFEST, json.dumps(manifest))
+    # Last of all files, so that a folder with a manifest is whole.
+    write_durably(writing / MANIFEST, json.dumps(manifest.to_json()))
     final = folder / name
     if final.exists():  # left by a kill between the two renames below, or an older run
         _remove(final)
@@ -91,6 +95,7 @@ def _pointed(folder: Path) -> str | None:
 
 def _whole(folder: Path) -> list[Path]:
     """Checkpoints in `folder`, newest first."""
+    # By time: of step-000000003 and step-000000003-again either may be the newer one.
     found = [path for path in folder.glob("step-*") if (path / MANIFEST).exists()]
     return sorted(found, key=lambda path: (path / MANIFEST).stat().st_mtime_ns, reverse=True)
 
@@ -120,7 +125,7 @@ def find(folder: Path) -> Path:
     raise ValueError(f"no checkpoint in {folder}: it has no file {LATEST!r}{hint}")
 
 
-def read_manifest(checkpoint: Path) -> dict[str, Any]:
+def read_manifest(checkpoint: Path) -> Manifest:
     """The manifest of a checkpoint.
 
     Raises:
@@ -128,39 +133,42 @@ def read_manifest(checkpoint: Path) -> dict[str, Any]:
     """
     file = checkpoint / MANIFEST
     try:
-        manifest = json.loads(file.read_text())
-        format_ = manifest["format"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        found = json.loads(file.read_text())
+        format_ = found["format"]
+        if format_ == FORMAT:  # the fields of others are other ones
+            return Manifest.from_json(found)
+    except (OSError, AttributeError, ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{file} is damaged ({error}); load another checkpoint") from error
-    if format_ != FORMAT:
-        raise ValueError(f"{file} has format {format_}; this version reads {FORMAT}")
-    return manifest
+    raise ValueError(f"{file} has format {format_}; this version reads {FORMAT}")
 
 
-def fingerprint(file: Path) -> list[int]:
+def fingerprint(file: Path) -> Fingerprint:
     """Size and CRC-32 of a file."""
     crc, size = 0, 0
+    # Block by block: a file may have more bytes than a machine has memory left.
     with file.open("rb") as stream:
         while block := stream.read(_BLOCK):
             crc = zlib.crc32(block, crc)
             size += len(block)
-    return [size, crc]
+    return Fingerprint(size, crc)
 
 
-def verify(checkpoint: Path, files: dict[str, list[int]]) -> None:
+def verify(checkpoint: Path, files: dict[str, Fingerprint]) -> None:
     """Compares files with the fingerprints of the manifest.
 
     Raises:
         ValueError: naming the file that is missing, short or changed.
     """
-    for name, (size, crc) in files.items():
+    for name, expected in files.items():
         file = checkpoint / name
         if not file.exists():
             raise ValueError(f"{file} is missing; load another checkpoint")
         found = file.stat().st_size
-        if found != size:
+        # Of a write that was cut short the size says more than a checksum, and is there at once.
+        if found != expected.size:
             raise ValueError(
-                f"{file} has {found} bytes, its manifest says {size}; load another checkpoint"
+                f"{file} has {found} bytes, its manifest says {expected.size}; load another "
+                "checkpoint"
             )
-        if fingerprint(file) != [size, crc]:
+        if fingerprint(file) != expected:
             raise ValueError(f"{file} is damaged (its checksum differs); load another checkpoint")

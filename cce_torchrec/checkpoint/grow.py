@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
 
-from cce_torchrec.checkpoint.tables import Tables, configs_of, unwrapped
+from cce_torchrec.checkpoint.manifest import TableRecord
+from cce_torchrec.checkpoint.tables import configs_of, unwrapped
 from cce_torchrec.codes.storage import fill_hashed
 from cce_torchrec.config import CCEEmbeddingBagConfig
 from cce_torchrec.torchrec_internals import (
@@ -21,37 +23,46 @@ from cce_torchrec.torchrec_internals import (
 )
 
 
+@dataclass(frozen=True, kw_only=True)
+class _GrownTable:
+    prefix: str
+    """Of the names of its codes in the checkpoint."""
+    config: CCEEmbeddingBagConfig
+    saved_ids: int
+    """Ids that it has in the checkpoint."""
+
+
 class Growth:
     """Stands in smaller tensors for those that grew, and fills the model's from them."""
 
-    def __init__(self, model: nn.Module, own: Tables, saved: Tables, grow: set[str]) -> None:
-        self._own = {
-            name: saved[name]["num_embeddings"]
-            for name in grow & set(saved)
-            if own[name]["num_embeddings"] > saved[name]["num_embeddings"]
-        }
-        self._configs: dict[str, CCEEmbeddingBagConfig] = {}
-        for name in self._own:
-            configs = configs_of(unwrapped(model).get_submodule(own[name]["collection"]))
-            self._configs[name] = next(c for c in configs if c.name == own[name]["name"])
-        self._prefix = {
-            name: ".".join(
-                filter(None, ("model", own[name]["collection"], "codes", own[name]["name"]))
-            )
-            for name in self._own
-        }
+    def __init__(
+        self,
+        model: nn.Module,
+        current: dict[str, TableRecord],
+        saved: dict[str, TableRecord],
+        grow: set[str],
+    ) -> None:
+        self._grown: list[_GrownTable] = []
+        for name in sorted(grow & set(saved)):
+            table, num_ids = current[name], saved[name].num_embeddings
+            if table.num_embeddings > num_ids:
+                configs = configs_of(unwrapped(model).get_submodule(table.collection))
+                config = next(c for c in configs if c.name == table.name)
+                path = filter(None, ("model", table.collection, "codes", table.name))
+                self._grown.append(
+                    _GrownTable(prefix=".".join(path), config=config, saved_ids=num_ids)
+                )
         self._finish: list[Callable[[], None]] = []
 
     def targets(self, state: dict[str, Any]) -> dict[str, Any]:
         """`state` with what grew replaced by tensors of the size in the checkpoint."""
         out = dict(state)
-        for name, old in self._own.items():
-            config = self._configs[name]
-            codes, seen = f"{self._prefix[name]}.codes", f"{self._prefix[name]}.seen"
+        for table in self._grown:
+            codes, seen = f"{table.prefix}.codes", f"{table.prefix}.seen"
             if codes in state:
-                out[codes] = self._codes(state[codes], config, old)
+                out[codes] = self._codes(state[codes], table.config, table.saved_ids)
             if seen in state:
-                out[seen] = self._seen(state[seen], old)
+                out[seen] = self._seen(state[seen], table.saved_ids)
         return out
 
     def finish(self) -> None:
@@ -103,7 +114,7 @@ class Growth:
         part = torch.empty(kept, dtype=whole.dtype, device=whole.device)
 
         def finish() -> None:
-            whole.zero_()
+            whole.zero_()  # new ids have not been seen
             used = min(kept, max(old // 8 + 1 - first, 0))  # the last byte is a spare
             whole[:used] = part[:used]
 
@@ -117,16 +128,16 @@ def _shorter(
     """`value` with only the first `length` of its rows, of which `part` makes the local ones."""
     before = value.metadata()
     cut = {}
-    for shard in before.shards_metadata:
-        rows = min(length - shard.shard_offsets[0], shard.shard_sizes[0])
+    for place in before.shards_metadata:
+        rows = min(length - place.shard_offsets[0], place.shard_sizes[0])
         if rows > 0:
-            sizes = [rows, *shard.shard_sizes[1:]]
-            cut[shard] = ShardMetadata(shard.shard_offsets, sizes, shard.placement)
+            sizes = [rows, *place.shard_sizes[1:]]
+            cut[place] = ShardMetadata(place.shard_offsets, sizes, place.placement)
     local = []
-    for own in value.local_shards():
-        made = part(own)  # also of a shard that is new altogether, which has to be filled
-        if own.metadata in cut:
-            local.append(Shard(made, cut[own.metadata]))
+    for shard in value.local_shards():
+        made = part(shard)  # also of a shard that is new altogether, which has to be filled
+        if shard.metadata in cut:
+            local.append(Shard(made, cut[shard.metadata]))
     after = ShardedTensorMetadata(
         shards_metadata=list(cut.values()),
         size=torch.Size([length, *before.size[1:]]),

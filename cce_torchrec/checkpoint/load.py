@@ -17,16 +17,11 @@ from torch.distributed.checkpoint.metadata import BytesStorageMetadata, Metadata
 
 from cce_torchrec.checkpoint import folder as folders
 from cce_torchrec.checkpoint.grow import Growth
+from cce_torchrec.checkpoint.manifest import NO_OPTIMIZER, Manifest, TableRecord
 from cce_torchrec.checkpoint.optimizers import ParameterState, dropped_state, optimizer_states
 from cce_torchrec.checkpoint.random_state import set_random_state
 from cce_torchrec.checkpoint.save import model_state
-from cce_torchrec.checkpoint.tables import (
-    Tables,
-    choose_tables,
-    compare_tables,
-    describe_tables,
-    table_of,
-)
+from cce_torchrec.checkpoint.tables import choose_tables, compare_tables, describe_tables, table_of
 from cce_torchrec.clustering.schedule import ClusteringSchedule
 from cce_torchrec.collectives import Ranks
 
@@ -80,8 +75,9 @@ def load_checkpoint(
     ranks = Ranks(process_group)
     path = ranks.first(lambda: folders.find(Path(folder)))
     manifest = ranks.agree(lambda: folders.read_manifest(path))[0]
-    names = sorted(manifest["files"])[ranks.rank :: ranks.size]
-    ranks.agree(lambda: folders.verify(path, {n: manifest["files"][n] for n in names}))
+    # Each file is checked by one rank: by all, each byte would be read as often as there are ranks.
+    names = sorted(manifest.files)[ranks.rank :: ranks.size]
+    ranks.agree(lambda: folders.verify(path, {name: manifest.files[name] for name in names}))
     job = _Load(path, manifest, model, optimizers)
     ranks.agree(lambda: job.choose(tables, grow))
     metadata = ranks.agree(lambda: dcp.FileSystemReader(path).read_metadata())[0]
@@ -104,34 +100,34 @@ class _Load:
     def __init__(
         self,
         path: Path,
-        manifest: dict[str, Any],
+        manifest: Manifest,
         model: nn.Module,
         optimizers: Sequence[torch.optim.Optimizer],
     ) -> None:
         self.path, self.manifest, self.model = path, manifest, model
         self._optimizers = optimizers
         self.states: dict[str, ParameterState] = {}
-        self._own: Tables = {}
+        self._tables: dict[str, TableRecord] = {}
         self._wanted: set[str] | None = None
         self._state: dict[str, Any] = {}
         self._created: list[tuple[ParameterState, str, torch.Tensor]] = []
 
     def choose(self, tables: Sequence[str] | None, grow: Sequence[str]) -> None:
         """Which tables, and whether they fit."""
-        self._own = describe_tables(self.model)
+        self._tables = describe_tables(self.model)
         if tables is not None:
-            self._wanted = choose_tables(tables, self._own, "tables")
-        growing = choose_tables(grow, self._own, "grow")
-        compare_tables(self.manifest["tables"], self._own, self._wanted, growing)
+            self._wanted = choose_tables(tables, self._tables, "tables")
+        growing = choose_tables(grow, self._tables, "grow")
+        compare_tables(self.manifest.tables, self._tables, self._wanted, growing)
         state = {key: v for key, v in model_state(self.model).items() if self._chosen(key)}
-        self._growth = Growth(self.model, self._own, self.manifest["tables"], growing)
+        self._growth = Growth(self.model, self._tables, self.manifest.tables, growing)
         self._whole, self._state = state, self._growth.targets(state)
         states = optimizer_states(self.model, self._optimizers)
         self.states = {n: s for n, s in states.items() if self._chosen(f"model.{n}")}
 
     def _chosen(self, key: str) -> bool:
         name = key.removeprefix("model.")
-        return self._wanted is None or table_of(name, self._own) in self._wanted
+        return self._wanted is None or table_of(name, self._tables) in self._wanted
 
     def keys(self) -> list[str]:
         """Names of the model's state on this rank."""
@@ -163,30 +159,31 @@ class _Load:
     def prepare(self, owned: set[str], ranks: Ranks) -> list[str]:
         """Adds the optimizer state that can be carried over; names what cannot."""
         dropped = []
-        saved = self.manifest["optimizers"]
+        saved = self.manifest.optimizers
         for name in sorted(set(saved) | set(self.states)):
+            # Where other ranks have the parameter, they carry its state over or name it.
             if not self._chosen(f"model.{name}") or (name in owned and name not in self.states):
                 continue
-            own = self.states.get(name)
-            why = dropped_state(saved.get(name), own)
+            record = saved.get(name, NO_OPTIMIZER)
+            state = self.states.get(name, ParameterState())
+            why = dropped_state(record, state)
             if why is not None:
-                table = table_of(name, self._own)
-                who = f"table {table!r}" if table else f"parameter {name!r}"
-                dropped.append(f"optimizer state of {who}: {why}")
+                table = table_of(name, self._tables)
+                subject = f"table {table!r}" if table else f"parameter {name!r}"
+                dropped.append(f"optimizer state of {subject}: {why}")
                 continue
-            assert own is not None
-            for key, shape in saved[name]["state"].items():
-                value = own.tensors.get(key)
-                if value is None and own.create is not None:
-                    device = self._device_of(name)
-                    value = torch.empty(shape, device="cpu" if key == "step" else device)
-                    self._created.append((own, key, value))
+            for key, shape in record.state.items():
+                value = state.tensors.get(key)
+                if value is None and state.creates_tensors:
+                    # torch's optimizers count steps on the CPU, wherever the parameter is.
+                    device = torch.device("cpu") if key == "step" else self._device_of(name)
+                    value = torch.empty(shape, device=device)
+                    self._created.append((state, key, value))
                 if value is not None:
                     self._state[f"optimizer.{name}.{key}"] = value
-        if self._wanted is None and ranks.size != self.manifest["world_size"]:
+        if self._wanted is None and ranks.size != self.manifest.world_size:
             dropped.append(
-                f"random state: saved by {self.manifest['world_size']} ranks, loaded by "
-                f"{ranks.size}"
+                f"random state: saved by {self.manifest.world_size} ranks, loaded by {ranks.size}"
             )
         return dropped
 
@@ -205,31 +202,30 @@ class _Load:
             read = self._state[f"model.{key}"]
             if not isinstance(read, torch.Tensor) and not hasattr(read, "local_shards"):
                 loaded[key] = read  # extra state of a module is replaced, not written into
+        # Parts of a model lack the keys of the rest, and `check` has compared those that count.
         self.model.load_state_dict(loaded, strict=self._wanted is None)
-        for own, key, value in self._created:
-            assert own.create is not None
-            own.create(key, value)
+        for state, key, value in self._created:
+            state.create(key, value)
+        # The rest is of the whole job, which goes on as it was where only some tables are loaded.
         if self._wanted is not None:
             return
-        for name, own in self.states.items():
-            saved = self.manifest["optimizers"].get(name)
-            if dropped_state(saved, own) is None and saved is not None:
-                own.restore(saved["settings"])
-        if ranks.size == self.manifest["world_size"]:
+        for name, state in self.states.items():
+            record = self.manifest.optimizers.get(name, NO_OPTIMIZER)
+            if dropped_state(record, state) is None:
+                state.restore(record.settings)
+        # Another number of ranks has no generators to which the saved ones would belong.
+        if ranks.size == self.manifest.world_size:
             set_random_state(json.loads((self.path / f"rank-{ranks.rank}.json").read_text()))
 
     def report(self, dropped: list[str]) -> LoadReport:
         """What was taken over."""
-        schedule = self.manifest["schedule"]
         return LoadReport(
             path=self.path,
-            step=self.manifest["step"],
-            schedule=None
-            if schedule is None
-            else ClusteringSchedule(frozenset(schedule["steps"]), schedule["interval"]),
-            extra=self.manifest["extra"],
-            world_size=self.manifest["world_size"],
-            tables=sorted(self._own if self._wanted is None else self._wanted),
+            step=self.manifest.step,
+            schedule=self.manifest.schedule,
+            extra=self.manifest.extra,
+            world_size=self.manifest.world_size,
+            tables=sorted(self._tables if self._wanted is None else self._wanted),
             dropped=dropped,
         )
 

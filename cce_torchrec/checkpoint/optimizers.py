@@ -7,16 +7,18 @@ names it by parameter and by torch's name of the state, so that it may move from
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
 
 import torch
 from torch import nn
 from torchrec.distributed import DistributedModelParallel
 from torchrec.optim.keyed import CombinedOptimizer
 
+from cce_torchrec.checkpoint.manifest import NO_OPTIMIZER, OptimizerRecord
 from cce_torchrec.checkpoint.tables import unwrapped
+from cce_torchrec.optimizer_state import OptimizerKind, kind_of, state_of
 from cce_torchrec.torchrec_internals import (
     ShardedTensor,
     fused_kernels,
@@ -26,41 +28,74 @@ from cce_torchrec.torchrec_internals import (
     wrapped_optimizer,
 )
 
-_KINDS = {
-    "exact_row_wise_adagrad": "RowWiseAdagrad",
-    "row_wise_adagrad": "RowWiseAdagrad",
-    "exact_adagrad": "Adagrad",
-    "exact_sgd": "SGD",
-    "sgd": "SGD",
-    "adam": "Adam",
-}
-_NAMES = {
-    "RowWiseAdagrad": {"momentum1": "sum"},
-    "Adagrad": {"momentum1": "sum"},
-    "Adam": {"momentum1": "exp_avg", "momentum2": "exp_avg_sq"},
-}
-_STEPLESS = ("Adagrad", "RowWiseAdagrad")
-"""Their step counts only where the learning rate decays; fused ones keep none."""
-
 State = dict[str, "torch.Tensor | ShardedTensor"]
 
 
-@dataclass
+@dataclass(kw_only=True)
 class ParameterState:
-    """The optimizer of one parameter on this rank: live tensors, and settings such as lr."""
+    """The optimizer of one parameter on this rank: live tensors, and settings such as lr.
 
-    kind: str
-    tensors: State
-    settings: dict[str, Any]
-    restore: Callable[[dict[str, Any]], None]
-    """Takes settings over."""
-    create: Callable[[str, torch.Tensor], None] | None = None
-    """Puts a state tensor that the optimizer has not made yet."""
+    In this form a parameter that has none.
+    """
 
-    def describe(self) -> dict[str, Any]:
-        """What the manifest keeps: kind, settings and the shapes of the state."""
+    creates_tensors: ClassVar[bool] = False
+    """Whether the optimizer takes tensors that it has not made yet."""
+    kind: OptimizerKind = field(default_factory=lambda: OptimizerKind(name=NO_OPTIMIZER.kind))
+    tensors: State = field(default_factory=dict)
+    settings: dict[str, Any] = field(default_factory=dict)
+
+    def record(self) -> OptimizerRecord:
+        """What the manifest keeps of it."""
         shapes = {key: list(value.size()) for key, value in self.tensors.items()}
-        return {"kind": self.kind, "settings": self.settings, "state": shapes}
+        return OptimizerRecord(kind=self.kind.name, settings=self.settings, state=shapes)
+
+    def create(self, key: str, value: torch.Tensor) -> None:
+        """Puts a state tensor that the optimizer has not made yet."""
+
+    def restore(self, settings: dict[str, Any]) -> None:
+        """Takes settings over."""
+
+
+@dataclass(kw_only=True)
+class _TorchState(ParameterState):
+    """Under an optimizer of torch, which the user steps or the backward."""
+
+    creates_tensors: ClassVar[bool] = True  # torch makes them at the first step
+    optimizer: torch.optim.Optimizer
+    parameter: torch.Tensor
+    group: dict[str, Any]
+
+    def create(self, key: str, value: torch.Tensor) -> None:
+        """Puts it where the first step would."""
+        self.optimizer.state[self.parameter][key] = self.kind.as_kept(key, value)
+
+    def restore(self, settings: dict[str, Any]) -> None:
+        """Takes over what the group of the parameter has too."""
+        for key, value in settings.items():
+            if isinstance(self.group.get(key), torch.Tensor):
+                self.group[key].fill_(value)
+            elif key in self.group:
+                # JSON has no tuples, and Adam's betas are one.
+                self.group[key] = tuple(value) if isinstance(value, list) else value
+
+
+@dataclass(kw_only=True)
+class _FusedState(ParameterState):
+    """In one of FBGEMM's kernels."""
+
+    kernel: Any
+    fused_optimizer: CombinedOptimizer
+
+    def restore(self, settings: dict[str, Any]) -> None:
+        """Takes over the learning rate, into the kernel and TorchRec's optimizer around it."""
+        self.kernel.set_learning_rate(settings["lr"])
+        if hasattr(self.kernel, "iter_cpu"):
+            self.kernel.iter_cpu.zero_()  # FBGEMM then reads it from `iter` anew
+        # TorchRec's optimizer sets its own learning rate into the kernel at every step.
+        for optimizer in _parts(self.fused_optimizer):
+            if is_optimizer_of(optimizer, self.kernel):
+                for group in optimizer.param_groups:
+                    group["lr"] = settings["lr"]
 
 
 def optimizer_states(
@@ -73,6 +108,7 @@ def optimizer_states(
         optimizers: the ones that the user steps; TorchRec's combined ones may hold the fused.
     """
     out = _fused(model) if isinstance(model, DistributedModelParallel) else {}
+    # By identity: optimizers know no names, and `==` of tensors compares their values.
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     for name, parameter in model.named_parameters():
         if name not in out and not isinstance(model, DistributedModelParallel):
@@ -95,44 +131,27 @@ def _parts(optimizer: Any) -> list[Any]:
 def _ordinary(optimizer: Any, names: dict[int, str]) -> dict[str, ParameterState]:
     """State of a torch optimizer's parameters."""
     out: dict[str, ParameterState] = {}
-    kind = type(optimizer).__name__
+    kind = kind_of(type(optimizer).__name__)
     for group in optimizer.param_groups:
         for parameter in group["params"]:
-            name = names.get(id(parameter))
-            if name is None:
-                continue
-            own = optimizer.state.get(parameter, {})
-            tensors: State = {
-                key: value.view(-1) if _is_rowwise(kind, value) else value
-                for key, value in own.items()
-                if isinstance(value, torch.Tensor)
-            }
-            out[name] = ParameterState(
-                kind,
-                tensors,
-                _numbers(group),
-                lambda settings, group=group: _restore(group, settings),  # type: ignore[misc]  # bound now
-                lambda key, value, opt=optimizer, p=parameter, kind=kind: _create(  # type: ignore[misc]  # bound now
-                    opt, p, kind, key, value
-                ),
-            )
+            if id(parameter) in names:
+                state = state_of(parameter, optimizer)
+                out[names[id(parameter)]] = _TorchState(
+                    kind=kind,
+                    tensors={key: kind.as_saved(key, value) for key, value in state.items()},
+                    settings=_numbers(group),
+                    optimizer=optimizer,
+                    parameter=parameter,
+                    group=group,
+                )
     return out
-
-
-def _is_rowwise(kind: str, value: torch.Tensor) -> bool:
-    return kind == "RowWiseAdagrad" and value.ndim == 2
-
-
-def _create(
-    optimizer: Any, parameter: torch.Tensor, kind: str, key: str, value: torch.Tensor
-) -> None:
-    rowwise = kind == "RowWiseAdagrad" and value.ndim == 1
-    optimizer.state[parameter][key] = value.view(-1, 1) if rowwise else value
 
 
 def _fused(model: DistributedModelParallel) -> dict[str, ParameterState]:
     """State of the tables in FBGEMM's fused kernels on this rank."""
     kernels = _kernels(model)
+    # TorchRec's names and ShardedTensors: torch.distributed.checkpoint needs to know which part of
+    # a table each rank has, of which FBGEMM's own get_optimizer_state() says nothing.
     states = model.fused_optimizer.state_dict()["state"]
     out: dict[str, ParameterState] = {}
     for name, state in states.items():
@@ -140,18 +159,19 @@ def _fused(model: DistributedModelParallel) -> dict[str, ParameterState]:
         kernel = next((k for path, t, k in kernels if t == table and name.startswith(path)), None)
         if kernel is None:
             continue
-        kind = _KINDS.get(str(kernel.optimizer), str(kernel.optimizer))
-        tensors: State = {}
-        for key, value in state.items():
-            short = key.rpartition(".")[2]
-            tensors[_NAMES.get(kind, {}).get(short, short)] = value
-        if kind == "Adam" and hasattr(kernel, "iter"):
-            tensors["step"] = kernel.iter.view(())
-        out[name] = ParameterState(
-            kind,
-            tensors,
-            {"lr": float(kernel.get_learning_rate())},
-            lambda settings, kernel=kernel: _restore_fused(model, kernel, settings),  # type: ignore[misc]  # bound now
+        kind = kind_of(str(kernel.optimizer))
+        tensors: State = {
+            kind.torch_name(key.rpartition(".")[2]): value for key, value in state.items()
+        }
+        for counter in kind.tensor("step").fused:  # it is no part of TorchRec's state dict
+            if hasattr(kernel, counter):
+                tensors["step"] = getattr(kernel, counter).view(())
+        out[name] = _FusedState(
+            kind=kind,
+            tensors=tensors,
+            settings={"lr": float(kernel.get_learning_rate())},
+            kernel=kernel,
+            fused_optimizer=model.fused_optimizer,
         )
     return out
 
@@ -164,17 +184,6 @@ def _kernels(model: nn.Module) -> list[tuple[str, str, Any]]:
             if hasattr(kernel, "optimizer"):
                 out += [(f"{path}." if path else "", table.name, kernel) for table in tables]
     return out
-
-
-def _restore_fused(model: DistributedModelParallel, kernel: Any, settings: dict[str, Any]) -> None:
-    kernel.set_learning_rate(settings["lr"])
-    if hasattr(kernel, "iter_cpu"):
-        kernel.iter_cpu.zero_()  # FBGEMM then reads it from `iter` anew
-    for _, part in model.fused_optimizer.optimizers:
-        for one in _parts(part):
-            if is_optimizer_of(one, kernel):
-                for group in one.param_groups:
-                    group["lr"] = settings["lr"]
 
 
 def _numbers(group: dict[str, Any]) -> dict[str, Any]:
@@ -190,33 +199,22 @@ def _numbers(group: dict[str, Any]) -> dict[str, Any]:
     return out
 
 
-def _restore(group: dict[str, Any], settings: dict[str, Any]) -> None:
-    for key, value in settings.items():
-        if isinstance(group.get(key), torch.Tensor):
-            group[key].fill_(value)
-        elif key in group:
-            group[key] = tuple(value) if isinstance(value, list) else value
-
-
-def dropped_state(saved: dict[str, Any] | None, own: ParameterState | None) -> str | None:
+def dropped_state(saved: OptimizerRecord, state: ParameterState) -> str | None:
     """Why a parameter's optimizer state cannot be taken over; None if it can.
 
     Args:
-        saved: its description in the checkpoint, None where it had no optimizer.
-        own: its state in the model.
+        saved: what the checkpoint says of it.
+        state: what the model has.
     """
-    before = saved["kind"] if saved else "no optimizer"
-    now = own.kind if own else "no optimizer"
-    if before != now:
-        return f"saved with {before}, the model has {now}"
-    if saved is None or own is None:
-        return None
-    shapes = own.describe()["state"]
-    for key in sorted(set(saved["state"]) | set(shapes)):
-        there, here = saved["state"].get(key), shapes.get(key)
-        if there == here or (here is None and own.create is not None):
+    current = state.record()
+    if saved.kind != current.kind:
+        return f"saved with {saved.kind}, the model has {current.kind}"
+    for key in sorted(set(saved.state) | set(current.state)):
+        there, here = saved.state.get(key), current.state.get(key)
+        if there == here or (here is None and state.creates_tensors):
             continue
-        if key == "step" and now in _STEPLESS:
-            continue
-        return f"{now}'s {key!r} has shape {there} in the checkpoint, {here} in the model"
+        if state.kind.tensor(key).needed:
+            return (
+                f"{current.kind}'s {key!r} has shape {there} in the checkpoint, {here} in the model"
+            )
     return None

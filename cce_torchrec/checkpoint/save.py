@@ -13,6 +13,7 @@ import torch.distributed.checkpoint as dcp
 from torch import nn
 
 from cce_torchrec.checkpoint import folder as folders
+from cce_torchrec.checkpoint.manifest import Fingerprint, Manifest, OptimizerRecord, TableRecord
 from cce_torchrec.checkpoint.optimizers import ParameterState, optimizer_states
 from cce_torchrec.checkpoint.random_state import random_state
 from cce_torchrec.checkpoint.tables import describe_tables
@@ -60,24 +61,23 @@ def save_checkpoint(
     folder, ranks = Path(folder), Ranks(process_group)
     writing, name = ranks.first(lambda: folders.begin(folder, step))
     state: dict[str, Any] = {}
-    share_seen(model)
+    share_seen(model)  # before `agree`, as it is collective itself
     described = ranks.agree(lambda: _collect(model, optimizers, state))
     written = ranks.agree(lambda: _write(writing, ranks.rank, state, process_group))
     files = {name: found for part in written for name, found in part.items()}
+    # torch.distributed.checkpoint has the first rank write this file, and it is no rank's own.
     metadata = ranks.first(lambda: folders.fingerprint(writing / ".metadata"))
-    manifest = {
-        "format": folders.FORMAT,
-        "step": step,
-        "world_size": ranks.size,
-        "tables": described[0]["tables"],
-        "optimizers": {k: v for part in described for k, v in part["optimizers"].items()},
-        "schedule": None
-        if schedule is None
-        else {"steps": sorted(schedule.steps), "interval": schedule.interval},
-        "extra": extra,
-        "versions": installed_versions(),
-        "files": {".metadata": metadata, **files},
-    }
+    manifest = Manifest(
+        step=step,
+        world_size=ranks.size,
+        tables=described[0][0],
+        # Each rank describes the parameters that it has; only together are they those of the job.
+        optimizers={name: one for _, part in described for name, one in part.items()},
+        schedule=schedule,
+        extra=extra,
+        versions=installed_versions(),
+        files={".metadata": metadata, **files},
+    )
     return ranks.first(lambda: folders.commit(writing, name, manifest, keep))
 
 
@@ -97,22 +97,19 @@ def optimizer_state(states: dict[str, ParameterState]) -> dict[str, Any]:
 
 def _collect(
     model: nn.Module, optimizers: Sequence[torch.optim.Optimizer], state: dict[str, Any]
-) -> dict[str, Any]:
+) -> tuple[dict[str, TableRecord], dict[str, OptimizerRecord]]:
     """Fills `state` with this rank's tensors and returns what the manifest says of them."""
     states = optimizer_states(model, optimizers)
     state |= model_state(model) | optimizer_state(states)
-    return {
-        "tables": describe_tables(model),
-        "optimizers": {name: one.describe() for name, one in states.items()},
-    }
+    return describe_tables(model), {name: one.record() for name, one in states.items()}
 
 
 def _write(
     writing: Path, rank: int, state: dict[str, Any], group: dist.ProcessGroup | None
-) -> dict[str, list[int]]:
+) -> dict[str, Fingerprint]:
     """Writes what this rank has; fingerprints of its files, which are on disk by then."""
     dcp.save(state, storage_writer=dcp.FileSystemWriter(writing), process_group=group)
-    own = writing / f"rank-{rank}.json"
-    folders.write_durably(own, json.dumps(random_state()))
-    files = [own, *writing.glob(f"__{rank}_*")]
+    random_file = writing / f"rank-{rank}.json"
+    folders.write_durably(random_file, json.dumps(random_state()))
+    files = [random_file, *writing.glob(f"__{rank}_*")]
     return {file.name: folders.fingerprint(file) for file in files}

@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
+from dataclasses import fields
 from typing import Any
 
 from torch import nn
 from torchrec.distributed import DistributedModelParallel
 
+from cce_torchrec.checkpoint.manifest import CCETableRecord, TableRecord
 from cce_torchrec.config import is_cce
 
-_SHAPE = ("num_embeddings", "embedding_dim", "num_chunks", "num_rows", "num_helper_rows")
-_CCE = (*_SHAPE, "seed", "learned_codes", "track_seen", "hash_ids")
-_PLAIN = ("num_embeddings", "embedding_dim")
+# Of our collections, of EmbeddingBagCollection and of EmbeddingCollection: where tables are.
 _CONTAINERS = ("codes.", "embedding_bags.", "embeddings.")
-
-Tables = dict[str, dict[str, Any]]
-"""Per path of a collection and name of a table in it, `collection.table`: its description."""
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
@@ -24,27 +21,26 @@ def unwrapped(model: nn.Module) -> nn.Module:
     return model.module if isinstance(model, DistributedModelParallel) else model
 
 
-def describe_tables(model: nn.Module) -> Tables:
+def describe_tables(model: nn.Module) -> dict[str, TableRecord]:
     """Every table of every collection of `model`, by its full name."""
-    out: Tables = {}
+    out: dict[str, TableRecord] = {}
     inside: list[str] = []
     for path, module in unwrapped(model).named_modules():
+        # A CCE collection has one of TorchRec's inside, whose tables are the chunks of its own.
         if any(path.startswith(f"{outer}.") or not outer for outer in inside):
             continue
         configs = configs_of(module)
-        if not configs:
-            continue
-        inside.append(path)
-        for config in configs:
-            compressed = is_cce(config)
-            fields = {name: getattr(config, name) for name in (_CCE if compressed else _PLAIN)}
-            out[f"{path}.{config.name}" if path else config.name] = {
-                "collection": path,
-                "name": config.name,
-                "kind": "CCE" if compressed else "plain",
-                **fields,
-            }
+        if configs:
+            inside.append(path)
+        for record in (_record(path, config) for config in configs):
+            out[record.full_name] = record
     return out
+
+
+def _record(collection: str, config: Any) -> TableRecord:
+    kind = CCETableRecord if is_cce(config) else TableRecord
+    names = {field.name for field in fields(kind)} - {"collection"}
+    return kind(collection=collection, **{name: getattr(config, name) for name in names})
 
 
 def configs_of(module: nn.Module) -> list[Any]:
@@ -57,21 +53,21 @@ def configs_of(module: nn.Module) -> list[Any]:
     return []
 
 
-def table_of(key: str, tables: Tables) -> str | None:
+def table_of(key: str, tables: dict[str, TableRecord]) -> str | None:
     """The table, by its full name, that the state `key` belongs to; None for the rest."""
     for full_name, table in tables.items():
-        prefix = f"{table['collection']}." if table["collection"] else ""
+        prefix = f"{table.collection}." if table.collection else ""
         if not key.startswith(prefix):
             continue
         rest = key[len(prefix) :]
         for container in _CONTAINERS:
             _, found, after = f".{rest}".partition(f".{container}")
-            if found and after.startswith((f"{table['name']}.", f"{table['name']}#")):
+            if found and after.startswith((f"{table.name}.", f"{table.name}#")):
                 return full_name
     return None
 
 
-def choose_tables(names: Sequence[str], tables: Tables, argument: str) -> set[str]:
+def choose_tables(names: Sequence[str], tables: dict[str, TableRecord], argument: str) -> set[str]:
     """Full names of `names`, which may leave out the collection.
 
     Raises:
@@ -79,17 +75,24 @@ def choose_tables(names: Sequence[str], tables: Tables, argument: str) -> set[st
     """
     chosen: set[str] = set()
     for name in names:
-        found = {full for full, t in tables.items() if name in (full, t["name"])}
+        found = {full for full, t in tables.items() if name in (full, t.name)}
         if not found:
             raise ValueError(f"{argument}: no table {name!r}; the model has {sorted(tables)}")
         chosen |= found
     return chosen
 
 
-def compare_tables(saved: Tables, own: Tables, wanted: set[str] | None, grow: set[str]) -> None:
+def compare_tables(
+    saved: dict[str, TableRecord],
+    current: dict[str, TableRecord],
+    wanted: set[str] | None,
+    grow: set[str],
+) -> None:
     """Refuses a checkpoint whose tables do not fit the model's.
 
     Args:
+        saved: the checkpoint's.
+        current: the model's.
         wanted: the tables that are loaded; None is all, and then both sides have the same.
         grow: tables that may have more ids in the model than in the checkpoint.
 
@@ -98,57 +101,56 @@ def compare_tables(saved: Tables, own: Tables, wanted: set[str] | None, grow: se
     """
     wrong: list[str] = []
     remedy = "tables=[...] names it" if wanted else "pass tables=[...] to load some of them"
-    for name in sorted((set(saved) | set(own)) if wanted is None else wanted):
+    for name in sorted((set(saved) | set(current)) if wanted is None else wanted):
         if name not in saved:
             wrong.append(
                 f"table {name!r}: the model has it, the checkpoint has {sorted(saved)}; {remedy}"
             )
-        elif name not in own:
+        elif name not in current:
             wrong.append(
-                f"table {name!r}: the checkpoint has it, the model has {sorted(own)}; {remedy}"
+                f"table {name!r}: the checkpoint has it, the model has {sorted(current)}; {remedy}"
             )
         else:
-            wrong += _differences(name, saved[name], own[name], name in grow)
+            found = _differences(saved[name], current[name], name in grow)
+            wrong += [f"table {name!r}: {difference}" for difference in found]
     if wrong:
         raise ValueError("; ".join(wrong))
 
 
-def _is_finalized(saved: dict[str, Any], own: dict[str, Any]) -> bool:
-    """Whether main has in `saved` the rows that main and helper have in `own`."""
-    rows = own["num_rows"] + own["num_helper_rows"]
-    return (saved["num_rows"], saved["num_helper_rows"]) == (rows, 0)
+def _differences(saved: TableRecord, current: TableRecord, may_grow: bool) -> list[str]:
+    if saved.kind != current.kind:
+        return [f"the checkpoint has a {saved.kind} table, the model a {current.kind} one"]
+    if may_grow and not isinstance(current, CCETableRecord):
+        return ["grow needs a CCE table, whose new ids start from their hash; it is plain"]
+    if may_grow and isinstance(current, CCETableRecord) and current.hash_ids:
+        return ["grow needs ids that stay; with hash_ids a larger table renumbers all raw ids"]
+    differing = [
+        field.name
+        for field in fields(current)
+        if getattr(saved, field.name) != getattr(current, field.name)
+    ]
+    if may_grow and current.num_embeddings > saved.num_embeddings:
+        differing.remove("num_embeddings")
+    return [_difference(name, saved, current) for name in differing]
 
 
-def _differences(
-    name: str, saved: dict[str, Any], own: dict[str, Any], may_grow: bool
-) -> list[str]:
-    who = f"table {name!r}"
-    if saved["kind"] != own["kind"]:
-        return [f"{who}: the checkpoint has a {saved['kind']} table, the model a {own['kind']} one"]
-    if may_grow and own["kind"] == "plain":
-        return [f"{who}: grow needs a CCE table, whose new ids start from their hash; it is plain"]
-    if may_grow and own["hash_ids"]:
-        return [
-            f"{who}: grow needs ids that stay; with hash_ids a larger table renumbers all raw ids"
-        ]
-    fields = _differing(saved, own, _CCE if own["kind"] == "CCE" else _PLAIN)
-    if may_grow and own["num_embeddings"] > saved["num_embeddings"]:
-        fields.remove("num_embeddings")
-    return [f"{who}: {_difference(field, saved, own)}" for field in fields]
-
-
-def _difference(field: str, saved: dict[str, Any], own: dict[str, Any]) -> str:
+def _difference(field: str, saved: TableRecord, current: TableRecord) -> str:
     """What differs, and what to do."""
+    before, now = getattr(saved, field), getattr(current, field)
     remedy = "configure the table as it was saved"
     if field == "learned_codes":
-        lacks = "model" if saved[field] else "checkpoint"
+        lacks = "model" if before else "checkpoint"
         return f"the {lacks} has no codes, the other side has; {remedy}"
-    if field == "num_rows" and _is_finalized(saved, own):
+    if field == "num_rows" and _is_finalized(saved, current):
         remedy += ", by config.finalized()"
-    if field == "num_embeddings" and own["kind"] == "CCE" and own[field] > saved[field]:
-        remedy += f", or pass grow=[{own['name']!r}]: new ids then start from their hash"
-    return f"{field} is {saved[field]} in the checkpoint, {own[field]} in the model; {remedy}"
+    if field == "num_embeddings" and isinstance(current, CCETableRecord) and now > before:
+        remedy += f", or pass grow=[{current.name!r}]: new ids then start from their hash"
+    return f"{field} is {before} in the checkpoint, {now} in the model; {remedy}"
 
 
-def _differing(saved: dict[str, Any], own: dict[str, Any], fields: Collection[str]) -> list[str]:
-    return [field for field in fields if saved.get(field) != own[field]]
+def _is_finalized(saved: TableRecord, current: TableRecord) -> bool:
+    """Whether main has in `saved` the rows that main and helper have in `current`."""
+    if not (isinstance(saved, CCETableRecord) and isinstance(current, CCETableRecord)):
+        return False
+    rows = current.num_rows + current.num_helper_rows
+    return (saved.num_rows, saved.num_helper_rows) == (rows, 0)

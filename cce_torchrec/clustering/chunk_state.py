@@ -8,13 +8,14 @@ import torch
 import torch.distributed as dist
 
 from cce_torchrec.clustering.budget import ChunkShape
-from cce_torchrec.clustering.chunk import FIRST_MOMENTS, ChunkUpdate
 from cce_torchrec.clustering.chunk_group import ALONE, ChunkGroup
+from cce_torchrec.clustering.chunk_update import ChunkUpdate
 from cce_torchrec.clustering.id_passes import ChunkIds
 from cce_torchrec.codes.chunk_codes import ChunkCodes
 from cce_torchrec.codes.hashing import helper_hash
 from cce_torchrec.codes.storage import code_dtype
 from cce_torchrec.kmeans.points import check_finite
+from cce_torchrec.optimizer_state import reset_of
 
 _NOT_FINITE = "nothing was clustered. Lower the learning rate, or restore the last checkpoint"
 
@@ -115,8 +116,8 @@ class ChunkState:
         except ValueError as error:
             raise ValueError(f"{self.name}: codebook {error}; {_NOT_FINITE}") from error
         for name, value in self.optimizer_state.items():
-            # First moments are set to zero, whatever they are.
-            if name not in FIRST_MOMENTS and not bool(torch.isfinite(value).all()):
+            # What is not averaged becomes zero, whatever it was.
+            if reset_of(name).main_is_mean and not bool(torch.isfinite(value).all()):
                 raise ValueError(
                     f"{self.name}: optimizer state {name!r} is not finite (NaN or infinite); "
                     f"{_NOT_FINITE}"

@@ -16,6 +16,7 @@ from cce_torchrec.codes.chunk_codes import ChunkCodes
 from cce_torchrec.distributed.caches import bypassed
 from cce_torchrec.distributed.embedding_bag_collection import ShardedCCEEmbeddingBagCollection
 from cce_torchrec.modules.embedding_bag_collection import CCEEmbeddingBagCollection
+from cce_torchrec.optimizer_state import fused_state, is_fused, state_of
 from cce_torchrec.table import physical_table
 from cce_torchrec.torchrec_internals import fused_kernels, lookups_of, optimizers_in_backward
 
@@ -102,7 +103,7 @@ def unsharded_rows(
         optimizers = optimizers_in_backward(weight)
         if optimizer is not None:
             optimizers.append(optimizer)
-        state = {k: v for opt in optimizers for k, v in _state_of(weight, opt).items()}
+        state = {k: v for opt in optimizers for k, v in state_of(weight, opt).items()}
         out[name] = (weight.data, state)
     return out
 
@@ -117,17 +118,10 @@ def fused_rows(
     inner = module.embedding_bag_collection
     out = {}
     for tables, tbe in fused_kernels(lookups_of(inner)):
-        fused = hasattr(tbe, "get_optimizer_state")
-        states = tbe.get_optimizer_state() if fused else []
+        states = fused_state(tbe, len(tables))
         for i, table in enumerate(tables):
-            state = states[i] if i < len(states) else {}
-            if not fused and optimizer is not None:
-                state = _state_of(inner.embedding_bags[table.name].weight, optimizer)
+            state = states[i]
+            if optimizer is not None and not is_fused(tbe):
+                state = state_of(inner.embedding_bags[table.name].weight, optimizer)
             out[table.name] = (tbe.split_embedding_weights()[i], state)
     return out
-
-
-def _state_of(parameter: torch.Tensor, optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
-    """What `optimizer` keeps of `parameter`, tensors only."""
-    found = optimizer.state.get(parameter, {})
-    return {key: value for key, value in found.items() if isinstance(value, torch.Tensor)}

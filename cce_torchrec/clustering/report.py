@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from cce_torchrec.clustering.chunk import ChunkUpdate
 from cce_torchrec.clustering.chunk_state import ChunkState
+from cce_torchrec.clustering.chunk_update import ChunkUpdate
 from cce_torchrec.clustering.task import Key
 
 

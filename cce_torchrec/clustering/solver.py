@@ -9,9 +9,9 @@ from itertools import chain
 import torch
 
 from cce_torchrec.clustering.budget import assign_block
-from cce_torchrec.clustering.chunk import ChunkUpdate, Relabelling, new_main_rows
 from cce_torchrec.clustering.chunk_group import ALONE, ChunkGroup
 from cce_torchrec.clustering.chunk_state import ChunkState
+from cce_torchrec.clustering.chunk_update import ChunkUpdate, Relabelling, new_main_rows
 from cce_torchrec.clustering.id_passes import ChunkIds, NewCodes
 from cce_torchrec.clustering.options import Options
 from cce_torchrec.clustering.pair_batch import PairBatch, codebooks_only, of_all_ids

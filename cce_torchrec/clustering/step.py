@@ -12,9 +12,9 @@ import torch.distributed as dist
 from torch import nn
 
 from cce_torchrec.clustering import replicas
-from cce_torchrec.clustering.chunk import ChunkUpdate
 from cce_torchrec.clustering.chunk_group import ALONE, ChunkGroup
 from cce_torchrec.clustering.chunk_state import ChunkState
+from cce_torchrec.clustering.chunk_update import ChunkUpdate
 from cce_torchrec.clustering.limits import least_free_share, memory
 from cce_torchrec.clustering.local_chunks import local_chunks, uncached
 from cce_torchrec.clustering.options import Options

@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 import torch
 import torchrec
 from torch import nn
+from torchrec.distributed.planner import EmbeddingShardingPlanner
 from torchrec.distributed.planner.types import PlannerError
 from torchrec.modules.embedding_configs import EmbeddingBagConfig
 from torchrec.optim.apply_optimizer_in_backward import apply_optimizer_in_backward
@@ -55,8 +56,7 @@ def tables_for_memory(
     if not tables or num_chunks < 1:
         raise ValueError(f"{len(tables)} tables, num_chunks {num_chunks}: at least 1 of each")
     device = device if device is not None else torch.device("cpu")
-    plain = (t for t in tables if not is_cce(t))
-    large = {t.name for t in plain if full_bytes(t) >= min_bytes}
+    large = {t.name for t in tables if not is_cce(t) and full_bytes(t) >= min_bytes}
 
     def at(ratio: float) -> list[EmbeddingBagConfig]:
         return [
@@ -66,30 +66,48 @@ def tables_for_memory(
 
     def fits(ratio: float) -> bool:
         configs = at(ratio)
-        made = CCEEmbeddingBagCollection(configs, device=torch.device("meta"))
-        apply_optimizer_in_backward(optimizer, list(made.parameters()), {"lr": 0.1})
         planner = make_planner(
             configs, world_size, device, kind, batch_size=batch_size, memory_bytes=memory_bytes
         )
-        try:
-            planner.plan(nn.ModuleDict({"tables": made}), get_default_sharders())
-        except PlannerError:
-            return False
-        return True
+        return _has_plan(planner, configs, optimizer)
 
-    low, high = 1.0, float(max(t.num_embeddings for t in tables))
-    if not fits(high):
-        least = sum(t.table_bytes for t in at(high) if is_cce(t))
-        raise ValueError(
-            f"{memory_bytes} bytes on each of {world_size} ranks do not hold {len(tables)} tables "
-            f"with two rows a chunk; compressed ones alone take {least}. Use more ranks or memory, "
-            "fewer chunks, or kind='cw'"
-        )
-    return at(low if fits(low) else _least(fits, low, high))
+    most = float(max(t.num_embeddings for t in tables))
+    if not fits(most):
+        raise _too_little(at(most), memory_bytes, world_size)
+    return at(_least(fits, most))
 
 
-def _least(fits: Callable[[float], bool], low: float, high: float) -> float:
-    """The least ratio that fits, within 2 %; `low` does not, `high` does."""
+def _has_plan(
+    planner: EmbeddingShardingPlanner,
+    configs: Sequence[EmbeddingBagConfig],
+    optimizer: type[torch.optim.Optimizer],
+) -> bool:
+    # On meta: the planner asks modules for shapes and optimizers, and these may be of any size.
+    collection = CCEEmbeddingBagCollection(configs, device=torch.device("meta"))
+    apply_optimizer_in_backward(optimizer, list(collection.parameters()), {"lr": 0.1})
+    try:
+        planner.plan(nn.ModuleDict({"tables": collection}), get_default_sharders())
+    except PlannerError:
+        return False
+    return True
+
+
+def _too_little(
+    least: Sequence[EmbeddingBagConfig], memory_bytes: int, world_size: int
+) -> ValueError:
+    taken = sum(t.table_bytes for t in least if is_cce(t))
+    return ValueError(
+        f"{memory_bytes} bytes on each of {world_size} ranks do not hold {len(least)} tables "
+        f"with two rows a chunk; compressed ones alone take {taken}. Use more ranks or memory, "
+        "fewer chunks, or kind='cw'"
+    )
+
+
+def _least(fits: Callable[[float], bool], most: float) -> float:
+    """The least ratio that fits, within 2 %; `most` does."""
+    low, high = 1.0, most
+    if fits(low):
+        return low
     while high / low > 1.02:
         middle = (low * high) ** 0.5
         low, high = (low, middle) if fits(middle) else (middle, high)

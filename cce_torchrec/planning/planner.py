@@ -36,6 +36,7 @@ _KINDS = {
     "rw": [ShardingType.ROW_WISE.value],
     "auto": [ShardingType.TABLE_WISE.value, ShardingType.COLUMN_WISE.value],
 }
+# Without this choice TorchRec's planner may put tables into the host's memory, behind a cache.
 _IN_DEVICE_MEMORY = [EmbeddingComputeKernel.DENSE.value, EmbeddingComputeKernel.FUSED.value]
 _RESERVED = 0.15
 """Share of a device's memory that plans leave to everything but tables (TorchRec's default)."""
@@ -48,6 +49,7 @@ def _topology(world_size: int, device: torch.device, memory_bytes: int | None) -
         memory_bytes = torch.cuda.get_device_properties(device).total_memory
     caps = {"hbm_cap_bytes" if on_gpu else "ddr_cap_bytes": memory_bytes}
     caps = {name: value for name, value in caps.items() if value is not None}
+    # TorchRec 1.8 warns of topologies that come from elsewhere.
     return planner_types.TopologyFactory.create_topology(
         planner_types.TrainerConfig(world_size=world_size, **caps),
         kernel_config=planner_types.KernelConfig(compute_device=device.type),
@@ -92,7 +94,8 @@ def _constraints(
     return ParameterConstraints(
         sharding_types=_KINDS[kind],
         compute_kernels=kernels,
-        min_partition=table.chunk_dim,
+        min_partition=table.chunk_dim,  # a shard of columns is of whole chunks
+        # The estimate of time counts the rows that are read: main and helper for each id.
         pooling_factors=[float(table.rows_per_id)] * len(table.feature_names),
     )
 
@@ -167,7 +170,7 @@ def make_planner(
             estimator=[
                 EmbeddingPerfEstimator(topology=topology, constraints=constraints),
                 EmbeddingStorageEstimator(topology=topology, constraints=constraints),
-                CodeStorageEstimator(topology, tables),
+                CodeStorageEstimator(topology, tables),  # last: it adds to what the others say
             ],
         ),
         storage_reservation=_reservation(dense_bytes),
@@ -197,11 +200,12 @@ def make_plan(
     """
     names = {table.name for table in tables}
     collections = [m for m in model.modules() if isinstance(m, CCEEmbeddingBagCollection)]
-    held = {table.name for made in collections for table in made.embedding_bag_configs()}
-    if not held <= names:
+    in_model = {t.name for collection in collections for t in collection.embedding_bag_configs()}
+    if not in_model <= names:
         raise ValueError(
-            f"tables {sorted(held - names)} are in the model, but not among the {sorted(names)} to "
-            "plan; their codes would not be counted. Pass every table of its collections"
+            f"tables {sorted(in_model - names)} are in the model, but not among the "
+            f"{sorted(names)} to plan; their codes would not be counted. Pass every table of its "
+            "collections"
         )
     dense = sum(
         parameter.numel() * parameter.element_size()

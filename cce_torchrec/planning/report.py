@@ -77,6 +77,7 @@ def plan_report(model: nn.Module, plan: ShardingPlan, world_size: int) -> PlanRe
         entries: Any = plan.get_plan_for_module(path)
         if entries is None:
             raise ValueError(f"the plan has no entry for {path!r}; it has {sorted(plan.plan)}")
+        # The sharder's proxies, one [k + k', D] for each table, are what the plan was made for.
         parameters = get_default_sharders()[0].shardable_parameters(module)
         for config in module.embedding_bag_configs():
             if config.name not in entries:
@@ -89,6 +90,7 @@ def plan_report(model: nn.Module, plan: ShardingPlan, world_size: int) -> PlanRe
             else:
                 out += _planned(path, config, entry, parameter)
     for table in out:
+        # Else the totals, one for each rank there is, would leave these bytes out.
         if table.rank >= world_size:
             raise ValueError(
                 f"table {table.name!r}: the plan puts it on rank {table.rank} of {world_size}; "

@@ -13,6 +13,7 @@ from torchrec.modules.embedding_configs import EmbeddingBagConfig
 
 from cce_torchrec.config import CCEEmbeddingBagConfig, code_dtype, is_cce
 from cce_torchrec.distributed.id_partition import IdPartition, codebook_owners
+from cce_torchrec.optimizer_state import OptimizerKind, kind_of
 from cce_torchrec.torchrec_internals import optimizer_class_in_backward
 
 
@@ -21,29 +22,22 @@ def optimizer_bytes(
 ) -> int:
     """State of FBGEMM's fused optimizer for a shard [rows, width] of `table`.
 
-    `parameter` carries the optimizer that was applied in backward; state is float32.
+    `parameter` carries the optimizer that was applied in backward.
     """
-    chunk = table.chunk_dim if is_cce(table) else width
-    return _optimizer_bytes(parameter, rows, width, chunk)
+    chunk_dim = table.chunk_dim if is_cce(table) else width
+    return _fused_kind(parameter).fused_bytes(rows=rows, width=width, chunk_dim=chunk_dim)
 
 
-def _optimizer_bytes(parameter: nn.Parameter, rows: int, width: int, chunk: int) -> int:
-    rowwise, whole = -(-4 * rows * width // chunk) if width else 0, 4 * rows * width
-    return {
-        "RowWiseAdagrad": rowwise,
-        "Adagrad": whole,
-        "Adam": 2 * whole,
-        "PartialRowWiseAdam": whole + rowwise,
-    }.get(optimizer_class_in_backward(parameter), 0)
+def _fused_kind(parameter: nn.Parameter) -> OptimizerKind:
+    return kind_of(optimizer_class_in_backward(parameter))
 
 
 class CodeStorageEstimator(ShardEstimator):
     """Adds codes, and what TorchRec misses of the optimizer, to the storage of CCE shards.
 
-    TorchRec's own estimator sees the proxy of the codebooks [k + k', D], and divides its row-wise
-    state among shards of columns; such a shard holds the codes of the chunks in them, and row-wise
-    state once per chunk. Under ROW_WISE, whose
-    shard i TorchRec gives to rank i, it holds the codes of a block of ids and whole codebooks.
+    TorchRec's own estimator runs before it, and sees the proxy of the codebooks [k + k', D]. Under
+    ROW_WISE, whose shard i TorchRec gives to rank i, a shard has the codes of a block of ids and
+    whole codebooks.
     """
 
     def __init__(self, topology: Topology, tables: Sequence[EmbeddingBagConfig]) -> None:
@@ -58,21 +52,26 @@ class CodeStorageEstimator(ShardEstimator):
             table = self._tables.get(option.name)
             if table is None:
                 continue
-            row_wise = option.sharding_type == ShardingType.ROW_WISE.value
-            blocks = IdPartition(table.num_embeddings, tuple(range(len(option.shards))))
             for rank, shard in enumerate(option.shards):
-                rows, width = shard.size
-                if row_wise:
-                    held = sum(row_wise_bytes(table, option.tensor, blocks, rank))
-                    added = held - _as_torchrec_counts(option.tensor, rows, width)
-                else:
-                    added = -(-table.code_bytes * width // table.embedding_dim) + table.seen_bytes
-                    added += optimizer_bytes(table, option.tensor, rows, width)
-                    added -= _optimizer_bytes(option.tensor, rows, width, table.embedding_dim)
-                assert shard.storage is not None
-                shard.storage += Storage(
-                    hbm=added if self._on_gpu else 0, ddr=0 if self._on_gpu else added
-                )
+                added = _uncounted_bytes(table, option, rank)
+                on_device = {"hbm": added, "ddr": 0} if self._on_gpu else {"hbm": 0, "ddr": added}
+                shard.storage = (shard.storage or Storage(hbm=0, ddr=0)) + Storage(**on_device)
+
+
+def _uncounted_bytes(table: CCEEmbeddingBagConfig, option: ShardingOption, rank: int) -> int:
+    """What a shard takes more than TorchRec's estimator says, which knows of no codes."""
+    rows, width = option.shards[rank].size
+    kind = _fused_kind(option.tensor)
+    if option.sharding_type != ShardingType.ROW_WISE.value:
+        # TorchRec divides row-wise state among shards of columns. Each chunk has all of it.
+        counted = kind.fused_bytes(rows=rows, width=width, chunk_dim=table.embedding_dim)
+        codes = -(-table.code_bytes * width // table.embedding_dim) + table.seen_bytes
+        return codes + optimizer_bytes(table, option.tensor, rows, width) - counted
+    # TorchRec counts a block of the codebooks' rows, which no rank has: rows are never cut.
+    counted = rows * width * option.tensor.element_size()
+    counted += kind.fused_bytes(rows=rows, width=width, chunk_dim=width)
+    blocks = IdPartition(table.num_embeddings, tuple(range(len(option.shards))))
+    return sum(row_wise_bytes(table, option.tensor, blocks, rank)) - counted
 
 
 def row_wise_bytes(
@@ -88,9 +87,3 @@ def row_wise_bytes(
         codes + (ids // 8 + 2) * table.track_seen,
         optimizer_bytes(table, parameter, rows, width),
     )
-
-
-def _as_torchrec_counts(parameter: nn.Parameter, rows: int, width: int) -> int:
-    """Weights and optimizer state of a shard [rows, width] of a plain table."""
-    weights = rows * width * parameter.element_size()
-    return weights + _optimizer_bytes(parameter, rows, width, width)

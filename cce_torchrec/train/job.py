@@ -82,7 +82,9 @@ def build(
     Args:
         fused_params: of the tables' kernels, where the pipeline needs some.
     """
+    # On meta, as whole tables are never needed: DistributedModelParallel makes the shards.
     collection = CCEEmbeddingBagCollection(configs, device=torch.device("meta"))
+    # Before the plan: else TorchRec gives tables its dense kernel, which no backward trains.
     apply_optimizer_in_backward(
         OPTIMIZERS[args.optimizer], collection.parameters(), {"lr": args.lr}
     )

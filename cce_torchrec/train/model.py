@@ -11,8 +11,8 @@ from torchrec.modules.embedding_configs import EmbeddingBagConfig
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
 from cce_torchrec.config import CCEEmbeddingBagConfig
+from cce_torchrec.data import Dataset, Rows
 from cce_torchrec.modules.embedding_bag_collection import CCEEmbeddingBagCollection
-from cce_torchrec.train.data import Dataset, Rows
 
 
 class GMF(nn.Module):
@@ -50,6 +50,7 @@ class DLRMLogits(nn.Module):
 
 def tables(
     dataset: Dataset,
+    *,
     method: str,
     dim: int,
     num_chunks: int,

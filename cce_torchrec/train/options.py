@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:  # neither the options nor `--help` need torch
-    from cce_torchrec.train.data import Dataset
+    from cce_torchrec.data import Dataset
 
 PIPELINES = ("auto", "sparse-dist", "prefetch", "none")
 DEFAULT_SPLIT_SEED = 20231211
@@ -29,6 +29,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     add("--method", choices=["cce", "full", "hash", "ce"], default="cce")
     add("--embedding-dim", type=int, default=16)
     add("--num-chunks", type=int, default=4)
+    # Each says how many rows a table has: of two that disagree one would be ignored.
     budget = parser.add_mutually_exclusive_group()
     budget.add_argument("--params-per-dim", type=int, help="main + helper rows of each table")
     budget.add_argument("--num-rows", type=int, help="main rows of each table; 3x helper beside")
@@ -104,22 +105,23 @@ def set_defaults(args: argparse.Namespace, dataset: Dataset, rows: dict[str, int
 
 def lasting(args: argparse.Namespace) -> dict[str, Any]:
     """The options that a resumed run must share with the run that saved its checkpoint."""
+    # They say where and how the run goes on, and not what is trained.
     free = ("out", "checkpoint_every", "resume", "pipeline", "timeout", "plan", "data")
     return {name: value for name, value in vars(args).items() if name not in free}
 
 
-def check_same(saved: dict[str, Any], own: dict[str, Any], checkpoint: Path) -> None:
+def check_same(saved: dict[str, Any], current: dict[str, Any], checkpoint: Path) -> None:
     """Refuses to resume a run with other options.
 
     Raises:
         ValueError: naming each option with both values.
     """
-    differing = [name for name in own if saved.get(name) != own[name]]
+    differing = [name for name in current if saved.get(name) != current[name]]
     if differing:
-        told = ", ".join(
-            f"--{name.replace('_', '-')} was {saved.get(name)} and is {own[name]}"
+        changes = ", ".join(
+            f"--{name.replace('_', '-')} was {saved.get(name)} and is {current[name]}"
             for name in differing
         )
         raise ValueError(
-            f"{checkpoint}: {told}; resume with the same options, or start anew in another --out"
+            f"{checkpoint}: {changes}; resume with the same options, or start anew in another --out"
         )

@@ -32,6 +32,7 @@ def chosen(name: str, device: torch.device, world_size: int) -> str:
 
 def fused_params(pipeline: str) -> dict[str, Any] | None:
     """What sharders must give the tables' kernels for this pipeline."""
+    # FBGEMM's kernels take it only when they are made, which is what sharders do.
     return {"prefetch_pipeline": True} if pipeline == "prefetch" else None
 
 

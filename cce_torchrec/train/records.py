@@ -35,6 +35,7 @@ class Records:
     def write_metrics(self, out: Path) -> None:
         """metrics.jsonl, in whole, so that lines of a run that was killed do not stay."""
         out.mkdir(parents=True, exist_ok=True)
+        # Renamed when it is whole, so that a kill leaves the old file or the new one.
         beside = out / ".metrics.jsonl.new"
         beside.write_text("".join(json.dumps(line) + "\n" for line in self.history))
         beside.rename(out / "metrics.jsonl")
@@ -79,6 +80,7 @@ class Records:
             "last_clustering": self.last_clustering,
             "world_size": world_size,
             "device": device,
+            # JSON has no paths.
             "settings": {k: str(v) if k == "out" else v for k, v in vars(args).items()},
             "versions": installed_versions(),
         }

@@ -12,13 +12,14 @@ import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
+from cce_torchrec import data
 from cce_torchrec.checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint
 from cce_torchrec.checkpoint.folder import read_manifest
 from cce_torchrec.clustering import ClusteringSchedule, cluster, finalize
 from cce_torchrec.collectives import gather
 from cce_torchrec.config import is_cce
 from cce_torchrec.metrics import auc, log_loss
-from cce_torchrec.train import data, options, pipelines
+from cce_torchrec.train import options, pipelines
 from cce_torchrec.train.job import Batch, build
 from cce_torchrec.train.model import keyed_jagged, tables
 from cce_torchrec.train.records import Records
@@ -41,25 +42,27 @@ class Trainer:
         rows = options.rows_per_table(args, self.dataset)
         options.set_defaults(args, self.dataset, rows)
         self.checkpoints = args.out / "checkpoints"
+        # Here and not by load_checkpoint, whose errors name shapes of tables and no options.
         latest = latest_checkpoint(self.checkpoints) if args.resume else None
         if latest is not None:
-            saved = read_manifest(latest)["extra"] or {}
+            saved = read_manifest(latest).extra or {}
             options.check_same(saved.get("settings", {}), options.lasting(args), latest)
         torch.manual_seed(args.seed)
         # A dot product of embeddings near zero has no gradient; DLRM's dense part has its own.
         init_bound = args.embedding_dim**-0.5 if args.model == "gmf" else None
         self.configs = tables(
             self.dataset,
-            args.method,
-            args.embedding_dim,
-            args.num_chunks,
-            rows,
-            args.seed,
-            init_bound,
+            method=args.method,
+            dim=args.embedding_dim,
+            num_chunks=args.num_chunks,
+            rows=rows,
+            seed=args.seed,
+            init_bound=init_bound,
         )
         self.steps = max(1, len(self.dataset.train) // args.batch_size)
         """Optimizer steps per epoch."""
         self.schedule = ClusteringSchedule.evenly(self.steps * args.epochs, args.clusterings)
+        # The tables have other rows by then, and a checkpoint fits only those that it was saved of.
         if args.finalize and args.resume and self._past_last_clustering():
             self._finalize_configs()
         dense_features = self.dataset.train.dense.shape[1]
@@ -75,6 +78,7 @@ class Trainer:
         self.records = Records()
         self.step = 0
         """Optimizer steps so far."""
+        # On the device: to read it at every step would make the host wait for each.
         self.loss = torch.zeros((), device=device)
         """Sum of this rank's losses in the running epoch."""
 
@@ -132,7 +136,7 @@ class Trainer:
     def _past_last_clustering(self) -> bool:
         """Whether the checkpoint to resume from was written after the model was finalized."""
         latest, steps = latest_checkpoint(self.checkpoints), self.schedule.steps
-        return bool(steps) and latest is not None and read_manifest(latest)["step"] >= max(steps)
+        return bool(steps) and latest is not None and read_manifest(latest).step >= max(steps)
 
     def _finalize_configs(self) -> None:
         self.configs = [
@@ -164,6 +168,7 @@ class Trainer:
     def _batches(self, epoch: int, done: int) -> Iterator[Batch]:
         """This rank's share of each batch of the epoch; the order depends on seed and epoch."""
         args, train = self.args, self.dataset.train
+        # Not torch's own generator: a resumed run draws the order anew, whatever was drawn between.
         generator = torch.Generator().manual_seed(args.seed * 1_000_003 + epoch)
         order = torch.randperm(len(train), generator=generator)
         for step in range(done, self.steps):
@@ -204,6 +209,7 @@ class Trainer:
             _, (_, logits) = self.model(batch.to(self.device, non_blocking=True))
             outputs.append((logits.cpu(), batch.labels))
         local = tuple(torch.cat(part) for part in zip(*outputs, strict=True))
+        # The AUC is one of all pairs of rows, and no mean of the ranks' own.
         everyone = gather(local, dist.group.WORLD)
         logits, labels = (torch.cat(part) for part in zip(*everyone, strict=True))
         return log_loss(logits, labels), auc(logits, labels)
@@ -225,10 +231,10 @@ class Trainer:
 
     def _resume(self) -> None:
         report = load_checkpoint(self.checkpoints, self.model, optimizers=[self.optimizer])
-        assert report.extra is not None
+        extra = report.extra or {}
         self.step = report.step
-        self.records = Records(**report.extra["records"])
-        losses = report.extra["losses"]
+        self.records = Records(**extra["records"])
+        losses = extra["losses"]
         if len(losses) != self.world_size:  # their mean counts, which has another divisor now
             losses = [sum(losses) / len(losses)] * self.world_size
         self.loss.fill_(losses[self.rank])

@@ -22,6 +22,7 @@ from cce_torchrec.clustering import ClusteringSchedule, cluster
 from cce_torchrec.distributed import state_dict
 from cce_torchrec.distributed.data_parallel import data_parallel_parameters
 from cce_torchrec.distributed.sharders import get_default_sharders
+from cce_torchrec.optimizer_state import kind_of
 from cce_torchrec.planning import make_plan
 from tests.distributed.ranks import run_ranks
 from tests.distributed.test_sharded import CPU, batch, tables
@@ -270,6 +271,21 @@ class Plain(nn.Module):
             EmbeddingBagConfig(name="t", feature_names=["f"], **shape),
             EmbeddingConfig(name="e", feature_names=["g"], **shape),
         ]
+
+
+def fused_names(rank, world_size):
+    """What TorchRec calls the state in its kernels is what the table of optimizers says."""
+    for optimizer, (cls, _) in OPTIMIZERS.items():
+        kind, (model, _) = kind_of(cls.__name__), build("tw", 0, optimizer=optimizer)
+        kept = [tensor for tensor in kind.tensors if tensor.fused]
+        for state in model.fused_optimizer.state_dict()["state"].values():
+            names = [key.rpartition(".")[2] for key in state]
+            assert all(name in tensor.fused for name, tensor in zip(names, kept, strict=True))
+            assert [kind.torch_name(name) for name in names] == [tensor.name for tensor in kept]
+
+
+def test_fused_names():
+    run_ranks(1, fused_names)
 
 
 def plain_collections(rank, world_size, folder):

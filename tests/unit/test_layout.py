@@ -9,10 +9,10 @@ ROOT = Path(cce_torchrec.__file__).parent
 LAYERS = [
     {"collectives", "compiled", "gpu", "torchrec_internals", "versions"},
     {"config"},
-    {"table"},
+    {"optimizer_state", "table"},
     {"codes"},
     {"lookup"},
-    {"kmeans", "metrics"},
+    {"data", "kmeans", "metrics"},
     {"modules"},
     {"distributed"},
     {"clustering", "planning"},

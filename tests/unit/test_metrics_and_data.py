@@ -8,9 +8,12 @@ import pandas as pd
 import pytest
 import torch
 
+from cce_torchrec.data import load
+from cce_torchrec.data.flights import FLIGHTS_COLUMNS, flights
+from cce_torchrec.data.movielens import ml_1m
+from cce_torchrec.data.synthetic import synthetic
 from cce_torchrec.metrics import auc, log_loss
 from cce_torchrec.train import options
-from cce_torchrec.train.data import FLIGHTS_COLUMNS, flights, load, ml_1m, synthetic
 
 DATA = Path(os.environ.get("CCE_DATA_DIR", "/nonexistent"))
 real_data = pytest.mark.skipif(not DATA.is_dir(), reason="CCE_DATA_DIR is not set")

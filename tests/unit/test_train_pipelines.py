@@ -7,7 +7,8 @@ from torchrec.distributed.train_pipeline import (
     TrainPipelineSparseDist,
 )
 
-from cce_torchrec.train import data, job, options, pipelines
+from cce_torchrec import data
+from cce_torchrec.train import job, options, pipelines
 from cce_torchrec.train.job import Batch
 from cce_torchrec.train.trainer import Trainer
 

@@ -11,14 +11,7 @@ from cce_torchrec.clustering.id_passes import NewCodes
 from cce_torchrec.clustering.task import Task
 from cce_torchrec.kmeans.lloyd import KMeansResult
 from cce_torchrec.kmeans.points import PairPoints
-
-FIRST_MOMENTS = ("exp_avg", "momentum_buffer", "momentum")
-_SECOND_MOMENTS = ("exp_avg_sq", "max_exp_avg_sq")
-_HELPER_STATE_KEPT = 0.1
-"""Share of the helper's mean accumulator that the fresh helper starts from (Adagrad, row-wise).
-
-Measured: from zero, the first steps after a clustering have the size of the learning rate and undo
-part of what it won; from all of it, the fresh helper learns too slowly. docs/results.md."""
+from cce_torchrec.optimizer_state import reset_of
 
 
 @dataclass
@@ -113,13 +106,9 @@ class Relabelling:
 def _new_optimizer_state(
     name: str, old: torch.Tensor, points: PairPoints, result: KMeansResult
 ) -> torch.Tensor:
-    """Main: mean over the ids of the cluster. Helper: a share of its mean, for Adam all of it.
-
-    First moments restart at zero everywhere. An average forgets by itself, and a small one would
-    make Adam take steps of several times lr; an accumulator does not.
-    """
-    new = torch.zeros_like(old)
-    if name in FIRST_MOMENTS:
+    """Main: mean over the ids of the cluster, or zero. Helper: a share of the old one's mean."""
+    new, reset = torch.zeros_like(old), reset_of(name)
+    if not reset.main_is_mean:
         return new
     old_rows, new_rows = len(points.main), len(result.centroids)
     main = old[:old_rows].double().reshape(old_rows, -1)
@@ -135,6 +124,6 @@ def _new_optimizer_state(
     means = torch.where(sizes > 0, sums / sizes.clamp(min=1), main.mean(0))
     new[:new_rows] = means.reshape(new[:new_rows].shape).to(old.dtype)
     if new_rows < len(new):
-        kept = 1.0 if name in _SECOND_MOMENTS else _HELPER_STATE_KEPT
-        new[new_rows:] = (kept * old[old_rows:].double().mean(0)).to(old.dtype)
+        helper_mean = old[old_rows:].double().mean(0)
+        new[new_rows:] = (reset.helper_share * helper_mean).to(old.dtype)
     return new

@@ -1,0 +1,144 @@
+"""What a checkpoint says of itself: manifest.json, as objects."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, fields
+from typing import Any, ClassVar, NamedTuple, TypeVar
+
+from cce_torchrec.clustering.schedule import ClusteringSchedule
+
+T = TypeVar("T")
+
+FORMAT = 2
+
+
+# A tuple, which JSON has as a list: [size, crc], the form of format 2.
+class Fingerprint(NamedTuple):
+    """What a file was when it was written."""
+
+    size: int
+    """Bytes."""
+    crc: int
+    """CRC-32 of its content."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TableRecord:
+    """A table of a collection, plain in this form; only what a load compares."""
+
+    kind: ClassVar[str] = "plain"
+    collection: str
+    """Path of the collection in the model, "" of the model itself."""
+    name: str
+    num_embeddings: int
+    embedding_dim: int
+
+    @property
+    def full_name(self) -> str:
+        """`collection.table`, by which manifests and reports name it."""
+        return f"{self.collection}.{self.name}" if self.collection else self.name
+
+    def to_json(self) -> dict[str, Any]:
+        """The record as JSON has it."""
+        found = asdict(self)
+        # The order of format 2, in which the kind stands between the place and the shape.
+        place = {"collection": found.pop("collection"), "name": found.pop("name")}
+        return place | {"kind": self.kind} | found
+
+
+@dataclass(frozen=True, kw_only=True)
+class CCETableRecord(TableRecord):
+    """A compressed table."""
+
+    kind: ClassVar[str] = "CCE"
+    num_chunks: int
+    num_rows: int
+    num_helper_rows: int
+    seed: int
+    learned_codes: bool
+    track_seen: bool
+    hash_ids: bool
+
+
+_TABLES = {record.kind: record for record in (TableRecord, CCETableRecord)}
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimizerRecord:
+    """The optimizer of one parameter."""
+
+    kind: str
+    """Name of its class in torch or TorchRec, FBGEMM's name of others."""
+    settings: dict[str, Any]
+    """Numbers such as lr."""
+    state: dict[str, list[int]]
+    """Shape of each state tensor, by torch's name of it."""
+
+
+# Beside a parameter that has no optimizer, so that a load compares two records and never a None.
+NO_OPTIMIZER = OptimizerRecord(kind="no optimizer", settings={}, state={})
+
+
+@dataclass(frozen=True, kw_only=True)
+class Manifest:
+    """A whole checkpoint."""
+
+    step: int
+    """Optimizer steps so far."""
+    world_size: int
+    """Ranks that saved it."""
+    tables: dict[str, TableRecord]
+    """By `collection.table`."""
+    optimizers: dict[str, OptimizerRecord]
+    """By the name of the parameter."""
+    schedule: ClusteringSchedule | None
+    extra: dict[str, Any] | None
+    """What the caller of `save_checkpoint` gave."""
+    versions: dict[str, Any]
+    """Of torch, FBGEMM and TorchRec."""
+    files: dict[str, Fingerprint]
+    """All that belong to the checkpoint but the manifest, by name."""
+
+    def to_json(self) -> dict[str, Any]:
+        """The manifest as JSON has it."""
+        schedule = self.schedule
+        return {
+            "format": FORMAT,
+            "step": self.step,
+            "world_size": self.world_size,
+            "tables": {name: table.to_json() for name, table in self.tables.items()},
+            "optimizers": {name: asdict(one) for name, one in self.optimizers.items()},
+            # JSON has no sets, and a set has no order.
+            "schedule": None
+            if schedule is None
+            else {"steps": sorted(schedule.steps), "interval": schedule.interval},
+            "extra": self.extra,
+            "versions": self.versions,
+            "files": self.files,
+        }
+
+    @classmethod
+    def from_json(cls, found: dict[str, Any]) -> Manifest:
+        """What `to_json` gave.
+
+        Raises:
+            AttributeError, KeyError, TypeError: something is missing, or of another type.
+        """
+        tables, schedule = found["tables"], found["schedule"]
+        return cls(
+            step=found["step"],
+            world_size=found["world_size"],
+            tables={name: _known(_TABLES[one["kind"]], one) for name, one in tables.items()},
+            optimizers={k: _known(OptimizerRecord, one) for k, one in found["optimizers"].items()},
+            schedule=None
+            if schedule is None
+            else ClusteringSchedule(frozenset(schedule["steps"]), schedule["interval"]),
+            extra=found["extra"],
+            versions=found["versions"],
+            files={name: Fingerprint(*one) for name, one in found["files"].items()},
+        )
+
+
+def _known(record: type[T], found: dict[str, Any]) -> T:
+    """A `record` of the fields that it has; what a later version may add is left out."""
+    return record(**{field.name: found[field.name] for field in fields(record)})  # type: ignore[arg-type]  # a dataclass
