@@ -10,10 +10,11 @@ from typing import Any, ClassVar
 
 import torch
 
-from cce_torchrec.gpu.launch import unusable, usable
+from cce_torchrec.gpu.usable import unusable, usable
 from cce_torchrec.kmeans import native
 from cce_torchrec.kmeans.ieee import ieee_float32
 from cce_torchrec.kmeans.points import BLOCK, PairPoints, Points
+from cce_torchrec.kmeans.sources import Sources
 
 Nearest = Callable[[int, int], torch.Tensor]
 """Nearest centroid of points [start, end), int32; ties go to the lowest index."""
@@ -134,7 +135,7 @@ class NativeBackend(BlockBackend):
                 return lambda start, end: two_scores.nearest(a[start:end], b[start:end])
             direct = native.PointScorer(centroids)
             return lambda start, end: direct.of_sums(
-                main, helper, a[start:end], b[start:end], points.scale
+                Sources(main, helper, a[start:end], b[start:end]), points.scale
             )
         return super().prepare(points, centroids)
 

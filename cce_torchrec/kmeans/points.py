@@ -10,13 +10,13 @@ from __future__ import annotations
 import functools
 import math
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
 
 import torch
 
-from cce_torchrec.gpu.launch import usable
+from cce_torchrec.gpu.usable import usable
 from cce_torchrec.kmeans import native
 from cce_torchrec.kmeans.gpu_blocks import points_at_once
+from cce_torchrec.kmeans.sources import Sources, Sums
 
 _FIXED_POINT_BITS = 28
 MAX_INTEGER = 1 << (_FIXED_POINT_BITS + 1)
@@ -25,41 +25,8 @@ MAX_WEIGHT = 1 << 33
 """Most that all weights may sum to: coordinates have 29 bits, sums of them 63."""
 MAX_MAGNITUDE = 1e16
 """Of a coordinate: far beyond it scores leave float32, and no centroid is the nearest."""
-Sums = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
-"""Per cluster, int64: summed coordinates [k, s], sizes [k], errors [k]."""
 BLOCK = 1 << 16
 """Points scored at once; a fixed cut, because the bits of a product depend on its shape."""
-
-
-@dataclass(frozen=True)
-class Sources:
-    """Where a kernel finds the fixed-point coordinates of points: main[a] + helper[b], or main."""
-
-    main: torch.Tensor
-    """int32 [rows, dim], contiguous."""
-    helper: torch.Tensor | None = None
-    """int32 [rows, dim], contiguous, where points are pairs."""
-    a: torch.Tensor | None = None
-    """int32 [num_points]."""
-    b: torch.Tensor | None = None
-    """int32 [num_points]."""
-
-    @property
-    def dim(self) -> int:
-        """Coordinates of a point."""
-        return self.main.shape[1]
-
-    @property
-    def pairs(self) -> bool:
-        """Whether points are pairs of rows."""
-        return self.helper is not None
-
-    @property
-    def tensors(self) -> tuple[torch.Tensor, ...]:
-        """main, helper, a and b; main stands for those that are not there."""
-        return tuple(
-            self.main if t is None else t for t in (self.main, self.helper, self.a, self.b)
-        )
 
 
 class Points(ABC):
@@ -130,7 +97,10 @@ class Points(ABC):
             centers, size = centroids.contiguous(), points_at_once(self.dim)
             for begin in range(0, nearest.numel(), size):
                 part, own = nearest[begin : begin + size], start + begin
-                triton_sums.accumulate(sources, weights, own, part, centers, scales, stats)
+                triton_sums.accumulate(
+                    sources, own, weights=weights, nearest=part, centroids=centers,
+                    scales=scales, stats=stats,
+                )  # fmt: skip
             return
         sums, sizes, errors = stats
         for first in range(0, nearest.numel(), BLOCK):
@@ -210,21 +180,20 @@ class PairPoints(Points):
         starts: torch.Tensor,
     ) -> None:
         main, helper = main.double(), helper.double()
-        self._fill(fixed_point_scale(main, helper), a, b, weights, starts)
-        self.main = (main * self.scale).round().int()
-        self.helper = (helper * self.scale).round().int()
-        self.dim = main.shape[1]
+        scale = fixed_point_scale(main, helper)
+        main, helper = ((book * scale).round().int() for book in (main, helper))
+        self._fill(main, helper, scale, (a, b, weights, starts))
 
     def _fill(
         self,
+        main: torch.Tensor,
+        helper: torch.Tensor,
         scale: float,
-        a: torch.Tensor,
-        b: torch.Tensor,
-        weights: torch.Tensor,
-        starts: torch.Tensor,
+        pairs: tuple[torch.Tensor, ...],
     ) -> None:
-        self.scale, self.num_points = scale, a.numel()
-        self.a, self.b, self.weights, self._starts = a, b, weights, starts
+        self.main, self.helper, self.scale, self.dim = main, helper, scale, main.shape[1]
+        self.a, self.b, self.weights, self._starts = pairs
+        self.num_points = self.a.numel()
 
     @classmethod
     def from_integers(
@@ -236,8 +205,7 @@ class PairPoints(Points):
     ) -> PairPoints:
         """Points whose codebooks are fixed-point int32 already; `rest` is a, b, weights, starts."""
         out = cls.__new__(cls)  # nothing is checked, which would wait for a GPU
-        out._fill(scale, *rest)
-        out.main, out.helper, out.dim = main.contiguous(), helper.contiguous(), main.shape[1]
+        out._fill(main.contiguous(), helper.contiguous(), scale, rest)
         return out
 
     def integers(self, at: slice | torch.Tensor) -> torch.Tensor:
@@ -274,9 +242,14 @@ class PairPoints(Points):
             super().accumulate(start, nearest, centroids, error_scale, stats)
             return
         end = start + nearest.numel()
-        pairs = (self.a[start:end], self.b[start:end], self.weights[start:end])
         native.accumulate(
-            self.main, self.helper, pairs, nearest, centroids, self.scale, error_scale, stats
+            Sources(self.main, self.helper, self.a[start:end], self.b[start:end]),
+            weights=self.weights[start:end],
+            nearest=nearest,
+            centroids=centroids,
+            scale=self.scale,
+            error_scale=error_scale,
+            stats=stats,
         )
 
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import torch
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
-from cce_torchrec.gpu.launch import usable
+from cce_torchrec.gpu.usable import usable
 
 if TYPE_CHECKING:  # Triton may not be installed
     from cce_torchrec.lookup.triton_expand import Bags

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from cce_torchrec.gpu.launch import unusable
 from cce_torchrec.gpu.memory import free_bytes
+from cce_torchrec.gpu.usable import unusable
 from cce_torchrec.kmeans import PairPoints, TensorPoints, kmeans
 from cce_torchrec.kmeans.backends import make_backend
 from tests.desk import device

@@ -207,9 +207,7 @@ def test_compiled_kernels_find_the_nearest(k, dim):
     by_pair = scorer.nearest(points.a, points.b)
     direct = native.PointScorer(centroids)
     by_point = direct.of_vectors(x)
-    assert torch.equal(
-        by_point, direct.of_sums(points.main, points.helper, points.a, points.b, points.scale)
-    )
+    assert torch.equal(by_point, direct.of_sums(points.sources(), points.scale))
     assert torch.equal(by_point[4::5], direct.of_vectors(x[4::5]))  # wherever a point stands
     best = torch.cdist(x.double(), centroids.double()).min(1).values
     for got in (by_pair, by_point):
