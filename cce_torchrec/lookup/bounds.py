@@ -20,6 +20,11 @@ class BoundsCheck:
         self._warned: set[str] = set()
 
     @property
+    def tells(self) -> bool:
+        """Whether ids out of bounds are counted or raised, and not only read as 0."""
+        return self.mode in (BoundsCheckMode.FATAL, BoundsCheckMode.WARNING)
+
+    @property
     def num_invalid(self) -> int:
         """Ids out of bounds seen so far in WARNING mode.
 
@@ -73,7 +78,7 @@ class BoundsCheck:
         Raises:
             ValueError: in FATAL mode.
         """
-        if self.mode not in (BoundsCheckMode.FATAL, BoundsCheckMode.WARNING):
+        if not self.tells:
             return
         message = f"{who}: id {first} is outside [0, {num_embeddings})"
         if count is not None:

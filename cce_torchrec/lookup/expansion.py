@@ -130,7 +130,13 @@ class Expansion:
             else:
                 rows = block.rows(check(who, ids, block.config.num_embeddings))
                 out.view(rows.shape).copy_(rows)
-        found = native.expand(jobs) if jobs else []
+        found: list[tuple[int, int]] = []
+        if jobs and native.is_traced(jobs[0].ids):
+            invalid = native.expand_in_graph(jobs)
+            # To read numbers back ends a graph, so that only modes that tell them do.
+            found = invalid.tolist() if check.tells else []
+        elif jobs:
+            found = native.expand(jobs)
         for who, job, (count, first) in zip(names, jobs, found, strict=False):
             if count:
                 check.found(who, count, int(job.ids[first]), job.num_embeddings)

@@ -183,7 +183,7 @@ def test_a_converted_module_is_fbgemms():
 
 def test_steps_of_two_threads_share_no_buffers(monkeypatch):
     _, module = both([(30, 16)])
-    compiled, buffers = native.library(), []
+    compiled, buffers = native.kernels(), []
     losses = [module(*batch([30])).sum() for _ in range(3)]
     losses[2].backward()
 
@@ -194,7 +194,7 @@ def test_steps_of_two_threads_share_no_buffers(monkeypatch):
         compiled.cce_rowwise_adagrad(*args)
 
     monkeypatch.setattr(
-        native, "library", lambda: types.SimpleNamespace(cce_rowwise_adagrad=interrupted)
+        native, "kernels", lambda: types.SimpleNamespace(cce_rowwise_adagrad=interrupted)
     )
     losses[0].backward()
     assert len(set(buffers)) == 2
