@@ -114,7 +114,8 @@ def points_of(
     num_rows, helper_rows = state.codes.config.num_rows, state.codes.config.helper_rows
     weight = state.weight.detach()
     a, b = rows_of_keys(keys, helper_rows)
-    return PairPoints(weight[:num_rows], weight[num_rows:], a, b, counts, starts)
+    books = weight[:num_rows], weight[num_rows:]
+    return PairPoints(*books, a=a, b=b, weights=counts, starts=starts)
 
 
 def list_ids(
@@ -169,8 +170,8 @@ def codebooks_only(state: ChunkState, plan: Budget, weights: IdWeights | None = 
     """The chunk without pairs, for scoring its ids in blocks; arguments as `find_pairs`."""
     num_rows, weight = state.codes.config.num_rows, state.weight.detach()
     none = torch.zeros(0, dtype=torch.int32, device=weight.device)
-    rest = (none, none, none.long(), none.long())
-    points = PairPoints(weight[:num_rows], weight[num_rows:], *rest)
+    books = weight[:num_rows], weight[num_rows:]
+    points = PairPoints(*books, a=none, b=none, weights=none.long(), starts=none.long())
     return Sampled(state.ids, points, None)
 
 

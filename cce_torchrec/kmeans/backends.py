@@ -231,7 +231,7 @@ class TritonBackend(Backend):
 
     def prepare(self, points: Points, centroids: torch.Tensor) -> Nearest:
         """See `Backend.prepare`."""
-        from cce_torchrec.kmeans.triton_search import Search
+        from cce_torchrec.kmeans.triton_search import Search  # here: Triton may not be installed
 
         return Search(points, centroids).nearest
 
@@ -251,6 +251,8 @@ def make_backend(name: str, device: torch.device, score_bytes: int = SCORE_BYTES
         ValueError: an unknown name, or a missing optional dependency and how to install it.
     """
     if name == "auto":
+        # Compiled kernels took a third to 1 / 145 of FAISS's time (1.7 times it at k=4096, s=4), and
+        # torch on a CPU slower than FAISS.
         if device.type == "cpu" and native.available():
             return NativeBackend(score_bytes)
         if device.type == "cpu" and importlib.util.find_spec("faiss") is not None:

@@ -47,7 +47,7 @@ def _call(function: str, *args: torch.Tensor | int | float | None) -> int:
         else:
             converted.append(None if arg is None else ctypes.c_int64(arg))
     kernel = getattr(compiled.loaded(*_LIBRARY), function)
-    kernel.restype = ctypes.c_int64
+    kernel.restype = ctypes.c_int64  # ctypes would take it for 32 bits
     return int(kernel(*converted))
 
 
@@ -59,13 +59,10 @@ def _one_per(rows: torch.Tensor) -> torch.Tensor:
     "nearest_sums(Tensor main_scores, Tensor helper_scores, Tensor a, Tensor b) -> Tensor",
     fake=lambda p, q, a, b: _one_per(a),
 )
-def _nearest_sums(
-    main_scores: torch.Tensor, helper_scores: torch.Tensor, a: torch.Tensor, b: torch.Tensor
-) -> torch.Tensor:
-    out = _one_per(a)
-    cursor = torch.empty(len(main_scores) + 1, dtype=torch.int64)
-    shape = (main_scores.shape[1], len(main_scores), len(helper_scores))
-    _call("cce_nearest_sums", main_scores, helper_scores, *shape, a, b, len(a), cursor, out)
+def _nearest_sums(*args: torch.Tensor) -> torch.Tensor:
+    p, q, a, b = args
+    out, cursor = _one_per(a), torch.empty(len(p) + 1, dtype=torch.int64)
+    _call("cce_nearest_sums", p, q, p.shape[1], len(p), len(q), a, b, len(a), cursor, out)
     return out
 
 
@@ -101,6 +98,7 @@ def _nearest_points(
     out: torch.Tensor,
 ) -> torch.Tensor:
     dim = panels.shape[1]
+    # Room for the eight points that the AVX-512 form takes at once.
     shape, scratch = (len(half_norms), dim, len(out)), torch.empty(8 * dim)
     _call("cce_nearest_points", *points, panels, half_norms, *shape, scratch, out)
     return out
@@ -115,10 +113,11 @@ class PairScorer:
 
     def __init__(self, main: torch.Tensor, helper: torch.Tensor, k: int) -> None:
         self._main, self._helper = main, helper
+        # Few centroids are compared vector by vector, more of them by groups.
         multiple = LANES if k <= GROUP else GROUP
         width = -(-k // multiple) * multiple
         scores = torch.zeros(len(main) + len(helper), width)
-        scores[: len(main), k:] = LOWEST
+        scores[: len(main), k:] = LOWEST  # in one of both: what is added to it does not matter
         self._scores = scores.split([len(main), len(helper)])
         self._p, self._q = (part[:, :k] for part in self._scores)
 
@@ -236,6 +235,7 @@ class Column:
     @property
     def _args(self) -> tuple[torch.Tensor, int, int, int, int]:
         codes = self.codes
+        # The kernels read by address, and would read beyond the end without a word.
         assert codes.is_contiguous() and self.base <= self.first
         assert self.last - self.base <= len(codes)
         return codes, self.column, self.base, self.first, self.last

@@ -28,7 +28,8 @@ class Share:
         blocks = -(-points.num_points // BLOCK)
         self.start = min(points.num_points, blocks * rank // world_size * BLOCK)
         self.end = min(points.num_points, blocks * (rank + 1) // world_size * BLOCK)
-        # The last number of each counts the ranks that failed.
+        # One tensor, so that an iteration needs one collective. The last number counts ranks that
+        # failed.
         size, device = k * (points.dim + 2) + 1, points.device
         self._stats = torch.zeros(size, dtype=torch.int64, device=device)
         sums, sizes, errors, _ = self._stats.split([k * points.dim, k, k, 1])

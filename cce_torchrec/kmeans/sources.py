@@ -36,6 +36,7 @@ class Sources:
     @property
     def tensors(self) -> tuple[torch.Tensor, ...]:
         """main, helper, a and b; main stands for those that are not there."""
+        # Triton's kernels have a pointer for each, and do not read it where points are no pairs.
         return tuple(
             self.main if t is None else t for t in (self.main, self.helper, self.a, self.b)
         )

@@ -42,6 +42,7 @@ def takes(module: Any) -> bool:
     That is: float32 tables on a CPU, none with a gradient above `MAX_BYTES`, pooled by sum, read by
     int64 ids, and row-wise Adagrad without weight decay, clipping or maximal norm.
     """
+    # Not of a subclass, which may have a forward of its own.
     if type(module) is not SplitTableBatchedEmbeddingBagsCodegen or not native.available():
         return False
     of = module.optimizer_args
@@ -55,6 +56,7 @@ def takes(module: Any) -> bool:
         and module.weight_decay_mode == WeightDecayMode.NONE
         and not (of.weight_decay or of.gradient_clipping or of.max_norm)
         and all(fits(rows, dim) for rows, dim, *_ in module.embedding_specs)
+        # _backward.cpp takes the features of a table to follow one another.
         and list(module.feature_table_map) == sorted(module.feature_table_map)
     )
 

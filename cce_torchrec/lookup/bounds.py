@@ -50,6 +50,7 @@ class BoundsCheck:
         if self.mode == BoundsCheckMode.WARNING and ids.is_cuda:
             if who not in self._on_device:
                 self._on_device[who] = torch.zeros((), dtype=torch.int64, device=ids.device)
+            # To read the number would wait for the device in every batch.
             self._on_device[who].add_(invalid.sum())
         elif self.mode != BoundsCheckMode.IGNORE:
             if ids.is_cuda:
@@ -58,7 +59,7 @@ class BoundsCheck:
             if count == 0:
                 return ids
             self.found(who, count, int(ids[invalid][0]), num_embeddings)
-        return ids.masked_fill(invalid, 0)
+        return ids.masked_fill(invalid, 0)  # a copy, as the batch is the caller's
 
     def without_counting(self) -> BoundsCheck:
         """For ids that were checked before, and shall not be counted again."""
@@ -69,6 +70,7 @@ class BoundsCheck:
         """Takes `count`, int64 [], for where a kernel counts the bad ids of `who`."""
         if self.mode == BoundsCheckMode.WARNING:
             if who in self._on_device:
+                # What was counted before goes on in the new place: nothing is told twice or lost.
                 count += self._on_device[who].to(count.device)
             self._on_device[who] = count
 

@@ -106,6 +106,7 @@ class Expansion:
             shape = (block.copies, -1, block.rows_per_id)
             start, end = end, end + len(own) * block.copies * block.rows_per_id
             work.append((who, own, values[start:end]))
+            # Without ids there is nothing to view: the size of -1 would be ambiguous.
             if weights is not None and out_weights is not None and end > start:
                 own = _gather(weights, pieces).view(1, -1, 1)
                 out_weights[start:end].view(shape).copy_(own)

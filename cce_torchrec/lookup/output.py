@@ -86,6 +86,7 @@ class LogicalOutput:
         if not any(self.mean):
             return None
         position = {key: i for i, key in enumerate(features.keys())}
+        # An empty bag has the sum 0, and 0 / 1 for its mean.
         bags = features.lengths().clamp(min=1).split(features.stride_per_key())
         found = [bags[position[slot.feature]] for slot in self.slots]
         if features.variable_stride_per_key():

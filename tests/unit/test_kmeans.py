@@ -37,7 +37,12 @@ def pairs(num_ids=500, k=7, k_helper=11, dim=4, seed=0, main=None, helper=None):
     )
     starts = torch.randperm(len(keys), generator=g)
     points = PairPoints(
-        main, helper, (keys // len(helper)).int(), (keys % len(helper)).int(), counts, starts
+        main,
+        helper,
+        a=(keys // len(helper)).int(),
+        b=(keys % len(helper)).int(),
+        weights=counts,
+        starts=starts,
     )
     return points, main[a] + helper[b], inverse
 
