@@ -81,13 +81,8 @@ def _nearest_vectors(
     "Tensor half_norms) -> Tensor",
     fake=lambda main, helper, a, *rest: _one_per(a),
 )
-def _nearest_pairs(
-    main: torch.Tensor,
-    helper: torch.Tensor,
-    a: torch.Tensor,
-    *rest: Any,
-) -> torch.Tensor:
-    b, unit, panels, half_norms = rest
+def _nearest_pairs(*args: Any) -> torch.Tensor:
+    main, helper, a, b, unit, panels, half_norms = args
     return _nearest_points((None, main, helper, a, b, unit), panels, half_norms, _one_per(a))
 
 
@@ -161,9 +156,9 @@ class PointScorer:
     fake=compiled.writes_only,
 )
 def _accumulate(main: torch.Tensor, helper: torch.Tensor, a: torch.Tensor, *rest: Any) -> None:
-    b, weights, nearest, centroids, *scales_and_sums = rest
+    b, weights, nearest, *others = rest
     points = (main, helper, main.shape[1], a, b, weights, nearest, len(a))
-    _call("cce_accumulate", *points, centroids, *scales_and_sums)
+    _call("cce_accumulate", *points, *others)
 
 
 def accumulate(
