@@ -119,6 +119,7 @@ class PairScorer:
     def score(self, centroids: torch.Tensor) -> None:
         """Makes P and Q of `centroids` [k, s]."""
         half_norms = (centroids * centroids).sum(1).mul_(-0.5)
+        # In place: by default the tables of scores take up to 256 MiB.
         torch.addmm(half_norms, self._main, centroids.t(), out=self._p)
         torch.mm(self._helper, centroids.t(), out=self._q)
 

@@ -220,8 +220,9 @@ class _Lookup(torch.autograd.Function):
     def forward(
         ctx: Any, anchor: torch.Tensor, module: CodebookBags, *inputs: torch.Tensor
     ) -> torch.Tensor:
-        """`anchor` wants a gradient, so that the output does. Rates are kept here, as by FBGEMM."""
+        """`anchor` wants a gradient, so that the output does."""
         ctx.module = module
+        # As in FBGEMM the rates of a step are those at its lookup, not at its backward.
         ctx.rates = module.get_learning_rate(), module.optimizer_args.eps
         ctx.save_for_backward(*inputs)
         return module.lookup(*inputs)

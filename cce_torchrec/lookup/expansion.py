@@ -83,6 +83,7 @@ class Expansion:
         Nothing of `features` is written to. With a batch size per feature, `inverse_indices` of
         logical features become those of the physical ones.
         """
+        # A table that was finalized since has one row per id instead of two.
         if self._counted != self._generation():
             self._count_rows()
         if self._fits_device(features):
@@ -131,13 +132,7 @@ class Expansion:
             else:
                 rows = block.rows(check(who, ids, block.config.num_embeddings))
                 out.view(rows.shape).copy_(rows)
-        found: list[tuple[int, int]] = []
-        if jobs and native.is_traced(jobs[0].ids):
-            invalid = native.expand_in_graph(jobs)
-            # To read numbers back ends a graph, so that only modes that tell them do.
-            found = invalid.tolist() if check.tells else []
-        elif jobs:
-            found = native.expand(jobs)
+        found = native.expand(jobs, counts=check.tells) if jobs else []
         for who, job, (count, first) in zip(names, jobs, found, strict=False):
             if count:
                 check.found(who, count, int(job.ids[first]), job.num_embeddings)

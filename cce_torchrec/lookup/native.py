@@ -29,6 +29,7 @@ def kernels() -> ctypes.CDLL:
         RuntimeError: they were not built.
     """
     found = compiled.loaded(*_LIBRARY)
+    # ctypes would hand integers and addresses over in 32 bits.
     pointer, integer, real = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float
     table: list[Any] = [pointer, integer, pointer, real, real]
     batch: list[Any] = [pointer, integer, integer, integer]
@@ -76,12 +77,25 @@ class Job(NamedTuple):
     helper_rows: int = 0
 
 
-def expand(jobs: Sequence[Job]) -> list[tuple[int, int]]:
+def expand(jobs: Sequence[Job], *, counts: bool = True) -> list[tuple[int, int]]:
     """Writes the rows of every job's ids, those outside [0, num_embeddings) as those of 0.
+
+    Args:
+        jobs: of all tables.
+        counts: whether the caller wants the result, which costs a graph its end.
 
     Returns:
         Per job, how many ids are out of bounds and the position of the first; empty if none are.
     """
+    # The operator is for graphs only: beside the 8 to 28 microseconds of one table, or the 110 to
+    # 1,000 of 26, it costs 11 to 18, or 70 to 100.
+    if not is_traced(jobs[0].ids):
+        return _by_address(jobs)
+    found = _expand(*map(list, zip(*jobs, strict=True)))
+    return found.tolist() if counts else []
+
+
+def _by_address(jobs: Sequence[Job]) -> list[tuple[int, int]]:
     fields: list[int] = []
     for ids, num_embeddings, out, chunks, codes, num_rows, helper_rows in jobs:
         fields += [ids.data_ptr(), ids.element_size(), ids.numel(), num_embeddings]
@@ -100,23 +114,11 @@ def expand(jobs: Sequence[Job]) -> list[tuple[int, int]]:
     )
 
 
-def expand_in_graph(jobs: Sequence[Job]) -> torch.Tensor:
-    """The same as an operator, which a graph can have; int64 [jobs, 2], also if none are."""
-    # Only for graphs: a call takes 8 to 28 microseconds for one table and 110 to 1,000 for 26 by
-    # `expand`, and by the operator 11 to 18 and 70 to 100 more.
-    ids, num_embeddings, outs, chunks, codes, num_rows, helper_rows = map(
-        list, zip(*jobs, strict=True)
-    )
-    return _expand(ids, num_embeddings, chunks, codes, num_rows, helper_rows, outs)
-
-
 @compiled.operator(
-    "expand(Tensor[] ids, SymInt[] num_embeddings, Tensor?[] chunks, Tensor?[] codes, "
-    "SymInt[] num_rows, SymInt[] helper_rows, Tensor(a!)[] outs) -> Tensor",
+    "expand(Tensor[] ids, SymInt[] num_embeddings, Tensor(a!)[] outs, Tensor?[] chunks, "
+    "Tensor?[] codes, SymInt[] num_rows, SymInt[] helper_rows) -> Tensor",
     fake=lambda ids, *rest: ids[0].new_empty((len(ids), 2), dtype=torch.int64),
 )
-def _expand(ids: list[torch.Tensor], num_embeddings: list[int], *rest: Any) -> torch.Tensor:
-    chunks, codes, num_rows, helper_rows, outs = rest
-    jobs = zip(ids, num_embeddings, outs, chunks, codes, num_rows, helper_rows, strict=True)
-    found = expand([Job(*job) for job in jobs])
-    return torch.tensor(found or [(0, -1)] * len(ids))
+def _expand(*fields: list[Any]) -> torch.Tensor:
+    found = _by_address([Job(*job) for job in zip(*fields, strict=True)])
+    return torch.tensor(found or [(0, -1)] * len(fields[0]))

@@ -72,7 +72,7 @@ class TableLookup:
         codes = self.codes
         if codes is None or codes.seen is None or not codes.training:
             return ids
-        # An id out of bounds has no bit of its own, and would mark memory of others.
+        # First, as an id out of bounds has no bit of its own.
         ids = check(who, ids, self.config.num_embeddings)
         mark_seen(codes.seen, ids.long())
         return ids

@@ -46,23 +46,13 @@ def column(dtype=torch.uint8):
 def expansion():
     chunks = torch.tensor([[0, 3, 4, 5, 6], [1, 7, 8, 9, 10]])
     ids = [torch.tensor([1, 40, 2]), torch.tensor([3, -1], dtype=torch.int32)]
-    codes = ints(ROWS, 30, 2, dtype=torch.uint8)
-    return (
-        ids,
-        [30, 7],
-        [chunks, None],
-        [codes, None],
-        [ROWS, 0],
-        [HELPERS, 0],
-        [zeros(12), zeros(2)],
-    )
+    codes, outs = ints(ROWS, 30, 2, dtype=torch.uint8), [zeros(12), zeros(2)]
+    return ids, [30, 7], outs, [chunks, None], [codes, None], [ROWS, 0], [HELPERS, 0]
 
 
 def jobs(parts):
     """The arguments of the operator as the direct call has them."""
-    ids, num_embeddings, chunks, codes, num_rows, helper_rows, outs = parts
-    fields = (ids, num_embeddings, outs, chunks, codes, num_rows, helper_rows)
-    return [native.Job(*job) for job in zip(*fields, strict=True)]
+    return [native.Job(*job) for job in zip(*parts, strict=True)]
 
 
 def adagrad(weights=None):
@@ -144,12 +134,12 @@ def test_expansion_says_what_is_out_of_bounds():
     found = native.expand(jobs(by_address))
     assert found == [(1, 1), (1, 1)]
     assert OPS.expand(*by_operator).tolist() == [list(pair) for pair in found]
-    assert all(torch.equal(a, b) for a, b in zip(by_address[6], by_operator[6], strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(by_address[2], by_operator[2], strict=True))
 
 
 def test_a_traced_expansion_calls_the_operator():
     with FakeTensorMode() as mode:
         parts = tree_map_only(torch.Tensor, mode.from_tensor, expansion())
         assert native.is_traced(parts[0][0])
-        assert native.expand_in_graph(jobs(parts)).shape == (2, 2)
+        assert native.expand(jobs(parts), counts=False) == []
     assert not native.is_traced(torch.zeros(1))
