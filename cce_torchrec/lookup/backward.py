@@ -114,7 +114,6 @@ class _Tables:
         lookups = (ctypes.c_int64 * 6)(
             indices, offsets, len(grad), weights, grad.data_ptr(), grad.stride(0)
         )
-        threads = len(self.scratch)
         native.kernels().cce_rowwise_adagrad(
             self.fields,
             len(self.fields) // _FIELDS,
@@ -124,7 +123,7 @@ class _Tables:
             self.scratch.data_ptr(),
             self.values,
             self.rows,
-            threads,
+            len(self.scratch),
         )
 
 

@@ -200,6 +200,18 @@ def test_steps_of_two_threads_share_no_buffers(monkeypatch):
     assert len(set(buffers)) == 2
 
 
+@pytest.mark.parametrize("weighted", [False, True])
+def test_the_operator_does_the_same(monkeypatch, weighted):
+    _, direct = both([(50, 16), (7, 8)], [0, 0, 1])
+    traced, inputs = copy.deepcopy(direct), batch([50, 50, 7], weighted=weighted)
+    for module in (direct, traced):
+        monkeypatch.setattr(native, "is_traced", lambda tensor, ops=module is traced: ops)
+        output = module(*inputs)
+        output.backward(random_grad(output))
+    assert torch.equal(direct.weights_host, traced.weights_host)
+    assert torch.equal(direct.momentum1_host, traced.momentum1_host)
+
+
 def test_a_copy_trains_by_itself():
     theirs, ours = both([(30, 16)])
     train([theirs, ours], batch([30]), random_grad)
