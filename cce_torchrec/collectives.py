@@ -146,15 +146,21 @@ def add_up(numbers: torch.Tensor, work: Callable[[], T], group: dist.ProcessGrou
     return result  # type: ignore[return-value]  # None only where T is None
 
 
-def check_same_task(
-    failure: Exception | None, task: Hashable, what: str, group: dist.ProcessGroup | None
-) -> None:
-    """Raises ValueError on every rank if one failed or their tasks differ; `what` names a task."""
-    everyone = gather((reason(failure) if failure else None, task), group)
-    raise_failures([f for f, _ in everyone])
-    tasks = [t for _, t in everyone]
+def same_task(
+    prepare: Callable[[], tuple[T, Hashable]], what: str, group: dist.ProcessGroup | None
+) -> T:
+    """What `prepare` gives this rank, if the task that it names beside it is the same on all.
+
+    Raises:
+        ValueError: on every rank, if it failed on any or tasks differ, `what` being a task; without
+            a group, what `prepare` raises.
+    """
+    if group is None:
+        return prepare()[0]
+    prepared, tasks = agree(prepare, group)
     if len(set(tasks)) > 1:
         raise ValueError(f"ranks disagree about ({what}): {tasks}")
+    return prepared
 
 
 def meet(group: dist.ProcessGroup | None) -> None:

@@ -10,7 +10,7 @@ import torch
 
 from cce_torchrec.codes.hashing import HashFunction
 from cce_torchrec.codes.storage import pack, seen_ids, widen
-from cce_torchrec.gpu.launch import usable
+from cce_torchrec.gpu.usable import usable
 from cce_torchrec.kmeans import native
 from cce_torchrec.kmeans.points import PairPoints
 

@@ -10,7 +10,7 @@ import torch
 from cce_torchrec.clustering.budget import Engine
 from cce_torchrec.clustering.chunk_state import ChunkState
 from cce_torchrec.clustering.id_passes import IdWeights
-from cce_torchrec.gpu.launch import usable
+from cce_torchrec.gpu.usable import usable
 from cce_torchrec.kmeans.backends import SKLEARN_BACKENDS
 from cce_torchrec.kmeans.points import metric_root
 

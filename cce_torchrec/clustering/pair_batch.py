@@ -39,7 +39,7 @@ def codebooks_only(state: ChunkState) -> ChunkPairs:
         num_rows, weight = state.codes.config.num_rows, state.weight.detach()
         none = torch.zeros(0, dtype=torch.int32, device=weight.device)
         main, helper = weight[:num_rows], weight[num_rows:]
-        return PairPoints(main, helper, none, none, none.long(), none.long())
+        return PairPoints(main, helper, a=none, b=none, weights=none.long(), starts=none.long())
 
     return ChunkPairs(state.holders.from_owner(without_pairs, state.shape))
 

@@ -173,7 +173,8 @@ def points_of(
     num_rows, helper_rows = state.codes.config.num_rows, state.codes.config.helper_rows
     weight = state.weight.detach()
     a, b = rows_of_keys(keys, helper_rows)
-    return PairPoints(weight[:num_rows], weight[num_rows:], a, b, counts, starts)
+    books = weight[:num_rows], weight[num_rows:]
+    return PairPoints(*books, a=a, b=b, weights=counts, starts=starts)
 
 
 def list_ids(

@@ -26,7 +26,7 @@ from cce_torchrec.codes.chunk_codes import ChunkCodes
 from cce_torchrec.codes.storage import converted
 from cce_torchrec.collectives import agree, gather, meet, ranks_of_call, reason
 from cce_torchrec.distributed.embedding_bag_collection import ShardedCCEEmbeddingBagCollection
-from cce_torchrec.gpu.launch import usable
+from cce_torchrec.gpu.usable import usable
 from cce_torchrec.kmeans.backends import make_backend
 
 

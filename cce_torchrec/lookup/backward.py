@@ -7,6 +7,7 @@ codebook has few, and a batch reads most of them.
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,6 +19,7 @@ from fbgemm_gpu.split_table_batched_embeddings_ops_training import (
     WeightDecayMode,
 )
 
+from cce_torchrec import compiled
 from cce_torchrec.lookup import native
 from cce_torchrec.torchrec_internals import become
 
@@ -25,6 +27,8 @@ MAX_BYTES = 4 << 20
 """float32 gradient of a table beyond which FBGEMM's backward is as fast: it leaves the caches."""
 ROWS_PER_LOOKUP = 8
 """Rows of all tables to lookups of a batch, beyond which FBGEMM's backward is as fast."""
+_FIELDS = 7
+"""int64 of a `Table` in _backward.cpp."""
 
 
 def fits(rows: int, dim: int) -> bool:
@@ -38,6 +42,7 @@ def takes(module: Any) -> bool:
     That is: float32 tables on a CPU, none with a gradient above `MAX_BYTES`, pooled by sum, read by
     int64 ids, and row-wise Adagrad without weight decay, clipping or maximal norm.
     """
+    # Not of a subclass, which may have a forward of its own.
     if type(module) is not SplitTableBatchedEmbeddingBagsCodegen or not native.available():
         return False
     of = module.optimizer_args
@@ -51,6 +56,7 @@ def takes(module: Any) -> bool:
         and module.weight_decay_mode == WeightDecayMode.NONE
         and not (of.weight_decay or of.gradient_clipping or of.max_norm)
         and all(fits(rows, dim) for rows, dim, *_ in module.embedding_specs)
+        # _backward.cpp takes the features of a table to follow one another.
         and list(module.feature_table_map) == sorted(module.feature_table_map)
     )
 
@@ -63,18 +69,79 @@ def take_over(module: Any) -> None:
 
 
 @dataclass(frozen=True)
-class _Described:
+class _Tables:
     """The tables of a module as _backward.cpp reads them."""
 
-    addresses: tuple[int, int]
-    """Of the weights and of the optimizer state."""
-    tables: ctypes.Array[ctypes.c_int64]
+    fields: ctypes.Array[ctypes.c_int64]
     scratch: torch.Tensor
     """Zeros, per thread."""
     values: int
     """Of the largest table."""
     rows: int
     """Of the longest table, rounded up."""
+
+    @classmethod
+    def describe(
+        cls,
+        weights: Sequence[torch.Tensor],
+        states: Sequence[torch.Tensor],
+        features: Sequence[int],
+        threads: int,
+    ) -> _Tables:
+        """Of float32 weights [rows, dim], states [rows], and how many features read each table."""
+        fields: list[int] = []
+        feature, column = 0, 0
+        for weight, state, own in zip(weights, states, features, strict=True):
+            fields += [weight.data_ptr(), state.data_ptr(), *weight.shape, own, feature, column]
+            feature, column = feature + own, column + own * weight.shape[1]
+        values = max(weight.numel() for weight in weights)
+        rows = 32 * max(-(-len(weight) // 32) for weight in weights)
+        # What a thread sums in is as large as the largest table, as any table may be its turn.
+        scratch = torch.zeros(threads, values + rows // 4 + rows)
+        return cls((ctypes.c_int64 * len(fields))(*fields), scratch, values, rows)
+
+    def step(
+        self,
+        batch: Sequence[torch.Tensor | None],
+        grad: torch.Tensor,
+        rate: float,
+        eps: float,
+    ) -> None:
+        """Row-wise Adagrad on the rows of `batch`: indices, offsets, and weights or None."""
+        if grad.stride(1) != 1:
+            grad = grad.contiguous()
+        indices, offsets, weights = (0 if t is None else t.data_ptr() for t in batch)
+        lookups = (ctypes.c_int64 * 6)(
+            indices, offsets, len(grad), weights, grad.data_ptr(), grad.stride(0)
+        )
+        native.kernels().cce_rowwise_adagrad(
+            self.fields,
+            len(self.fields) // _FIELDS,
+            lookups,
+            rate,
+            eps,
+            self.scratch.data_ptr(),
+            self.values,
+            self.rows,
+            len(self.scratch),
+        )
+
+
+@compiled.operator(
+    "rowwise_adagrad(Tensor(a!)[] weights, Tensor(b!)[] states, int[] features, Tensor grad, "
+    "Tensor indices, Tensor offsets, Tensor? per_sample_weights, float rate, float eps) -> ()",
+    fake=compiled.writes_only,
+)
+def _rowwise_adagrad(
+    weights: list[torch.Tensor],
+    states: list[torch.Tensor],
+    features: list[int],
+    grad: torch.Tensor,
+    *rest: Any,
+) -> None:
+    *batch, rate, eps = rest
+    threads = min(torch.get_num_threads(), len(weights))
+    _Tables.describe(weights, states, features, threads).step(batch, grad, rate, eps)
 
 
 class CodebookBags(SplitTableBatchedEmbeddingBagsCodegen):
@@ -86,7 +153,8 @@ class CodebookBags(SplitTableBatchedEmbeddingBagsCodegen):
 
     num_rows: int
     """Of all tables."""
-    _described: _Described
+    _described: tuple[tuple[int, ...], _Tables]
+    """What `_Tables` were made of: addresses of weights and state, number of threads."""
 
     def forward(
         self,
@@ -124,58 +192,24 @@ class CodebookBags(SplitTableBatchedEmbeddingBagsCodegen):
         weights: torch.Tensor | None = None,
     ) -> None:
         """A step of row-wise Adagrad on rows `indices`; `grad` [B, total_D] is of the output."""
-        compiled, of = native.library(), self._tables()
-        assert compiled is not None
-        if grad.stride(1) != 1:
-            grad = grad.contiguous()
-        lookups = (ctypes.c_int64 * 6)(
-            indices.data_ptr(),
-            offsets.data_ptr(),
-            len(grad),
-            0 if weights is None else weights.data_ptr(),
-            grad.data_ptr(),
-            grad.stride(0),
-        )
-        compiled.cce_rowwise_adagrad(
-            of.tables,
-            len(self.embedding_specs),
-            lookups,
-            rate,
-            eps,
-            of.scratch.data_ptr(),
-            of.values,
-            of.rows,
-            len(of.scratch),
-        )
-        self._described = of
-
-    def _tables(self) -> _Described:
-        """Made anew where the tensors, or the number of threads, are others than before.
-
-        Taken out of the module for the time of a step: a step in another thread makes its own.
-        """
-        known = self.__dict__.pop("_described", None)
-        addresses = (self.weights_host.data_ptr(), self.momentum1_host.data_ptr())
+        if native.is_traced(grad):
+            _rowwise_adagrad(*self._state(), grad, indices, offsets, weights, rate, eps)
+            return
+        # Not the operator: it would describe the tables and make its scratch anew in every step.
         threads = min(torch.get_num_threads(), len(self.embedding_specs))
-        if known is not None and (known.addresses, len(known.scratch)) == (addresses, threads):
-            return known
-        weights = self.split_embedding_weights()
+        key = (self.weights_host.data_ptr(), self.momentum1_host.data_ptr(), threads)
+        # Taken out of the module for the time of a step: a step in another thread makes its own.
+        known = self.__dict__.pop("_described", None)
+        if known is None or known[0] != key:
+            known = (key, _Tables.describe(*self._state(), threads))
+        known[1].step((indices, offsets, weights), grad, rate, eps)
+        self._described = known
+
+    def _state(self) -> tuple[list[torch.Tensor], list[torch.Tensor], list[int]]:
+        """Weights and state of each table, and the number of its features."""
         states = [state for state, *_ in self.split_optimizer_states()]
-        fields, feature, column = [], 0, 0
-        for table, (weight, state) in enumerate(zip(weights, states, strict=True)):
-            features, dim = self.feature_table_map.count(table), weight.shape[1]
-            fields += [weight.data_ptr(), state.data_ptr(), *weight.shape, features]
-            fields += [feature, column]
-            feature, column = feature + features, column + features * dim
-        values = max(weight.numel() for weight in weights)
-        rows = 32 * max(-(-len(weight) // 32) for weight in weights)
-        return _Described(
-            addresses=addresses,
-            tables=(ctypes.c_int64 * len(fields))(*fields),
-            scratch=torch.zeros(threads, values + rows // 4 + rows),
-            values=values,
-            rows=rows,
-        )
+        features = [self.feature_table_map.count(t) for t in range(len(states))]
+        return self.split_embedding_weights(), states, features
 
 
 class _Lookup(torch.autograd.Function):
@@ -185,8 +219,9 @@ class _Lookup(torch.autograd.Function):
     def forward(
         ctx: Any, anchor: torch.Tensor, module: CodebookBags, *inputs: torch.Tensor
     ) -> torch.Tensor:
-        """`anchor` wants a gradient, so that the output does. Rates are kept here, as by FBGEMM."""
+        """`anchor` wants a gradient, so that the output does."""
         ctx.module = module
+        # As in FBGEMM the rates of a step are those at its lookup, not at its backward.
         ctx.rates = module.get_learning_rate(), module.optimizer_args.eps
         ctx.save_for_backward(*inputs)
         return module.lookup(*inputs)

@@ -20,6 +20,11 @@ class BoundsCheck:
         self._warned: set[str] = set()
 
     @property
+    def tells(self) -> bool:
+        """Whether ids out of bounds are counted or raised, and not only read as 0."""
+        return self.mode in (BoundsCheckMode.FATAL, BoundsCheckMode.WARNING)
+
+    @property
     def num_invalid(self) -> int:
         """Ids out of bounds seen so far in WARNING mode.
 
@@ -45,6 +50,7 @@ class BoundsCheck:
         if self.mode == BoundsCheckMode.WARNING and ids.is_cuda:
             if who not in self._on_device:
                 self._on_device[who] = torch.zeros((), dtype=torch.int64, device=ids.device)
+            # To read the number would wait for the device in every batch.
             self._on_device[who].add_(invalid.sum())
         elif self.mode != BoundsCheckMode.IGNORE:
             if ids.is_cuda:
@@ -53,7 +59,7 @@ class BoundsCheck:
             if count == 0:
                 return ids
             self.found(who, count, int(ids[invalid][0]), num_embeddings)
-        return ids.masked_fill(invalid, 0)
+        return ids.masked_fill(invalid, 0)  # a copy, as the batch is the caller's
 
     def without_counting(self) -> BoundsCheck:
         """For ids that were checked before, and shall not be counted again."""
@@ -64,6 +70,7 @@ class BoundsCheck:
         """Takes `count`, int64 [], for where a kernel counts the bad ids of `who`."""
         if self.mode == BoundsCheckMode.WARNING:
             if who in self._on_device:
+                # What was counted before goes on in the new place: nothing is told twice or lost.
                 count += self._on_device[who].to(count.device)
             self._on_device[who] = count
 
@@ -73,7 +80,7 @@ class BoundsCheck:
         Raises:
             ValueError: in FATAL mode.
         """
-        if self.mode not in (BoundsCheckMode.FATAL, BoundsCheckMode.WARNING):
+        if not self.tells:
             return
         message = f"{who}: id {first} is outside [0, {num_embeddings})"
         if count is not None:

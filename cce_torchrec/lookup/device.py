@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import torch
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
-from cce_torchrec.gpu.launch import usable
+from cce_torchrec.gpu.usable import usable
 
 if TYPE_CHECKING:  # Triton may not be installed
     from cce_torchrec.lookup.triton_expand import Bags
@@ -74,6 +74,7 @@ class DeviceTables:
         features: list[list[int]] = []
         for i, table in enumerate(tables):
             codes, slot = table.codes, len(table_of)
+            # Codes go by their address: their types differ, and one launch takes all tables.
             width = -1 if table.plain else 0 if codes is None else codes.element_size()
             address, columns = (0, 0) if codes is None else (codes.data_ptr(), codes.shape[1])
             rows.append(
@@ -101,7 +102,7 @@ class DeviceTables:
                 for j in range(len(table.chunks))
                 for f in range(table.num_features)
             ]
-        from cce_torchrec.lookup.triton_expand import Lookup
+        from cce_torchrec.lookup.triton_expand import Lookup  # here: Triton may not be installed
 
         self._lookup = Lookup(rows, chunks, features, table_of, device)
         self.most_copies = max(table.copies for table in tables)
@@ -168,8 +169,9 @@ class DeviceTables:
 
 
 def _starts_of(sizes: Sequence[int], device: torch.device) -> torch.Tensor:
-    """int64 [len(sizes) + 1]; copied to a GPU from pinned memory, which nothing waits for."""
+    """int64 [len(sizes) + 1]."""
     starts = torch.tensor(list(itertools.accumulate(sizes, initial=0)))
+    # The host waits for a copy to a GPU unless it is from pinned memory.
     if device.type == "cuda":
         starts = starts.pin_memory()
     return starts.to(device, non_blocking=True)

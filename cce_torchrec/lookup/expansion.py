@@ -83,6 +83,7 @@ class Expansion:
         Nothing of `features` is written to. With a batch size per feature, `inverse_indices` of
         logical features become those of the physical ones.
         """
+        # A table that was finalized since has one row per id instead of two.
         if self._counted != self._generation():
             self._count_rows()
         if self._fits_device(features):
@@ -106,6 +107,7 @@ class Expansion:
             shape = (lookup.copies, -1, lookup.rows_per_id)
             start, end = end, end + len(own) * lookup.copies * lookup.rows_per_id
             work.append((name, own, values[start:end]))
+            # Without ids there is nothing to view: the size of -1 would be ambiguous.
             if weights is not None and out_weights is not None and end > start:
                 own = _gather(weights, bounds).view(1, -1, 1)
                 out_weights[start:end].view(shape).copy_(own)
@@ -130,7 +132,7 @@ class Expansion:
             else:
                 rows = lookup.rows(check(name, ids, lookup.config.num_embeddings))
                 out.view(rows.shape).copy_(rows)
-        found = native.expand(jobs) if jobs else []
+        found = native.expand(jobs, counts=check.tells) if jobs else []
         for name, job, (count, first) in zip(names, jobs, found, strict=False):
             if count:
                 check.found(name, count, int(job.ids[first]), job.num_embeddings)

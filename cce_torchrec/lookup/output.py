@@ -17,12 +17,14 @@ from cce_torchrec.table import Table, TableFeature, physical_feature
 
 def divides_by_length(config: EmbeddingBagConfig, is_weighted: bool) -> bool:
     """Whether MEAN is the pooled sum over the bag length here, not FBGEMM's own MEAN."""
+    # FBGEMM's MEAN would divide by the rows of a bag, and a CCE table reads two an id.
     return config.pooling == PoolingType.MEAN and (is_weighted or is_cce(config))
 
 
 @functools.lru_cache(maxsize=256)
 def tensor_of(values: tuple[int, ...], device: torch.device) -> torch.Tensor:
-    """`values` as int32 on `device`, kept, so that a batch does not wait for the copy."""
+    """`values` as int32 on `device`."""
+    # Kept, so that a batch does not wait for the copy.
     return torch.tensor(values, dtype=torch.int32, device=device)
 
 
@@ -86,6 +88,7 @@ class LogicalOutput:
         if not any(self.mean):
             return None
         position = {key: i for i, key in enumerate(features.keys())}
+        # An empty bag has the sum 0, and 0 / 1 for its mean.
         bags = features.lengths().clamp(min=1).split(features.stride_per_key())
         found = [bags[position[slot.feature]] for slot in self.slots]
         if features.variable_stride_per_key():

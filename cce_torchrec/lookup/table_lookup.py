@@ -72,6 +72,7 @@ class TableLookup:
         codes = self.codes
         if codes is None or codes.seen is None or not codes.training:
             return ids
+        # First, as an id out of bounds has no bit of its own.
         ids = check(who, ids, self.config.num_embeddings)
         mark_seen(codes.seen, ids.long())
         return ids
@@ -101,6 +102,7 @@ class TableLookup:
             return device.Table(
                 num_embeddings=num_embeddings, num_features=len(self.slots), plain=True
             )
+        # Hashes are asked for on the CPU: to read them back from a GPU would wait for it.
         config, hashes = codes.config, codes.hashes(torch.device("cpu")).tolist()
         return device.Table(
             num_embeddings=num_embeddings,

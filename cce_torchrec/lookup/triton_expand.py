@@ -39,6 +39,7 @@ class Lookup:
         device: torch.device,
     ) -> None:
         flat = [list(itertools.chain.from_iterable(part)) for part in (tables, chunks, features)]
+        # One tensor: each pointer costs the host a microsecond a launch.
         self.numbers = torch.tensor([*flat[0], *flat[1], *flat[2], *table_of], device=device)
         """int64: what describes tables, chunks, features, and the table of each logical one."""
         self.places = tuple(itertools.accumulate(map(len, flat)))
@@ -62,6 +63,7 @@ def _row_bytes(tables: Sequence[Sequence[int]]) -> int:
     """Bytes of all codes of an id, if they are one word in memory in every table; else 0."""
     found = {table[2] * table[3] for table in tables}
     size = found.pop()
+    # A GPU loads a word only from an address that its size divides.
     aligned = all(table[1] % size == 0 for table in tables)
     return size if not found and aligned and size in (2, 4, 8) else 0
 
@@ -108,17 +110,20 @@ def expand(
     """
     variable = bags.starts is not None
     starts, out_starts, step = None, None, bags.stride
+    # Otherwise both follow from the offsets of the batch, which spares a launch.
     if variable or not lookup.alike:
         starts, out_starts = _find_starts(lookup, bags)
         step = 1
     num_values = ids.numel()
     row_programs = triton.cdiv(num_values, _VALUES)
-    long = bags.stride >= _BAGS
+    long = bags.stride >= _BAGS  # then a program has bags of one feature, and reads its fields once
     bag_programs = (
         lookup.num_out_features * triton.cdiv(bags.stride, _BAGS)
         if long
         else max(1, triton.cdiv(bags.num_out, _BAGS))
     )
+    # With many ids for each table, most programs have ids of one table and read its fields once;
+    # with few, each id looks for its own.
     launch(
         kernels.expand, (row_programs + bag_programs,),
         ids, weights, bags.offsets, bags.starts, bags.out_starts, starts, out_starts,

@@ -135,6 +135,24 @@ def _store(out_ptr, begins, at, main, helper, on, two, PAIRS: tl.constexpr):  # 
 
 
 @triton.jit
+def _checked(  # type: ignore[no-untyped-def]
+    table, field, begin, at, ids, inside, invalid_ptr, first_bad_ptr, RAW: tl.constexpr
+):
+    # Raw ids hashed, and those out of bounds counted and read as 0.
+    num_embeddings, zeros = tl.load(field), tl.zeros(at.shape, tl.int64)
+    if RAW:
+        # As hashing.hash_ids: the remainder of the upper 63 bits of the id's mix with the key.
+        raw = (mix(ids ^ tl.load(field + 11)) >> 1) & 0x7FFFFFFFFFFFFFFF
+        ids = tl.where(tl.load(field + 10) != 0, raw % num_embeddings, ids)
+    bad = inside & ((ids < 0) | (ids >= num_embeddings))
+    if invalid_ptr is not None:
+        tl.atomic_add(invalid_ptr + table + zeros, zeros + 1, mask=bad, sem="relaxed")
+    if first_bad_ptr is not None:
+        tl.atomic_min(first_bad_ptr + table + zeros, begin + at, mask=bad, sem="relaxed")
+    return tl.where(bad, 0, ids)
+
+
+@triton.jit
 def _rows(  # type: ignore[no-untyped-def]
     table, begin, count, ids, weights_ptr, starts_ptr, lookup_ptr, chunks_at, out_starts_ptr,
     out_ptr, out_weights_ptr, invalid_ptr, first_bad_ptr, step, CHUNKS: tl.constexpr,
@@ -152,21 +170,12 @@ def _rows(  # type: ignore[no-untyped-def]
     zeros = tl.zeros(at.shape, tl.int64)  # makes one number for all ids one for each
     inside = (at >= tl.maximum(first - begin, 0).to(tl.int32)) & (at < count)
     inside = inside & (at < tl.minimum(last - begin, VALUES).to(tl.int32))
-    num_embeddings, address = tl.load(field), tl.load(field + 1)
+    address = tl.load(field + 1)
     num_rows, helper_rows = tl.load(field + 4), tl.load(field + 5)
     num_chunks = tl.load(field + 8)
     chunks = lookup_ptr + chunks_at + tl.load(field + 9) * CHUNK_FIELDS
 
-    if RAW:
-        # As hashing.hash_ids: the remainder of the upper 63 bits of the id's mix with the key.
-        raw = (mix(ids ^ tl.load(field + 11)) >> 1) & 0x7FFFFFFFFFFFFFFF
-        ids = tl.where(tl.load(field + 10) != 0, raw % num_embeddings, ids)
-    bad = inside & ((ids < 0) | (ids >= num_embeddings))
-    if invalid_ptr is not None:
-        tl.atomic_add(invalid_ptr + table + zeros, zeros + 1, mask=bad, sem="relaxed")
-    if first_bad_ptr is not None:
-        tl.atomic_min(first_bad_ptr + table + zeros, begin + at, mask=bad, sem="relaxed")
-    ids = tl.where(bad, 0, ids)
+    ids = _checked(table, field, begin, at, ids, inside, invalid_ptr, first_bad_ptr, RAW)
     if MARK:
         seen = tl.load(field + 12)
         _mark(seen, ids, inside & (seen + zeros != 0))

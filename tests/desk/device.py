@@ -17,7 +17,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 from torchrec.distributed import batched_embedding_kernel
 from triton.runtime.interpreter import InterpretedFunction
 
-from cce_torchrec.gpu import launch
+from cce_torchrec.gpu import usable
 from tests.desk import counts
 from tests.desk.emulated import CUDA, Emulated, emulated
 from tests.desk.kernels import run_interpreted
@@ -38,7 +38,7 @@ def emulated_cuda() -> Iterator[None]:
         patch.setattr(InterpretedFunction, "run", run_interpreted)
         patch.setattr(batched_embedding_kernel, "TableBatchedEmbeddingSlice", table_slice)
         patch.setattr(SplitTableBatchedEmbeddingBagsCodegen, "forward", _looked_up)
-        launch._fault_of.cache_clear()
+        usable._fault_of.cache_clear()
         # Parameters become new ones in Module.to(): data of a CPU one cannot be set to emulated.
         torch.__future__.set_overwrite_module_params_on_conversion(True)
         try:
@@ -46,7 +46,7 @@ def emulated_cuda() -> Iterator[None]:
                 yield
         finally:
             torch.__future__.set_overwrite_module_params_on_conversion(False)
-    launch._fault_of.cache_clear()
+    usable._fault_of.cache_clear()
 
 
 _fbgemm_forward = SplitTableBatchedEmbeddingBagsCodegen.forward

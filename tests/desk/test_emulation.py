@@ -114,7 +114,7 @@ def test_launches_are_counted_with_their_place():
 
 
 def test_a_kernel_is_one_launch_on_the_tensors_memory():
-    from cce_torchrec.gpu import launch, probe
+    from cce_torchrec.gpu import probe, usable
 
     seen = []
     with counting() as counts, pytest.MonkeyPatch.context() as patch:
@@ -124,7 +124,7 @@ def test_a_kernel_is_one_launch_on_the_tensors_memory():
     assert [on_cpu(t).tolist() for t in seen] == [[1]]
     assert counts.num_waits == 1  # for what the kernel wrote, so that one that fails does so here
     assert {what for what, _ in counts.launches} == {"zeros", "Triton's _probe"}
-    assert launch.usable(CUDA) and not launch.usable(torch.device("cpu"))
+    assert usable.usable(CUDA) and not usable.usable(torch.device("cpu"))
     with pytest.raises(ValueError, match="cannot be accessed from Triton"):
         probe._probe[(1,)](torch.zeros(1), own(1))
 

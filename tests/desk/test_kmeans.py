@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from cce_torchrec.gpu.launch import unusable
 from cce_torchrec.gpu.memory import free_bytes
+from cce_torchrec.gpu.usable import unusable
 from cce_torchrec.kmeans import PairPoints, TensorPoints, kmeans
 from cce_torchrec.kmeans.backends import make_backend
 from tests.desk import device
@@ -25,10 +25,14 @@ def points(kind, where="cpu", n=150, dim=8):
         return TensorPoints(torch.randn(n, dim, generator=g).to(where))
     main, helper = torch.randn(20, dim, generator=g), torch.randn(30, dim, generator=g)
     pairs = torch.randperm(600, generator=g)[:n].sort().values
-    weights = torch.randint(1, 5, (n,), generator=g)
-    starts = torch.randperm(n, generator=g)
-    parts = (pairs // 30).int(), (pairs % 30).int(), weights, starts
-    return PairPoints(*(part.to(where) for part in (main, helper, *parts)))
+    parts = {
+        "a": (pairs // 30).int(),
+        "b": (pairs % 30).int(),
+        "weights": torch.randint(1, 5, (n,), generator=g),
+        "starts": torch.randperm(n, generator=g),
+    }
+    there = {name: part.to(where) for name, part in parts.items()}
+    return PairPoints(main.to(where), helper.to(where), **there)
 
 
 def both(kind, backend, n=150, **options):

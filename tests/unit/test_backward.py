@@ -183,7 +183,7 @@ def test_a_converted_module_is_fbgemms():
 
 def test_steps_of_two_threads_share_no_buffers(monkeypatch):
     _, module = both([(30, 16)])
-    compiled, buffers = native.library(), []
+    compiled, buffers = native.kernels(), []
     losses = [module(*batch([30])).sum() for _ in range(3)]
     losses[2].backward()
 
@@ -194,10 +194,22 @@ def test_steps_of_two_threads_share_no_buffers(monkeypatch):
         compiled.cce_rowwise_adagrad(*args)
 
     monkeypatch.setattr(
-        native, "library", lambda: types.SimpleNamespace(cce_rowwise_adagrad=interrupted)
+        native, "kernels", lambda: types.SimpleNamespace(cce_rowwise_adagrad=interrupted)
     )
     losses[0].backward()
     assert len(set(buffers)) == 2
+
+
+@pytest.mark.parametrize("weighted", [False, True])
+def test_the_operator_does_the_same(monkeypatch, weighted):
+    _, direct = both([(50, 16), (7, 8)], [0, 0, 1])
+    traced, inputs = copy.deepcopy(direct), batch([50, 50, 7], weighted=weighted)
+    for module in (direct, traced):
+        monkeypatch.setattr(native, "is_traced", lambda tensor, ops=module is traced: ops)
+        output = module(*inputs)
+        output.backward(random_grad(output))
+    assert torch.equal(direct.weights_host, traced.weights_host)
+    assert torch.equal(direct.momentum1_host, traced.momentum1_host)
 
 
 def test_a_copy_trains_by_itself():

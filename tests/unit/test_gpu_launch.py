@@ -10,7 +10,7 @@ import pytest
 import torch
 from fbgemm_gpu.split_table_batched_embeddings_ops_common import BoundsCheckMode
 
-from cce_torchrec.gpu import launch, memory
+from cce_torchrec.gpu import memory, usable
 from cce_torchrec.kmeans.backends import TorchBackend, make_backend
 from cce_torchrec.lookup.bounds import BoundsCheck
 
@@ -46,12 +46,12 @@ def a_gpu(monkeypatch):
 
 
 def forget():
-    for cached in (launch._fault_of, launch._gpu_is_usable, launch._warn_once):
+    for cached in (usable._fault_of, usable._gpu_is_usable, usable._warn_once):
         cached.cache_clear()
 
 
 def test_a_gpu_that_was_measured_is_taken_without_a_word(caplog):
-    assert launch.usable(GPU) and not caplog.records
+    assert usable.usable(GPU) and not caplog.records
     assert make_backend("auto", GPU).name == "triton"
 
 
@@ -74,7 +74,7 @@ def test_a_gpu_that_was_measured_is_taken_without_a_word(caplog):
 def test_what_is_missing_is_said_once(monkeypatch, caplog, break_it, why):
     break_it(monkeypatch)
     with caplog.at_level(logging.WARNING):
-        assert not launch.usable(GPU) and not launch.usable(GPU)
+        assert not usable.usable(GPU) and not usable.usable(GPU)
     (record,) = caplog.records
     assert record.getMessage().endswith("; the same is done in torch, several times slower")
     with pytest.raises(ValueError, match=why):
@@ -85,7 +85,7 @@ def test_what_is_missing_is_said_once(monkeypatch, caplog, break_it, why):
 def test_a_gpu_that_was_never_measured_is_taken_and_named(monkeypatch, caplog):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
     with caplog.at_level(logging.WARNING):
-        assert launch.usable(GPU)
+        assert usable.usable(GPU)
     (record,) = caplog.records
     assert "compute capability 8.0" in record.getMessage()
     assert record.getMessage().endswith(
@@ -96,13 +96,13 @@ def test_a_gpu_that_was_never_measured_is_taken_and_named(monkeypatch, caplog):
 def test_a_compiled_model_asks_without_tracing_the_probe(monkeypatch, recwarn):
     runs = []
     monkeypatch.setattr(Probe, "run", classmethod(lambda cls, device: runs.append(device)))
-    ask = torch.compile(lambda x: x + launch.usable(GPU), backend="eager", fullgraph=True)
-    assert ask(torch.zeros(1)) == 1 and launch.usable(GPU)
+    ask = torch.compile(lambda x: x + usable.usable(GPU), backend="eager", fullgraph=True)
+    assert ask(torch.zeros(1)) == 1 and usable.usable(GPU)
     assert runs == [GPU] and not [w for w in recwarn if "cache" in str(w.message)]
 
 
 def test_a_cpu_has_no_use_for_the_kernels():
-    assert not launch.usable(torch.device("cpu"))
+    assert not usable.usable(torch.device("cpu"))
     with pytest.raises(ValueError, match="run on CUDA, not on cpu; or choose backend 'torch'"):
         make_backend("triton", torch.device("cpu"))
 

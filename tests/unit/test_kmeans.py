@@ -37,7 +37,12 @@ def pairs(num_ids=500, k=7, k_helper=11, dim=4, seed=0, main=None, helper=None):
     )
     starts = torch.randperm(len(keys), generator=g)
     points = PairPoints(
-        main, helper, (keys // len(helper)).int(), (keys % len(helper)).int(), counts, starts
+        main,
+        helper,
+        a=(keys // len(helper)).int(),
+        b=(keys % len(helper)).int(),
+        weights=counts,
+        starts=starts,
     )
     return points, main[a] + helper[b], inverse
 
@@ -207,9 +212,7 @@ def test_compiled_kernels_find_the_nearest(k, dim):
     by_pair = scorer.nearest(points.a, points.b)
     direct = native.PointScorer(centroids)
     by_point = direct.of_vectors(x)
-    assert torch.equal(
-        by_point, direct.of_sums(points.main, points.helper, points.a, points.b, points.scale)
-    )
+    assert torch.equal(by_point, direct.of_sums(points.sources(), points.scale))
     assert torch.equal(by_point[4::5], direct.of_vectors(x[4::5]))  # wherever a point stands
     best = torch.cdist(x.double(), centroids.double()).min(1).values
     for got in (by_pair, by_point):

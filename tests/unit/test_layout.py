@@ -28,13 +28,13 @@ def is_module(name: str) -> bool:
     return path.with_suffix(".py").exists() or (path / "__init__.py").exists()
 
 
-def imports(tree: ast.Module, inside: bool = True) -> set[str]:
-    """Modules of the package that are imported, as "file" or "folder.file".
+def imports(tree: ast.Module) -> set[str]:
+    """Modules of the package that are imported, by functions too, as "file" or "folder.file".
 
-    `inside`: also by functions, which import what not every machine has (Triton).
+    Functions import what not every machine has (Triton); in a circle they would hide it.
     """
     found = set()
-    for node in ast.walk(tree) if inside else tree.body:
+    for node in ast.walk(tree):
         names = []
         if isinstance(node, ast.ImportFrom) and node.module:
             # `from package import module` names the module last.
@@ -69,7 +69,7 @@ def test_files_of_a_folder_import_in_no_circle():
         own = ".".join(path.relative_to(ROOT).with_suffix("").parts)
         folder = own.rpartition(".")[0]
         if folder and path.name != "__init__.py":
-            found = imports(tree, inside=False)
+            found = imports(tree)
             arrows[own] = {n for n in found if n.rpartition(".")[0] == folder and n != own}
     while arrows:  # takes away files that import none that is left
         free = {own for own, names in arrows.items() if not names & arrows.keys()}

@@ -8,7 +8,7 @@ import torch
 
 pytest.importorskip("triton", reason="triton is not installed")
 
-from cce_torchrec.kmeans.triton_kernel import tolerances, turn_error
+from cce_torchrec.kmeans.triton_search import tolerances, turn_error
 
 GENERATIONS = {9: (16, 2), 8: (8, 1), 7: (4, 0)}
 """Products that are aligned at once, and bits that are kept beyond those of float32."""

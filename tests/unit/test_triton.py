@@ -10,7 +10,7 @@ pytestmark = needs_interpreter
 
 CHECK = """
 import torch
-from cce_torchrec.kmeans import PairPoints, TensorPoints, kmeans, triton_kernel, triton_search
+from cce_torchrec.kmeans import PairPoints, TensorPoints, kmeans, triton_search
 from cce_torchrec.kmeans.points import Points
 from cce_torchrec.kmeans.triton_search import Search
 
@@ -55,7 +55,7 @@ order = (a.long() * 50 + b).argsort()
 a, b = a[order], b[order]
 weights = torch.randint(0, 9, (1000,), generator=g)
 books = torch.randn(20, 12, generator=g), torch.randn(50, 12, generator=g)
-pairs = PairPoints(*books, a, b, weights, torch.arange(1000))
+pairs = PairPoints(*books, a=a, b=b, weights=weights, starts=torch.arange(1000))
 c = torch.randn(90, 12, generator=g)
 triton_search.points_at_once = lambda dim: 384
 nearest = check(pairs, c)

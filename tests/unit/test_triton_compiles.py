@@ -12,7 +12,7 @@ from triton.compiler import ASTSource  # noqa: E402
 
 from cce_torchrec.clustering import triton_kernel as passes  # noqa: E402
 from cce_torchrec.kmeans import triton_kernel as kmeans  # noqa: E402
-from cce_torchrec.kmeans import triton_sums  # noqa: E402
+from cce_torchrec.kmeans import triton_search, triton_sums  # noqa: E402
 from cce_torchrec.lookup import triton_kernel as fused  # noqa: E402
 
 H100 = GPUTarget("cuda", 90, 32)
@@ -71,10 +71,10 @@ def test_starts(offsets, variable):
 HALVES = ("high", "low", "c_high", "c_low")
 FLOATS = ("tolerances", "half_norm", "reach")
 NEAREST = {
-    "_split": ({"high": "*fp16", "low": "*fp16"}, {"POINTS": 64}),
-    "_best_group": ({"c": "*fp16", "bucket": "*u8"}, {"POINTS": 128}),
-    "_second_look": ({}, {"POINTS": 128}),
-    "_exact": ({"c": "*fp64", "half_norm": "*fp64"}, {"POINTS": 1, "CENTROIDS": 128}),
+    "split": ({"high": "*fp16", "low": "*fp16"}, {"POINTS": 64}),
+    "best_group": ({"c": "*fp16", "bucket": "*u8"}, {"POINTS": 128}),
+    "second_look": ({}, {"POINTS": 128}),
+    "exact": ({"c": "*fp64", "half_norm": "*fp64"}, {"POINTS": 1, "CENTROIDS": 128}),
     "_accumulate": ({"c": "*fp32"}, {"POINTS": 64}),
 }
 
@@ -91,10 +91,11 @@ def test_nearest_centroids(name, dim):
     kinds |= dict.fromkeys(("unit", "scales"), "*fp64")
     signature = {f"{key}_ptr": kind for key, kind in {**kinds, **types}.items()}
     signature |= dict.fromkeys(("first", "count", "num_centroids"), "i32")
-    dims = kmeans.dims_at_once(dim)
+    dims = triton_search.dims_at_once(dim)
     constants = {
-        **constants, **kmeans.tolerances(dim, 2.0**-21), "DIM": dim, "WIDTH": kmeans.width(dim),
-        "DIMS": min(32, dims) if name == "_exact" else dims, "GROUPS": 32, "FOLD": 2,
+        **constants, **triton_search.tolerances(dim, 2.0**-21), "DIM": dim,
+        "WIDTH": triton_search.width(dim),
+        "DIMS": min(32, dims) if name == "exact" else dims, "GROUPS": 32, "FOLD": 2,
         "PAIRS": dim != 20,
     }  # fmt: skip
     used = {k: v for k, v in signature.items() if k in kernel.arg_names}
