@@ -19,7 +19,7 @@ from cce_torchrec.clustering.limits import least_free_share, memory
 from cce_torchrec.clustering.local_chunks import local_chunks, uncached
 from cce_torchrec.clustering.options import Options
 from cce_torchrec.clustering.plan import Plan, task_of
-from cce_torchrec.clustering.report import ClusteringReport, report_of
+from cce_torchrec.clustering.report import ChunkReport, ClusteringReport, report_of
 from cce_torchrec.clustering.solver import ChunkSolver
 from cce_torchrec.clustering.task import Key, Task
 from cce_torchrec.codes.chunk_codes import ChunkCodes
@@ -139,15 +139,22 @@ def _run(
         done = work.solve()
     work.commit(done)
     _begin_next_round(model, mine.values())
+    chunks = _reports(done, mine, group)
+    report = ClusteringReport(chunks, time.perf_counter() - began, peak_bytes)
+    return report, {task.path for task in plan.tasks.values()}
+
+
+def _reports(
+    done: Done, mine: dict[Key, ChunkState], group: dist.ProcessGroup | None
+) -> list[ChunkReport]:
+    """Of all chunks of all ranks, each by its owner; of copies that of the lowest rank."""
     own = {
         key: report_of(key, mine[key], *result)
         for key, result in done.items()
         if key in mine and mine[key].owned
     }
     everyone = {key: r for part in reversed(gather(own, group)) for key, r in part.items()}
-    chunks = [everyone[key] for key in sorted(everyone)]
-    report = ClusteringReport(chunks, time.perf_counter() - began, peak_bytes)
-    return report, {task.path for task in plan.tasks.values()}
+    return [everyone[key] for key in sorted(everyone)]
 
 
 def _begin_next_round(model: nn.Module, states: Iterable[ChunkState]) -> None:
