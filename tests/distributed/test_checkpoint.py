@@ -23,7 +23,7 @@ from cce_torchrec.distributed import state_dict
 from cce_torchrec.distributed.data_parallel import data_parallel_parameters
 from cce_torchrec.distributed.sharders import get_default_sharders
 from cce_torchrec.planning import make_plan
-from tests.distributed.ranks import run_ranks
+from tests.support.ranks import run_ranks
 from tests.distributed.test_sharded import CPU, batch, tables
 
 OPTIMIZERS = {

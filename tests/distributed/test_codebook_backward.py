@@ -15,7 +15,7 @@ from cce_torchrec.lookup import native
 from cce_torchrec.lookup.backward import CodebookBags
 from cce_torchrec.planning import make_plan
 from cce_torchrec.torchrec_internals import fused_kernels, lookups_of
-from tests.distributed.ranks import run_ranks
+from tests.support.ranks import run_ranks
 from tests.distributed.test_sharded import CPU, Model
 
 FEATURES = ["small", "plain", "large", "wide"]

@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 
 from cce_torchrec.checkpoint import latest_checkpoint
-from tests.distributed.ranks import free_port
+from tests.support.ranks import free_port
 
 EXAMPLE = Path(__file__).parents[2] / "docs" / "example.py"
 

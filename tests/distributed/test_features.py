@@ -31,7 +31,7 @@ from cce_torchrec.codes.storage import seen_ids
 from cce_torchrec.distributed.data_parallel import data_parallel_parameters
 from cce_torchrec.distributed.sharders import get_default_sharders
 from cce_torchrec.planning import make_plan, make_planner
-from tests.distributed.ranks import run_ranks
+from tests.support.ranks import run_ranks
 from tests.distributed.sequence_checks import (
     SGD,
     a_rank_without_tables,

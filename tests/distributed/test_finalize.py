@@ -18,7 +18,7 @@ from cce_torchrec.clustering.local_chunks import fused_rows
 from cce_torchrec.distributed.sharders import get_default_sharders
 from cce_torchrec.planning import make_plan
 from tests.distributed import test_sharded as sharded_tests
-from tests.distributed.ranks import run_ranks
+from tests.support.ranks import run_ranks
 from tests.distributed.test_sharded import (
     CPU,
     Model,

@@ -21,7 +21,7 @@ from cce_torchrec.clustering.local_chunks import fused_rows, unsharded_rows
 from cce_torchrec.distributed.data_parallel import data_parallel_parameters
 from cce_torchrec.distributed.sharders import get_default_sharders
 from cce_torchrec.planning import make_plan, make_planner
-from tests.distributed.ranks import run_ranks
+from tests.support.ranks import run_ranks
 from tests.distributed.test_sharded import CPU, KEYS, Model, batch, tables
 
 SUM, MEAN = PoolingType.SUM, PoolingType.MEAN

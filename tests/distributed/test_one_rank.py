@@ -13,7 +13,7 @@ from cce_torchrec import CCEEmbeddingBagCollection, CCEEmbeddingBagConfig
 from cce_torchrec.distributed.sharders import get_default_sharders
 from cce_torchrec.planning import make_plan, make_planner
 from tests.distributed import sequence_checks
-from tests.distributed.ranks import run_ranks
+from tests.support.ranks import run_ranks
 from tests.distributed.test_inputs import matrix
 from tests.distributed.test_pipeline import both
 

@@ -14,7 +14,7 @@ from torchrec.optim.apply_optimizer_in_backward import apply_optimizer_in_backwa
 from cce_torchrec import CCEEmbeddingBagCollection, CCEEmbeddingBagConfig
 from cce_torchrec.distributed.sharders import get_default_sharders
 from cce_torchrec.planning import make_planner, plan_report
-from tests.distributed.ranks import run_ranks
+from tests.support.ranks import run_ranks
 
 CPU = torch.device("cpu")
 

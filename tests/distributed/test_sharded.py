@@ -19,7 +19,7 @@ from cce_torchrec.clustering.local_chunks import fused_rows, unsharded_rows
 from cce_torchrec.distributed.sharders import get_default_sharders
 from cce_torchrec.kmeans import kmeans
 from cce_torchrec.planning import make_plan
-from tests.distributed.ranks import run_ranks
+from tests.support.ranks import run_ranks
 
 CPU = torch.device("cpu")
 STRIDE = 6

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.distributed.ranks import free_port
+from tests.support.ranks import free_port
 
 KEYS = {
     "val_log_loss", "val_auc", "best_val_log_loss", "best_val_auc", "parameters", "table_bytes",
