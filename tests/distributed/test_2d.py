@@ -23,10 +23,10 @@ from cce_torchrec.clustering import cluster
 from cce_torchrec.clustering.local_chunks import fused_rows
 from cce_torchrec.distributed.sharders import get_default_sharders
 from cce_torchrec.planning import make_planner
-from tests.support.ranks import run_ranks
 from tests.distributed.test_checkpoint import OPTIMIZERS, SCHEDULE, Net, load_all, outputs, step
 from tests.distributed.test_inputs import SUM
 from tests.distributed.test_sharded import CPU, tables
+from tests.support.ranks import run_ranks
 
 
 def two_groups(kind, rank, world_size):

@@ -17,9 +17,9 @@ from cce_torchrec.checkpoint import folder as folders
 from cce_torchrec.checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint
 from cce_torchrec.clustering import cluster
 from cce_torchrec.codes.storage import hashed_codes
-from tests.support.ranks import run_ranks
 from tests.distributed.test_checkpoint import build, outputs, step
 from tests.distributed.test_sharded import batch, tables
+from tests.support.ranks import run_ranks
 
 
 def configs(**changes):

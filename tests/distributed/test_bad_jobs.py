@@ -16,9 +16,9 @@ from cce_torchrec import collectives
 from cce_torchrec.clustering import cluster
 from cce_torchrec.distributed.sharders import get_default_sharders
 from cce_torchrec.planning import make_plan, make_planner
-from tests.support.ranks import run_ranks
 from tests.distributed.test_checkpoint import build
 from tests.distributed.test_sharded import CPU, Model, collection, tables
+from tests.support.ranks import run_ranks
 
 
 def cluster_on_one_rank(rank, world_size, caller):

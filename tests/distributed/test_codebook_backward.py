@@ -15,8 +15,8 @@ from cce_torchrec.lookup import native
 from cce_torchrec.lookup.backward import CodebookBags
 from cce_torchrec.planning import make_plan
 from cce_torchrec.torchrec_internals import fused_kernels, lookups_of
-from tests.support.ranks import run_ranks
 from tests.distributed.test_sharded import CPU, Model
+from tests.support.ranks import run_ranks
 
 FEATURES = ["small", "plain", "large", "wide"]
 SMALL, BAGS = {"small", "plain"}, 64

@@ -16,9 +16,9 @@ from cce_torchrec.clustering.local_chunks import fused_rows
 from cce_torchrec.kmeans import lloyd, scan
 from cce_torchrec.kmeans.backends import NativeBackend, TorchBackend
 from cce_torchrec.kmeans.points import PairPoints
-from tests.support.ranks import run_ranks
 from tests.distributed.test_shared_clustering import WAYS, build, digests, metric, small_blocks
 from tests.support.optional import installed
+from tests.support.ranks import run_ranks
 
 OWNER, OTHER = 0, 1  # of table t, plan tw
 

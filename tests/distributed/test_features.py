@@ -31,7 +31,6 @@ from cce_torchrec.codes.storage import seen_ids
 from cce_torchrec.distributed.data_parallel import data_parallel_parameters
 from cce_torchrec.distributed.sharders import get_default_sharders
 from cce_torchrec.planning import make_plan, make_planner
-from tests.support.ranks import run_ranks
 from tests.distributed.sequence_checks import (
     SGD,
     a_rank_without_tables,
@@ -41,6 +40,7 @@ from tests.distributed.sequence_checks import (
 )
 from tests.distributed.test_inputs import MEAN, SUM, Pair, vbe_batch
 from tests.distributed.test_sharded import CPU, KEYS, STRIDE, Model, batch, collection, tables
+from tests.support.ranks import run_ranks
 
 
 def optimizers(rank, world_size):

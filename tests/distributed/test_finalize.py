@@ -18,7 +18,6 @@ from cce_torchrec.clustering.local_chunks import fused_rows
 from cce_torchrec.distributed.sharders import get_default_sharders
 from cce_torchrec.planning import make_plan
 from tests.distributed import test_sharded as sharded_tests
-from tests.support.ranks import run_ranks
 from tests.distributed.test_sharded import (
     CPU,
     Model,
@@ -28,6 +27,7 @@ from tests.distributed.test_sharded import (
     copy_state,
     train,
 )
+from tests.support.ranks import run_ranks
 
 
 def tables(pooling, finalized=False):

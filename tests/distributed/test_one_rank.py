@@ -13,9 +13,9 @@ from cce_torchrec import CCEEmbeddingBagCollection, CCEEmbeddingBagConfig
 from cce_torchrec.distributed.sharders import get_default_sharders
 from cce_torchrec.planning import make_plan, make_planner
 from tests.distributed import sequence_checks
-from tests.support.ranks import run_ranks
 from tests.distributed.test_inputs import matrix
 from tests.distributed.test_pipeline import both
+from tests.support.ranks import run_ranks
 
 CPU = torch.device("cpu")
 

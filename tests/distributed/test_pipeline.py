@@ -20,8 +20,8 @@ from cce_torchrec.clustering.local_chunks import fused_rows, uncached
 from cce_torchrec.distributed.caches import bypassed, forget_prefetched
 from cce_torchrec.distributed.sharders import get_default_sharders
 from cce_torchrec.planning import make_plan
-from tests.support.ranks import run_ranks
 from tests.distributed.test_sharded import CPU, batch, collection, tables
+from tests.support.ranks import run_ranks
 
 STEPS = 7
 

@@ -33,10 +33,10 @@ from cce_torchrec.distributed.id_partition import IdPartition
 from cce_torchrec.distributed.sharders import get_default_sharders
 from cce_torchrec.planning import make_plan, plan_report
 from cce_torchrec.table import tables_of
-from tests.support.ranks import run_ranks
 from tests.distributed.test_inputs import ROWWISE
 from tests.distributed.test_sharded import CPU, Model, batch, compare, copy_state
 from tests.distributed.test_sharded import tables as usual_tables
+from tests.support.ranks import run_ranks
 
 
 def tables(num_embeddings=300):

@@ -24,9 +24,9 @@ from cce_torchrec.clustering.id_passes import ChunkIds, NewCodes
 from cce_torchrec.clustering.local_chunks import fused_rows
 from cce_torchrec.distributed.sharders import get_default_sharders
 from cce_torchrec.planning import make_plan, plan_report
-from tests.support.ranks import run_ranks
 from tests.distributed.test_row_wise import collection, sharded_model, tables, train
 from tests.distributed.test_sharded import CPU, Model, batch, compare, copy_state
+from tests.support.ranks import run_ranks
 
 FATAL = torchrec.distributed.types.BoundsCheckMode.FATAL
 

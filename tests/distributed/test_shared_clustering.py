@@ -17,8 +17,8 @@ from cce_torchrec.clustering.local_chunks import fused_rows
 from cce_torchrec.distributed.sharders import get_default_sharders
 from cce_torchrec.kmeans import backends, scan
 from cce_torchrec.planning import make_plan
-from tests.support.ranks import run_ranks
 from tests.distributed.test_sharded import CPU, Model, collection, tables
+from tests.support.ranks import run_ranks
 
 WAYS = {
     "pairs": {},
