@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 from unittest import mock
 
-import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -16,7 +15,15 @@ from cce_torchrec.checkpoint import load_checkpoint, save_checkpoint
 from cce_torchrec.checkpoint.optimizers import optimizer_states
 from cce_torchrec.clustering import cluster
 from cce_torchrec.distributed import state_dict
-from tests.support.jobs import SCHEDULE, assert_same_outputs, build, outputs, step
+from tests.support.jobs import (
+    SCHEDULE,
+    assert_same_outputs,
+    build,
+    load_jobs,
+    outputs,
+    small_shards,
+    step,
+)
 from tests.support.models import ROWWISE, Net, SequenceNet, shard, with_optimizer
 from tests.support.ranks import on_ranks
 
@@ -41,30 +48,6 @@ def save_jobs(rank, world_size, folder, kinds, optimizer, net):
             step(model, own, 7)
             found[where] = (optimizer, before, outputs(model))
     return found
-
-
-def small_shards(world_size):
-    """Codes are in several shards, cut elsewhere for each number of ranks."""
-    return mock.patch.object(state_dict, "SHARD_BYTES", 100 * world_size)
-
-
-def load_jobs(rank, world_size, kind, saved, net=Net):
-    """Loads every checkpoint into a model, over the last, and trains a step more."""
-    built = {}
-    for where, (optimizer, before, after) in saved.items():
-        if optimizer not in built:
-            built[optimizer] = build(kind, seed=100 + rank, optimizer=optimizer, net=net)
-        model, own = built[optimizer]
-        with small_shards(world_size):
-            report = load_checkpoint(where, model, optimizers=[own])
-        assert (report.step, report.schedule, report.extra) == (3, SCHEDULE, {"a": 1}), where
-        assert not [line for line in report.dropped if "random" not in line], report.dropped
-        for a, b in zip(outputs(model), before, strict=True):
-            assert np.array_equal(a, b), where
-        step(model, own, 7)
-        for a, b in zip(outputs(model), after, strict=True):
-            # DDP averages equal gradients, which rounds; lost state shows in the second digit.
-            np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5, err_msg=where)
 
 
 @pytest.fixture(scope="module")

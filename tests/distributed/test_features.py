@@ -42,7 +42,7 @@ from tests.support.models import (
     shard_by,
     tables,
     with_optimizer,
-)  # fmt: skip
+)
 from tests.support.ranks import on_ranks
 from tests.support.twins import Pair, constrained
 

@@ -27,7 +27,7 @@ from tests.support.models import (
     shard_by,
     vbe_batch,
     with_optimizer,
-)  # fmt: skip
+)
 from tests.support.ranks import on_ranks
 from tests.support.twins import Pair, flat
 
