@@ -88,7 +88,7 @@ def expected(rank_pool):
 
 
 @on_ranks(1, 2, 3)
-@pytest.mark.parametrize(("plan_kind", "share_from"), WAYS)
+@pytest.mark.parametrize(("plan_kind", "share_from"), WAYS, ids=["tw", "cw", "tw, shared"])
 def test_the_same_bytes_on_1_2_and_3_ranks(rank, world_size, plan_kind, share_from, expected):
     assert digests(rank, world_size, plan_kind, share_from) == expected
 
