@@ -14,23 +14,10 @@ from cce_torchrec.clustering import cluster
 from cce_torchrec.clustering.local_chunks import fused_rows, uncached
 from cce_torchrec.distributed.caches import bypassed, forget_prefetched
 from cce_torchrec.planning import make_plan
-from tests.support.models import CPU, MEAN, Batch, batch, collection, shard_by, tables
+from tests.support.models import CPU, MEAN, Batch, Loss, batch, shard_by, tables
 from tests.support.ranks import on_ranks
 
 STEPS = 7
-
-
-class Loss(nn.Module):
-    """A dense layer over the embeddings, as pipelines expect it: (loss, output)."""
-
-    def __init__(self):
-        super().__init__()
-        self.collection = collection(tables(MEAN))
-        self.over = nn.Linear(16 + 16 + 8 + 8 + 8, 1)
-
-    def forward(self, data):
-        out = self.over(self.collection(data.ids).values())
-        return out.square().mean(), out.detach()
 
 
 def build(kind):

@@ -174,6 +174,19 @@ def collection(configs, optimizer=ROWWISE, **options):
     return with_optimizer(CCEEmbeddingBagCollection(configs, **options), optimizer)
 
 
+class Loss(nn.Module):
+    """A dense layer over the embeddings, as pipelines expect it: (loss, output)."""
+
+    def __init__(self):
+        super().__init__()
+        self.collection = collection(tables(MEAN))
+        self.over = nn.Linear(16 + 16 + 8 + 8 + 8, 1)
+
+    def forward(self, data):
+        out = self.over(self.collection(data.ids).values())
+        return out.square().mean(), out.detach()
+
+
 def shard_by(plan, model, sharders=None):
     """`model` under DistributedModelParallel, as a plan says."""
     sharders = get_default_sharders() if sharders is None else sharders
