@@ -71,3 +71,13 @@ def pytest_sessionfinish():
 def beside():
     """The checks of all modules."""
     return BESIDE
+
+
+@pytest.fixture(scope="module")
+def rank_pool():
+    """The ranks that the checks of a file share."""
+    # Not above: files whose tests need no ranks are collected without torch.
+    from tests.support.ranks import RankPool
+
+    with RankPool() as pool:
+        yield pool

@@ -10,7 +10,7 @@ from cce_torchrec.checkpoint import load_checkpoint, save_checkpoint
 from cce_torchrec.clustering import cluster
 from tests.desk.emulated import on_cpu
 from tests.desk.twins import assert_same_state, batch, mixed_tables, table, twins
-from tests.distributed.ranks import free_port
+from tests.support.ranks import free_port
 
 TABLES = 9  # one of each option, clustered in a moment
 

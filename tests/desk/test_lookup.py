@@ -18,8 +18,8 @@ from tests.desk.twins import (
     twins,
     two_tables,
 )
-from tests.distributed.test_inputs import vbe_batch
-from tests.distributed.test_sharded import tables as tables_of_the_sharded_tests
+from tests.support.models import tables as tables_of_the_sharded_tests
+from tests.support.models import vbe_batch
 
 BAD = [-1, 3000, 2**40, -(2**63)]
 

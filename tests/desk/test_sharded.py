@@ -23,7 +23,7 @@ from cce_torchrec.planning import make_plan
 from tests.desk.counts import counting
 from tests.desk.emulated import CUDA, Emulated, on_cpu
 from tests.desk.twins import OPTIONS, batch, plain, table
-from tests.distributed.ranks import free_port
+from tests.support.ranks import free_port
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -16,17 +16,17 @@ from torch.distributed.remote_device import _remote_device
 from torchrec.distributed import DistributedModelParallel
 from torchrec.distributed.model_parallel import DMPCollection
 from torchrec.distributed.types import ShardingEnv2D
-from torchrec.optim.apply_optimizer_in_backward import apply_optimizer_in_backward
 
 from cce_torchrec.checkpoint import load_checkpoint, save_checkpoint
 from cce_torchrec.clustering import cluster
 from cce_torchrec.clustering.local_chunks import fused_rows
 from cce_torchrec.distributed.sharders import get_default_sharders
 from cce_torchrec.planning import make_planner
-from tests.distributed.ranks import run_ranks
-from tests.distributed.test_checkpoint import OPTIMIZERS, SCHEDULE, Net, load_all, outputs, step
-from tests.distributed.test_inputs import SUM
-from tests.distributed.test_sharded import CPU, tables
+from tests.support.jobs import SCHEDULE, assert_same_outputs, load_jobs, outputs, step
+from tests.support.models import CPU, ROWWISE, SUM, Net, tables, with_optimizer
+from tests.support.ranks import on_ranks
+
+KINDS = ["tw", "cw", "rw"]
 
 
 def two_groups(kind, rank, world_size):
@@ -35,8 +35,7 @@ def two_groups(kind, rank, world_size):
     Returns the model, its dense optimizer and the group of the copies of a rank's chunks.
     """
     model = Net(tables(SUM))
-    cls, settings = OPTIMIZERS["rowwise"]
-    apply_optimizer_in_backward(cls, list(model.collection.parameters()), dict(settings))
+    with_optimizer(model.collection, ROWWISE)
     planner = make_planner(tables(SUM), 2, CPU, kind)
     plan = planner.collective_plan(model, get_default_sharders(), dist.group.WORLD)
     stand_in = SimpleNamespace(_device=CPU)
@@ -71,54 +70,56 @@ def check_copies(model, replica_pg):
         assert torch.equal(copies[0][name], copies[1][name]), name
 
 
-def cluster_and_save(rank, world_size, folder):
+def cluster_and_save(rank, world_size, folder, kind):
     """Copies that differ are refused; equal ones stay so, and are saved as one."""
-    saved = {}
-    for kind in ("tw", "cw", "rw"):
-        torch.manual_seed(7 + len(saved))
-        model, dense, replica_pg = two_groups(kind, rank, world_size)
-        for seed in range(2):
-            step(model, dense, 10 * seed + rank)
-        with pytest.raises(ValueError, match=r"differs from that on rank 0.*sync"):
-            cluster(model)
-        for weight, state in fused_rows(model.module.collection).values():
-            for tensor in (weight, *state.values()):
-                dist.all_reduce(tensor, group=replica_pg)
-                tensor /= 2
+    torch.manual_seed(7 + KINDS.index(kind))
+    model, dense, replica_pg = two_groups(kind, rank, world_size)
+    for seed in range(2):
+        step(model, dense, 10 * seed + rank)
+    with pytest.raises(ValueError, match=r"differs from that on rank 0.*sync"):
+        cluster(model)
+    for weight, state in fused_rows(model.module.collection).values():
+        for tensor in (weight, *state.values()):
+            dist.all_reduce(tensor, group=replica_pg)
+            tensor /= 2
+    cluster(model)
+    check_copies(model, replica_pg)
+    step(model, dense, 6)
+    where = f"{folder}/{kind} in two groups"
+    save_checkpoint(where, model, step=3, optimizers=[dense], schedule=SCHEDULE, extra={"a": 1})
+    before = outputs(model)
+    step(model, dense, 7)
+    return {where: ("rowwise", before, outputs(model))}
+
+
+@pytest.fixture(scope="module")
+def saved(rank_pool, tmp_path_factory):
+    """A checkpoint of every kind of plan in two groups."""
+    found, folder = {}, str(tmp_path_factory.mktemp("groups"))
+    for kind in KINDS:
+        found |= rank_pool.run(4, cluster_and_save, folder, kind)[0]
+    return found
+
+
+@on_ranks(4)
+@pytest.mark.parametrize("kind", KINDS)
+def test_copies_stay_equal(rank, world_size, kind, saved):
+    """Checkpoints of all plans load into two groups, which step and cluster alike."""
+    model, dense, replica_pg = two_groups(kind, rank, world_size)
+    for where, (_, before, after) in saved.items():
+        load_checkpoint(where, model, optimizers=[dense])
+        check_copies(model, replica_pg)
+        assert_same_outputs(model, before)
+        step(model, dense, 7)
+        for a, b in zip(outputs(model), after, strict=True):
+            np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5, err_msg=where)
         cluster(model)
         check_copies(model, replica_pg)
-        step(model, dense, 6)
-        where = f"{folder}/{kind} in two groups"
-        save_checkpoint(where, model, step=3, optimizers=[dense], schedule=SCHEDULE, extra={"a": 1})
-        before = outputs(model)
-        step(model, dense, 7)
-        saved[where] = ("rowwise", before, outputs(model))
-    return saved
 
 
-def load_in_groups(rank, world_size, saved):
-    for kind in ("tw", "cw", "rw"):
-        model, dense, replica_pg = two_groups(kind, rank, world_size)
-        for where, (_, before, after) in saved.items():
-            load_checkpoint(where, model, optimizers=[dense])
-            check_copies(model, replica_pg)
-            for a, b in zip(outputs(model), before, strict=True):
-                assert np.array_equal(a, b), (where, kind)
-            step(model, dense, 7)
-            for a, b in zip(outputs(model), after, strict=True):
-                np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5, err_msg=f"{where} {kind}")
-            cluster(model)
-            check_copies(model, replica_pg)
+ONE_GROUP = [(4, "cw"), (2, "tw"), (2, "dp"), (1, "unsharded")]
 
 
-def four_ranks(rank, world_size, folder):
-    saved = cluster_and_save(rank, world_size, folder)
-    load_in_groups(rank, world_size, saved)
-    load_all(rank, world_size, ["cw"], saved, Net)
-    return saved
-
-
-def test_copies_stay_equal_and_load_anywhere(tmp_path):
-    saved = run_ranks(4, four_ranks, str(tmp_path))[0]
-    for world_size, kinds in ((2, ["tw", "dp"]), (1, ["unsharded"])):
-        run_ranks(world_size, load_all, kinds, saved, Net)
+@pytest.mark.parametrize(("world_size", "kind"), ONE_GROUP)
+def test_one_group_loads_them(rank_pool, world_size, kind, saved):
+    rank_pool.run(world_size, load_jobs, kind, saved)

@@ -2,29 +2,31 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 from dataclasses import replace
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
-from torchrec.modules.embedding_configs import EmbeddingBagConfig, PoolingType
+from torchrec.modules.embedding_configs import EmbeddingBagConfig
 
 from cce_torchrec.checkpoint import folder as folders
 from cce_torchrec.checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint
 from cce_torchrec.clustering import cluster
 from cce_torchrec.codes.storage import hashed_codes
-from tests.distributed.ranks import run_ranks
-from tests.distributed.test_checkpoint import build, outputs, step
-from tests.distributed.test_sharded import batch, tables
+from tests.support.jobs import assert_same_outputs, build, outputs, step
+from tests.support.models import SUM, batch, tables
+from tests.support.ranks import on_ranks
 
 
 def configs(**changes):
     """The tables of the tests with fields of table t changed."""
-    t, p, u = tables(PoolingType.SUM)
+    t, p, u = tables(SUM)
     return [replace(t, **changes), p, u]
 
 
@@ -59,60 +61,117 @@ DAMAGES = {
 }
 
 
-def refuse_damage(rank, folder, model, dense):
+def save_good(rank, world_size, folder):
+    """A checkpoint of one step and a clustering; what its table t gives is returned."""
+    model, dense = build("cw", rank)
+    step(model, dense, 1)
+    cluster(model)
+    save_checkpoint(folder, model, step=1, optimizers=[dense])
+    return model.module.collection(batch(3, False))["f@t"].detach().numpy().copy()
+
+
+def save_seen(rank, world_size, folder):
+    """A checkpoint of tables that mark the ids that they saw; codes of t of this rank by chunk."""
+    seen, _ = build("cw", rank, configs=configs(track_seen=True))
+    seen.train()
+    seen(batch(3, False))
+    cluster(seen)
+    seen(batch(3, False))
+    save_checkpoint(folder, seen, step=1)
+    own = dict(seen.module.collection.codes.named_children()).get("t")
+    if own is None:
+        return {}
+    return dict(zip(own.chunks, own.codes.T.numpy().copy(), strict=True))
+
+
+@pytest.fixture(scope="module")
+def good(rank_pool, tmp_path_factory):
+    """The folder that tests copy or read, and what table t of its checkpoint gives."""
+    folder = tmp_path_factory.mktemp("good")
+    return folder, rank_pool.run(2, save_good, folder)[0]
+
+
+@pytest.fixture(scope="module")
+def seen(rank_pool, tmp_path_factory):
+    """The folder, and the codes of table t by chunk."""
+    folder = tmp_path_factory.mktemp("seen")
+    first, second = rank_pool.run(2, save_seen, folder)
+    return folder, first | second
+
+
+@on_ranks(2)
+@pytest.mark.parametrize("how", DAMAGES)
+def test_damage_is_refused(rank, world_size, how, good, tmp_path):
+    model, dense = build("cw", rank)
     before = outputs(model)
-    for how, message in DAMAGES.items():
-        bad = Path(folder, how)
-        if rank == 0:
-            shutil.copytree(Path(folder, "good"), bad)
-            damaged(latest_checkpoint(bad), how)
-        dist.barrier()
-        with pytest.raises(ValueError, match=message):
-            load_checkpoint(bad, model, optimizers=[dense])
+    bad = tmp_path / how
+    if rank == 0:
+        shutil.copytree(good[0], bad)
+        damaged(latest_checkpoint(bad), how)
+    dist.barrier()
+    with pytest.raises(ValueError, match=DAMAGES[how]):
+        load_checkpoint(bad, model, optimizers=[dense])
+    assert_same_outputs(model, before)
+
+
+@on_ranks(2)
+def test_a_folder_without_checkpoints(rank, world_size, tmp_path):
+    model, _ = build("cw", rank)
     with pytest.raises(ValueError, match="no checkpoint in"):
-        load_checkpoint(f"{folder}/nothing", model)
-    for a, b in zip(outputs(model), before, strict=True):
-        assert np.array_equal(a, b)
+        load_checkpoint(tmp_path / "nothing", model)
 
 
-def refuse_other_tables(where):
-    plain = EmbeddingBagConfig(
-        name="t", num_embeddings=300, embedding_dim=16, feature_names=["f", "g"],
-        pooling=PoolingType.SUM,
-    )  # fmt: skip
-    for changed, message in (
-        (configs(num_embeddings=301), r"num_embeddings is 300 in the checkpoint, 301 in the mod"),
-        (configs(num_embeddings=299), r"num_embeddings is 300 in the checkpoint, 299 in the mod"),
-        (configs(num_chunks=2), r"num_chunks is 4 in the checkpoint, 2 in the model"),
-        (configs(num_rows=6), r"num_rows is 5 in the checkpoint, 6 in the model"),
-        (configs(seed=9), r"seed is 0 in the checkpoint, 9 in the model"),
-        (configs(learned_codes=False), r"the model has no codes, the other side has"),
-        ([plain, *configs()[1:]], r"the checkpoint has a CCE table, the model a plain one"),
-        (configs()[:2], r"'collection.u': the checkpoint has it"),
-    ):
-        model, _ = build("cw", 0, configs=changed)
-        with pytest.raises(ValueError, match=rf"table '?.*{message}"):
-            load_checkpoint(where, model)
+PLAIN = EmbeddingBagConfig(
+    name="t", num_embeddings=300, embedding_dim=16, feature_names=["f", "g"], pooling=SUM
+)
+OTHER_TABLES = {
+    "more ids": (
+        configs(num_embeddings=301), r"num_embeddings is 300 in the checkpoint, 301 in the mod"
+    ),
+    "fewer ids": (
+        configs(num_embeddings=299), r"num_embeddings is 300 in the checkpoint, 299 in the mod"
+    ),
+    "chunks": (configs(num_chunks=2), r"num_chunks is 4 in the checkpoint, 2 in the model"),
+    "rows": (configs(num_rows=6), r"num_rows is 5 in the checkpoint, 6 in the model"),
+    "seed": (configs(seed=9), r"seed is 0 in the checkpoint, 9 in the model"),
+    "no codes": (configs(learned_codes=False), r"the model has no codes, the other side has"),
+    "plain": (
+        [PLAIN, *configs()[1:]], r"the checkpoint has a CCE table, the model a plain one"
+    ),
+    "one less": (configs()[:2], r"'collection.u': the checkpoint has it"),
+}  # fmt: skip
 
 
-def other_optimizer(where):
+@on_ranks(2)
+@pytest.mark.parametrize("other", OTHER_TABLES)
+def test_other_tables_are_refused(rank, world_size, other, good):
+    changed, message = OTHER_TABLES[other]
+    model, _ = build("cw", 0, configs=changed)
+    with pytest.raises(ValueError, match=rf"table '?.*{message}"):
+        load_checkpoint(good[0], model)
+
+
+@on_ranks(2)
+def test_state_of_another_optimizer_is_dropped(rank, world_size, good):
     model, dense = build("tw", 0, optimizer="sgd")
-    report = load_checkpoint(where, model, optimizers=[dense])
+    report = load_checkpoint(good[0], model, optimizers=[dense])
     assert report.dropped == [
         f"optimizer state of table 'collection.{name}': saved with RowWiseAdagrad, the model has "
         "SGD"
         for name in ("p", "t", "u")
     ]
     model, _ = build("tw", 0)
-    report = load_checkpoint(where, model)
+    report = load_checkpoint(good[0], model)
     assert report.dropped == [
         f"optimizer state of parameter 'over.{name}': saved with Adam, the model has no optimizer"
         for name in ("bias", "weight")
     ]
 
 
-def some_tables(where, expected):
+@on_ranks(2)
+def test_some_tables(rank, world_size, good):
     """One table comes, everything else stays; unknown names are refused."""
+    where, expected = good
     model, dense = build("cw", 7)
     before = {k: v.clone() for k, v in model.named_parameters() if "over" in k}
     state = torch.random.get_rng_state()
@@ -126,115 +185,107 @@ def some_tables(where, expected):
             assert torch.equal(value, before[name])
     after = model.module.collection(kjt)
     assert torch.equal(after["h@u"], u_before)
-    assert torch.equal(after["f@t"], expected)
+    assert np.array_equal(after["f@t"].detach(), expected)
     with pytest.raises(ValueError, match=r"tables: no table 'x'; the model has"):
         load_checkpoint(where, model, tables=["x"])
 
 
-def more_ids(where, source):
+@on_ranks(2)
+@pytest.mark.parametrize("kind", ["tw", "cw", "unsharded"])
+def test_more_ids(rank, world_size, kind, seen):
     """Old ids keep their codes, new ones have their hash, at every kind of plan."""
-    larger = configs(num_embeddings=500, track_seen=True)
-    saved = dict(source.module.collection.codes.named_children()).get("t")
-    for kind in ("tw", "cw", "unsharded"):
-        model, _ = build(kind, 5, configs=larger)
-        load_checkpoint(where, model, grow=["t"])
-        module = model if kind == "unsharded" else model.module
-        if "t" not in module.collection.codes:
-            continue
-        own = module.collection.codes["t"]
-        fresh = hashed_codes(own.config, own.chunks, torch.device("cpu"))
-        assert torch.equal(own.codes[300:], fresh[300:])
-        assert not torch.equal(own.codes[:300], fresh[:300])
-        assert own.num_clusterings == 1
-        assert own.seen[:37].any() and not own.seen[38:].any()
-        if saved is not None:
-            for column, chunk in enumerate(saved.chunks):
-                if chunk in own.chunks:
-                    mine = own.codes[:300, own.chunks.index(chunk)]
-                    assert torch.equal(mine, saved.codes[:, column])
+    where, saved = seen
+    model, _ = build(kind, 5, configs=configs(num_embeddings=500, track_seen=True))
+    load_checkpoint(where, model, grow=["t"])
+    module = model if kind == "unsharded" else model.module
+    if "t" not in module.collection.codes:
+        return
+    own = module.collection.codes["t"]
+    fresh = hashed_codes(own.config, own.chunks, torch.device("cpu"))
+    assert torch.equal(own.codes[300:], fresh[300:])
+    assert not torch.equal(own.codes[:300], fresh[:300])
+    assert own.num_clusterings == 1
+    assert own.seen[:37].any() and not own.seen[38:].any()
+    for column, chunk in enumerate(own.chunks):
+        assert np.array_equal(own.codes[:300, column], saved[chunk])
 
 
-def failing_save(rank, folder, model):
+@on_ranks(2)
+def test_a_failing_save_keeps_the_latest(rank, world_size, tmp_path):
     """Extra that is no JSON, or a rank that fails to write: all raise, the latest stays."""
-    latest = latest_checkpoint(folder)
+    model, _ = build("cw", rank)
+    save_checkpoint(tmp_path, model, step=1)
+    latest = latest_checkpoint(tmp_path)
     with pytest.raises(ValueError, match="not JSON serializable"):
-        save_checkpoint(folder, model, step=2, extra={"x": object()})
-    usual = folders.fingerprint
-
-    def full_disk(file):
-        raise OSError("no space left")
-
-    folders.fingerprint = full_disk if rank == 1 else usual
-    with pytest.raises(ValueError, match="rank 1: no space left"):
-        save_checkpoint(folder, model, step=2)
-    folders.fingerprint = usual
-    assert latest_checkpoint(folder) == latest
-    load_checkpoint(folder, model)
+        save_checkpoint(tmp_path, model, step=2, extra={"x": object()})
+    broken = mock.patch.object(folders, "fingerprint", side_effect=OSError("no space left"))
+    with (
+        broken if rank == 1 else contextlib.nullcontext(),
+        pytest.raises(ValueError, match="rank 1: no space left"),
+    ):
+        save_checkpoint(tmp_path, model, step=2)
+    assert latest_checkpoint(tmp_path) == latest
+    load_checkpoint(tmp_path, model)
 
 
-def newest_stay(rank, folder, model):
+@on_ranks(2)
+def test_the_newest_stay(rank, world_size, tmp_path):
     """Old ones go, the latest never does, also when a step is saved twice."""
-    paths = [save_checkpoint(folder, model, step=n, keep=2).name for n in (1, 2, 3, 3, 3)]
+    model, _ = build("cw", rank)
+    paths = [save_checkpoint(tmp_path, model, step=n, keep=2).name for n in (1, 2, 3, 3, 3)]
     assert paths[2:] == ["step-000000003", "step-000000003-again", "step-000000003"]
     dist.barrier()
-    kept = sorted(path.name for path in Path(folder).iterdir())
+    kept = sorted(path.name for path in tmp_path.iterdir())
     assert kept == ["latest", "step-000000003", "step-000000003-again"]
 
 
-def everything(rank, world_size, folder):
-    model, dense = build("cw", rank)
-    step(model, dense, 1)
-    cluster(model)
-    where = f"{folder}/good"
-    save_checkpoint(where, model, step=1, optimizers=[dense])
-    refuse_damage(rank, folder, model, dense)
-    refuse_other_tables(where)
-    other_optimizer(where)
-    some_tables(where, model.module.collection(batch(3, False))["f@t"].clone())
-    seen, _ = build("cw", rank, configs=configs(track_seen=True))
-    seen.train()
-    seen(batch(3, False))
-    cluster(seen)
-    seen(batch(3, False))
-    save_checkpoint(f"{folder}/seen", seen, step=1)
-    more_ids(f"{folder}/seen", seen)
-    failing_save(rank, where, model)
-    newest_stay(rank, f"{folder}/kept", model)
+# torch.distributed.checkpoint used directly: codes that nobody would read are refused.
 
 
-def test_bad_checkpoints(tmp_path):
-    run_ranks(2, everything, str(tmp_path))
-
-
-def raw_codes(rank, world_size):
-    """torch.distributed.checkpoint used directly: codes that nobody would read are refused."""
+@on_ranks(2)
+def test_a_state_dict_of_codes_into_a_hashed_table(rank, world_size):
     model, _ = build("cw", 0)
     other, _ = build("cw", 0, configs=configs(learned_codes=False))
     with pytest.raises(ValueError, match="table 't': the checkpoint has codes, the model"):
         other.load_state_dict(model.state_dict())
+
+
+@on_ranks(2)
+def test_a_state_dict_without_codes(rank, world_size):
     together, _ = build("tw", 0)  # one rank has no codes of t, and raises all the same
     other, _ = build("tw", 0, configs=configs(learned_codes=False))
     with pytest.raises(RuntimeError, match=r"Missing key.*codes.t.codes"):
         together.load_state_dict(other.state_dict())
+
+
+@on_ranks(2)
+def test_a_state_dict_of_another_plan(rank, world_size):
+    (spread, _), (together, _) = build("cw", 0), build("tw", 0)
     with pytest.raises(ValueError, match=r"table '[tu]': .* of another plan; .* dcp.load"):
-        together.load_state_dict(model.state_dict())
+        together.load_state_dict(spread.state_dict())
+
+
+@on_ranks(2)
+def test_a_state_dict_of_fewer_ids(rank, world_size):
+    model, _ = build("cw", 0)
     wider, _ = build("cw", 0, configs=configs(num_embeddings=301))
     state = wider.state_dict()
     state["collection.codes.t.codes"] = model.state_dict()["collection.codes.t.codes"]
     with pytest.raises(ValueError, match=r"codes \[300, 4\], the model \[301, 4\]"):
         wider.load_state_dict(state)
-    for rows, helper in ((10, 10), (20, 0)):  # 5 and 15 before: the shapes are the same
-        other, _ = build("tw", 1, configs=configs(num_rows=rows, num_helper_rows=helper))
-        before = outputs(other)
-        # On every rank, also where no chunk of the table is.
-        with pytest.raises(ValueError, match=f"'t': .* 15 helper rows, the model {helper};"):
-            other.load_state_dict(together.state_dict())
-        for a, b in zip(outputs(other), before, strict=True):
-            assert np.array_equal(a, b)
 
 
-def test_codes_in_a_plain_state_dict():
-    run_ranks(2, raw_codes)
+@on_ranks(2)
+@pytest.mark.parametrize(("rows", "helper"), [(10, 10), (20, 0)])
+def test_a_state_dict_of_other_helper_rows(rank, world_size, rows, helper):
+    """5 and 15 rows become others of the same sum: the shapes are the same."""
+    together, _ = build("tw", 0)
+    other, _ = build("tw", 1, configs=configs(num_rows=rows, num_helper_rows=helper))
+    before = outputs(other)
+    # On every rank, also where no chunk of the table is.
+    with pytest.raises(ValueError, match=f"'t': .* 15 helper rows, the model {helper};"):
+        other.load_state_dict(together.state_dict())
+    assert_same_outputs(other, before)
 
 
 def test_without_process_group(tmp_path):
@@ -247,5 +298,4 @@ def test_without_process_group(tmp_path):
     assert load_checkpoint(tmp_path, other, optimizers=[other_dense]).dropped == []
     for m, d in ((model, dense), (other, other_dense)):
         step(m, d, 2)
-    for a, b in zip(outputs(model), outputs(other), strict=True):
-        assert np.array_equal(a, b)
+    assert_same_outputs(model, outputs(other))

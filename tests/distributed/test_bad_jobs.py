@@ -7,18 +7,16 @@ import time
 import pytest
 import torch
 import torch.distributed as dist
-from torchrec.distributed import DistributedModelParallel
 from torchrec.distributed.planner.types import PlannerError
 from torchrec.distributed.sharding_plan import get_default_sharders as without_ours
-from torchrec.modules.embedding_configs import PoolingType
 
 from cce_torchrec import collectives
 from cce_torchrec.clustering import cluster
 from cce_torchrec.distributed.sharders import get_default_sharders
 from cce_torchrec.planning import make_plan, make_planner
-from tests.distributed.ranks import run_ranks
-from tests.distributed.test_checkpoint import build
-from tests.distributed.test_sharded import CPU, Model, collection, tables
+from tests.support.jobs import build
+from tests.support.models import CPU, SUM, Model, collection, shard_by, tables
+from tests.support.ranks import on_ranks, run_ranks
 
 
 def cluster_on_one_rank(rank, world_size, caller):
@@ -42,20 +40,29 @@ def test_cluster_on_one_of_two_ranks(caller):
     run_ranks(2, cluster_on_one_rank, caller)
 
 
-def wrong_plans(rank, world_size):
-    model = Model(collection(PoolingType.SUM, False, "rowwise"))
-    plan = make_planner(tables(PoolingType.SUM), 4, CPU, "cw").plan(model, get_default_sharders())
+def usual():
+    return Model(collection(tables(SUM)))
+
+
+@on_ranks(2)
+def test_a_plan_of_more_ranks(rank, world_size):
+    model = usual()
+    plan = make_planner(tables(SUM), 4, CPU, "cw").plan(model, get_default_sharders())
     with pytest.raises(ValueError, match=r"the plan puts it on rank 3, the job has 2 ranks"):
-        DistributedModelParallel(model, device=CPU, plan=plan, sharders=get_default_sharders())
-    model = Model(collection(PoolingType.SUM, False, "rowwise"))
-    plan = make_plan(model, tables(PoolingType.SUM), CPU, "cw")
+        shard_by(plan, model)
+
+
+@on_ranks(2)
+def test_sharders_of_torchrec_alone(rank, world_size):
+    model = usual()
+    plan = make_plan(model, tables(SUM), CPU, "cw")
     with pytest.raises(KeyError, match="CCEEmbeddingBagCollection"):  # TorchRec's own
-        DistributedModelParallel(model, device=CPU, plan=plan, sharders=without_ours())
+        shard_by(plan, model, without_ours())
     with pytest.raises(ValueError, match=r"sharded without their codes; give .* sharders="):
-        DistributedModelParallel(model, device=CPU, sharders=without_ours())
+        shard_by(None, model, without_ours())
+
+
+@on_ranks(2)
+def test_tables_that_do_not_fit(rank, world_size):
     with pytest.raises(PlannerError):
-        make_plan(model, tables(PoolingType.SUM), CPU, "cw", memory_bytes=10_000)
-
-
-def test_plans_and_sharders_that_do_not_fit():
-    run_ranks(2, wrong_plans)
+        make_plan(usual(), tables(SUM), CPU, "cw", memory_bytes=10_000)

@@ -4,19 +4,14 @@ from __future__ import annotations
 
 import pytest
 import torch
-import torchrec
 from torchrec import EmbeddingBagConfig, KeyedJaggedTensor
-from torchrec.distributed import DistributedModelParallel
-from torchrec.optim.apply_optimizer_in_backward import apply_optimizer_in_backward
 
-from cce_torchrec import CCEEmbeddingBagCollection, CCEEmbeddingBagConfig
-from cce_torchrec.distributed.sharders import get_default_sharders
+from cce_torchrec import CCEEmbeddingBagConfig
 from cce_torchrec.lookup import native
 from cce_torchrec.lookup.backward import CodebookBags
-from cce_torchrec.planning import make_plan
 from cce_torchrec.torchrec_internals import fused_kernels, lookups_of
-from tests.distributed.ranks import run_ranks
-from tests.distributed.test_sharded import CPU, Model
+from tests.support.models import Model, collection, shard
+from tests.support.ranks import run_ranks
 
 FEATURES = ["small", "plain", "large", "wide"]
 SMALL, BAGS = {"small", "plain"}, 64
@@ -48,20 +43,10 @@ def batch(seed):
     return KeyedJaggedTensor(FEATURES, ids, lengths=lengths)
 
 
-def collection():
-    torch.manual_seed(0)
-    made = CCEEmbeddingBagCollection(tables=tables())
-    # FBGEMM's eps; TorchRec's own row-wise Adagrad has 1e-10, which shows in tiny gradients.
-    settings = {"lr": 0.1, "eps": 1e-8}
-    apply_optimizer_in_backward(torchrec.optim.RowWiseAdagrad, list(made.parameters()), settings)
-    return made
-
-
 def trained(rank, world_size):
     """Trains as the unsharded module does; returns the names of tables by class of their kernel."""
-    model, plain = Model(collection()), collection()
-    plan = make_plan(model, tables(), CPU, "cw")
-    model = DistributedModelParallel(model, device=CPU, plan=plan, sharders=get_default_sharders())
+    plain = collection(tables())
+    model = shard(Model(collection(tables())), tables(), "cw")
     model.load_state_dict(
         {f"collection.{name}": value for name, value in plain.state_dict().items()}
     )

@@ -16,9 +16,9 @@ from cce_torchrec.clustering.local_chunks import fused_rows
 from cce_torchrec.kmeans import lloyd, scan
 from cce_torchrec.kmeans.backends import NativeBackend, TorchBackend
 from cce_torchrec.kmeans.points import PairPoints
-from tests.distributed.ranks import run_ranks
-from tests.distributed.test_shared_clustering import WAYS, build, digests, metric, small_blocks
-from tests.optional import installed
+from tests.support.clustering import WAYS, build, digests, metric, small_blocks
+from tests.support.optional import installed
+from tests.support.ranks import on_ranks
 
 OWNER, OTHER = 0, 1  # of table t, plan tw
 
@@ -85,36 +85,42 @@ def fail(rank, failed, model, where, error, match):
     assert raised.match(match.format(failed))
 
 
-def ranks_that_fail(rank, world_size):
+BEFORE_THE_COMMIT = [
+    *((failed, way) for failed in (OWNER, OTHER) for way in EVERY_RANK),
+    *((OWNER, way) for way in OWNER_ALONE),
+    *((OTHER, way) for way in OTHERS_ALONE),
+]
+
+
+@on_ranks(2)
+@pytest.mark.parametrize(("failed", "way"), BEFORE_THE_COMMIT)
+def test_a_failure_before_the_commit_changes_nothing(rank, world_size, failed, way):
     model, sharded = build("tw")
     assert ("t" in sharded.codes) == (rank == OWNER)
     before = state_of(sharded)
+    where = {**EVERY_RANK, **OWNER_ALONE, **OTHERS_ALONE}[way]
     with small_blocks(share_from=0, keep_codes=True):
-        for failed, ways in (
-            (OWNER, EVERY_RANK), (OTHER, EVERY_RANK), (OWNER, OWNER_ALONE), (OTHER, OTHERS_ALONE),
-        ):  # fmt: skip
-            for way, where in ways.items():
-                try:
-                    match = "^table 't', chunk 0: rank {}: MemoryError$"
-                    fail(rank, failed, model, where, ValueError, match)
-                except BaseException as error:
-                    raise AssertionError(f"{way}, on rank {failed}") from error
-                for name, value in state_of(sharded).items():
-                    assert value.equal(before[name]), (way, name)
-        fail(
-            rank, OTHER, model, (limits, "free_share", 1, {}), ValueError, "^rank {}: MemoryError$"
-        )
+        fail(rank, failed, model, where, ValueError, "^table 't', chunk 0: rank {}: MemoryError$")
+        for name, value in state_of(sharded).items():
+            assert value.equal(before[name]), name
         assert digests(model, sharded) == digests(*build("tw"))  # as if nothing had happened
+
+
+@on_ranks(2)
+def test_a_failure_of_no_chunk_names_none(rank, world_size):
+    model, _ = build("tw")
+    memory = (limits, "free_share", 1, {})
+    with small_blocks(share_from=0, keep_codes=True):
+        fail(rank, OTHER, model, memory, ValueError, "^rank {}: MemoryError$")
+
+
+@on_ranks(2)
+@pytest.mark.parametrize(
+    ("failed", "way"), [(failed, way) for failed, ways in AT_COMMIT.items() for way in ways]
+)
+def test_a_failure_at_the_commit_says_to_restore(rank, world_size, failed, way):
+    model, _ = build("tw")
+    match = "t', chunk 0: rank {}: MemoryError.*restore the last checkpoint"
     with small_blocks(share_from=0, keep_codes=False):
-        for failed, ways in AT_COMMIT.items():
-            for way, where in ways.items():
-                try:
-                    match = "t', chunk 0: rank {}: MemoryError.*restore the last checkpoint"
-                    fail(rank, failed, model, where, RuntimeError, match)
-                except BaseException as error:
-                    raise AssertionError(f"{way} at the commit, on rank {failed}") from error
-        assert len(cluster(model).chunks) == 6
-
-
-def test_one_of_two_ranks_fails():
-    run_ranks(2, ranks_that_fail)
+        fail(rank, failed, model, AT_COMMIT[failed][way], RuntimeError, match)
+        assert len(cluster(model).chunks) == 6  # the group still works

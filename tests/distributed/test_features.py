@@ -1,17 +1,14 @@
-"""What a TorchRec user combines with tables: sequences, processors, codecs, optimizers, errors."""
+"""What a TorchRec user combines with tables: processors, codecs, optimizers, errors."""
 
 from __future__ import annotations
 
 import logging
-import tempfile
-from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
 from torch import nn
 from torchrec import KeyedJaggedTensor
-from torchrec.distributed import DistributedModelParallel
 from torchrec.distributed.fbgemm_qcomm_codec import (
     CommType,
     QCommsConfig,
@@ -31,39 +28,56 @@ from cce_torchrec.codes.storage import seen_ids
 from cce_torchrec.distributed.data_parallel import data_parallel_parameters
 from cce_torchrec.distributed.sharders import get_default_sharders
 from cce_torchrec.planning import make_plan, make_planner
-from tests.distributed.ranks import run_ranks
-from tests.distributed.sequence_checks import (
+from tests.support.models import (
+    CPU,
+    KEYS,
+    MEAN,
     SGD,
-    a_rank_without_tables,
-    bad_ids,
-    pipelined_sequences,
-    sequences,
+    STRIDE,
+    SUM,
+    Model,
+    batch,
+    collection,
+    shard,
+    shard_by,
+    tables,
+    with_optimizer,
 )
-from tests.distributed.test_inputs import MEAN, SUM, Pair, vbe_batch
-from tests.distributed.test_sharded import CPU, KEYS, STRIDE, Model, batch, collection, tables
+from tests.support.ranks import on_ranks
+from tests.support.twins import Pair, constrained
+
+ADAGRAD = (torch.optim.Adagrad, {"lr": 0.1, "eps": 1e-8})
+DENSE = [
+    (torch.optim.SGD, {"lr": 0.1, "momentum": 0.9}),
+    # A large eps: Adam's first steps turn the rounding of tiny gradients into signs.
+    (torch.optim.Adam, {"lr": 0.01, "eps": 1e-3, "amsgrad": True}),
+    (torch.optim.AdamW, {"lr": 0.01, "eps": 1e-3}),
+    ADAGRAD,
+]
 
 
-def optimizers(rank, world_size):
-    """Fused ones over table-wise tables, dense ones over data-parallel tables."""
-    momentum = {"lr": 0.1, "momentum": 0.9}
-    adagrad = (torch.optim.Adagrad, {"lr": 0.1, "eps": 1e-8})
-    for optimizer in (SGD, adagrad):
-        Pair("tw", (), SUM, False, optimizer).check(batch)
-    for cls, settings in (
-        (torch.optim.SGD, momentum),
-        # A large eps: Adam's first steps turn the rounding of tiny gradients into signs.
-        (torch.optim.Adam, {"lr": 0.01, "eps": 1e-3, "amsgrad": True}),
-        (torch.optim.AdamW, {"lr": 0.01, "eps": 1e-3}),
-        adagrad,
-    ):
-        dense = lambda ps, cls=cls, settings=settings: cls(ps, **settings)  # noqa: E731
-        pair = Pair("tw", ("t", "u"), SUM, False, SGD, dense)
-        pair.check(batch)
-        for state in (pair.optimizer.state, pair.plain_optimizer.state):
-            assert any(settings.get("momentum") or len(s) for s in state.values())
+def of_class(value):
+    return value[0].__name__
 
 
-def same_on_all_ranks(rank, world_size):
+@on_ranks(2)
+@pytest.mark.parametrize("optimizer", [SGD, ADAGRAD], ids=of_class)
+def test_fused_optimizers(rank, world_size, optimizer):
+    Pair("tw", (), SUM, False, optimizer).check(batch)
+
+
+@on_ranks(2)
+@pytest.mark.parametrize("optimizer", DENSE, ids=of_class)
+def test_dense_optimizers_of_data_parallel_tables(rank, world_size, optimizer):
+    cls, settings = optimizer
+    pair = Pair("tw", ("t", "u"), SUM, False, SGD, lambda ps: cls(ps, **settings))
+    pair.check(batch)
+    for state in (pair.optimizer.state, pair.plain_optimizer.state):
+        assert any(settings.get("momentum") or len(s) for s in state.values())
+
+
+@on_ranks(2)
+def test_data_parallel_state_is_the_same_on_all_ranks(rank, world_size):
     """Data-parallel codes, codebooks and optimizer state are bit-equal on all ranks."""
     pair = Pair("tw", ("t", "u"), SUM, False)
     pair.check(batch)
@@ -79,26 +93,24 @@ def same_on_all_ranks(rank, world_size):
             assert torch.equal(theirs[name], own[name]), name
 
 
-def seen_ids_are_shared(rank, world_size):
+@on_ranks(2)
+def test_seen_ids_are_shared(rank, world_size, tmp_path):
     """Ids that one rank alone saw count on every rank."""
     config = CCEEmbeddingBagConfig(
         name="t", num_embeddings=64, embedding_dim=8, feature_names=["f"], num_rows=4,
         num_chunks=2, track_seen=True,
     )  # fmt: skip
     model = Model(CCEEmbeddingBagCollection([config]))
-    plan = make_plan(model, [config], CPU, data_parallel=["t"])
-    model = DistributedModelParallel(model, device=CPU, plan=plan, sharders=get_default_sharders())
+    model = shard(model, [config], data_parallel=["t"])
     ids = torch.arange(16) + 32 * rank
     kjt = KeyedJaggedTensor(keys=["f"], values=ids, lengths=torch.ones(16, dtype=torch.long))
     optimizer = torch.optim.SGD(data_parallel_parameters(model).values(), lr=0.1)
     model(kjt).wait().values().square().sum().backward()
     optimizer.step()
     both = torch.cat([torch.arange(16), torch.arange(16) + 32])
-    folder: list[Any] = [tempfile.mkdtemp()]
-    dist.broadcast_object_list(folder)
-    save_checkpoint(folder[0], model, step=1, optimizers=[optimizer])
+    save_checkpoint(tmp_path, model, step=1, optimizers=[optimizer])
     model.module.collection.codes["t"].seen.zero_()
-    load_checkpoint(folder[0], model, optimizers=[optimizer])
+    load_checkpoint(tmp_path, model, optimizers=[optimizer])
     found = seen_ids(model.module.collection.codes["t"].seen, 64).nonzero().view(-1)
     assert found.tolist() == both.tolist()  # saved for every rank, whoever saw them
     cluster(model, optimizer=optimizer, weights="seen")
@@ -107,8 +119,8 @@ def seen_ids_are_shared(rank, world_size):
     assert all(torch.equal(theirs, codes[0]) for theirs in codes)
 
 
-def refused(rank, world_size):
-    """Mistakes with data-parallel tables and plans: an error on every rank, nothing written."""
+@on_ranks(2)
+def test_clustering_needs_the_optimizer_of_data_parallel_tables(rank, world_size):
     pair = Pair("tw", ("u",), SUM, False)
     codes = pair.sharded.codes["u"].codes.clone()
     with pytest.raises(ValueError, match=r"table 'u' is data-parallel and the optimizer is miss"):
@@ -116,22 +128,32 @@ def refused(rank, world_size):
     dense = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=0.1)
     with pytest.raises(ValueError, match=r"table 'u' .* optimizer does not hold its parameters"):
         cluster(pair.model, optimizer=dense)
-    with pytest.raises(ValueError, match=r"tables \['u'\] are data-parallel, for which TorchRec"):
-        pair.model(vbe_batch(rank, False))
+    assert torch.equal(codes, pair.sharded.codes["u"].codes)
+
+
+@on_ranks(2)
+def test_copies_that_differ_are_refused(rank, world_size):
+    pair = Pair("tw", ("u",), SUM, False)
+    codes = pair.sharded.codes["u"].codes.clone()
     if rank == 1:
         next(iter(data_parallel_parameters(pair.model).values())).data[0, 0] += 1
     with pytest.raises(ValueError, match=r"u', chunk 0: the copy on rank 1 differs from that"):
         cluster(pair.model, optimizer=pair.optimizer)
     assert torch.equal(codes, pair.sharded.codes["u"].codes)
-    for kind in (ShardingType.TABLE_ROW_WISE, ShardingType.GRID_SHARD):
-        model = Model(collection(SUM, False, "sgd"))
-        plan = make_plan(model, tables(SUM), CPU)
-        plan.plan["collection"]["p"].sharding_type = kind.value
-        with pytest.raises(ValueError, match=f"table 'p': sharding_type '{kind.value}' is not for"):
-            DistributedModelParallel(model, device=CPU, plan=plan, sharders=get_default_sharders())
 
 
-def ignored_optimizers_are_named(rank, world_size):
+@on_ranks(2)
+@pytest.mark.parametrize("kind", [ShardingType.TABLE_ROW_WISE, ShardingType.GRID_SHARD])
+def test_sharding_types_that_are_refused(rank, world_size, kind):
+    model = Model(collection(tables(SUM), SGD))
+    plan = make_plan(model, tables(SUM), CPU)
+    plan.plan["collection"]["p"].sharding_type = kind.value
+    with pytest.raises(ValueError, match=f"table 'p': sharding_type '{kind.value}' is not for"):
+        shard_by(plan, model)
+
+
+@on_ranks(2)
+def test_ignored_optimizers_are_named(rank, world_size):
     """An in-backward optimizer on a data-parallel table, which TorchRec drops, is warned of."""
     said = []
     handler = logging.Handler()
@@ -139,28 +161,26 @@ def ignored_optimizers_are_named(rank, world_size):
     logger = logging.getLogger("cce_torchrec.distributed.plan")
     logger.addHandler(handler)
     for replicated in ((), ("u",)):
-        model = Model(collection(SUM, False, "sgd"))
-        plan = make_plan(model, tables(SUM), CPU, data_parallel=replicated)
-        DistributedModelParallel(model, device=CPU, plan=plan, sharders=get_default_sharders())
+        shard(Model(collection(tables(SUM), SGD)), tables(SUM), data_parallel=replicated)
         assert len(said) == len(replicated)
     assert "tables ['u'] are data-parallel" in said[0]
     logger.removeHandler(handler)
 
 
-def table_column_wise(rank, world_size):
+@on_ranks(2)
+def test_table_column_wise(rank, world_size):
     """Chunks over the ranks of one host, which is column-wise here; a plain table too."""
-    model = Model(collection(MEAN, False, "sgd"))
-    planner = make_planner(tables(MEAN), world_size, CPU)
-    for name, dim in (("t", 4), ("p", 4)):
-        planner._enumerator._constraints[name] = ParameterConstraints(
-            sharding_types=["table_column_wise" if name == "t" else "column_wise"],
-            min_partition=dim,
-        )
+    model = Model(collection(tables(MEAN), SGD))
+    planner = constrained(
+        make_planner(tables(MEAN), world_size, CPU),
+        t=ParameterConstraints(sharding_types=["table_column_wise"], min_partition=4),
+        p=ParameterConstraints(sharding_types=["column_wise"], min_partition=4),
+    )
     plan = planner.collective_plan(model, get_default_sharders(), dist.group.WORLD)
     assert plan.plan["collection"]["t"].sharding_type == "table_column_wise"
     assert len(plan.plan["collection"]["p"].ranks) == 2
-    model = DistributedModelParallel(model, device=CPU, plan=plan, sharders=get_default_sharders())
-    plain = collection(MEAN, False, "sgd")
+    model = shard_by(plan, model)
+    plain = collection(tables(MEAN), SGD)
     state = model.state_dict()
     for name in plain.state_dict():
         value = state.get(f"collection.{name}")
@@ -175,12 +195,12 @@ def table_column_wise(rank, world_size):
     torch.testing.assert_close(model(kjt).wait().values(), plain(kjt).values())
 
 
-def feature_processors(rank, world_size):
+@on_ranks(2)
+def test_feature_processors(rank, world_size):
     """Gradients reach the weights that processors compute, unsharded and sharded."""
 
     def make():
-        made = CCEEmbeddingBagCollection(tables(SUM), is_weighted=True)
-        apply_optimizer_in_backward(SGD[0], list(made.parameters()), dict(SGD[1]))
+        made = collection(tables(SUM), SGD, is_weighted=True)
         processors = {f: PositionWeightedModule(4) for f in ("f", "g", "h")}
         for i, processor in enumerate(processors.values()):
             nn.init.constant_(processor.position_weight, 0.5 + i)
@@ -188,8 +208,7 @@ def feature_processors(rank, world_size):
 
     torch.manual_seed(0)
     plain, model = make(), Model(make())
-    plan = make_plan(model, tables(SUM), CPU, "cw")
-    model = DistributedModelParallel(model, device=CPU, plan=plan, sharders=get_default_sharders())
+    model = shard(model, tables(SUM), "cw")
     inner = plain._embedding_bag_collection.embedding_bag_collection.embedding_bags
     local = {
         n: w.clone()
@@ -212,18 +231,17 @@ def feature_processors(rank, world_size):
     cluster(model)
 
 
-def quantised_communication(rank, world_size):
+@on_ranks(2)
+def test_quantised_communication(rank, world_size):
     """fp16 embeddings and bf16 gradients on the network: outputs within the codec's rounding."""
     config = QCommsConfig(forward_precision=CommType.FP16, backward_precision=CommType.BF16)
     registry = get_qcomm_codecs_registry(config, device=CPU)
     outs = []
     for codecs in (None, registry):
         torch.manual_seed(rank)
-        model = Model(collection(SUM, False, "sgd"))
+        model = Model(collection(tables(SUM), SGD))
         plan = make_plan(model, tables(SUM), CPU, "cw")
-        model = DistributedModelParallel(
-            model, device=CPU, plan=plan, sharders=get_default_sharders(None, codecs)
-        )
+        model = shard_by(plan, model, get_default_sharders(None, codecs))
         kjt = batch(rank, False)
         outs.append(model(kjt).wait().values())
         outs[-1].square().sum().backward()
@@ -231,37 +249,42 @@ def quantised_communication(rank, world_size):
     torch.testing.assert_close(outs[1], outs[0], rtol=2**-10, atol=1e-6)  # fp16: 11 bits
 
 
-def odd_batches(rank, world_size):
+def odd(seed, weighted):
+    """int32 ids, and features without ids on one rank."""
+    kjt = batch(seed, weighted)
+    ids = torch.int32 if seed < 10 else torch.int64
+    keep = {"f", "g", "h", "unused"} if seed % 2 else {"h"}
+    jagged = {k: kjt[k] for k in KEYS}
+    lengths = [jagged[k].lengths() * (k in keep) for k in KEYS]
+    values = [jagged[k].values() if k in keep else jagged[k].values()[:0] for k in KEYS]
+    return KeyedJaggedTensor(
+        keys=KEYS, values=torch.cat(values).to(ids), lengths=torch.cat(lengths), stride=STRIDE
+    )
+
+
+@on_ranks(2)
+@pytest.mark.parametrize(
+    ("kind", "replicated"), [("tw", ()), ("cw", ()), ("tw", ("t",))], ids=["tw", "cw", "dp"]
+)
+def test_odd_batches(rank, world_size, kind, replicated):
     """int32 ids, no examples, and features without ids on one rank."""
-
-    def odd(seed, weighted):
-        kjt = batch(seed, weighted)
-        ids = torch.int32 if seed < 10 else torch.int64
-        keep = {"f", "g", "h", "unused"} if seed % 2 else {"h"}
-        jagged = {k: kjt[k] for k in KEYS}
-        lengths = [jagged[k].lengths() * (k in keep) for k in KEYS]
-        values = [jagged[k].values() if k in keep else jagged[k].values()[:0] for k in KEYS]
-        return KeyedJaggedTensor(
-            keys=KEYS, values=torch.cat(values).to(ids), lengths=torch.cat(lengths), stride=STRIDE
-        )
-
-    for kind, replicated in (("tw", ()), ("cw", ()), ("tw", ("t",))):
-        pair = Pair(kind, replicated, MEAN, False)
-        pair.check(odd)
-        empty = KeyedJaggedTensor(
-            keys=KEYS, values=torch.empty(0, dtype=torch.long),
-            lengths=torch.empty(0, dtype=torch.long), stride=0,
-        )  # fmt: skip
-        out = pair.model(empty).wait().values()
-        assert out.shape == (0, 56)
-        if not replicated:
-            uneven = empty if rank == 0 else batch(rank, False)
-            out = pair.model(uneven).wait().values()
-            expected = pair.plain(uneven).values() if rank else torch.empty(0, 56)
-            torch.testing.assert_close(out, expected)
+    pair = Pair(kind, replicated, MEAN, False)
+    pair.check(odd)
+    empty = KeyedJaggedTensor(
+        keys=KEYS, values=torch.empty(0, dtype=torch.long),
+        lengths=torch.empty(0, dtype=torch.long), stride=0,
+    )  # fmt: skip
+    out = pair.model(empty).wait().values()
+    assert out.shape == (0, 56)
+    if not replicated:
+        uneven = empty if rank == 0 else batch(rank, False)
+        out = pair.model(uneven).wait().values()
+        expected = pair.plain(uneven).values() if rank else torch.empty(0, 56)
+        torch.testing.assert_close(out, expected)
 
 
-def learning_rates_and_collections(rank, world_size):
+@on_ranks(2)
+def test_learning_rates_and_collections(rank, world_size):
     """A learning rate per table; two collections in one model, one with raw ids."""
 
     class Two(nn.Module):
@@ -285,8 +308,7 @@ def learning_rates_and_collections(rank, world_size):
         apply_optimizer_in_backward(torch.optim.SGD, some, {"lr": rate})
     apply_optimizer_in_backward(torch.optim.SGD, model.second.parameters(), {"lr": 0.1})
     configs = [*tables(SUM), *model.second.embedding_bag_configs()]
-    plan = make_plan(model, configs, CPU, "cw")
-    model = DistributedModelParallel(model, device=CPU, plan=plan, sharders=get_default_sharders())
+    model = shard(model, configs, "cw")
     rows = {**fused_rows(model.module.first), **fused_rows(model.module.second)}
     before = {n: w.clone() for n, (w, _) in rows.items()}
     g = torch.Generator().manual_seed(rank)
@@ -303,7 +325,8 @@ def learning_rates_and_collections(rank, world_size):
     assert clustered == {"first.t", "first.u", "second.raw"}
 
 
-def replicas_of_a_checkpoint(rank, world_size):
+@on_ranks(2)
+def test_codes_of_data_parallel_tables_in_a_state_dict(rank, world_size):
     """Codes of a data-parallel table are a plain tensor [N, c] in the state dict."""
     pair = Pair("tw", ("t",), SUM, False)
     cluster(pair.model, optimizer=pair.optimizer)
@@ -321,8 +344,9 @@ def replicas_of_a_checkpoint(rank, world_size):
     assert torch.equal(other.model(kjt).wait()["g"], pair.model(kjt).wait()["g"])
 
 
-def finalized(rank, world_size):
-    """Data-parallel tables and sequences are finalized too, save their codes, and train on."""
+@on_ranks(2)
+def test_data_parallel_tables_are_finalized(rank, world_size):
+    """They save their codes, and train on."""
     pair = Pair("tw", ("t",), SUM, False)
     pair.copy()
     finalize(pair.model, optimizer=pair.optimizer)
@@ -333,38 +357,15 @@ def finalized(rank, world_size):
     pair.train(batch, (0,))
     pair.compare(exact=False)
 
+
+@on_ranks(2)
+def test_sequences_are_finalized(rank, world_size):
     shape = dict(embedding_dim=16, num_embeddings=300)
     config = CCEEmbeddingBagConfig(name="t", feature_names=["f"], num_rows=100, **shape)
-    plain = CCEEmbeddingCollection([config])
-    apply_optimizer_in_backward(SGD[0], plain.parameters(), dict(SGD[1]))
-    model = Model(plain)
-    plan = make_plan(model, [config], CPU, "cw")
-    sharded = DistributedModelParallel(
-        model, device=CPU, plan=plan, sharders=get_default_sharders()
-    )
+    model = Model(with_optimizer(CCEEmbeddingCollection([config]), SGD))
+    sharded = shard(model, [config], "cw")
     finalize(sharded)
     found = sharded.module.collection.embedding_configs()
     assert [(c.num_rows, c.helper_rows) for c in found] == [(400, 0)]
     values = sharded(batch(rank, False)).wait()["f"].values()
     assert values.shape[1] == 16
-
-
-CHECKS = [
-    sequences, bad_ids, a_rank_without_tables, pipelined_sequences, optimizers, same_on_all_ranks,
-    seen_ids_are_shared, refused,
-    ignored_optimizers_are_named, table_column_wise,
-    feature_processors, quantised_communication, odd_batches, learning_rates_and_collections,
-    replicas_of_a_checkpoint, finalized,
-]  # fmt: skip
-
-
-def all_checks(rank, world_size, checks):
-    for check in checks:
-        try:
-            check(rank, world_size)
-        except Exception as error:
-            raise AssertionError(check.__name__) from error
-
-
-def test_features_on_two_ranks():
-    run_ranks(2, all_checks, CHECKS)

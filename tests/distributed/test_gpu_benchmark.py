@@ -12,7 +12,7 @@ from benchmarks import gpu
 from benchmarks.gpu_parts import train
 from benchmarks.gpu_parts.page import page
 from benchmarks.gpu_parts.part import Part
-from tests.distributed.ranks import run_ranks
+from tests.support.ranks import run_ranks
 
 CPU = torch.device("cpu")
 GOAL_KEYS = {"what", "figure", "unit", "goal", "aim", "at_least", "met"}

@@ -12,26 +12,13 @@ from torchrec.modules.embedding_configs import EmbeddingBagConfig
 from cce_torchrec import CCEEmbeddingBagCollection, CCEEmbeddingBagConfig
 from cce_torchrec.distributed.sharders import get_default_sharders
 from cce_torchrec.planning import make_plan, make_planner
-from tests.distributed import sequence_checks
-from tests.distributed.ranks import run_ranks
-from tests.distributed.test_inputs import matrix
-from tests.distributed.test_pipeline import both
-
-CPU = torch.device("cpu")
+from tests.support.models import CPU, shard_by
+from tests.support.ranks import on_ranks
+from tests.support.twins import constrained
 
 
-def alone(rank, world_size):
-    matrix(rank, world_size)
-    both(rank, world_size)
-    sequence_checks.sequences(rank, world_size)
-    sequence_checks.bad_ids(rank, world_size)
-
-
-def test_alone():
-    run_ranks(1, alone)
-
-
-def direct(rank, world_size):
+@on_ranks(1)
+def test_nothing_is_waited_for(rank, world_size):
     """Without TorchRec's awaitables, whose output it has; with them where somebody watches."""
     configs = [
         CCEEmbeddingBagConfig(name=f"t{i}", num_embeddings=100, embedding_dim=8, num_chunks=2,
@@ -74,11 +61,8 @@ def direct(rank, world_size):
         collection(KeyedJaggedTensor(["f0"], torch.tensor([1]), lengths=torch.tensor([1])))
 
 
-def test_nothing_is_waited_for():
-    run_ranks(1, direct)
-
-
-def columns(rank, world_size):
+@on_ranks(1)
+def test_columns_of_a_plain_table(rank, world_size):
     """A plain table of two features in column shards, whose outputs TorchRec has to sort."""
     torch.manual_seed(0)
     configs = [
@@ -90,27 +74,20 @@ def columns(rank, world_size):
     ]  # fmt: skip
     unsharded = CCEEmbeddingBagCollection(configs)
     model = nn.Sequential(CCEEmbeddingBagCollection(configs))
-    planner = make_planner(configs, 1, CPU)
-    planner._enumerator._constraints["plain"] = ParameterConstraints(
-        sharding_types=["column_wise"], min_partition=32
-    )
-    sharders = get_default_sharders()
-    plan = planner.plan(model, sharders)
+    in_columns = ParameterConstraints(sharding_types=["column_wise"], min_partition=32)
+    planner = constrained(make_planner(configs, 1, CPU), plain=in_columns)
+    plan = planner.plan(model, get_default_sharders())
     (entries,) = plan.plan.values()
     assert len(entries["plain"].sharding_spec.shards) == 2
-    sharded = DistributedModelParallel(model, device=CPU, plan=plan, sharders=sharders)
-    collection = sharded.module[0]
+    collection = shard_by(plan, model).module[0]
     collection.load_state_dict(unsharded.state_dict())
     lengths = torch.tensor([2, 0, 1, 3, 1, 2], dtype=torch.int32)
     ids = KeyedJaggedTensor(["a", "b", "f"], torch.arange(9), lengths=lengths)
     assert torch.equal(collection(ids).values(), unsharded(ids).values())
 
 
-def test_columns_of_a_plain_table():
-    run_ranks(1, columns)
-
-
-def dense_memory(rank, world_size):
+@on_ranks(1)
+def test_plans_count_the_dense_network(rank, world_size):
     """The dense network's parameters, gradients and moments leave less room to the tables."""
     configs = [
         CCEEmbeddingBagConfig(name="t", num_embeddings=10**6, embedding_dim=8, num_chunks=2,
@@ -122,7 +99,3 @@ def dense_memory(rank, world_size):
     model.append(nn.Linear(500, 1000, device="meta"))  # 2 MB, of which there are six
     with pytest.raises(PlannerError):
         make_plan(model, configs, CPU, memory_bytes=memory)
-
-
-def test_plans_count_the_dense_network():
-    run_ranks(1, dense_memory)

@@ -2,63 +2,30 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from types import SimpleNamespace
 from unittest import mock
 
 import pytest
 import torch
 from torch import nn
-from torchrec import KeyedJaggedTensor
-from torchrec.distributed import DistributedModelParallel
 from torchrec.distributed.train_pipeline import TrainPipelineBase, TrainPipelineSparseDist
-from torchrec.modules.embedding_configs import PoolingType
-from torchrec.streamable import Pipelineable
 
 from cce_torchrec.clustering import cluster
 from cce_torchrec.clustering.local_chunks import fused_rows, uncached
 from cce_torchrec.distributed.caches import bypassed, forget_prefetched
-from cce_torchrec.distributed.sharders import get_default_sharders
 from cce_torchrec.planning import make_plan
-from tests.distributed.ranks import run_ranks
-from tests.distributed.test_sharded import CPU, batch, collection, tables
+from tests.support.models import CPU, MEAN, Batch, Loss, batch, shard_by, tables
+from tests.support.ranks import on_ranks
 
 STEPS = 7
-
-
-@dataclass
-class Batch(Pipelineable):
-    ids: KeyedJaggedTensor
-
-    def to(self, device, non_blocking=False):
-        return Batch(self.ids.to(device, non_blocking=non_blocking))
-
-    def record_stream(self, stream):
-        self.ids.record_stream(stream)
-
-    def pin_memory(self):
-        return Batch(self.ids.pin_memory())
-
-
-class Loss(nn.Module):
-    """A dense layer over the embeddings, as pipelines expect it: (loss, output)."""
-
-    def __init__(self):
-        super().__init__()
-        self.collection = collection(PoolingType.MEAN, False, "rowwise")
-        self.over = nn.Linear(16 + 16 + 8 + 8 + 8, 1)
-
-    def forward(self, data):
-        out = self.over(self.collection(data.ids).values())
-        return out.square().mean(), out.detach()
 
 
 def build(kind):
     torch.manual_seed(0)
     model = Loss()
-    plan = make_plan(model, tables(PoolingType.MEAN), CPU, kind)
+    plan = make_plan(model, tables(MEAN), CPU, kind)
     torch.manual_seed(1)
-    model = DistributedModelParallel(model, device=CPU, plan=plan, sharders=get_default_sharders())
+    model = shard_by(plan, model)
     dense = [p for name, p in model.named_parameters() if "over" in name]
     return model, torch.optim.SGD(dense, lr=0.1)
 
@@ -85,46 +52,38 @@ def run(kind, rank, pipeline_class):
     return outputs, rows
 
 
-def equal_to_the_loop(rank, world_size):
-    for kind in ("tw", "cw", "rw"):
-        outputs, rows = run(kind, rank, None)
-        for pipeline in (TrainPipelineSparseDist, TrainPipelineBase):
-            piped, piped_rows = run(kind, rank, pipeline)
-            for step, (a, b) in enumerate(zip(outputs, piped, strict=True)):
-                assert torch.equal(a, b), (kind, pipeline, step)
-            for name in rows:
-                assert torch.equal(rows[name], piped_rows[name]), (kind, pipeline, name)
+@on_ranks(1, 2)
+@pytest.mark.parametrize("pipeline", [TrainPipelineSparseDist, TrainPipelineBase])
+@pytest.mark.parametrize("kind", ["tw", "cw", "rw"])
+def test_pipelines_equal_the_plain_loop(rank, world_size, kind, pipeline):
+    outputs, rows = run(kind, rank, None)
+    piped, piped_rows = run(kind, rank, pipeline)
+    for step, (a, b) in enumerate(zip(outputs, piped, strict=True)):
+        assert torch.equal(a, b), step
+    for name in rows:
+        assert torch.equal(rows[name], piped_rows[name]), name
 
 
-def prefetched_in_between(rank, world_size):
+@on_ranks(1, 2)
+@pytest.mark.parametrize("clustered", [False, True])
+@pytest.mark.parametrize("kind", ["tw", "cw", "rw"])
+def test_prefetched_ids_are_expanded_once(rank, world_size, kind, clustered):
     """What the prefetch pipeline (CUDA only) does to the module: ids are expanded once a batch, and
     once more where a clustering step came between."""
-    for kind in ("tw", "cw", "rw"):
-        model = build(kind)[0]
-        sharded = model.module.collection
-        for clustered in (False, True):
-            context = sharded.create_context()
-            received = sharded.input_dist(context, batch(rank, False)).wait().wait()
-            with mock.patch.object(sharded, "_expand", wraps=sharded._expand) as expand:
-                sharded.prefetch(received, ctx=context)
-                rows = context.in_flight.rows
-                if clustered:
-                    cluster(model)
-                out = sharded.compute_and_output_dist(context, received).wait().values()
-                assert expand.call_count == 2
-            looked_up = sharded._expand(context, received)
-            assert clustered or looked_up is rows
-            assert torch.equal(out, sharded(batch(rank, False)).wait().values()), (kind, clustered)
-
-
-def both(rank, world_size):
-    equal_to_the_loop(rank, world_size)
-    prefetched_in_between(rank, world_size)
-
-
-@pytest.mark.parametrize("world_size", [2])
-def test_pipelines_equal_the_plain_loop(world_size):
-    run_ranks(world_size, both)
+    model = build(kind)[0]
+    sharded = model.module.collection
+    context = sharded.create_context()
+    received = sharded.input_dist(context, batch(rank, False)).wait().wait()
+    with mock.patch.object(sharded, "_expand", wraps=sharded._expand) as expand:
+        sharded.prefetch(received, ctx=context)
+        rows = context.in_flight.rows
+        if clustered:
+            cluster(model)
+        out = sharded.compute_and_output_dist(context, received).wait().values()
+        assert expand.call_count == 2
+    looked_up = sharded._expand(context, received)
+    assert clustered or looked_up is rows
+    assert torch.equal(out, sharded(batch(rank, False)).wait().values())
 
 
 class Cached:

@@ -7,16 +7,13 @@ import torch
 import torch.distributed as dist
 import torchrec
 from torch import nn
-from torchrec.distributed import DistributedModelParallel
 from torchrec.modules.embedding_configs import EmbeddingBagConfig
-from torchrec.optim.apply_optimizer_in_backward import apply_optimizer_in_backward
 
-from cce_torchrec import CCEEmbeddingBagCollection, CCEEmbeddingBagConfig
+from cce_torchrec import CCEEmbeddingBagConfig
 from cce_torchrec.distributed.sharders import get_default_sharders
 from cce_torchrec.planning import make_planner, plan_report
-from tests.distributed.ranks import run_ranks
-
-CPU = torch.device("cpu")
+from tests.support.models import CPU, collection, shard_by
+from tests.support.ranks import on_ranks
 
 
 def configs():
@@ -45,32 +42,22 @@ def allocated(sharded):
     return sum(t.numel() * t.element_size() for t in tensors)
 
 
-def predicted_equals_allocated(rank, world_size):
-    for kind in ("tw", "cw", "rw"):
-        for optimizer in (torchrec.optim.RowWiseAdagrad, torch.optim.Adagrad):
-            made = CCEEmbeddingBagCollection(configs())
-            apply_optimizer_in_backward(optimizer, list(made.parameters()), {"lr": 0.1})
-            model = nn.ModuleDict({"sparse": made})
-            planner = make_planner(configs(), world_size, CPU, kind, batch_size=2)
-            plan = planner.collective_plan(model, get_default_sharders(), dist.group.WORLD)
-            report = plan_report(model, plan, world_size)
-            # TorchRec adds inputs and outputs of the batch, a few bytes here.
-            planned = [None]
-            if rank == 0:
-                shards = [s for option in planner._best_plan for s in option.shards]
-                planned = [
-                    [sum(s.storage.ddr for s in shards if s.rank == r) for r in range(world_size)]
-                ]
-            dist.broadcast_object_list(planned)
-            sharded = DistributedModelParallel(
-                model, device=CPU, plan=plan, sharders=get_default_sharders()
-            )
-            found = allocated(sharded.module["sparse"])
-            assert report.rank_bytes(rank) == pytest.approx(found, rel=0.02), (kind, optimizer)
-            assert planned[0][rank] == pytest.approx(found, rel=0.02), (kind, optimizer)
-            text = str(report)
-            assert "sparse.t" in text and f"rank {rank}: {report.rank_bytes(rank):,}" in text
-
-
-def test_predicted_bytes_are_allocated_bytes():
-    run_ranks(2, predicted_equals_allocated)
+@on_ranks(2)
+@pytest.mark.parametrize("optimizer", [torchrec.optim.RowWiseAdagrad, torch.optim.Adagrad])
+@pytest.mark.parametrize("kind", ["tw", "cw", "rw"])
+def test_predicted_bytes_are_allocated_bytes(rank, world_size, kind, optimizer):
+    model = nn.ModuleDict({"sparse": collection(configs(), (optimizer, {"lr": 0.1}))})
+    planner = make_planner(configs(), world_size, CPU, kind, batch_size=2)
+    plan = planner.collective_plan(model, get_default_sharders(), dist.group.WORLD)
+    report = plan_report(model, plan, world_size)
+    # TorchRec adds inputs and outputs of the batch, a few bytes here.
+    planned = [None]
+    if rank == 0:
+        shards = [s for option in planner._best_plan for s in option.shards]
+        planned = [[sum(s.storage.ddr for s in shards if s.rank == r) for r in range(world_size)]]
+    dist.broadcast_object_list(planned)
+    found = allocated(shard_by(plan, model).module["sparse"])
+    assert report.rank_bytes(rank) == pytest.approx(found, rel=0.02)
+    assert planned[0][rank] == pytest.approx(found, rel=0.02)
+    text = str(report)
+    assert "sparse.t" in text and f"rank {rank}: {report.rank_bytes(rank):,}" in text

@@ -11,7 +11,6 @@ import torch
 import torch.distributed as dist
 import torchrec
 from torchrec import KeyedJaggedTensor
-from torchrec.distributed import DistributedModelParallel
 from torchrec.distributed.planner import EmbeddingShardingPlanner, ParameterConstraints
 from torchrec.modules.embedding_configs import EmbeddingConfig, PoolingType
 from torchrec.modules.feature_processor_ import PositionWeightedModule
@@ -24,9 +23,10 @@ from cce_torchrec.clustering.id_passes import ChunkIds, NewCodes
 from cce_torchrec.clustering.local_chunks import fused_rows
 from cce_torchrec.distributed.sharders import get_default_sharders
 from cce_torchrec.planning import make_plan, plan_report
-from tests.distributed.ranks import run_ranks
-from tests.distributed.test_row_wise import collection, sharded_model, tables, train
-from tests.distributed.test_sharded import CPU, Model, batch, compare, copy_state
+from tests.support.models import CPU, Model, batch, collection, shard_by
+from tests.support.ranks import on_ranks
+from tests.support.row_wise import sharded_model, tables
+from tests.support.twins import compare, copy_state, train
 
 FATAL = torchrec.distributed.types.BoundsCheckMode.FATAL
 
@@ -39,8 +39,8 @@ def raised_within(seconds, error, match):
     assert time.monotonic() - began < seconds
 
 
-def failures_reach_every_rank(rank, world_size):
-    """What fails on one rank, owner of a codebook or not, is raised on all, and nothing hangs."""
+@on_ranks(2)
+def test_a_bad_id_on_one_rank_raises_on_all(rank, world_size):
     model = sharded_model(bounds_check_mode=FATAL)
     kjt = batch(rank, False)
     if rank == 1:
@@ -50,35 +50,46 @@ def failures_reach_every_rank(rank, world_size):
         model(kjt)
     model(batch(rank, False)).wait()
 
+
+FAILING = {
+    "pairs": (ChunkIds, "count_pairs", {}),
+    "sampled ids": (ChunkIds, "drawn", {}),
+    "sums": (pairs, "_added_up", {"samples_per_centroid": 3}),
+    "new codes": (NewCodes, "add_residuals", {}),
+}
+
+
+@on_ranks(2)
+@pytest.mark.parametrize("failing", [0, 1])
+@pytest.mark.parametrize("what", FAILING)
+def test_a_failing_rank_changes_nothing(rank, world_size, what, failing):
+    """What fails on one rank, owner of a codebook or not, is raised on all, and nothing hangs."""
+    model = sharded_model()
     sharded = model.module.collection
     rows = {n: w.clone() for n, (w, _) in fused_rows(sharded).items()}
     codes = {n: part.codes.clone() for n, part in sharded.codes.items()}
-
-    def out_of_memory(*_, **__):
-        raise MemoryError("no memory for this")
 
     def unchanged():
         return all(torch.equal(w, rows[n]) for n, (w, _) in fused_rows(sharded).items()) and all(
             torch.equal(part.codes, codes[n]) for n, part in sharded.codes.items()
         )
 
-    for failing in range(world_size):
-        for owner, method, options in (
-            (ChunkIds, "count_pairs", {}),
-            (ChunkIds, "drawn", {}),
-            (pairs, "_added_up", {"samples_per_centroid": 3}),
-            (NewCodes, "add_residuals", {}),
-        ):
-            broken = mock.patch.object(owner, method, out_of_memory)
-            with (
-                broken if rank == failing else contextlib.nullcontext(),
-                raised_within(20, ValueError, rf"table '.*rank {failing}: no memory for this"),
-            ):
-                cluster(model, **options)
-            assert unchanged()
+    owner, method, options = FAILING[what]
+    broken = mock.patch.object(owner, method, side_effect=MemoryError("no memory for this"))
+    with (
+        broken if rank == failing else contextlib.nullcontext(),
+        raised_within(20, ValueError, rf"table '.*rank {failing}: no memory for this"),
+    ):
+        cluster(model, **options)
+    assert unchanged()
     cluster(model)
     assert not unchanged()
-    broken = mock.patch.object(NewCodes, "write", out_of_memory)
+
+
+@on_ranks(2)
+def test_a_failing_write_says_to_restore(rank, world_size):
+    model = sharded_model()
+    broken = mock.patch.object(NewCodes, "write", side_effect=MemoryError("no memory for this"))
     with (
         broken if rank == 1 else contextlib.nullcontext(),
         raised_within(20, RuntimeError, "no memory for this.*restore the last checkpoint"),
@@ -86,19 +97,29 @@ def failures_reach_every_rank(rank, world_size):
         cluster(model)
 
 
-def mistakes(rank, world_size):
-    """Plans that cannot be: an error with the table and the remedy, on every rank."""
-    model = Model(collection())
+# Plans that cannot be: an error with the table and the remedy, on every rank.
+
+
+@on_ranks(2)
+def test_a_plan_without_a_shard(rank, world_size):
+    model = Model(collection(tables()))
     plan = make_plan(model, tables(), CPU, "rw")
     plan.plan["collection"]["t"].sharding_spec.shards.pop()
     with pytest.raises(ValueError, match=r"'t': its ROW_WISE plan has shards on ranks \[0\], and"):
-        DistributedModelParallel(model, device=CPU, plan=plan, sharders=get_default_sharders())
+        shard_by(plan, model)
+
+
+@on_ranks(2)
+def test_feature_processors_are_refused(rank, world_size):
     made = collection([tables()[2]], is_weighted=True)
     model = Model(FeatureProcessedEmbeddingBagCollection(made, {"h": PositionWeightedModule(4)}))
     plan = make_plan(model, [tables()[2]], CPU, "rw")
     with pytest.raises(ValueError, match=r"tables \['u'\]: feature processors weigh ids"):
-        DistributedModelParallel(model, device=CPU, plan=plan, sharders=get_default_sharders())
+        shard_by(plan, model)
 
+
+@on_ranks(2)
+def test_a_group_that_lacks_codes(rank, world_size):
     model = sharded_model()
     alone = [dist.new_group([r]) for r in range(world_size)][rank]
     with pytest.raises(
@@ -106,15 +127,19 @@ def mistakes(rank, world_size):
     ):
         cluster(model, process_group=alone)
 
+
+@on_ranks(2)
+def test_sequences_are_refused(rank, world_size):
     rows = [EmbeddingConfig(name="e", num_embeddings=50, embedding_dim=8, feature_names=["f"])]
     model = Model(CCEEmbeddingCollection(rows))
     plan = make_plan(model, rows, CPU)
     plan.plan["collection"]["e"].sharding_type = "row_wise"
     with pytest.raises(ValueError, match=r"tables \['e'\]: sequence embeddings cannot be ROW_WISE"):
-        DistributedModelParallel(model, device=CPU, plan=plan, sharders=get_default_sharders())
+        shard_by(plan, model)
 
 
-def hashed_tables(rank, world_size):
+@on_ranks(2)
+def test_hashed_tables(rank, world_size):
     """A table without codes, for which our planner has no ROW_WISE and TorchRec's may."""
     hashed = tables()[2]
     hashed.learned_codes = False
@@ -126,18 +151,19 @@ def hashed_tables(rank, world_size):
     )
     plan = planner.collective_plan(model, get_default_sharders(), dist.group.WORLD)
     report = plan_report(model, plan, world_size)
-    model = DistributedModelParallel(model, device=CPU, plan=plan, sharders=get_default_sharders())
+    model = shard_by(plan, model)
     sharded = model.module.collection
     assert set(sharded.chunk_owners["u"]) == {0, 1}
     held = sum(w.nbytes for w, _ in fused_rows(sharded).values())
     share = next(table for table in report.tables if table.rank == rank)
     assert (share.codebook_bytes, share.code_bytes) == (held, 0)
     copy_state(sharded, plain)
-    train(model, plain, (1, 2), rank, world_size)
+    train(model, plain, (1, 2))
     compare(sharded, plain, exact=False)
 
 
-def few_ids(rank, world_size, folder):
+@on_ranks(2)
+def test_few_ids(rank, world_size, tmp_path):
     """One block holds all ids; one rank has the only codebook, and both count its memory."""
     config = CCEEmbeddingBagConfig(
         name="t", num_embeddings=8, embedding_dim=8, feature_names=["h"], num_rows=2, num_chunks=1,
@@ -156,42 +182,31 @@ def few_ids(rank, world_size, folder):
         compare(model.module.collection, plain, exact=True)
         dist.all_gather_object(peaks, report.peak_bytes)
         assert min(peaks) > 1 << 20
-    save_checkpoint(folder, model, step=1)
+    save_checkpoint(tmp_path, model, step=1)
     for kind in ("rw", "tw"):
         other = sharded_model(kind, [config])
-        load_checkpoint(folder, other)
+        load_checkpoint(tmp_path, other)
         assert torch.equal(other(kjt).wait().values(), model(kjt).wait().values())
 
 
-def means_of_plain_tables(rank, world_size):
+@on_ranks(2)
+@pytest.mark.parametrize("weighted", [False, True])
+def test_means_of_plain_tables(rank, world_size, weighted):
     """Of a plain MEAN table that is cut by rows, with and without weights."""
-    for weighted in (False, True):
-        configs = [tables()[0], tables()[1]]
-        configs[1].pooling = PoolingType.MEAN
-        model = sharded_model("rw, plain ones too", configs, is_weighted=weighted)
-        whole = torch.arange(40.0)[:, None].expand(40, 8)
-        for name, (weight, _) in fused_rows(model.module.collection).items():
-            if name == "p":
-                weight.copy_(whole[20 * rank :][:20])
-        kjt = batch(rank, weighted)
-        out = model(kjt).wait()
-        for name, feature in (("h", "h"), ("f@p", "f")):
-            bags, expected = kjt[feature].to_dense(), out[name]
-            weights = (
-                kjt[feature].to_dense_weights() if weighted else [torch.ones(len(b)) for b in bags]
-            )
-            for bag, weight, found in zip(bags, weights, expected, strict=True):
-                mean = float((bag * weight).sum()) / max(1, len(bag))
-                assert torch.allclose(found, torch.full((8,), mean), rtol=1e-5)
-
-
-def two_ranks(rank, world_size, folder):
-    failures_reach_every_rank(rank, world_size)
-    mistakes(rank, world_size)
-    hashed_tables(rank, world_size)
-    few_ids(rank, world_size, folder)
-    means_of_plain_tables(rank, world_size)
-
-
-def test_row_wise_errors(tmp_path):
-    run_ranks(2, two_ranks, str(tmp_path))
+    configs = [tables()[0], tables()[1]]
+    configs[1].pooling = PoolingType.MEAN
+    model = sharded_model("rw, plain ones too", configs, is_weighted=weighted)
+    whole = torch.arange(40.0)[:, None].expand(40, 8)
+    for name, (weight, _) in fused_rows(model.module.collection).items():
+        if name == "p":
+            weight.copy_(whole[20 * rank :][:20])
+    kjt = batch(rank, weighted)
+    out = model(kjt).wait()
+    for name, feature in (("h", "h"), ("f@p", "f")):
+        bags, expected = kjt[feature].to_dense(), out[name]
+        weights = (
+            kjt[feature].to_dense_weights() if weighted else [torch.ones(len(b)) for b in bags]
+        )
+        for bag, weight, found in zip(bags, weights, expected, strict=True):
+            mean = float((bag * weight).sum()) / max(1, len(bag))
+            assert torch.allclose(found, torch.full((8,), mean), rtol=1e-5)

@@ -10,7 +10,7 @@ import torch
 
 from benchmarks import step_time
 from benchmarks.contenders import Clock, Setting
-from tests.distributed.ranks import run_ranks
+from tests.support.ranks import run_ranks
 
 CPU = torch.device("cpu")
 

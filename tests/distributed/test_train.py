@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.distributed.ranks import free_port
+from tests.support.torchrun import torchrun
 
 KEYS = {
     "val_log_loss", "val_auc", "best_val_log_loss", "best_val_auc", "parameters", "table_bytes",
@@ -39,26 +39,8 @@ print("threads at the end:", *threads, flush=True)
 
 
 def train(out, *options, ranks=1, check=True, program=("-m", "cce_torchrec.train")):
-    command = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--nproc-per-node",
-        str(ranks),
-        "--master-port",
-        str(free_port()),
-        *program,
-        "--out",
-        str(out),
-        "--epochs",
-        "2",
-        "--dataset",
-        "synthetic",
-        "--batch-size",
-        "8192",
-        *options,
-    ]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    usual = ("--epochs", "2", "--dataset", "synthetic", "--batch-size", "8192")
+    done = torchrun(ranks, *program, "--out", out, *usual, *options)
     if not check:
         return done
     assert done.returncode == 0, done.stderr[-3000:]

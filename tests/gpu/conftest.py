@@ -3,7 +3,7 @@
 import pytest
 import torch.distributed as dist
 
-from tests.distributed.ranks import free_port
+from tests.support.ranks import free_port
 
 
 @pytest.fixture(scope="module")

@@ -15,7 +15,7 @@ from cce_torchrec import CCEEmbeddingBagCollection, CCEEmbeddingBagConfig
 from cce_torchrec.clustering import cluster, finalize
 from cce_torchrec.distributed.sharders import get_default_sharders
 from cce_torchrec.planning import make_plan
-from tests.distributed.ranks import free_port
+from tests.support.ranks import free_port
 
 pytestmark = [
     pytest.mark.gpu,

@@ -13,7 +13,7 @@ from cce_torchrec.clustering.local_chunks import fused_rows
 from cce_torchrec.codes.storage import widen
 from cce_torchrec.distributed.sharders import get_default_sharders
 from cce_torchrec.planning import make_plan
-from tests.distributed.test_sharded import Model
+from tests.support.models import Model
 
 pytestmark = [
     pytest.mark.gpu,
@@ -119,8 +119,8 @@ def test_a_batch_size_per_feature_equals_the_cpu():
 @pytest.mark.usefixtures("one_rank")
 def test_a_batch_size_per_feature_trains_as_every_example_does():
     """Over two FBGEMM modules, as tables are summed and averaged."""
-    from tests.distributed.test_inputs import every_example, vbe_batch
-    from tests.distributed.test_sharded import tables as several
+    from tests.support.models import every_example, vbe_batch
+    from tests.support.models import tables as several
 
     def configs():
         plain = EmbeddingBagConfig(name="mean", num_embeddings=40, embedding_dim=8,

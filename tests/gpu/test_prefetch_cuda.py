@@ -10,8 +10,9 @@ from cce_torchrec.clustering import cluster
 from cce_torchrec.clustering.local_chunks import fused_rows, uncached
 from cce_torchrec.distributed.sharders import get_default_sharders
 from cce_torchrec.planning import make_plan
-from tests.distributed.test_pipeline import STEPS, Batch, Loss
-from tests.distributed.test_sharded import batch, tables
+from tests.support.models import Batch, Loss, batch, tables
+
+STEPS = 7
 
 pytestmark = [
     pytest.mark.gpu,

@@ -14,9 +14,9 @@ from cce_torchrec.codes.storage import seen_ids
 from cce_torchrec.distributed.batch_in_flight import BatchInFlight
 from cce_torchrec.lookup.bounds import BoundsCheck
 from cce_torchrec.table import Generation, Table
-from tests.distributed.ranks import run_ranks
 from tests.distributed.test_pipeline import build
 from tests.distributed.test_sharded import batch
+from tests.support.ranks import run_ranks
 
 WARNING, IGNORE = BoundsCheckMode.WARNING, BoundsCheckMode.IGNORE
 NONE = BoundsCheckMode.NONE

@@ -15,7 +15,7 @@ from cce_torchrec.clustering.id_passes import ChunkIds, starting_pairs
 from cce_torchrec.codes.hashing import helper_hash
 from cce_torchrec.codes.storage import seen_ids, widen
 from cce_torchrec.kmeans import native
-from tests.optional import needs
+from tests.support.optional import needs
 
 
 def module(**kwargs):

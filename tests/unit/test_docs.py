@@ -20,7 +20,7 @@ import torch.distributed.run as torchrun
 
 import cce_torchrec
 from cce_torchrec.train import options
-from tests.distributed.ranks import run_ranks
+from tests.support.ranks import run_ranks
 
 ROOT = Path(__file__).parents[2]
 PAGES = [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").glob("*.md"))]

@@ -4,7 +4,7 @@ import pytest
 import torch
 from fbgemm_gpu.split_table_batched_embeddings_ops_common import BoundsCheckMode
 from torchrec import KeyedJaggedTensor
-from torchrec.modules.embedding_configs import EmbeddingConfig, PoolingType
+from torchrec.modules.embedding_configs import EmbeddingConfig
 from torchrec.modules.mc_embedding_modules import (
     ManagedCollisionEmbeddingBagCollection,
     ManagedCollisionEmbeddingCollection,
@@ -19,11 +19,8 @@ from cce_torchrec import CCEEmbeddingBagCollection, CCEEmbeddingBagConfig, CCEEm
 from cce_torchrec.clustering import cluster
 from cce_torchrec.clustering.local_chunks import unsharded_rows
 from cce_torchrec.codes.hashing import hash_ids
-from tests.distributed.test_inputs import every_example, vbe_batch
-from tests.distributed.test_sharded import batch, tables
+from tests.support.models import MEAN, SUM, batch, every_example, tables, vbe_batch
 from tests.unit.test_collection import embedding
-
-SUM, MEAN = PoolingType.SUM, PoolingType.MEAN
 
 
 @pytest.mark.parametrize("pooling", [SUM, MEAN])

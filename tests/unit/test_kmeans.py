@@ -14,7 +14,7 @@ from cce_torchrec.kmeans import PairPoints, TensorPoints, kmeans, native
 from cce_torchrec.kmeans.backends import make_backend, optional_module
 from cce_torchrec.kmeans.lloyd import refill_empty
 from cce_torchrec.kmeans.points import BLOCK, metric_root
-from tests.optional import installed, needs
+from tests.support.optional import installed, needs
 
 CPU = torch.device("cpu")
 ENGINES = [

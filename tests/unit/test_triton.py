@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.optional import needs_interpreter
+from tests.support.optional import needs_interpreter
 
 pytestmark = needs_interpreter
 

@@ -1,4 +1,4 @@
-"""Checks of sequence embeddings, run on the ranks of test_features.py."""
+"""Sequence embeddings under sharding: equal to the unsharded module, bad ids, pipelines."""
 
 from __future__ import annotations
 
@@ -7,66 +7,75 @@ import torch
 import torch.distributed as dist
 from torch import nn
 from torchrec import KeyedJaggedTensor
-from torchrec.distributed import DistributedModelParallel
 from torchrec.distributed.train_pipeline import TrainPipelineSparseDist
 from torchrec.modules.embedding_configs import EmbeddingConfig
-from torchrec.optim.apply_optimizer_in_backward import apply_optimizer_in_backward
 
 from cce_torchrec import CCEEmbeddingBagConfig, CCEEmbeddingCollection
 from cce_torchrec.clustering import cluster
-from cce_torchrec.distributed.sharders import get_default_sharders
 from cce_torchrec.planning import make_plan
-from tests.distributed.test_checkpoint import SequenceNet
-from tests.distributed.test_inputs import SUM, Pair, flat, vbe_batch
-from tests.distributed.test_pipeline import Batch
-from tests.distributed.test_sharded import CPU, KEYS, STRIDE, Model, batch
+from tests.support.models import (
+    CPU,
+    KEYS,
+    SGD,
+    STRIDE,
+    SUM,
+    Batch,
+    Model,
+    SequenceNet,
+    batch,
+    shard,
+    shard_by,
+    vbe_batch,
+    with_optimizer,
+)
+from tests.support.ranks import on_ranks
+from tests.support.twins import Pair, flat
 
-SGD = (torch.optim.SGD, {"lr": 0.1})
 
-
-def sequences(rank, world_size):
-    """Embeddings of every id: the same outputs, weights and codes as unsharded."""
+def made():
+    """A collection of two CCE tables and a plain one."""
     shape = dict(embedding_dim=16, num_embeddings=300)
+    return CCEEmbeddingCollection(
+        [
+            CCEEmbeddingBagConfig(name="t", feature_names=["f", "g"], num_rows=5, **shape),
+            EmbeddingConfig(name="p", feature_names=["h", "f"], **shape),
+            CCEEmbeddingBagConfig(name="u", feature_names=["h"], num_rows=9, num_chunks=2, **shape),
+        ],
+        need_indices=True,
+    )
 
-    def make():
-        return CCEEmbeddingCollection(
-            [
-                CCEEmbeddingBagConfig(name="t", feature_names=["f", "g"], num_rows=5, **shape),
-                EmbeddingConfig(name="p", feature_names=["h", "f"], **shape),
-                CCEEmbeddingBagConfig(
-                    name="u", feature_names=["h"], num_rows=9, num_chunks=2, **shape
-                ),
-            ],
-            need_indices=True,
-        )
 
-    for kind in ("tw", "cw", "tcw"):
-        pair = Pair(kind, (), SUM, False, make=make)
-        pair.check(batch)
-        kjt = batch(3, False)
-        out = pair.model(kjt).wait()
-        for name, jagged in out.items():
-            own = kjt[name.split("@")[0]]
-            assert torch.equal(jagged.lengths(), own.lengths())
-            assert torch.equal(jagged.weights(), own.values())
-        if kind != "tw":
-            assert len(set(pair.sharded.chunk_owners["t"])) == world_size
-        context = pair.model.module.collection.create_context()
-        arrived = pair.model.module.collection.input_dist(context, kjt).wait().wait()
-        received = torch.tensor(sum(part.values().numel() for part in arrived))
-        dist.all_reduce(received)
-        owners = {n: len(set(ranks)) for n, ranks in pair.sharded.chunk_owners.items()}
-        per_rank = sum(
-            kjt[feature].values().numel() * owners.get(config.name, 1)
-            for config in pair.sharded.embedding_bag_configs()
-            for feature in config.feature_names
-        )
-        assert received == per_rank * world_size  # every rank put the same batch in
+@on_ranks(1, 2)
+@pytest.mark.parametrize("kind", ["tw", "cw", "tcw"])
+def test_sequences_equal_unsharded(rank, world_size, kind):
+    """Embeddings of every id: the same outputs, weights and codes as unsharded."""
+    pair = Pair(kind, (), SUM, False, make=made)
+    pair.check(batch)
+    kjt = batch(3, False)
+    out = pair.model(kjt).wait()
+    for name, jagged in out.items():
+        own = kjt[name.split("@")[0]]
+        assert torch.equal(jagged.lengths(), own.lengths())
+        assert torch.equal(jagged.weights(), own.values())
+    if kind != "tw":
+        assert len(set(pair.sharded.chunk_owners["t"])) == world_size
+    context = pair.model.module.collection.create_context()
+    arrived = pair.model.module.collection.input_dist(context, kjt).wait().wait()
+    received = torch.tensor(sum(part.values().numel() for part in arrived))
+    dist.all_reduce(received)
+    owners = {n: len(set(ranks)) for n, ranks in pair.sharded.chunk_owners.items()}
+    per_rank = sum(
+        kjt[feature].values().numel() * owners.get(config.name, 1)
+        for config in pair.sharded.embedding_bag_configs()
+        for feature in config.feature_names
+    )
+    assert received == per_rank * world_size  # every rank put the same batch in
     with pytest.raises(ValueError, match="one batch size for all features"):
         pair.model(vbe_batch(rank, False))
 
 
-def bad_ids(rank, world_size):
+@on_ranks(1, 2)
+def test_bad_ids_read_id_0_and_are_counted(rank, world_size):
     """Ids out of bounds read id 0 and are counted by each owner; no feature may be missing."""
     pair = Pair("cw", (), SUM, False, make=lambda: CCEEmbeddingCollection(SequenceNet.configs()))
     pair.copy()
@@ -90,14 +99,14 @@ def bad_ids(rank, world_size):
         pair.model(KeyedJaggedTensor(["f"], kjt["f"].values(), lengths=kjt["f"].lengths()))
 
 
-def a_rank_without_tables(rank, world_size):
+@on_ranks(2)
+def test_a_rank_without_tables(rank, world_size):
     """One table on one rank: the other has nothing to look up, and both get embeddings."""
     config = CCEEmbeddingBagConfig(
         name="t", num_embeddings=300, embedding_dim=16, feature_names=["f"], num_rows=5
     )
     model = Model(CCEEmbeddingCollection([config]))
-    plan = make_plan(model, [config], CPU, "tw")
-    model = DistributedModelParallel(model, device=CPU, plan=plan, sharders=get_default_sharders())
+    model = shard(model, [config], "tw")
     kjt = batch(rank, False)
     assert model(kjt).wait()["f"].values().shape == (len(kjt["f"].values()), 16)
 
@@ -110,8 +119,7 @@ class SequenceLoss(nn.Module):
         table = CCEEmbeddingBagConfig(
             name="t", num_embeddings=300, embedding_dim=16, feature_names=["f", "g"], num_rows=5
         )
-        self.collection = CCEEmbeddingCollection([table])
-        apply_optimizer_in_backward(SGD[0], self.collection.parameters(), dict(SGD[1]))
+        self.collection = with_optimizer(CCEEmbeddingCollection([table]), SGD)
         self.over = nn.Linear(16, 1)
 
     def forward(self, data):
@@ -120,7 +128,8 @@ class SequenceLoss(nn.Module):
         return out.square().mean(), out.detach()
 
 
-def pipelined_sequences(rank, world_size):
+@on_ranks(2)
+def test_pipelined_sequences(rank, world_size):
     """The sparse-dist pipeline equals the plain loop, a clustering step between included."""
     outputs = []
     for pipelined in (False, True):
@@ -128,9 +137,7 @@ def pipelined_sequences(rank, world_size):
         model = SequenceLoss()
         plan = make_plan(model, model.collection.embedding_configs(), CPU, "cw")
         torch.manual_seed(1)
-        model = DistributedModelParallel(
-            model, device=CPU, plan=plan, sharders=get_default_sharders()
-        )
+        model = shard_by(plan, model)
         dense = [p for name, p in model.named_parameters() if "over" in name]
         optimizer = torch.optim.SGD(dense, lr=0.1)
         data = [Batch(batch(10 * step + rank, False)) for step in range(5)]

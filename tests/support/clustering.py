@@ -1,0 +1,81 @@
+"""Clustering steps in which every rank has some work, and digests of what they give."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+from unittest import mock
+
+import torch
+import torch.distributed as dist
+
+from cce_torchrec.clustering import budget, cluster, plan
+from cce_torchrec.clustering.local_chunks import fused_rows
+from cce_torchrec.kmeans import backends, scan
+from tests.support.models import SUM, Model, collection, shard, tables
+
+WAYS = {
+    "pairs": {},
+    "list": {"samples_per_centroid": 10**6},
+    "sample": {"samples_per_centroid": 2},
+    "torch": {"samples_per_centroid": 2, "backend": "torch"},
+}
+"""Ways to find the pairs: a table over all, a list of all ids', a sample of ids."""
+
+
+def metric():
+    g = torch.Generator().manual_seed(9)
+    halves = {"t": torch.randn(4, 4, 4, generator=g), "u": torch.randn(2, 4, 4, generator=g)}
+    return {name: half @ half.transpose(1, 2) for name, half in halves.items()}
+
+
+@contextlib.contextmanager
+def small_blocks(share_from, keep_codes):
+    """Blocks small enough that every rank scores some of every chunk."""
+    memory = plan.Plan.memory
+
+    def nothing_waits(self, limit):
+        return memory(self, limit)[0], []
+
+    with contextlib.ExitStack() as stack:
+        for module, name, value in [
+            (scan, "BLOCK", 64), (backends, "BLOCK", 64), (budget, "ASSIGN_BLOCK", 512),
+            (plan, "SHARE_FROM", share_from),
+        ]:  # fmt: skip
+            stack.enter_context(mock.patch.object(module, name, value))
+        if not keep_codes:
+            stack.enter_context(mock.patch.object(plan.Plan, "memory", nothing_waits))
+        yield
+
+
+def digest(*tensors):
+    return hashlib.sha256(b"".join(t.contiguous().numpy().tobytes() for t in tensors)).hexdigest()
+
+
+def build(plan_kind):
+    """A model whose state no rank number enters, and its sharded collection."""
+    model = shard(Model(collection(tables(SUM))), tables(SUM), plan_kind)
+    sharded = model.module.collection
+    for name, (weight, state) in sorted(fused_rows(sharded).items()):
+        g = torch.Generator().manual_seed(sum(map(ord, name)))
+        weight.copy_(torch.randn(weight.shape, generator=g))
+        for value in state.values():
+            value.copy_(torch.rand(value.shape, generator=g))
+    return model, sharded
+
+
+def digests(model, sharded, **options):
+    """Of codebooks, optimizer state and codes of all chunks after two steps."""
+    for _ in range(2):
+        report = cluster(model, **options)
+    local = {
+        name: digest(weight, *state.values())
+        for name, (weight, state) in fused_rows(sharded).items()
+    }
+    for name, part in sharded.codes.items():
+        for i, chunk in enumerate(part.chunks):
+            local[f"{name}@{chunk}"] = digest(part.codes[:, i])
+    everyone = [None] * dist.get_world_size()
+    dist.all_gather_object(everyone, local)
+    numbers = [(c.objective_after, c.changed) for c in report.chunks]
+    return {k: v for part in everyone for k, v in part.items()} | {"report": numbers}
