@@ -55,12 +55,12 @@ def raise_failures(failures: Sequence[str | None]) -> None:
     for rank, failure in enumerate(failures):
         if failure is not None:
             ranks.setdefault(failure, []).append(rank)
-    told = [
+    messages = [
         failure if len(own) == len(failures) else f"rank {', '.join(map(str, own))}: {failure}"
         for failure, own in ranks.items()
     ]
-    if told:
-        raise ValueError("; ".join(told))
+    if messages:
+        raise ValueError("; ".join(messages))
 
 
 def agree(work: Callable[[], tuple[T, S]], group: dist.ProcessGroup | None) -> tuple[T, list[S]]:

@@ -182,7 +182,7 @@ def output_features(inner: nn.Module) -> tuple[list[str], list[int]]:
 
 
 def uncombined_features(inner: nn.Module) -> tuple[list[str], list[int]]:
-    """The same before pieces of a feature are put together; sequences have it."""
+    """The same before the parts of a feature are put together; sequences have it."""
     return inner._uncombined_embedding_names, inner._uncombined_embedding_dims  # type: ignore[return-value]  # as above
 
 

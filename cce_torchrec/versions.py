@@ -68,9 +68,9 @@ def check_fbgemm() -> None:
         raise ImportError(_unloadable("it has logged why"))
 
 
-def _unloadable(told: str) -> str:
-    """What is missing where the loader says `told`, and the remedy."""
-    found = re.search(r"lib[\w+-]+\.so[.\d]*", told)
+def _unloadable(message: str) -> str:
+    """What is missing where the loader says `message`, and the remedy."""
+    found = re.search(r"lib[\w+-]+\.so[.\d]*", message)
     library = found.group() if found else ""
     if library.startswith(("libcuda.", "libnvidia-")):
         return (
@@ -80,7 +80,7 @@ def _unloadable(told: str) -> str:
         )
     torch_, fbgemm, _ = TESTED[0]
     return (
-        f"FBGEMM's libraries do not load ({told.splitlines()[0]}): "
+        f"FBGEMM's libraries do not load ({message.splitlines()[0]}): "
         f"install torch=={torch_} and then fbgemm-gpu=={fbgemm}, both for the same CUDA, or "
         f"fbgemm-gpu-cpu=={fbgemm} for a machine without a GPU"
     )

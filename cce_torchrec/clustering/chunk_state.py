@@ -90,7 +90,7 @@ class ChunkState:
             num_rows=config.num_rows,
             helper_rows=config.helper_rows,
             hash=helper_hash(config.seed, config.name, self.chunk, codes.num_clusterings),
-            held=codes.ids,
+            local=codes.ids,
             num_ids=config.num_embeddings,
         )
 

@@ -52,7 +52,7 @@ class ChunkIds:
     num_rows: int
     helper_rows: int
     hash: HashFunction
-    held: range
+    local: range
     """Neighbouring ids, in the order of `codes`."""
     num_ids: int
     """N, of the whole table."""
@@ -79,7 +79,7 @@ class ChunkIds:
         return Range(
             codes=self.codes,
             column=self.column,
-            base=self.held.start,
+            base=self.local.start,
             first=first,
             last=last,
             hash=self.hash,
@@ -89,12 +89,12 @@ class ChunkIds:
     def native_column(self, first: int, last: int) -> native.Column:
         """Ids [first, last) for the compiled kernels."""
         return native.Column(
-            codes=self.codes, column=self.column, first=first, last=last, base=self.held.start
+            codes=self.codes, column=self.column, first=first, last=last, base=self.local.start
         )
 
     def keys(self, ids: torch.Tensor) -> torch.Tensor:
         """Pair of each of `ids`: code * k' + hash, int64."""
-        rows = widen(self.codes[ids - self.held.start, self.column])
+        rows = widen(self.codes[ids - self.local.start, self.column])
         return rows * self.helper_rows + self.hash(ids, self.helper_rows)
 
     def range(self, first: int, last: int) -> torch.Tensor:
@@ -102,17 +102,17 @@ class ChunkIds:
         return torch.arange(first, last, device=self.codes.device)
 
     def blocks(self, size: int = ID_BLOCK) -> Iterator[tuple[int, int]]:
-        """All ids that are held in ranges [first, last) of `size` ids."""
+        """All ids that are here in ranges [first, last) of `size` ids."""
         size = max(1, size)  # a rank may hold no ids (ROW_WISE)
-        for first in self.held[::size]:
-            yield first, min(first + size, self.held.stop)
+        for first in self.local[::size]:
+            yield first, min(first + size, self.local.stop)
 
     def count_pairs(self, weights: IdWeights | None = None) -> torch.Tensor:
         """Ids (or their summed weights) of every pair [k * k'], int64 or, on a GPU, int32."""
         dtype = self.count_type(weights is not None)
         counts = torch.zeros(self.cells, dtype=dtype, device=self.codes.device)
         if self.on_gpu:
-            for first, last in self.blocks(len(self.held) if weights is None else GPU_ID_BLOCK):
+            for first, last in self.blocks(len(self.local) if weights is None else GPU_ID_BLOCK):
                 weight = None if weights is None else weights.of(first, last)
                 self.gpu_range(first, last).count(weight, counts)
             return counts
@@ -169,14 +169,14 @@ class NewCodes:
 
     @classmethod
     def of_pairs(cls, ids: ChunkIds, points: PairPoints, assignment: torch.Tensor) -> NewCodes:
-        """Of all ids that are held, by lookup of their pairs among `points`."""
+        """Of all ids that are here, by lookup of their pairs among `points`."""
         # Pairs that no id has are never looked up, so that zero does for them.
         table = torch.zeros(ids.cells, dtype=ids.codes.dtype, device=points.a.device)
         for first in range(0, points.num_points, PAIR_BLOCK):
             at = slice(first, first + PAIR_BLOCK)
             keys = points.a[at].long() * ids.helper_rows + points.b[at]
             table[keys] = pack(assignment[at], table.dtype)
-        return cls(ids, table, True, ids.held.start, ids.held.stop)
+        return cls(ids, table, True, ids.local.start, ids.local.stop)
 
     def of(self, first: int, last: int) -> torch.Tensor:
         """New codes of ids [first, last), int64."""
@@ -195,7 +195,7 @@ class NewCodes:
             return self._relabel(write=False)
         if own.on_gpu:
             return self._relabel_on_gpu(write=False)
-        old, base = own.codes[:, own.column], own.held.start
+        old, base = own.codes[:, own.column], own.local.start
         return sum(
             int((widen(old[i - base : j - base]) != self.of(i, j)).sum()) for i, j in self._blocks()
         )
@@ -210,7 +210,7 @@ class NewCodes:
             self._relabel_on_gpu(write=True)
             return
         for first, last in self._blocks():
-            at = slice(first - own.held.start, last - own.held.start)
+            at = slice(first - own.local.start, last - own.local.start)
             own.codes[at, own.column] = pack(self.of(first, last), own.codes.dtype)
 
     def _relabel(self, write: bool) -> int:

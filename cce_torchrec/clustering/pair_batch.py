@@ -16,14 +16,14 @@ from cce_torchrec.kmeans.points import PairPoints
 
 
 def of_all_ids(ids: ChunkIds, pairs: ChunkPairs, assignment: torch.Tensor) -> Iterator[NewCodes]:
-    """New codes of all ids that are held, where K-means saw the pairs of all of them."""
+    """New codes of all ids that are here, where K-means saw the pairs of all of them."""
     points = pairs.points
     if pairs.by_pair:
         yield NewCodes.of_pairs(ids, points, assignment)
         return
     packed = pack(assignment, ids.codes.dtype)
     if pairs.pair_of_id is not None:
-        yield NewCodes(ids, packed[pairs.pair_of_id], False, ids.held.start, ids.held.stop)
+        yield NewCodes(ids, packed[pairs.pair_of_id], False, ids.local.start, ids.local.stop)
         return
     # The list was put together from those of several ranks: each finds its own pairs in it.
     keys = points.a.long() * ids.helper_rows + points.b
@@ -61,7 +61,7 @@ class PairBatch:
         Pairs of a block hardly repeat where K-means saw a sample of them: on a GPU, where finding
         those that do takes longer than scoring them, every id is a point.
         """
-        last = min(first + assign_block(ids.codes.device, books.dim), ids.held.stop)
+        last = min(first + assign_block(ids.codes.device, books.dim), ids.local.stop)
         if ids.on_gpu:
             a, b = ids.gpu_range(first, last).pairs()
             none = a[:0].long()

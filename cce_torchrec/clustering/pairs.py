@@ -110,24 +110,24 @@ def _added_up(keys: torch.Tensor, inverse: torch.Tensor, weight: torch.Tensor) -
     return torch.zeros_like(keys).index_add_(0, inverse, weight)
 
 
-def _held(ids: ChunkIds, wanted: torch.Tensor) -> torch.Tensor:
+def _is_local(ids: ChunkIds, wanted: torch.Tensor) -> torch.Tensor:
     """Which of `wanted` this rank holds, bool."""
-    return (wanted >= ids.held.start) & (wanted < ids.held.stop)
+    return (wanted >= ids.local.start) & (wanted < ids.local.stop)
 
 
 def _first_ids(ids: ChunkIds) -> tuple[torch.Tensor, torch.Tensor]:
-    """Pair and weight of those of the first ids that are held, where the sample is empty."""
+    """Pair and weight of those of the first ids that are here, where the sample is empty."""
     first = ids.range(0, min(ids.num_ids, ids.num_rows))
-    keys = ids.keys(first[_held(ids, first)])
+    keys = ids.keys(first[_is_local(ids, first)])
     return keys, torch.ones_like(keys)
 
 
 def _drawn(ids: ChunkIds, sample: HashFunction, count: int) -> torch.Tensor:
     """Pairs of the ids drawn by `sample`, 0 for those of other ranks."""
     drawn = ids.drawn(sample, count)
-    if len(ids.held) == ids.num_ids:
+    if len(ids.local) == ids.num_ids:
         return ids.keys(drawn)  # a mask would wait for a GPU
-    here, pairs = _held(ids, drawn), torch.zeros_like(drawn)
+    here, pairs = _is_local(ids, drawn), torch.zeros_like(drawn)
     pairs[here] = ids.keys(drawn[here])
     return pairs
 
@@ -180,7 +180,7 @@ def points_of(
 def list_ids(
     ids: ChunkIds, sample: HashFunction, most: int | None, weights: IdWeights | None
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Pair and weight of every id that is held, or of the sampled ones; int64 each.
+    """Pair and weight of every id that is here, or of the sampled ones; int64 each.
 
     Sampled are about `most` of all ids of the table.
     """
@@ -188,10 +188,10 @@ def list_ids(
     if ids.on_gpu and share < 1.0:
         return _sample_on_gpu(ids, sample, share, weights)
     if ids.on_gpu:
-        every = ids.gpu_range(ids.held.start, ids.held.stop).keys()
+        every = ids.gpu_range(ids.local.start, ids.local.stop).keys()
         if weights is None:
             return every, every.new_ones(()).expand(len(every))
-        return every, weights.of(ids.held.start, ids.held.stop)
+        return every, weights.of(ids.local.start, ids.local.stop)
     keys, counts = [ids.codes.new_empty(0, dtype=torch.int64)], []
     for first, last in ids.blocks():
         block = ids.range(first, last)
@@ -209,12 +209,12 @@ def _sample_on_gpu(
     ids: ChunkIds, sample: HashFunction, share: float, weights: IdWeights | None
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """`list_ids` of a sample, in any order; two passes if more are drawn than were expected."""
-    room, found = sample_room(len(ids.held), share), 0
+    room, found = sample_room(len(ids.local), share), 0
     while True:
         keys = torch.empty(room, dtype=torch.int64, device=ids.codes.device)
         sums = None if weights is None else torch.empty_like(keys)
         count = torch.zeros(1, dtype=torch.int64, device=ids.codes.device)
-        for first, last in ids.blocks(len(ids.held) if weights is None else GPU_ID_BLOCK):
+        for first, last in ids.blocks(len(ids.local) if weights is None else GPU_ID_BLOCK):
             weight = None if weights is None else weights.of(first, last)
             part = ids.gpu_range(first, last)
             part.sampled(sample, round(share * 2**31), weight, keys, sums, count)

@@ -65,8 +65,8 @@ def digests(states: Iterable[tuple[str, ChunkState]], options: Options) -> Diges
         number = state.codes.num_clusterings
         for part in parts if metric is None else [*parts, metric]:
             # Of bytes, not of values: rows that differ by a rounding cluster apart sooner or later.
-            held = part.detach().contiguous().cpu().view(-1).view(torch.uint8)
-            number = zlib.crc32(held.numpy().tobytes(), number)
+            values = part.detach().contiguous().cpu().view(-1).view(torch.uint8)
+            number = zlib.crc32(values.numpy().tobytes(), number)
         out[path, state.chunk] = number
     return out
 
@@ -78,8 +78,8 @@ def check_equal(found: list[Digests]) -> None:
         ValueError: naming table, chunk and ranks.
     """
     first: dict[tuple[str, int], tuple[int, int]] = {}
-    for rank, theirs in enumerate(found):
-        for key, value in theirs.items():
+    for rank, digests_of_rank in enumerate(found):
+        for key, value in digests_of_rank.items():
             owner, expected = first.setdefault(key, (rank, value))
             if value != expected:
                 raise ValueError(
@@ -103,5 +103,5 @@ def share_seen(model: nn.Module) -> None:
             # Gathered, because NCCL has no reduction by a bitwise or.
             everyone = [torch.empty_like(codes.seen) for _ in range(dist.get_world_size(group))]
             dist.all_gather(everyone, codes.seen, group=group)
-            for theirs in everyone:
-                codes.seen |= theirs
+            for seen in everyone:
+                codes.seen |= seen

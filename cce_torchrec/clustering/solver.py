@@ -147,7 +147,7 @@ class ChunkSolver:
         self, ids: ChunkIds, pairs: ChunkPairs, update: ChunkUpdate
     ) -> Iterator[NewCodes]:
         """Of this rank's ids, scored by this rank alone, block by block."""
-        for first in ids.held[:: assign_block(ids.codes.device, self._task.shape.dim)]:
+        for first in ids.local[:: assign_block(ids.codes.device, self._task.shape.dim)]:
             batch = PairBatch.from_block(ids, pairs.points, first)
             yield batch.new_codes(self._nearest(batch.points, update, ALONE))
 

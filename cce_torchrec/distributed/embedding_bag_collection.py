@@ -121,7 +121,7 @@ class ShardedCCEEmbeddingBagCollection(
             # Rows are in bounds: ids were checked before they were expanded, all of them.
             kernel.bounds_check_mode_int = BoundsCheckMode.NONE.value
             take_over(kernel)
-        self._columns = self.output.column_pieces(*output_features(inner))
+        self._columns = self.output.column_order(*output_features(inner))
         self.inputs = sharding_inputs(
             inner, self.tables, self.output, self.codes, self.id_partitions, self._env.rank
         )

@@ -30,13 +30,13 @@ class BoundsCheck:
 
         On CUDA they are counted there; asking waits for the device and logs the warnings.
         """
-        counts = {who: int(count) for who, count in self._on_device.items()}
-        for who, count in counts.items():
+        counts = {name: int(count) for name, count in self._on_device.items()}
+        for name, count in counts.items():
             if count:
-                self._warn(who, f"{who}: {count} ids were out of bounds")
+                self._warn(name, f"{name}: {count} ids were out of bounds")
         return self._found + sum(counts.values())
 
-    def __call__(self, who: str, ids: torch.Tensor, num_embeddings: int) -> torch.Tensor:
+    def __call__(self, name: str, ids: torch.Tensor, num_embeddings: int) -> torch.Tensor:
         """`ids` with those out of bounds read as 0.
 
         In WARNING mode on CUDA they are counted on the device, which is not waited for.
@@ -48,17 +48,17 @@ class BoundsCheck:
             return ids
         invalid = (ids < 0) | (ids >= num_embeddings)
         if self.mode == BoundsCheckMode.WARNING and ids.is_cuda:
-            if who not in self._on_device:
-                self._on_device[who] = torch.zeros((), dtype=torch.int64, device=ids.device)
+            if name not in self._on_device:
+                self._on_device[name] = torch.zeros((), dtype=torch.int64, device=ids.device)
             # To read the number would wait for the device in every batch.
-            self._on_device[who].add_(invalid.sum())
+            self._on_device[name].add_(invalid.sum())
         elif self.mode != BoundsCheckMode.IGNORE:
             if ids.is_cuda:
                 self.refuse_capture()
             count = int(invalid.sum())
             if count == 0:
                 return ids
-            self.found(who, count, int(ids[invalid][0]), num_embeddings)
+            self.found(name, count, int(ids[invalid][0]), num_embeddings)
         return ids.masked_fill(invalid, 0)  # a copy, as the batch is the caller's
 
     def without_counting(self) -> BoundsCheck:
@@ -66,15 +66,15 @@ class BoundsCheck:
         unchecked = self.mode == BoundsCheckMode.NONE
         return BoundsCheck(BoundsCheckMode.NONE if unchecked else BoundsCheckMode.IGNORE)
 
-    def watch(self, who: str, count: torch.Tensor) -> None:
-        """Takes `count`, int64 [], for where a kernel counts the bad ids of `who`."""
+    def watch(self, name: str, count: torch.Tensor) -> None:
+        """Takes `count`, int64 [], for where a kernel counts the bad ids of `name`."""
         if self.mode == BoundsCheckMode.WARNING:
-            if who in self._on_device:
+            if name in self._on_device:
                 # What was counted before goes on in the new place: nothing is told twice or lost.
-                count += self._on_device[who].to(count.device)
-            self._on_device[who] = count
+                count += self._on_device[name].to(count.device)
+            self._on_device[name] = count
 
-    def found(self, who: str, count: int | None, first: int, num_embeddings: int) -> None:
+    def found(self, name: str, count: int | None, first: int, num_embeddings: int) -> None:
         """Treats `count` bad ids (None: not counted), the first of which is `first`.
 
         Raises:
@@ -82,13 +82,13 @@ class BoundsCheck:
         """
         if not self.tells:
             return
-        message = f"{who}: id {first} is outside [0, {num_embeddings})"
+        message = f"{name}: id {first} is outside [0, {num_embeddings})"
         if count is not None:
             message += f" ({count} such ids in this batch)"
         if self.mode == BoundsCheckMode.FATAL:
             raise ValueError(f"{message}; raise num_embeddings or map the ids into range")
         self._found += count or 0
-        self._warn(who, message)
+        self._warn(name, message)
 
     def refuse_capture(self) -> None:
         """Refuses FATAL mode while a CUDA graph is captured, which cannot ask for the first bad id.
@@ -104,7 +104,7 @@ class BoundsCheck:
                 "look at num_invalid_ids"
             )
 
-    def _warn(self, who: str, message: str) -> None:
-        if who not in self._warned:
-            self._warned.add(who)
+    def _warn(self, name: str, message: str) -> None:
+        if name not in self._warned:
+            self._warned.add(name)
             logger.warning("%s; reading id 0 instead, further ones are only counted", message)

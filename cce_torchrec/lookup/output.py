@@ -66,12 +66,12 @@ class LogicalOutput:
         ]
         return replace(self, mean=mean)
 
-    def column_pieces(
+    def column_order(
         self, names: Sequence[str], dims: Sequence[int]
     ) -> tuple[list[int], list[int]]:
-        """Widths of the pieces of a tensor of features `names`, and their logical order.
+        """Widths of the parts of a tensor of features `names`, and their logical order.
 
-        Neighbours that stay together are one piece, so an order that already fits gives one.
+        Neighbours that stay together are one part, so an order that already fits gives one.
         """
         position = {name: i for i, name in enumerate(names)}
         runs: list[list[int]] = []
@@ -106,11 +106,11 @@ class LogicalOutput:
     def assemble(
         self,
         values: torch.Tensor,
-        pieces: tuple[list[int], list[int]],
+        columns: tuple[list[int], list[int]],
         divisor: torch.Tensor | None,
     ) -> KeyedTensor:
-        """The logical KeyedTensor of the values of the physical one, by its `column_pieces`."""
-        widths, order = pieces
+        """The logical KeyedTensor of the values of the physical one, by its `column_order`."""
+        widths, order = columns
         if len(order) > 1:
             # The gradient of a split is one copy; that of a slice is as large as the whole.
             parts = values.split(widths, dim=1)

@@ -67,13 +67,13 @@ class TableLookup:
             parts.append((helper if whole else helper[self.columns]) + self.codes.config.num_rows)
         return torch.stack(parts, dim=-1)
 
-    def marked(self, who: str, ids: torch.Tensor, check: BoundsCheck) -> torch.Tensor:
+    def marked(self, name: str, ids: torch.Tensor, check: BoundsCheck) -> torch.Tensor:
         """`ids`, noted as seen (and checked before) where the table keeps track of them."""
         codes = self.codes
         if codes is None or codes.seen is None or not codes.training:
             return ids
         # First, as an id out of bounds has no bit of its own.
-        ids = check(who, ids, self.config.num_embeddings)
+        ids = check(name, ids, self.config.num_embeddings)
         mark_seen(codes.seen, ids.long())
         return ids
 

@@ -80,7 +80,7 @@ class CCEEmbeddingBagCollection(EmbeddingBagCollectionInterface):
         self.output = LogicalOutput.from_configs(tables, is_weighted)
         names = [feature for config in physical for feature in config.feature_names]
         dims = [config.embedding_dim for config in physical for _ in config.feature_names]
-        self._columns = self.output.column_pieces(names, dims)
+        self._columns = self.output.column_order(names, dims)
         self.expansion = Expansion(self._table_lookups(), self.output.slots, names)
         self.register_state_dict_post_hook(_save_helper_rows)
         self.register_load_state_dict_pre_hook(_check_helper_rows)

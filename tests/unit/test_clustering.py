@@ -195,7 +195,7 @@ def test_pair_table_and_id_list_agree():
     assert report.peak_bytes >= chosen.working_bytes
 
 
-def ids_of(codes, num_rows, helper_rows, held):
+def ids_of(codes, num_rows, helper_rows, local):
     """The second column of `codes`, under a hash."""
     return ChunkIds(
         codes=codes,
@@ -203,8 +203,8 @@ def ids_of(codes, num_rows, helper_rows, held):
         num_rows=num_rows,
         helper_rows=helper_rows,
         hash=helper_hash(0, "t", 1, 0),
-        held=held,
-        num_ids=held.stop,
+        local=local,
+        num_ids=local.stop,
     )
 
 
@@ -416,7 +416,7 @@ def test_a_rank_without_ids_has_no_blocks():
     """Of a small ROW_WISE table; on a GPU a block is all that a rank has."""
     codes = torch.zeros(0, 2, dtype=torch.uint8)
     ids = ids_of(codes, 4, 4, range(20, 20))
-    assert list(ids.blocks(len(ids.held))) == []
+    assert list(ids.blocks(len(ids.local))) == []
     assert not ids.count_pairs().any()
 
 
