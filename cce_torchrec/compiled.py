@@ -22,11 +22,11 @@ def library(folder: Path, functions: tuple[str, ...]) -> ctypes.CDLL | None:
     """The library `_native` in `folder` that has all `functions`, or None."""
     for file in sorted(folder.glob("_native*.so")):
         try:
-            loaded = ctypes.CDLL(str(file))
+            found = ctypes.CDLL(str(file))
         except OSError:  # built for another platform
             continue
-        if all(hasattr(loaded, name) for name in functions):  # else built from older sources
-            return loaded
+        if all(hasattr(found, name) for name in functions):  # else built from older sources
+            return found
     return None
 
 
@@ -52,8 +52,7 @@ def operator(schema: str, fake: Callable[..., Any]) -> Callable[[Callable[..., A
     """
 
     def register(function: Callable[..., Any]) -> Any:
-        # Not by torch.library.custom_op, through whose Python a call with the tensors of 26 tables
-        # took 99 microseconds, where one of these took 20 to 30.
+        # Not by torch.library.custom_op, whose checks in Python cost each call several times more.
         name = _OPERATORS.define(schema)
         _OPERATORS.impl(name, function, "CPU")
         torch.library.register_fake(f"cce_torchrec::{name}", fake, lib=_OPERATORS)

@@ -102,9 +102,7 @@ _UNUSED_STEP = StateTensor(name="step", extent=Extent.TABLE, needed=False)
 # TorchRec calls the first state of any fused optimizer momentum1, and others by FBGEMM's name,
 # which is torch's.
 _EXP_AVG = StateTensor(name="exp_avg", fused=("momentum1",), reset=_FIRST_MOMENT)
-_EXP_AVG_SQ = StateTensor(
-    name="exp_avg_sq", fused=("exp_avg_sq", "momentum2"), reset=_SECOND_MOMENT
-)
+_EXP_AVG_SQ = StateTensor(name="exp_avg_sq", fused=("exp_avg_sq",), reset=_SECOND_MOMENT)
 
 KINDS = (
     OptimizerKind(
@@ -134,8 +132,8 @@ KINDS = (
             StateTensor(name="step", fused=("iter",), extent=Extent.TABLE),
         ),
     ),
-    # Without FBGEMM's name: neither torch nor TorchRec has a form that works, to which its state
-    # could move, and checkpoints have it under FBGEMM's names.
+    # Without FBGEMM's name: checkpoints have its state under FBGEMM's names, as there is no other
+    # form of it to which state could move.
     OptimizerKind(
         name="PartialRowWiseAdam",
         tensors=(_EXP_AVG, replace(_EXP_AVG_SQ, extent=Extent.ROW)),

@@ -175,7 +175,7 @@ class _Load:
             for key, shape in record.state.items():
                 value = state.tensors.get(key)
                 if value is None and state.creates_tensors:
-                    # torch's optimizers count steps on the CPU, wherever the parameter is.
+                    # By default torch's optimizers count steps on the CPU.
                     device = torch.device("cpu") if key == "step" else self._device_of(name)
                     value = torch.empty(shape, device=device)
                     self._created.append((state, key, value))

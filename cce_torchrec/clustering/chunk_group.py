@@ -6,7 +6,7 @@ import functools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Protocol, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -15,8 +15,20 @@ from cce_torchrec.clustering.budget import ChunkShape
 from cce_torchrec.collectives import gather, together
 from cce_torchrec.kmeans.points import PairPoints
 
+
+class HasPoints(Protocol):
+    """What is sent for the sake of its points."""
+
+    @property
+    def points(self) -> PairPoints:
+        """Points over the chunk's codebooks."""
+
+
 T = TypeVar("T")
+P = TypeVar("P", bound=HasPoints)
 _CPU = torch.device("cpu")
+_FAILED = -1
+"""In place of a number of points."""
 
 
 @dataclass(frozen=True)
@@ -38,78 +50,106 @@ class ChunkGroup:
         """Whether the codebook is on this rank."""
         return self.group is None or dist.get_rank(self.group) == self.owner
 
-    def agree(self, work: Callable[[], T]) -> T:
-        """This rank's `work()`.
+    def together(self, work: Callable[[], T]) -> T:
+        """This rank's `work()`, in which it does nothing with the others.
 
         Raises:
             ValueError: on every rank, once it has failed on any.
         """
         return together(work, device=self.device, group=self.group)
 
-    def total(self, number: int) -> int:
-        """The sum of every rank's `number`."""
-        if self.group is None:
-            return number
-        return int(self.add_up(torch.tensor([number], device=self.device)))
-
-    def add_up(self, values: torch.Tensor) -> torch.Tensor:
+    def all_reduce(self, values: torch.Tensor) -> torch.Tensor:
         """`values`, in place the sum of every rank's."""
         if self.group is not None:
             dist.all_reduce(values, group=self.group)
         return values
 
-    def add_up_on_owner(self, values: torch.Tensor) -> torch.Tensor:
+    def broadcast(self, values: torch.Tensor) -> None:
+        """Makes `values` those of the owner, in place."""
+        if self.group is not None:
+            dist.broadcast(values, self._source, group=self.group)
+
+    def reduce(self, values: torch.Tensor) -> torch.Tensor:
         """`values`, in place and on the owner the sum of every rank's."""
         if self.group is not None:
             dist.reduce(values, self._source, group=self.group)
         return values
 
-    def collected(self, own: torch.Tensor) -> torch.Tensor:
+    def gather(self, values: torch.Tensor) -> torch.Tensor:
         """Every rank's int64 [n] on the owner, one after the other; elsewhere nothing."""
         if self.group is None:
-            return own
-        lengths = gather(len(own), self.group)
+            return values
+        lengths = gather(len(values), self.group)
 
         def room() -> tuple[torch.Tensor, list[torch.Tensor]]:
             # NCCL gathers tensors of one length only.
-            padded = own.new_zeros(max(lengths))
-            padded[: len(own)] = own
+            padded = values.new_zeros(max(lengths))
+            padded[: len(values)] = values
             return padded, [torch.empty_like(padded) for _ in lengths if self.owned]
 
-        padded, parts = self.agree(room)
+        padded, parts = self.together(room)
         dist.gather(padded, parts or None, self._source, group=self.group)
-        received = [own[:0], *(part[:n] for part, n in zip(parts, lengths, strict=False))]
-        return self.agree(lambda: torch.cat(received))
+        received = [part[:n] for part, n in zip(parts, lengths, strict=False)]
+        return self.together(lambda: torch.cat([values[:0], *received]))
 
-    def from_owner(self, make: Callable[[], PairPoints], shape: ChunkShape) -> PairPoints:
-        """The points that `make` gives on the owner, on every rank bit for bit.
+    def send(self, make: Callable[[], P]) -> P:
+        """What `make` gives on the owner, whose points the others `receive`, bit for bit.
 
         Codebooks, pairs and counts cross the network, codes do not.
 
         Raises:
-            ValueError: on every rank, if making them fails, or there is no room on any.
+            ValueError: on every rank, if making it fails, or there is no room on any.
         """
-        made = self.agree(lambda: [make()] if self.owned else [])
         if self.group is None:
-            return made[0]
-        header = torch.zeros(3, dtype=torch.int64, device=self.device)
-        if made:
-            exponent = round(math.log2(made[0].scale))  # a power of two, so this is all of it
-            sizes = (len(made[0].a), len(_tensors(made[0])[-1]), exponent)
+            return make()
+        made, failure = None, None
+        header = torch.full((3,), _FAILED, device=self.device)
+        try:
+            made = make()
+            exponent = round(math.log2(made.points.scale))  # a power of two, so this is all of it
+            sizes = (made.points.num_points, len(_tensors(made.points)[-1]), exponent)
             header = torch.tensor(sizes, device=self.device)
-        dist.broadcast(header, self._source, group=self.group)
+        except Exception as error:  # the others wait for the header, and learn it from that
+            failure = error
+        self.broadcast(header)
+
+        def ready() -> tuple[P, list[torch.Tensor]]:
+            if made is None or failure is not None:
+                raise failure or AssertionError("nothing was made")
+            return made, [part.contiguous() for part in _tensors(made.points)]
+
+        sent, parts = self.together(ready)
+        for part in parts:
+            self.broadcast(part)
+        return sent
+
+    def receive(self, shape: ChunkShape) -> PairPoints:
+        """The points that the owner sends.
+
+        Raises:
+            ValueError: as `send`.
+        """
+        header = torch.empty(3, dtype=torch.int64, device=self.device)
+        self.broadcast(header)
         num_points, num_starts, exponent = header.tolist()
 
         def room() -> PairPoints:
+            # Where the owner has failed, there is nothing to make room for, and it says so now.
+            points, starts = max(0, num_points), max(0, num_starts)
             empty = functools.partial(torch.empty, device=self.device, dtype=torch.int32)
-            main, helper = (empty(n, shape.dim) for n in (shape.num_rows, shape.helper_rows))
-            a, b = empty(num_points), empty(num_points)
-            weights, starts = (empty(n, dtype=torch.int64) for n in (num_points, num_starts))
-            return PairPoints.from_integers(main, helper, 2.0**exponent, a, b, weights, starts)
+            return PairPoints.from_integers(
+                empty(shape.num_rows, shape.dim),
+                empty(shape.helper_rows, shape.dim),
+                2.0**exponent,
+                empty(points),
+                empty(points),
+                empty(points, dtype=torch.int64),
+                empty(starts, dtype=torch.int64),
+            )
 
-        points = self.agree(lambda: made[0] if made else room())
-        for sent in self.agree(lambda: [part.contiguous() for part in _tensors(points)]):
-            dist.broadcast(sent, self._source, group=self.group)
+        points = self.together(room)
+        for part in _tensors(points):
+            self.broadcast(part)
         return points
 
     @property

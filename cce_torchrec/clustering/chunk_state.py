@@ -44,7 +44,7 @@ class ChunkState:
         return self.holders.owned
 
     @property
-    def is_spread(self) -> bool:
+    def row_wise(self) -> bool:
         """Whether codes of other ids are on other ranks (ROW_WISE)."""
         return self.holders.group is not None
 
@@ -96,7 +96,7 @@ class ChunkState:
 
     def check_group(self, group: dist.ProcessGroup | None) -> None:
         """Raises ValueError if codes of a ROW_WISE table are on ranks that are not in `group`."""
-        if not self.is_spread:
+        if not self.row_wise:
             return
         ranks = dist.get_process_group_ranks(self.holders.group)
         called = dist.get_process_group_ranks(group)

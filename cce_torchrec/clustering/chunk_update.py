@@ -74,10 +74,12 @@ class Relabelling:
         # In fixed point, as the points are: sums of residuals are the same in any order then.
         main = update.weight[: task.num_clusters]
         self._centroids = (main.double() * points.scale).round().int()
-        device = points.helper.device
-        self._sums = torch.zeros(points.helper.shape, dtype=torch.int64, device=device)
-        self._sizes = torch.zeros(len(self._sums), dtype=torch.int64, device=device)
-        self._changed = torch.zeros(1, dtype=torch.int64, device=device)
+        rows, dim = points.helper.shape
+        size, device = rows * dim, points.helper.device
+        self.totals = torch.zeros(size + rows + 1, dtype=torch.int64, device=device)
+        """Sums of residuals, their numbers and changed codes so far; ranks may add them up."""
+        sums, self._sizes, self._changed = self.totals.split([size, rows, 1])
+        self._sums = sums.view(rows, dim)
 
     def take(self, part: NewCodes) -> None:
         """Adds the residuals of the ids of `part`, and counts those whose code changes."""
@@ -86,21 +88,13 @@ class Relabelling:
             part.add_residuals(self._points, self._centroids, self._hash, stats)
         self._changed += part.changed()
 
-    def totals(self) -> torch.Tensor:
-        """Sums of residuals, their numbers and changed codes so far, int64 in one tensor."""
-        return torch.cat([self._sums.view(-1), self._sizes, self._changed])
-
-    def finish(self, totals: torch.Tensor) -> None:
-        """Helper rows become mean residuals under the new hash, or zero where there are none.
-
-        `totals`: of all ids, where several ranks took some.
-        """
-        sums, sizes, changed = totals.split([self._sums.numel(), len(self._sizes), 1])
-        self._update.changed = int(changed)
+    def finish(self) -> None:
+        """Helper rows become mean residuals under the new hash, or zero where there are none."""
+        self._update.changed = int(self._changed)
         if self._task.finalize:
             return
-        means = sums.view_as(self._sums).double() / sizes.clamp(min=1)[:, None]
-        self._update.weight[len(self._centroids) :] = (means / self._points.scale).float()
+        means = self._sums.double() / self._sizes.clamp(min=1)[:, None] / self._points.scale
+        self._update.weight[len(self._centroids) :] = means.float()
 
 
 def _new_optimizer_state(

@@ -8,7 +8,7 @@ from torch import nn
 
 from cce_torchrec.clustering.chunk_state import ChunkState
 from cce_torchrec.clustering.plan import DEFAULT_MEMORY_LIMIT, Plan
-from cce_torchrec.clustering.task import Key
+from cce_torchrec.clustering.task import ChunkKey
 from cce_torchrec.collectives import agree, gather, raise_failures
 from cce_torchrec.gpu.memory import free_bytes
 
@@ -19,7 +19,7 @@ def memory(
     memory_limit: int | None,
     whose: str | None,
     group: dist.ProcessGroup | None,
-) -> tuple[int, set[Key]]:
+) -> tuple[int, set[ChunkKey]]:
     """Most bytes beside the model on this rank, and the chunks of all ranks whose codes wait.
 
     Raises:

@@ -11,10 +11,11 @@ from cce_torchrec.clustering.budget import Engine
 from cce_torchrec.clustering.chunk_state import ChunkState
 from cce_torchrec.clustering.id_passes import IdWeights
 from cce_torchrec.gpu.usable import usable
+from cce_torchrec.kmeans import lloyd
 from cce_torchrec.kmeans.backends import SKLEARN_BACKENDS
 from cce_torchrec.kmeans.points import metric_root
 
-INITS = ("random", "k-means++", "main")
+INITS = (*lloyd.INITS, "main")
 
 
 @dataclass(frozen=True, kw_only=True)

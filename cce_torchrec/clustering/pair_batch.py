@@ -35,13 +35,16 @@ def of_all_ids(ids: ChunkIds, pairs: ChunkPairs, assignment: torch.Tensor) -> It
 def codebooks_only(state: ChunkState) -> ChunkPairs:
     """The chunk without pairs, for scoring its ids in blocks; collective as `find_pairs`."""
 
-    def without_pairs() -> PairPoints:
+    def without_pairs() -> ChunkPairs:
         num_rows, weight = state.codes.config.num_rows, state.weight.detach()
         none = torch.zeros(0, dtype=torch.int32, device=weight.device)
         main, helper = weight[:num_rows], weight[num_rows:]
-        return PairPoints(main, helper, a=none, b=none, weights=none.long(), starts=none.long())
+        longs = none.long()
+        return ChunkPairs(PairPoints(main, helper, a=none, b=none, weights=longs, starts=longs))
 
-    return ChunkPairs(state.holders.from_owner(without_pairs, state.shape))
+    if not state.owned:
+        return ChunkPairs(state.holders.receive(state.shape))
+    return state.holders.send(without_pairs)
 
 
 @dataclass

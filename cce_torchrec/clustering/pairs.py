@@ -55,33 +55,37 @@ def find_pairs(state: ChunkState, plan: Budget, weights: IdWeights | None = None
     the same pairs.
     """
     ids, sample, holders = state.ids, sample_hash(state), state.holders
-    pair_of_id = None
+    pair_of_id: torch.Tensor | None = None
     if plan.by_pair:
         keys, counts = _counted(ids, weights, holders)
     else:
         keys, counts, inverse = _listed(ids, sample, most_ids(state, plan), weights, holders)
-        if plan.samples_per_centroid is None and holders.group is None:
+        if plan.samples_per_centroid is None and not state.row_wise:
             pair_of_id = inverse.int()
         del inverse
     # Starts are drawn by the hash of ids, not by a generator: the same ones on any number of ranks.
-    drawn = holders.agree(lambda: _drawn(ids, sample, starts_wanted(state, weights)))
-    holders.add_up(drawn)
-    points = holders.from_owner(lambda: points_of(state, keys, counts, drawn, weights), state.shape)
-    return ChunkPairs(points, plan.by_pair, pair_of_id)
+    drawn = holders.together(lambda: _drawn(ids, sample, starts_wanted(state, weights)))
+    holders.all_reduce(drawn)
+    if not holders.owned:
+        return ChunkPairs(holders.receive(state.shape), plan.by_pair)
+
+    def found() -> ChunkPairs:
+        points = points_of(state, keys, counts, drawn, weights)
+        return ChunkPairs(points, plan.by_pair, pair_of_id)
+
+    return holders.send(found)
 
 
 def _counted(
     ids: ChunkIds, weights: IdWeights | None, holders: ChunkGroup
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Pairs of all ids, rising, and their ids or weights, int64 on the owner."""
-    grid = holders.agree(ids.count_pairs)
-    holders.add_up_on_owner(grid)
-    keys = holders.agree(lambda: grid.nonzero().view(-1))
+    grid = holders.reduce(holders.together(ids.count_pairs))
+    keys = holders.together(lambda: grid.nonzero().view(-1))
     if weights is not None:
         del grid  # as large as the next one
-        grid = holders.agree(lambda: ids.count_pairs(weights))
-        holders.add_up_on_owner(grid)
-    return keys, holders.agree(lambda: taken_at(grid, keys))
+        grid = holders.reduce(holders.together(lambda: ids.count_pairs(weights)))
+    return keys, holders.together(lambda: taken_at(grid, keys))
 
 
 def _listed(
@@ -92,17 +96,18 @@ def _listed(
     holders: ChunkGroup,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """As `_counted`, from a list of the pairs of ids; and where in it the pair of each id is."""
-    taken, weight = holders.agree(lambda: list_ids(ids, sample, most, weights))
-    if not holders.total(len(taken)):  # a handful of ids, all hashed above the threshold
-        taken, weight = holders.agree(lambda: _first_ids(ids))
-    keys, inverse = holders.agree(partial(torch.unique, taken, return_inverse=True))
-    del taken  # as large as all ids
-    counts = holders.agree(lambda: _added_up(keys, inverse, weight))
+    taken, weight = holders.together(lambda: list_ids(ids, sample, most, weights))
+    if not int(holders.all_reduce(torch.tensor(len(taken), device=holders.device))):
+        # A handful of ids, all hashed above the threshold.
+        taken, weight = holders.together(lambda: _first_ids(ids))
+    keys, inverse = holders.together(partial(torch.unique, taken, return_inverse=True))
+    del taken  # one number for each id that was listed
+    counts = holders.together(lambda: _added_up(keys, inverse, weight))
     if holders.group is None:
         return keys, counts, inverse
-    every_key, every_count = holders.collected(keys), holders.collected(counts)
-    keys, inverse = holders.agree(partial(torch.unique, every_key, return_inverse=True))
-    return keys, holders.agree(lambda: _added_up(keys, inverse, every_count)), inverse
+    every_key, every_count = holders.gather(keys), holders.gather(counts)
+    keys, inverse = holders.together(partial(torch.unique, every_key, return_inverse=True))
+    return keys, holders.together(lambda: _added_up(keys, inverse, every_count)), inverse
 
 
 def _added_up(keys: torch.Tensor, inverse: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from cce_torchrec.clustering.budget import budget
 from cce_torchrec.clustering.chunk_state import ChunkState
 from cce_torchrec.clustering.options import Options
-from cce_torchrec.clustering.task import Key, Task
+from cce_torchrec.clustering.task import ChunkKey, Task
 from cce_torchrec.config import code_dtype
 
 SHARE_FROM = 1 << 27
@@ -37,9 +37,11 @@ def task_of(path: str, state: ChunkState, options: Options) -> Task:
         num_clusterings=state.codes.num_clusterings,
         num_clusters=clusters,
         budget=plan,
-        update_bytes=4 * state.weight.numel() + 4 * clusters * shape.dim,
-        owner_bytes=wider + sum(value.nbytes for value in state.optimizer_state.values()),
-        row_wise=state.is_spread,
+        update_bytes=4 * state.weight.numel()
+        + 4 * clusters * shape.dim
+        + wider
+        + sum(value.nbytes for value in state.optimizer_state.values()),
+        row_wise=state.row_wise,
     )
 
 
@@ -47,13 +49,13 @@ class Plan:
     """Every rank's tasks: who owns them, and which are scored by all ranks.
 
     Chunks that one rank alone owns and that are large are scored by all, in one order; the
-    others by their owners, side by side. `spread` are the ROW_WISE chunks of whose ids this rank
-    has a block: it takes part in those, in one order too.
+    others by their owners, side by side. `row_wise` are the ROW_WISE chunks of whose ids this rank
+    has some: it takes part in those, in one order too.
     """
 
-    def __init__(self, by_rank: list[list[Task]], rank: int, spread: set[Key]) -> None:
+    def __init__(self, by_rank: list[list[Task]], rank: int, row_wise: set[ChunkKey]) -> None:
         self.tasks = {task.key: task for tasks in by_rank for task in tasks}
-        owners: dict[Key, list[int]] = {}
+        owners: dict[ChunkKey, list[int]] = {}
         for owner, tasks in enumerate(by_rank):
             for task in tasks:
                 owners.setdefault(task.key, []).append(owner)
@@ -67,11 +69,11 @@ class Plan:
             and len(owners[key]) == 1
             and not self.tasks[key].row_wise
         ]
-        self.row_wise = sorted(spread)
-        self._mine = sorted({task.key for task in by_rank[rank]} | spread)
-        self.alone = sorted(set(self._mine) - set(self.common) - spread)
+        self.row_wise = sorted(row_wise)
+        self._mine = sorted({task.key for task in by_rank[rank]} | row_wise)
+        self.alone = sorted(set(self._mine) - set(self.common) - row_wise)
 
-    def memory(self, limit: int) -> tuple[int, list[Key]]:
+    def memory(self, limit: int) -> tuple[int, list[ChunkKey]]:
         """Most bytes beside the model on this rank, and its chunks whose new codes may wait.
 
         New codes wait as far as `limit` allows; those of the other chunks are found once more
@@ -79,8 +81,7 @@ class Plan:
         """
         taking_part = {*self._mine, *self.common}
         peak = max((self.tasks[key].budget.working_bytes for key in taking_part), default=0)
-        peak += sum(self.tasks[key].update_bytes for key in taking_part)
-        peak += sum(self.tasks[key].owner_bytes for key in self._mine)
+        peak += sum(self.tasks[key].update_bytes for key in self._mine)
         kept = []
         for key in self._mine:
             codes = self.tasks[key].budget.code_bytes

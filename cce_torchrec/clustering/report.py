@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 
 from cce_torchrec.clustering.chunk_state import ChunkState
 from cce_torchrec.clustering.chunk_update import ChunkUpdate
-from cce_torchrec.clustering.task import Key
+from cce_torchrec.clustering.task import ChunkKey
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,7 +38,7 @@ class ClusteringReport:
     """Most bytes beside the model on this rank, as computed before the step."""
 
 
-def report_of(key: Key, state: ChunkState, update: ChunkUpdate, seconds: float) -> ChunkReport:
+def report_of(key: ChunkKey, state: ChunkState, update: ChunkUpdate, seconds: float) -> ChunkReport:
     """The report of one chunk that this rank owns."""
     return ChunkReport(
         table=key[0],

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import torch
-import torch.distributed as dist
 
+from cce_torchrec.clustering.chunk_group import ChunkGroup
 from cce_torchrec.clustering.options import Options
 from cce_torchrec.clustering.task import Task
 from cce_torchrec.kmeans.ieee import ieee_float32
@@ -21,8 +21,8 @@ class Scoring:
         self._metric = options.metric_of(task.table, task.chunk, task.shape.dim)
         self._transformed: tuple[torch.Tensor, PairPoints] | None = None
 
-    def kmeans(self, points: PairPoints, group: dist.ProcessGroup | None) -> KMeansResult:
-        """Clusters `points`; collective where a group is given."""
+    def kmeans(self, points: PairPoints, scorers: ChunkGroup) -> KMeansResult:
+        """Clusters `points`; every rank of `scorers` calls it."""
         task, options = self._task, self._options
         return kmeans(
             points,
@@ -32,12 +32,12 @@ class Scoring:
             init=points.codebooks()[0] if options.init == "main" else options.init,
             tolerance=options.tolerance,
             metric=self._metric,
-            process_group=group,
+            process_group=scorers.group,
             score_bytes=task.budget.score_bytes,
         )
 
-    def in_metric_space(self, points: PairPoints) -> PairPoints:
-        """`points` in the space of the metric, in which `nearest` takes them."""
+    def _in_metric_space(self, points: PairPoints) -> PairPoints:
+        """`points` in the space of the metric."""
         if self._metric is None:
             return points
         # Codebooks are transformed once for all blocks of ids, which differ in their pairs alone.
@@ -50,13 +50,14 @@ class Scoring:
         return PairPoints.from_integers(books.main, books.helper, books.scale, *rest)
 
     def nearest(
-        self, points: PairPoints, scored: torch.Tensor, group: dist.ProcessGroup | None
+        self, points: PairPoints, scored: torch.Tensor, scorers: ChunkGroup
     ) -> torch.Tensor:
-        """Nearest of the centroids `scored` last, to points `in_metric_space`; as `assign`."""
+        """Nearest of the centroids `scored` last, int32 [n]; every rank of `scorers` calls it."""
+        transformed = scorers.together(lambda: self._in_metric_space(points))
         return assign(
-            points,
+            transformed,
             scored,
             backend=self._options.scorer,
-            process_group=group,
+            process_group=scorers.group,
             score_bytes=self._task.budget.score_bytes,
         )

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
-from itertools import chain
 
 import torch
 
@@ -12,24 +11,23 @@ from cce_torchrec.clustering.budget import assign_block
 from cce_torchrec.clustering.chunk_group import ALONE, ChunkGroup
 from cce_torchrec.clustering.chunk_state import ChunkState
 from cce_torchrec.clustering.chunk_update import ChunkUpdate, Relabelling, new_main_rows
-from cce_torchrec.clustering.id_passes import ChunkIds, NewCodes
+from cce_torchrec.clustering.id_passes import NewCodes
 from cce_torchrec.clustering.options import Options
 from cce_torchrec.clustering.pair_batch import PairBatch, codebooks_only, of_all_ids
 from cce_torchrec.clustering.pairs import ChunkPairs, find_pairs
 from cce_torchrec.clustering.scoring import Scoring
 from cce_torchrec.clustering.task import Task
-from cce_torchrec.kmeans.points import PairPoints
 
-Put = Callable[[NewCodes], object]
-"""What is done with new codes: they are kept, or written."""
+Parts = Iterable[NewCodes]
+"""New codes, found as they are asked for."""
 
 
 class ChunkSolver:
     """The steps of one chunk's clustering, the same for each of three placements.
 
-    - The owner has codebook and codes and does everything (`scorers` is one rank).
-    - The owner has both, and every rank of `scorers` scores its share of what the owner sends.
-    - Codes are spread over ranks by ids (ROW_WISE): each counts the pairs of its ids and finds
+    - Alone: the owner of the chunk has codebook and codes and does everything.
+    - Shared: it has both, and the other ranks score their share of what it sends (ScoringHelper).
+    - ROW_WISE: codes are spread over ranks by ids. Each counts the pairs of its ids and finds
       their new codes, and all score.
 
     Collective: every rank of `scorers` calls each step, and where one fails, it raises on all.
@@ -37,17 +35,16 @@ class ChunkSolver:
     wherever the chunk is and however many ranks there are.
 
     Args:
-        states: the chunk on this rank; empty on a rank that only scores.
+        state: the chunk on this rank.
         task: what all ranks know of it.
         options: of the step.
-        scorers: the ranks that find nearest centroids.
+        scorers: the ranks that find nearest centroids; for a ROW_WISE chunk those that hold it.
     """
 
     def __init__(
-        self, states: list[ChunkState], task: Task, options: Options, scorers: ChunkGroup
+        self, state: ChunkState, task: Task, options: Options, scorers: ChunkGroup
     ) -> None:
-        self._states, self._task, self._options, self._scorers = states, task, options, scorers
-        self._is_spread = any(state.is_spread for state in states)
+        self._state, self._task, self._options, self._scorers = state, task, options, scorers
         self._scoring = Scoring(task, options, scorers.device)
 
     def solve(self, keep_codes: bool) -> ChunkUpdate:
@@ -57,9 +54,10 @@ class ChunkSolver:
             ValueError: on every rank, if any fails.
         """
         pairs = self._pairs()
-        result = self._scoring.kmeans(pairs.points, self._scorers.group)
-        update = self._scorers.agree(
-            lambda: new_main_rows(self._task, self._optimizer_state(), pairs.points, result)
+        result = self._scoring.kmeans(pairs.points, self._scorers)
+        state = self._state.optimizer_state
+        update = self._scorers.together(
+            lambda: new_main_rows(self._task, state, pairs.points, result)
         )
         if keep_codes:
             # K-means ends with an assignment to its final centroids: nothing is scored again.
@@ -72,92 +70,131 @@ class ChunkSolver:
         if self._task.sees_all_ids:
             # Codes of this chunk are still the old ones: the same pairs as when it was solved.
             pairs = self._pairs()
-            nearest = self._nearest(pairs.points, update, self._scorers)
+            self._send_scored(update)
+            nearest = self._scoring.nearest(pairs.points, update.scored, self._scorers)
             self._relabel(pairs, update, nearest, NewCodes.write)
         else:
-            pairs = self._on_all_scorers(lambda: [codebooks_only(s) for s in self._states])
+            pairs = self._found(lambda: codebooks_only(self._state))
+            self._send_scored(update)
             self._relabel(pairs, update, None, NewCodes.write)
 
-    def _optimizer_state(self) -> dict[str, torch.Tensor]:
-        return {k: v for state in self._states for k, v in state.optimizer_state.items()}
+    def _send_scored(self, update: ChunkUpdate) -> None:
+        if not self._state.row_wise:  # otherwise every rank has an update
+            self._scorers.together(_nothing)  # room for it
+            self._scorers.broadcast(update.scored)
 
     def _pairs(self) -> ChunkPairs:
         """The pairs that K-means sees, on every rank."""
-        budget, weights_of = self._task.budget, self._options.weights_of
-        return self._on_all_scorers(
-            lambda: [find_pairs(state, budget, weights_of(state)) for state in self._states]
-        )
+        state, options, budget = self._state, self._options, self._task.budget
 
-    def _on_all_scorers(self, find: Callable[[], list[ChunkPairs]]) -> ChunkPairs:
-        """What `find` gives where the chunk is; the other scorers get its points."""
-        found = self._scorers.agree(find)
-        if self._is_spread:
-            return found[0]  # every rank has found the same
-        points = self._scorers.from_owner(lambda: found[0].points, self._task.shape)
-        return found[0] if found else ChunkPairs(points)
+        def find() -> ChunkPairs:
+            weights = state.holders.together(lambda: options.weights_of(state))
+            return find_pairs(state, budget, weights)
 
-    def _nearest(
-        self, points: PairPoints, update: ChunkUpdate, scorers: ChunkGroup
-    ) -> torch.Tensor:
-        """Nearest of the centroids that K-means scored last."""
-        transformed = scorers.agree(lambda: self._scoring.in_metric_space(points))
-        return self._scoring.nearest(transformed, update.scored, scorers.group)
+        return self._found(find)
+
+    def _found(self, find: Callable[[], ChunkPairs]) -> ChunkPairs:
+        # ROW_WISE: a call of all scorers itself, which leaves the same points on each.
+        return find() if self._state.row_wise else self._scorers.send(find)
 
     def _relabel(
-        self, pairs: ChunkPairs, update: ChunkUpdate, nearest: torch.Tensor | None, put: Put
+        self,
+        pairs: ChunkPairs,
+        update: ChunkUpdate,
+        nearest: torch.Tensor | None,
+        put: Callable[[NewCodes], object],
     ) -> None:
-        """Finds new codes, takes them into account in `update`, and hands them to `put`."""
-        agree = self._scorers.agree
-        relabelling = agree(lambda: Relabelling(self._task, pairs.points, update))
-
-        def take(parts: Iterable[NewCodes]) -> None:
-            for part in parts:
-                relabelling.take(part)  # before it is written: residuals are of the old codes
-                put(part)
-
-        for parts in self._rounds(pairs, update, nearest):
-            agree(partial(take, parts))
-        totals = agree(relabelling.totals)
-        if self._is_spread:
-            self._scorers.add_up(totals)
-        agree(partial(relabelling.finish, totals))
-
-    def _rounds(
-        self, pairs: ChunkPairs, update: ChunkUpdate, nearest: torch.Tensor | None
-    ) -> Iterator[Iterable[NewCodes]]:
-        """New codes of this rank's ids, in as many rounds on every rank.
-
-        What needs no other rank is done when the codes of a round are asked for, where a failure
-        can be told to the others.
+        """Finds new codes, takes them into account in `update`, and hands them to `put`.
 
         Args:
             nearest: of all pairs, or None where K-means saw a sample of them.
         """
-        states = self._states
-        if nearest is not None:
-            yield chain.from_iterable(of_all_ids(s.ids, pairs, nearest) for s in states)
-        elif self._is_spread:
-            yield chain.from_iterable(self._own_blocks(s.ids, pairs, update) for s in states)
-        else:
-            size = assign_block(self._scorers.device, self._task.shape.dim)
-            for first in range(0, self._task.shape.num_ids, size):
-                yield self._shared_block(first, pairs, update)
+        state, scorers = self._state, self._scorers
+        relabelling = scorers.together(lambda: Relabelling(self._task, pairs.points, update))
 
-    def _own_blocks(
-        self, ids: ChunkIds, pairs: ChunkPairs, update: ChunkUpdate
-    ) -> Iterator[NewCodes]:
+        def take(parts: Parts) -> None:
+            for part in parts:
+                relabelling.take(part)  # before it is written: residuals are of the old codes
+                put(part)
+
+        if nearest is not None:
+            parts: Parts = of_all_ids(state.ids, pairs, nearest)
+        elif state.row_wise or scorers.group is None:
+            parts = self._own_blocks(pairs, update)
+        else:
+            parts = self._shared_blocks(pairs, update, take)
+        scorers.together(lambda: take(parts))
+        if state.row_wise:
+            scorers.all_reduce(relabelling.totals)
+        scorers.together(relabelling.finish)
+
+    def _own_blocks(self, pairs: ChunkPairs, update: ChunkUpdate) -> Iterator[NewCodes]:
         """Of this rank's ids, scored by this rank alone, block by block."""
+        ids = self._state.ids
         for first in ids.local[:: assign_block(ids.codes.device, self._task.shape.dim)]:
             batch = PairBatch.from_block(ids, pairs.points, first)
-            yield batch.new_codes(self._nearest(batch.points, update, ALONE))
+            yield batch.new_codes(self._scoring.nearest(batch.points, update.scored, ALONE))
 
-    def _shared_block(
-        self, first: int, pairs: ChunkPairs, update: ChunkUpdate
-    ) -> Iterator[NewCodes]:
-        """Of a block of the owner's ids, scored by all ranks; elsewhere nothing."""
-        batches = self._scorers.agree(
-            lambda: [PairBatch.from_block(s.ids, pairs.points, first) for s in self._states]
-        )
-        points = self._scorers.from_owner(lambda: batches[0].points, self._task.shape)
-        nearest = self._nearest(points, update, self._scorers)
-        return (batch.new_codes(nearest) for batch in batches)
+    def _shared_blocks(
+        self, pairs: ChunkPairs, update: ChunkUpdate, take: Callable[[Parts], None]
+    ) -> Parts:
+        """Of all ids, scored by all ranks, block by block; all but the last block's are taken."""
+        ids = self._state.ids
+        last: Parts = ()
+
+        def next_block(found: Parts, first: int) -> PairBatch:
+            # Where the others wait for the next block, they can be told of a failure in both.
+            take(found)
+            return PairBatch.from_block(ids, pairs.points, first)
+
+        for first in self._task.id_blocks(self._scorers.device):
+            batch = self._scorers.send(partial(next_block, last, first))
+            nearest = self._scoring.nearest(batch.points, update.scored, self._scorers)
+            last = map(batch.new_codes, [nearest])
+        return last
+
+
+class ScoringHelper:
+    """The other side of a shared chunk's ChunkSolver: a rank that scores, and has nothing of it.
+
+    Its calls are those of the owner, one by one, with nothing of its own to fail in.
+    """
+
+    def __init__(self, task: Task, options: Options, scorers: ChunkGroup) -> None:
+        self._task, self._scorers = task, scorers
+        self._scoring = Scoring(task, options, scorers.device)
+
+    def solve(self, keep_codes: bool) -> None:
+        """Helps to solve; nothing of it stays here.
+
+        Raises:
+            ValueError: on every rank, if any fails.
+        """
+        points = self._scorers.receive(self._task.shape)
+        result = self._scoring.kmeans(points, self._scorers)
+        self._scorers.together(_nothing)  # new main rows
+        if keep_codes:
+            self._relabel(result.scored)
+
+    def write_codes(self) -> None:
+        """Helps to find new codes that were not kept."""
+        points = self._scorers.receive(self._task.shape)
+        shape, device = (self._task.num_clusters, self._task.shape.dim), self._scorers.device
+        scored = self._scorers.together(lambda: torch.empty(shape, device=device))
+        self._scorers.broadcast(scored)
+        if self._task.sees_all_ids:
+            self._scoring.nearest(points, scored, self._scorers)
+        self._relabel(scored)
+
+    def _relabel(self, scored: torch.Tensor) -> None:
+        self._scorers.together(_nothing)  # room for sums of residuals
+        if not self._task.sees_all_ids:
+            for _ in self._task.id_blocks(self._scorers.device):
+                points = self._scorers.receive(self._task.shape)
+                self._scoring.nearest(points, scored, self._scorers)
+        self._scorers.together(_nothing)  # the codes that were found last
+        self._scorers.together(_nothing)  # new helper rows
+
+
+def _nothing() -> None:
+    """What a helper does while the owner works by itself."""

@@ -20,8 +20,8 @@ from cce_torchrec.clustering.local_chunks import local_chunks, uncached
 from cce_torchrec.clustering.options import Options
 from cce_torchrec.clustering.plan import Plan, task_of
 from cce_torchrec.clustering.report import ChunkReport, ClusteringReport, report_of
-from cce_torchrec.clustering.solver import ChunkSolver
-from cce_torchrec.clustering.task import Key, Task
+from cce_torchrec.clustering.solver import ChunkSolver, ScoringHelper
+from cce_torchrec.clustering.task import ChunkKey, Task
 from cce_torchrec.codes.chunk_codes import ChunkCodes
 from cce_torchrec.codes.storage import converted
 from cce_torchrec.collectives import agree, gather, meet, ranks_of_call, reason
@@ -127,9 +127,9 @@ def _run(
     states, by_rank = agree(lambda: _prepared(model, options, optimizer, group), group)
     _check_agreement(by_rank)
     mine = {(path, state.chunk): state for path, state in states}
-    spread = {key for key, state in mine.items() if state.is_spread}
+    row_wise = {key for key, state in mine.items() if state.row_wise}
     rank = 0 if group is None else dist.get_rank(group)
-    plan = Plan([ready.tasks for ready in by_rank], rank, spread)
+    plan = Plan([ready.tasks for ready in by_rank], rank, row_wise)
     options.check_names({task.table for task in plan.tasks.values()})
     whose = "half of what is free on the GPU" if free is not None else None
     peak_bytes, kept = memory(plan, states, options.memory_limit, whose, group)
@@ -145,13 +145,11 @@ def _run(
 
 
 def _reports(
-    done: Done, mine: dict[Key, ChunkState], group: dist.ProcessGroup | None
+    done: Done, mine: dict[ChunkKey, ChunkState], group: dist.ProcessGroup | None
 ) -> list[ChunkReport]:
     """Of all chunks of all ranks, each by its owner; of copies that of the lowest rank."""
     own = {
-        key: report_of(key, mine[key], *result)
-        for key, result in done.items()
-        if key in mine and mine[key].owned
+        key: report_of(key, mine[key], *result) for key, result in done.items() if mine[key].owned
     }
     everyone = {key: r for part in reversed(gather(own, group)) for key, r in part.items()}
     return [everyone[key] for key in sorted(everyone)]
@@ -240,41 +238,49 @@ def _wider_codes(
         raise
 
 
-Done = dict[Key, tuple[ChunkUpdate, float]]
-"""Updates of the chunks that this rank takes part in, in order, and their seconds."""
+Done = dict[ChunkKey, tuple[ChunkUpdate, float]]
+"""Updates of the chunks that this rank has, and their seconds."""
 
 
 @dataclass
 class _Work:
     """The two halves of a step: all that can fail, then the writes."""
 
-    mine: dict[Key, ChunkState]
+    mine: dict[ChunkKey, ChunkState]
     plan: Plan
-    kept: set[Key]
+    kept: set[ChunkKey]
     options: Options
     device: torch.device
     group: dist.ProcessGroup | None
 
-    def _solver(self, key: Key) -> ChunkSolver:
-        states = [self.mine[key]] if key in self.mine else []
-        scorers = replace(ALONE, device=self.device)
+    def _scorers(self, key: ChunkKey) -> ChunkGroup:
         if key in self.plan.row_wise:
-            scorers = self.mine[key].holders
-        elif key in self.plan.common:
-            scorers = ChunkGroup(self.group, self.plan.owner[key], self.device)
-        return ChunkSolver(states, self.plan.tasks[key], self.options, scorers)
+            return self.mine[key].holders
+        if key in self.plan.common:
+            return ChunkGroup(self.group, self.plan.owner[key], self.device)
+        return replace(ALONE, device=self.device)
+
+    def _solver(self, key: ChunkKey) -> ChunkSolver:
+        task = self.plan.tasks[key]
+        return ChunkSolver(self.mine[key], task, self.options, self._scorers(key))
+
+    def _helper(self, key: ChunkKey) -> ScoringHelper:
+        return ScoringHelper(self.plan.tasks[key], self.options, self._scorers(key))
 
     def solve(self) -> Done:
         """Writes nothing."""
         done: Done = {}
 
-        def solve(key: Key) -> None:
-            started = time.perf_counter()
+        def solve(key: ChunkKey) -> None:
+            started, keep = time.perf_counter(), key in self.kept
             try:
-                update = self._solver(key).solve(key in self.kept)
+                if key in self.mine:
+                    update = self._solver(key).solve(keep)
+                    done[key] = (update, time.perf_counter() - started)
+                else:
+                    self._helper(key).solve(keep)
             except Exception as error:
                 raise ValueError(f"{self.plan.tasks[key].name}: {reason(error)}") from error
-            done[key] = (update, time.perf_counter() - started)
 
         def solve_own() -> tuple[None, None]:
             for key in self.plan.alone:
@@ -294,12 +300,15 @@ class _Work:
             RuntimeError: on every rank, if a write failed on any.
         """
         failures: list[str] = []
-        for key, (update, _) in done.items():
+        for key in [*self.plan.alone, *self.plan.common, *self.plan.row_wise]:
             try:
-                if key not in self.kept:
-                    self._solver(key).write_codes(update)
                 if key in self.mine:
+                    update, _ = done[key]
+                    if key not in self.kept:
+                        self._solver(key).write_codes(update)
                     self.mine[key].commit(update)
+                elif key not in self.kept:
+                    self._helper(key).write_codes()
             except Exception as error:
                 failures.append(f"{self.plan.tasks[key].name}: {reason(error)}")
         everyone = [failure for found in gather(failures, self.group) for failure in found]

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from cce_torchrec.clustering.budget import Budget, ChunkShape
+import torch
+
+from cce_torchrec.clustering.budget import Budget, ChunkShape, assign_block
 from cce_torchrec.codes.hashing import HashFunction, helper_hash
 
-Key = tuple[str, int]
+ChunkKey = tuple[str, int]
 """Path of a table and number of a chunk: the chunk in the model."""
 
 
@@ -26,14 +28,13 @@ class Task:
     num_clusters: int
     budget: Budget
     update_bytes: int
-    """New codebook, which waits on every rank that takes part until all chunks commit."""
-    owner_bytes: int
-    """What waits on the owner beside it: optimizer state, and codes that become wider."""
+    """New codebook and optimizer state, which wait until all chunks commit, and codes that become
+    wider."""
     row_wise: bool = False
     """Whether its codes are spread over ranks by ids."""
 
     @property
-    def key(self) -> Key:
+    def key(self) -> ChunkKey:
         """Identifies the chunk in the model."""
         return self.path, self.chunk
 
@@ -56,6 +57,10 @@ class Task:
     def sees_all_ids(self) -> bool:
         """Whether K-means sees the pairs of all ids, not of a sample of them."""
         return self.budget.samples_per_centroid is None
+
+    def id_blocks(self, device: torch.device) -> range:
+        """First ids of the blocks in which ids get their codes, where K-means saw a sample."""
+        return range(0, self.shape.num_ids, assign_block(device, self.shape.dim))
 
     @property
     def new_helper_hash(self) -> HashFunction:

@@ -41,6 +41,8 @@ def _call(function: str, *args: torch.Tensor | int | float | None) -> int:
     converted: list[Any] = []
     for arg in args:
         if isinstance(arg, torch.Tensor):
+            # Only here is an address taken, which tells a kernel neither device nor strides.
+            assert arg.device.type == "cpu" and arg.is_contiguous()
             converted.append(ctypes.c_void_p(arg.data_ptr()))
         elif isinstance(arg, float):
             converted.append(ctypes.c_double(arg))
@@ -61,7 +63,7 @@ def _one_per(rows: torch.Tensor) -> torch.Tensor:
 )
 def _nearest_sums(*args: torch.Tensor) -> torch.Tensor:
     p, q, a, b = args
-    out, cursor = _one_per(a), torch.empty(len(p) + 1, dtype=torch.int64)
+    out, cursor = _one_per(a), a.new_empty(len(p) + 1, dtype=torch.int64)
     _call("cce_nearest_sums", p, q, p.shape[1], len(p), len(q), a, b, len(a), cursor, out)
     return out
 
@@ -94,7 +96,7 @@ def _nearest_points(
 ) -> torch.Tensor:
     dim = panels.shape[1]
     # Room for the eight points that the AVX-512 form takes at once.
-    shape, scratch = (len(half_norms), dim, len(out)), torch.empty(8 * dim)
+    shape, scratch = (len(half_norms), dim, len(out)), panels.new_empty(8 * dim)
     _call("cce_nearest_points", *points, panels, half_norms, *shape, scratch, out)
     return out
 
@@ -215,7 +217,8 @@ def _residuals(codes: torch.Tensor, *args: Any) -> None:
     fake=lambda codes, *rest: codes.new_empty((), dtype=torch.int64),
 )
 def _relabel(codes: torch.Tensor, *args: Any) -> torch.Tensor:
-    return torch.tensor(_call("cce_relabel", *_column(codes, *args[:4]), *args[4:]))
+    changed = _call("cce_relabel", *_column(codes, *args[:4]), *args[4:])
+    return torch.tensor(changed, device="cpu")  # whatever a job has set as default device
 
 
 @dataclass(frozen=True, kw_only=True)

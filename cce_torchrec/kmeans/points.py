@@ -252,7 +252,7 @@ class PairPoints(Points):
         end = start + nearest.numel()
         native.accumulate(
             Sources(self.main, self.helper, self.a[start:end], self.b[start:end]),
-            weights=self.weights[start:end],
+            weights=self.weights[start:end].contiguous(),  # may be a single one, expanded
             nearest=nearest,
             centroids=centroids,
             scale=self.scale,

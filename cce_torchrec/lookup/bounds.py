@@ -11,7 +11,7 @@ logger = logging.getLogger(__name__)
 
 
 class BoundsCheck:
-    """Guarantee 5: ids outside [0, num_embeddings), found before expansion, in a copy."""
+    """Finds ids outside [0, num_embeddings) before they are expanded, in a copy of the ids."""
 
     def __init__(self, mode: BoundsCheckMode) -> None:
         self.mode = mode

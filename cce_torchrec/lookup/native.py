@@ -82,7 +82,7 @@ def expand(jobs: Sequence[Job], *, counts: bool = True) -> list[tuple[int, int]]
 
     Args:
         jobs: of all tables.
-        counts: whether the caller wants the result, which costs a graph its end.
+        counts: whether the caller wants the result, which is a graph break in compiled models.
 
     Returns:
         Per job, how many ids are out of bounds and the position of the first; empty if none are.

@@ -39,7 +39,7 @@ class Lookup:
         device: torch.device,
     ) -> None:
         flat = [list(itertools.chain.from_iterable(part)) for part in (tables, chunks, features)]
-        # One tensor: each pointer costs the host a microsecond a launch.
+        # One tensor, as a launch takes the host longer the more pointers it has.
         self.numbers = torch.tensor([*flat[0], *flat[1], *flat[2], *table_of], device=device)
         """int64: what describes tables, chunks, features, and the table of each logical one."""
         self.places = tuple(itertools.accumulate(map(len, flat)))

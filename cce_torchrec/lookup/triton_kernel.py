@@ -10,7 +10,7 @@ torch form in expansion.py. Nothing here is read back by the host; triton_expand
   where each feature's ids start in the batch, and each table's rows in the output. Otherwise both
   follow from the offsets of the batch.
 
-What a lookup does not need is None: each pointer that is passed costs the host a microsecond.
+What a lookup does not need is None: each pointer that is passed costs the host time.
 """
 
 from __future__ import annotations

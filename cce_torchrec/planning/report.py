@@ -105,10 +105,10 @@ def _planned(
     """A table's shares, summed by rank."""
     assert isinstance(entry.sharding_spec, EnumerableShardingSpec)
     if is_row_wise(entry) and is_cce(config):
-        blocks = IdPartition.from_plan(config, entry)
+        partition = IdPartition.from_plan(config, entry)
         return [
-            _table(path, config, entry, rank, row_wise_bytes(config, parameter, blocks, rank))
-            for rank in blocks.ranks
+            _table(path, config, entry, rank, row_wise_bytes(config, parameter, partition, rank))
+            for rank in partition.ranks
         ]
     shares: dict[int, list[int]] = {}
     for shard in entry.sharding_spec.shards:

@@ -70,16 +70,16 @@ def _uncounted_bytes(table: CCEEmbeddingBagConfig, option: ShardingOption, rank:
     # TorchRec counts a block of the codebooks' rows, which no rank has: rows are never cut.
     counted = rows * width * option.tensor.element_size()
     counted += kind.fused_bytes(rows=rows, width=width, chunk_dim=width)
-    blocks = IdPartition(table.num_embeddings, tuple(range(len(option.shards))))
-    return sum(row_wise_bytes(table, option.tensor, blocks, rank)) - counted
+    partition = IdPartition(table.num_embeddings, tuple(range(len(option.shards))))
+    return sum(row_wise_bytes(table, option.tensor, partition, rank)) - counted
 
 
 def row_wise_bytes(
-    table: CCEEmbeddingBagConfig, parameter: nn.Parameter, blocks: IdPartition, rank: int
+    table: CCEEmbeddingBagConfig, parameter: nn.Parameter, partition: IdPartition, rank: int
 ) -> tuple[int, int, int]:
     """Bytes of codebooks, codes (and bits) and optimizer state that `rank` holds of `table`."""
-    width = codebook_owners(table, blocks).count(rank) * table.chunk_dim
-    ids = len(blocks.ids(rank))
+    width = codebook_owners(table, partition).count(rank) * table.chunk_dim
+    ids = len(partition.ids(rank))
     codes = ids * table.num_chunks * code_dtype(table.num_rows).itemsize * table.learned_codes
     rows = table.rows_per_chunk
     return (

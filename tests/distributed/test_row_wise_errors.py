@@ -20,6 +20,7 @@ from cce_torchrec import CCEEmbeddingBagConfig, CCEEmbeddingCollection
 from cce_torchrec.checkpoint import load_checkpoint, save_checkpoint
 from cce_torchrec.clustering import cluster, pairs
 from cce_torchrec.clustering.id_passes import ChunkIds, NewCodes
+from cce_torchrec.clustering.options import Options
 from cce_torchrec.clustering.local_chunks import fused_rows
 from cce_torchrec.distributed.sharders import get_default_sharders
 from cce_torchrec.planning import make_plan, plan_report
@@ -54,6 +55,7 @@ def test_a_bad_id_on_one_rank_raises_on_all(rank, world_size):
 FAILING = {
     "pairs": (ChunkIds, "count_pairs", {}),
     "sampled ids": (ChunkIds, "drawn", {}),
+    "weights": (Options, "weights_of", {}),
     "sums": (pairs, "_added_up", {"samples_per_centroid": 3}),
     "new codes": (NewCodes, "add_residuals", {}),
 }

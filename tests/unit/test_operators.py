@@ -143,3 +143,9 @@ def test_a_traced_expansion_calls_the_operator():
         assert native.is_traced(parts[0][0])
         assert native.expand(jobs(parts), counts=False) == []
     assert not native.is_traced(torch.zeros(1))
+
+
+def test_strides_that_an_address_does_not_tell_are_refused():
+    main, helper, a, b, *rest = CALLS["nearest_pairs"]()
+    with pytest.raises(AssertionError):
+        OPS.nearest_pairs(main, helper, a.repeat_interleave(2)[::2], b, *rest)
