@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
-from functools import partial
 
 import torch
 
@@ -139,19 +138,27 @@ class ChunkSolver:
         self, pairs: ChunkPairs, update: ChunkUpdate, take: Callable[[Parts], None]
     ) -> Parts:
         """Of all ids, scored by all ranks, block by block; all but the last block's are taken."""
-        ids = self._state.ids
-        last: Parts = ()
+        ids, scorers = self._state.ids, self._scorers
+        scored: list[tuple[PairBatch, torch.Tensor]] = []
 
-        def next_block(found: Parts, first: int) -> PairBatch:
+        def new_codes() -> Iterator[NewCodes]:
+            while scored:  # taken out, so that the next block has the memory of this one
+                batch, nearest = scored.pop()
+                yield batch.new_codes(nearest)
+
+        def next_block(first: int) -> PairBatch:
             # Where the others wait for the next block, they can be told of a failure in both.
-            take(found)
+            take(new_codes())
             return PairBatch.from_block(ids, pairs.points, first)
 
-        for first in self._task.id_blocks(self._scorers.device):
-            batch = self._scorers.send(partial(next_block, last, first))
-            nearest = self._scoring.nearest(batch.points, update.scored, self._scorers)
-            last = map(batch.new_codes, [nearest])
-        return last
+        def score(first: int) -> None:
+            batch = scorers.send(lambda: next_block(first))
+            nearest = self._scoring.nearest(batch.points, update.scored, scorers)
+            scored.append((batch, nearest))
+
+        for first in self._task.id_blocks(scorers.device):
+            score(first)
+        return new_codes()
 
 
 class ScoringHelper:
