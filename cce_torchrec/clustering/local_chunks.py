@@ -15,6 +15,7 @@ from cce_torchrec.clustering.chunk_state import ChunkState
 from cce_torchrec.codes.chunk_codes import ChunkCodes
 from cce_torchrec.distributed.caches import bypassed
 from cce_torchrec.distributed.embedding_bag_collection import ShardedCCEEmbeddingBagCollection
+from cce_torchrec.lookup.pending import REMEDY
 from cce_torchrec.modules.embedding_bag_collection import CCEEmbeddingBagCollection
 from cce_torchrec.optimizer_state import fused_state, is_fused, state_of
 from cce_torchrec.table import physical_table
@@ -83,9 +84,26 @@ def uncached(model: nn.Module) -> Iterator[None]:
     with ExitStack() as stack:
         for module in model.modules():
             if isinstance(module, ShardedCCEEmbeddingBagCollection):
+                # Also where the step fails, as the caches are emptied all the same.
+                module.cache_resets.number += 1
                 stack.enter_context(bypassed(lookups_of(module)))
         yield
     _wait_for_all_streams()
+
+
+def check_no_lookup_pending(model: nn.Module) -> None:
+    """Refuses a step between a lookup of a sharded collection and its backward pass.
+
+    Raises:
+        ValueError: naming the tables, and how a pipeline is emptied.
+    """
+    for module in model.modules():
+        if isinstance(module, ShardedCCEEmbeddingBagCollection) and len(module.pending):
+            raise ValueError(
+                f"tables {sorted(module.pending.tables)}: {len(module.pending)} lookups still wait "
+                "for their backward pass, whose gradient would train rows that belong to other ids "
+                f"after a clustering step; nothing was clustered. As for the step: {REMEDY}"
+            )
 
 
 def _wait_for_all_streams() -> None:

@@ -29,6 +29,7 @@ from cce_torchrec.lookup.output import (
     divides_by_length,
     tensor_of,
 )
+from cce_torchrec.lookup.pending import PendingLookup
 from cce_torchrec.lookup.table_lookup import TableLookup
 from cce_torchrec.table import physical_feature, physical_table, tables_of
 
@@ -77,6 +78,7 @@ class CCEEmbeddingBagCollection(EmbeddingBagCollectionInterface):
                 if table.cce is not None
             }
         )
+        self._every_codes = [local_codes(self.codes, name) for name in self.codes]
         self.output = LogicalOutput.from_configs(tables, is_weighted)
         names = [feature for config in physical for feature in config.feature_names]
         dims = [config.embedding_dim for config in physical for _ in config.feature_names]
@@ -120,6 +122,9 @@ class CCEEmbeddingBagCollection(EmbeddingBagCollectionInterface):
         slots.length_per_key()  # TorchRec's own collection asks for it, and then the rows are known
         rows = self.expansion(slots, self.bounds_check, features.inverse_indices_or_none())
         pooled = self.embedding_bag_collection(rows)
+        # Not in graphs, which would end at the hook.
+        if pooled.values().requires_grad and not torch.compiler.is_compiling():
+            pooled.values().register_hook(PendingLookup(self.codes, self._every_codes))
         return self.output.assemble(pooled.values(), self._columns, divisor)
 
     def embedding_bag_configs(self) -> list[EmbeddingBagConfig]:
