@@ -15,7 +15,6 @@ from cce_torchrec.clustering.chunk_state import ChunkState
 from cce_torchrec.codes.chunk_codes import ChunkCodes
 from cce_torchrec.distributed.caches import bypassed
 from cce_torchrec.distributed.embedding_bag_collection import ShardedCCEEmbeddingBagCollection
-from cce_torchrec.lookup.pending import REMEDY
 from cce_torchrec.modules.embedding_bag_collection import CCEEmbeddingBagCollection
 from cce_torchrec.optimizer_state import fused_state, is_fused, state_of
 from cce_torchrec.table import physical_table
@@ -98,12 +97,8 @@ def check_no_lookup_pending(model: nn.Module) -> None:
         ValueError: naming the tables, and how a pipeline is emptied.
     """
     for module in model.modules():
-        if isinstance(module, ShardedCCEEmbeddingBagCollection) and len(module.pending):
-            raise ValueError(
-                f"tables {sorted(module.pending.tables)}: {len(module.pending)} lookups still wait "
-                "for their backward pass, whose gradient would train rows that belong to other ids "
-                f"after a clustering step; nothing was clustered. As for the step: {REMEDY}"
-            )
+        if isinstance(module, ShardedCCEEmbeddingBagCollection):
+            module.pending.check()
 
 
 def _wait_for_all_streams() -> None:

@@ -15,11 +15,12 @@ import torch
 from cce_torchrec.codes.chunk_codes import ChunkCodes
 from cce_torchrec.codes.written import Written
 
-REMEDY = (
-    "call it when no batch is in flight: after backward(), and with a pipeline that looks up "
-    "batches ahead (TrainPipelineSemiSync, a stage of StagedTrainPipeline) once its iterator has "
-    "ended or it was flushed; lookups that are not trained on belong under torch.no_grad()"
+_REMEDY = (
+    "no batch is in flight: after backward(), and with a pipeline that looks up the next batch "
+    "(TrainPipelineSemiSync, StagedTrainPipeline with a stage of lookups) once its iterator has "
+    "ended. Lookups that are not trained on belong under torch.no_grad()"
 )
+"""Where codes may be written."""
 
 
 class PendingLookup:
@@ -54,7 +55,7 @@ class PendingLookup:
                 f"tables {sorted(self._tables)}: the codes changed "
                 "between a lookup and its backward pass (by cluster, finalize, a load or another "
                 "write to their buffers), so its gradient belongs to other rows; nothing was "
-                f"trained by it. As for what changed them: {REMEDY}"
+                f"trained by it. Codes may change where {_REMEDY}"
             )
 
 
@@ -62,14 +63,14 @@ class PendingLookups:
     """The lookups of one collection whose backward pass is still to come; see `PendingLookup`."""
 
     def __init__(self, tables: Sequence[str], codes: Sequence[ChunkCodes]) -> None:
-        self.tables, self._codes = tables, codes
+        self._tables, self._codes = tables, codes
         # A hook lives as long as the graph that it is in: lookups that nobody will go backward
         # from are forgotten with it.
         self._hooks: weakref.WeakSet[PendingLookup] = weakref.WeakSet()
 
     def watch(self, output: torch.Tensor) -> None:
         """Notes a lookup by its `output`."""
-        hook = PendingLookup(self.tables, self._codes)
+        hook = PendingLookup(self._tables, self._codes)
         output.register_hook(hook)
         self._hooks.add(hook)
 
@@ -78,8 +79,21 @@ class PendingLookups:
         for hook in list(self._hooks):
             hook.overtake()
 
-    def __len__(self) -> int:
-        """How many there are."""
-        if any(hook.waits for hook in self._hooks):
-            gc.collect()  # graphs that are kept by circles of references only
-        return sum(hook.waits for hook in self._hooks)
+    def check(self) -> None:
+        """Refuses a clustering step, which would overtake them.
+
+        Raises:
+            ValueError: naming the tables, and how a pipeline is emptied.
+        """
+        for _ in range(2):
+            if any(hook.waits for hook in self._hooks):
+                # Graphs that circles of references keep; and TorchRec's exchanges, of which these
+                # kept some, are circles themselves.
+                gc.collect()
+        waiting = sum(hook.waits for hook in self._hooks)
+        if waiting:
+            raise ValueError(
+                f"tables {sorted(self._tables)}: {waiting} of their lookups wait for a backward "
+                "pass, whose gradient would train the rows of other ids after the clustering "
+                f"step; nothing was clustered. Clustering belongs where {_REMEDY}"
+            )
