@@ -32,13 +32,13 @@ def local_chunks(
     for path, module in model.named_modules():
         copies: dict[str, dist.ProcessGroup] = {}
         if isinstance(module, ShardedCCEEmbeddingBagCollection):
-            rows = fused_rows(module, optimizer)
+            rows, own = fused_rows(module, optimizer), module.current_codes()
             copies = module.replica_groups()
         elif isinstance(module, CCEEmbeddingBagCollection):
-            rows = unsharded_rows(module, optimizer)
+            rows, own = unsharded_rows(module, optimizer), module.codes
         else:
             continue
-        for name, codes in module.codes.items():
+        for name, codes in own.items():
             assert isinstance(codes, ChunkCodes)
             if codes.codes is None or codes.config.helper_rows == 0:
                 continue

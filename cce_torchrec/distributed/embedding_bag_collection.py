@@ -267,6 +267,7 @@ class ShardedCCEEmbeddingBagCollection(
 
     def _expand(self, ctx: CCEContext, dist_input: KJTList) -> KJTList:
         """Codebook rows of what arrived, by the codes as they are now."""
+        self._codes_state.take_written()
         return ctx.in_flight.current_rows(
             dist_input,
             self.bounds_check,
@@ -287,6 +288,11 @@ class ShardedCCEEmbeddingBagCollection(
         """A fresh context for one batch."""
         in_flight = BatchInFlight(self._every_codes, self._fetched_codes, self.cache_resets)
         return CCEContext(in_flight=in_flight)
+
+    def current_codes(self) -> nn.ModuleDict:
+        """The codes of this rank, with what was written into the tensors of a state dict."""
+        self._codes_state.take_written()
+        return self.codes
 
     def _watch(self, _: nn.Module, __: Any, output: torch.Tensor) -> None:
         """Notes a lookup of training, which a clustering step must not overtake."""
