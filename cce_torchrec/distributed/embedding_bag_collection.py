@@ -294,10 +294,14 @@ class ShardedCCEEmbeddingBagCollection(
         self._codes_state.take_written()
         return self.codes
 
-    def _watch(self, _: nn.Module, __: Any, output: torch.Tensor) -> None:
+    def _watch(self, _: nn.Module, __: Any, output: torch.Tensor) -> torch.Tensor:
         """Notes a lookup of training, which a clustering step must not overtake."""
-        if self.training and output.requires_grad:
-            self.pending.watch(output)
+        if not (self.training and output.requires_grad):
+            return output
+        # A rank without tables gives the same tensor in every step, on which hooks would add up.
+        output = output if output.grad_fn is not None else output.view_as(output)
+        self.pending.watch(output)
+        return output
 
     def embedding_bag_configs(self) -> list[Any]:
         """The tables as configured (or finalized), one entry per logical table."""
