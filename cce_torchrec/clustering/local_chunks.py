@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 from contextlib import ExitStack, contextmanager
 
 import torch
@@ -88,6 +88,27 @@ def uncached(model: nn.Module) -> Iterator[None]:
                 stack.enter_context(bypassed(lookups_of(module)))
         yield
     _wait_for_all_streams()
+
+
+def clear_gradients(model: nn.Module, clustered: Container[int]) -> None:
+    """Zeroes what gradients of unsharded and data-parallel tables have added up.
+
+    A job that accumulates them over several batches would step rows of other ids by them. Where
+    the step comes after `optimizer.step()`, they have been used.
+
+    Args:
+        clustered: ids (Python's) of the codes of the tables that were.
+    """
+    for module in model.modules():
+        if not isinstance(module, CCEEmbeddingBagCollection | ShardedCCEEmbeddingBagCollection):
+            continue
+        bags = module.embedding_bag_collection.embedding_bags
+        for name, codes in module.codes.items():
+            assert isinstance(codes, ChunkCodes)
+            names = [physical_table(name, chunk) for chunk in codes.chunks]
+            for physical in names if id(codes) in clustered else []:
+                if physical in bags and bags[physical].weight.grad is not None:
+                    bags[physical].weight.grad.zero_()
 
 
 def check_no_lookup_pending(model: nn.Module) -> None:

@@ -16,7 +16,12 @@ from cce_torchrec.clustering.chunk_group import ALONE, ChunkGroup
 from cce_torchrec.clustering.chunk_state import ChunkState
 from cce_torchrec.clustering.chunk_update import ChunkUpdate
 from cce_torchrec.clustering.limits import least_free_share, memory
-from cce_torchrec.clustering.local_chunks import check_no_lookup_pending, local_chunks, uncached
+from cce_torchrec.clustering.local_chunks import (
+    check_no_lookup_pending,
+    clear_gradients,
+    local_chunks,
+    uncached,
+)
 from cce_torchrec.clustering.options import Options
 from cce_torchrec.clustering.plan import Plan, task_of
 from cce_torchrec.clustering.report import ChunkReport, ClusteringReport, report_of
@@ -83,8 +88,8 @@ def cluster(
     Raises:
         ValueError: on every rank, naming table, chunk and rank: weights that are not finite, a
             data-parallel table that is not in `optimizer` or differs between ranks, unusable
-            options, more memory needed than the limit, ranks that did
-            not make the call (gloo).
+            options, more memory needed than the limit, lookups that wait for their backward pass,
+            ranks that did not make the call (where CPUs have gloo).
     """
     options = Options(
         iterations=iterations,
@@ -156,8 +161,10 @@ def _reports(
 
 
 def _begin_next_round(model: nn.Module, states: Iterable[ChunkState]) -> None:
-    """New hashes for the helper rows, no id seen yet, and lookups so far are old."""
-    for codes in {id(state.codes): state.codes for state in states}.values():
+    """New hashes for the helper rows, no id seen yet, and lookups and gradients so far are old."""
+    clustered = {id(state.codes): state.codes for state in states}
+    clear_gradients(model, clustered)
+    for codes in clustered.values():
         codes.set_clusterings(codes.num_clusterings + 1)  # and so another helper hash
         if codes.seen is not None:
             codes.seen.zero_()

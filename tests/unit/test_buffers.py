@@ -11,7 +11,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torchrec import KeyedJaggedTensor
 
 from cce_torchrec import CCEEmbeddingBagCollection, CCEEmbeddingBagConfig
-from cce_torchrec.clustering import cluster
+from cce_torchrec.clustering import cluster, finalize
 
 IDS = KeyedJaggedTensor(["f", "g"], torch.arange(80) * 5, lengths=torch.full((40,), 2))
 
@@ -33,6 +33,11 @@ class Model(nn.Module):
 
     def forward(self, features):
         return self.collection(features).values()
+
+    def reset(self):
+        """As a load that is in place."""
+        for codes in self.collection.codes.values():
+            codes.clusterings.copy_(torch.tensor(0))
 
 
 def clustered():
@@ -188,3 +193,33 @@ def test_codebooks_are_averaged_between_clusterings_and_afresh_after_each():
     for row in rows[1:]:
         expected = expected + 0.5 * (row - expected)
     torch.testing.assert_close(ema(IDS), expected)
+
+
+def test_a_step_does_not_go_on_with_gradients_of_rows_of_before():
+    """As where gradients are added up over more batches than the step comes after."""
+    model = clustered()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    model(IDS).sum().backward()
+    cluster(model, optimizer=optimizer)
+    rows = {name: value.clone() for name, value in model.named_parameters()}
+    optimizer.step()
+    for name, value in model.named_parameters():
+        # Tables whose codes are a hash have the rows that they had.
+        assert torch.equal(value, rows[name]) == ("user" in name), name
+
+
+@pytest.mark.parametrize("change", [cluster, lambda model: model.reset(), finalize])
+def test_a_gradient_of_rows_of_before_is_refused(change):
+    model = clustered()
+    loss = model(IDS).sum()
+    change(model)
+    with pytest.raises(ValueError, match=r"tables \['hashed', 'user'\]: the codes changed between"):
+        loss.backward()
+    model(IDS).sum().backward()
+
+
+def test_a_function_of_other_buffers_has_its_gradient_after_they_are_gone():
+    source, model = clustered(), used()
+    loss = torch.func.functional_call(model, tensors(source), (IDS,)).sum()
+    loss.backward()
+    assert all(weight.grad is not None for weight in source.parameters())
