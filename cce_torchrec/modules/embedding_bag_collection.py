@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import fields
 from typing import Any
 
@@ -122,10 +122,17 @@ class CCEEmbeddingBagCollection(EmbeddingBagCollectionInterface):
         slots.length_per_key()  # TorchRec's own collection asks for it, and then the rows are known
         rows = self.expansion(slots, self.bounds_check, features.inverse_indices_or_none())
         pooled = self.embedding_bag_collection(rows)
-        # Not in graphs, which would end at the hook.
-        if pooled.values().requires_grad and not torch.compiler.is_compiling():
-            pooled.values().register_hook(PendingLookup(self.codes, self._every_codes))
+        self.refuse_late_gradients([pooled.values()])
         return self.output.assemble(pooled.values(), self._columns, divisor)
+
+    def refuse_late_gradients(self, outputs: Iterable[torch.Tensor]) -> None:
+        """Has the gradient of a lookup's `outputs` refused if codes change before it comes."""
+        if torch.compiler.is_compiling():  # a graph would end at the hook
+            return
+        hook = PendingLookup(self.codes, self._every_codes)
+        for output in outputs:
+            if output.requires_grad:
+                output.register_hook(hook)
 
     def embedding_bag_configs(self) -> list[EmbeddingBagConfig]:
         """The tables as configured (or finalized), one entry per logical table."""
