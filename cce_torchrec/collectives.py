@@ -19,15 +19,54 @@ S = TypeVar("S")
 
 MEETING_SECONDS = 60.0
 """How long ranks wait for each other in `meet` (gloo)."""
+_CPU = torch.device("cpu")
 _TAG = 0x0CCE
 """Of the messages of `meet`, apart from those of other code."""
 
 
 def ranks_of_call(process_group: dist.ProcessGroup | None) -> dist.ProcessGroup | None:
-    """The ranks of a public call: all of the job by default; None where there is one process."""
+    """The ranks of a public call: all of the job by default; None where there is one process.
+
+    Raises:
+        ValueError: this rank is not one of them.
+    """
     if not (dist.is_available() and dist.is_initialized()):
         return None
-    return process_group if process_group is not None else dist.group.WORLD
+    group = process_group if process_group is not None else dist.group.WORLD
+    if dist.get_rank(group) < 0:
+        # torch gives such ranks a group of -1 ranks, with which they would go on by themselves.
+        raise ValueError(
+            f"rank {dist.get_rank()} is not in the process group of the call; make it on the ranks "
+            "of the group only, or pass a group that has this rank"
+        )
+    return group
+
+
+def backend_of(device: torch.device, group: dist.ProcessGroup | None) -> str:
+    """What sends tensors of `device` among the ranks of `group` (all of the job): "gloo", "nccl".
+
+    "" if nothing does, or no process group was made. By device, because a group may have several
+    backends ("cpu:gloo,cuda:nccl"), and one backend several spellings ("gloo", "cpu:gloo", none).
+    """
+    if not (dist.is_available() and dist.is_initialized()):
+        return ""
+    pairs = (pair.split(":") for pair in dist.get_backend_config(group).split(","))
+    return {kind: backend for kind, backend in pairs}.get(device.type, "")
+
+
+def check_backend(device: torch.device, group: dist.ProcessGroup | None) -> None:
+    """Refuses ranks that cannot send each other the tensors of `device`.
+
+    Raises:
+        ValueError: naming the device and what the group has.
+    """
+    if group is None or dist.get_world_size(group) == 1 or backend_of(device, group):
+        return
+    raise ValueError(
+        f"the tables are on {device.type} and the process group sends by "
+        f"{dist.get_backend_config(group)!r} only; make it by "
+        "init_process_group('cpu:gloo,cuda:nccl'), or pass another as process_group="
+    )
 
 
 def gather(own: T, group: dist.ProcessGroup | None) -> list[T]:
@@ -167,13 +206,14 @@ def meet(group: dist.ProcessGroup | None) -> None:
     """Waits until every rank of `group` is here.
 
     Messages of their own, as a collective would match whatever the other ranks are in; and
-    torch's monitored_barrier has no deadline for the ranks that wait for rank 0. NCCL has neither:
-    there the group's timeout ends a job whose ranks disagree.
+    torch's monitored_barrier has no deadline for the ranks that wait for rank 0. They are on the
+    CPU, wherever the tables are. NCCL has neither: where a group has no gloo for the CPU beside it,
+    its timeout ends a job whose ranks disagree.
 
     Raises:
         ValueError: on the ranks that are here, if others did not come in MEETING_SECONDS.
     """
-    if group is None or dist.get_backend(group) != "gloo" or dist.get_world_size(group) == 1:
+    if group is None or dist.get_world_size(group) == 1 or backend_of(_CPU, group) != "gloo":
         return
     ranks = dist.get_process_group_ranks(group)
     first, own = ranks[0], dist.get_rank()

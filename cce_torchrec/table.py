@@ -18,32 +18,15 @@ class TableFeature:
     feature: str
 
 
-@dataclass
-class Generation:
-    """Counts the changes of a collection's codes, hashes and configurations.
-
-    What was computed from them (rows of a batch that a pipeline is ahead with, descriptions for
-    kernels) is still right if the number is what it was.
-    """
-
-    number: int = 0
-
-    def advance(self) -> None:
-        """Something has changed, or may have."""
-        self.number += 1
-
-
 class Table:
     """A table of one collection, CCE or plain; what it is now is said here and nowhere else.
 
     Args:
         config: as the user gave it; `finalize` puts another in its place.
-        generation: of the collection, which its tables share.
     """
 
-    def __init__(self, config: EmbeddingBagConfig, generation: Generation | None = None) -> None:
+    def __init__(self, config: EmbeddingBagConfig) -> None:
         self.config = config
-        self.generation = generation if generation is not None else Generation()
 
     @property
     def name(self) -> str:
@@ -74,14 +57,11 @@ class Table:
     def finalize(self) -> None:
         """Main has the helper's rows from now on, and there is no helper."""
         self.config = self.compressed.finalized()
-        self.generation.advance()
 
 
 def tables_of(configs: Iterable[EmbeddingBagConfig]) -> list[Table]:
     """The tables of one collection."""
-    # One for all of them: a batch that a pipeline is ahead with is looked up in all of them.
-    generation = Generation()
-    return [Table(config, generation) for config in configs]
+    return [Table(config) for config in configs]
 
 
 def physical_table(table: str, chunk: int) -> str:

@@ -56,6 +56,23 @@ def become(instance: Any, kind: type) -> None:
     instance.__class__ = kind
 
 
+def version_of(tensor: torch.Tensor) -> int | None:
+    """How often `tensor` was written in place; None where torch does not count (inference mode).
+
+    Autograd counts by it. Without it, what was computed from codes would have to be computed anew
+    for every batch.
+    """
+    return None if tensor.is_inference() else tensor._version
+
+
+def buffers_of(module: nn.Module) -> dict[str, torch.Tensor | None]:
+    """The buffers of `module` itself, by name.
+
+    As `getattr` gives them one by one, in a tenth of the time; without it lookups are that slower.
+    """
+    return module._buffers
+
+
 def fp32_precision(backend: str, operation: str) -> str:
     """How float32 products are rounded: "ieee", "tf32", "bf16" or "none" (as above it)."""
     return torch._C._get_fp32_precision_getter(backend, operation)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 from contextlib import ExitStack, contextmanager
 
 import torch
@@ -32,13 +32,13 @@ def local_chunks(
     for path, module in model.named_modules():
         copies: dict[str, dist.ProcessGroup] = {}
         if isinstance(module, ShardedCCEEmbeddingBagCollection):
-            rows = fused_rows(module, optimizer)
+            rows, own = fused_rows(module, optimizer), module.current_codes()
             copies = module.replica_groups()
         elif isinstance(module, CCEEmbeddingBagCollection):
-            rows = unsharded_rows(module, optimizer)
+            rows, own = unsharded_rows(module, optimizer), module.codes
         else:
             continue
-        for name, codes in module.codes.items():
+        for name, codes in own.items():
             assert isinstance(codes, ChunkCodes)
             if codes.codes is None or codes.config.helper_rows == 0:
                 continue
@@ -83,9 +83,43 @@ def uncached(model: nn.Module) -> Iterator[None]:
     with ExitStack() as stack:
         for module in model.modules():
             if isinstance(module, ShardedCCEEmbeddingBagCollection):
+                # Also where the step fails, as the caches are emptied all the same.
+                module.cache_resets.number += 1
                 stack.enter_context(bypassed(lookups_of(module)))
         yield
     _wait_for_all_streams()
+
+
+def clear_gradients(model: nn.Module, clustered: Container[int]) -> None:
+    """Zeroes what gradients of unsharded and data-parallel tables have added up.
+
+    A job that accumulates them over several batches would step rows of other ids by them. Where
+    the step comes after `optimizer.step()`, they have been used.
+
+    Args:
+        clustered: ids (Python's) of the codes of the tables that were.
+    """
+    for module in model.modules():
+        if not isinstance(module, CCEEmbeddingBagCollection | ShardedCCEEmbeddingBagCollection):
+            continue
+        bags = module.embedding_bag_collection.embedding_bags
+        for name, codes in module.codes.items():
+            assert isinstance(codes, ChunkCodes)
+            names = [physical_table(name, chunk) for chunk in codes.chunks]
+            for physical in names if id(codes) in clustered else []:
+                if physical in bags and bags[physical].weight.grad is not None:
+                    bags[physical].weight.grad.zero_()
+
+
+def check_no_lookup_pending(model: nn.Module) -> None:
+    """Refuses a step between a lookup of a sharded collection and its backward pass.
+
+    Raises:
+        ValueError: naming the tables, and how a pipeline is emptied.
+    """
+    for module in model.modules():
+        if isinstance(module, ShardedCCEEmbeddingBagCollection):
+            module.pending.check()
 
 
 def _wait_for_all_streams() -> None:

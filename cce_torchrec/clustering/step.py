@@ -16,7 +16,12 @@ from cce_torchrec.clustering.chunk_group import ALONE, ChunkGroup
 from cce_torchrec.clustering.chunk_state import ChunkState
 from cce_torchrec.clustering.chunk_update import ChunkUpdate
 from cce_torchrec.clustering.limits import least_free_share, memory
-from cce_torchrec.clustering.local_chunks import local_chunks, uncached
+from cce_torchrec.clustering.local_chunks import (
+    check_no_lookup_pending,
+    clear_gradients,
+    local_chunks,
+    uncached,
+)
 from cce_torchrec.clustering.options import Options
 from cce_torchrec.clustering.plan import Plan, task_of
 from cce_torchrec.clustering.report import ChunkReport, ClusteringReport, report_of
@@ -24,7 +29,7 @@ from cce_torchrec.clustering.solver import ChunkSolver, ScoringHelper
 from cce_torchrec.clustering.task import ChunkKey, Task
 from cce_torchrec.codes.chunk_codes import ChunkCodes
 from cce_torchrec.codes.storage import converted
-from cce_torchrec.collectives import agree, gather, meet, ranks_of_call, reason
+from cce_torchrec.collectives import agree, check_backend, gather, meet, ranks_of_call, reason
 from cce_torchrec.distributed.embedding_bag_collection import ShardedCCEEmbeddingBagCollection
 from cce_torchrec.gpu.usable import usable
 from cce_torchrec.kmeans.backends import make_backend
@@ -83,8 +88,8 @@ def cluster(
     Raises:
         ValueError: on every rank, naming table, chunk and rank: weights that are not finite, a
             data-parallel table that is not in `optimizer` or differs between ranks, unusable
-            options, more memory needed than the limit, ranks that did
-            not make the call (gloo).
+            options, more memory needed than the limit, lookups that wait for their backward pass,
+            ranks that did not make the call (where CPUs have gloo).
     """
     options = Options(
         iterations=iterations,
@@ -134,7 +139,7 @@ def _run(
     whose = "half of what is free on the GPU" if free is not None else None
     peak_bytes, kept = memory(plan, states, options.memory_limit, whose, group)
     replicas.share_seen(model)  # before ids are weighed by it
-    work = _Work(mine, plan, kept, options, _device(states), group)
+    work = _Work(mine, plan, kept, options, _device(model, states), group)
     with _wider_codes(states, group):
         done = work.solve()
     work.commit(done)
@@ -156,16 +161,17 @@ def _reports(
 
 
 def _begin_next_round(model: nn.Module, states: Iterable[ChunkState]) -> None:
-    """New hashes for the helper rows, no id seen yet, and batches that are under way are old."""
-    for codes in {id(state.codes): state.codes for state in states}.values():
+    """New hashes for the helper rows, no id seen yet, and lookups and gradients so far are old."""
+    clustered = {id(state.codes): state.codes for state in states}
+    clear_gradients(model, clustered)
+    for codes in clustered.values():
         codes.set_clusterings(codes.num_clusterings + 1)  # and so another helper hash
         if codes.seen is not None:
             codes.seen.zero_()
-    # Also of collections of which this rank clustered nothing: what other ranks of a batch are to
-    # do once more, all of them are.
+    # Also of collections of which this rank has nothing: a late gradient is refused on all ranks.
     for module in model.modules():
         if isinstance(module, ShardedCCEEmbeddingBagCollection):
-            module.generation.advance()
+            module.pending.overtake()
 
 
 @dataclass(frozen=True)
@@ -188,13 +194,15 @@ def _prepared(
 ) -> tuple[list[tuple[str, ChunkState]], _Ready]:
     """This rank's chunks, checked, and what the others have to know."""
     options.check()
+    check_no_lookup_pending(model)
     states, tasks = list(local_chunks(model, optimizer, options.finalize)), []
     for path, state in states:
         state.check_group(group)
         options.check_for(state)
         if state.owned:
             tasks.append(task_of(path, state, options))
-    device = _device(states)
+    device = _device(model, states)
+    check_backend(device, group)
     make_backend(options.scorer, device)  # raises what is missing before anything is computed
     kernels = usable(device) if device.type == "cuda" else None
     digests = replicas.digests(states, options)
@@ -319,9 +327,12 @@ class _Work:
             )
 
 
-def _device(states: list[tuple[str, ChunkState]]) -> torch.device:
-    """Where this rank computes."""
+def _device(model: nn.Module, states: list[tuple[str, ChunkState]]) -> torch.device:
+    """Where this rank computes: where its chunks are, or would be if it had some."""
     if states:
         return states[0][1].weight.device
-    on_cuda = dist.is_initialized() and "nccl" in str(dist.get_backend_config())
-    return torch.device("cuda", torch.cuda.current_device()) if on_cuda else torch.device("cpu")
+    # Its backends do not tell: a job may have one for GPUs, and tables on CPUs.
+    for module in model.modules():
+        if isinstance(module, ShardedCCEEmbeddingBagCollection):
+            return module.device
+    return torch.device("cpu")

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from typing import Any
 
 import torch
 from torch import nn
 
-from cce_torchrec.codes.hashing import code_hash, hash_rows, helper_hash
+from cce_torchrec.codes.hashing import code_hash, hash_rows, helper_hash, helper_hashes
 from cce_torchrec.codes.storage import (
     hashed_codes,
     in_rows,
@@ -16,8 +16,10 @@ from cce_torchrec.codes.storage import (
     no_seen_ids,
     read_codes,
 )
+from cce_torchrec.codes.written import Written
 from cce_torchrec.config import CCEEmbeddingBagConfig
 from cce_torchrec.table import Table
+from cce_torchrec.torchrec_internals import buffers_of
 
 
 class ChunkCodes(nn.Module):
@@ -48,8 +50,7 @@ class ChunkCodes(nn.Module):
         self.seen: torch.Tensor | None
         bits = no_seen_ids(len(self.ids), device) if config.track_seen else None
         self.register_buffer("seen", bits)
-        # On the host as well, where every lookup asks for it without waiting for a device.
-        self._num_clusterings = 0
+        self._counted: tuple[Written, int] | None = None
         self._hashes: dict[tuple[int, torch.device], torch.Tensor] = {}
 
     @property
@@ -63,27 +64,45 @@ class ChunkCodes(nn.Module):
         """The table as it is configured now."""
         return self.table.compressed
 
-    def sync_clusterings(self) -> None:
-        """Reads `clusterings` back to the host; called after it was loaded or changed."""
-        if self.clusterings.device.type != "meta":
-            self._num_clusterings = int(self.clusterings)
-        self.table.generation.advance()
-
     @property
     def num_clusterings(self) -> int:
-        """Clusterings so far."""
-        return self._num_clusterings
+        """Clusterings so far: the value of the buffer, whoever wrote it.
+
+        The host waits for a GPU only where the buffer was written, or became another, since.
+        """
+        count = self.clusterings
+        if count.device.type == "cpu":
+            return int(count)
+        if count.is_meta:  # which has the initial hash
+            return 0
+        if self._counted is None or not self._counted[0].is_current([count]):
+            self._counted = Written([count]), int(count)
+        return self._counted[1]
 
     def set_clusterings(self, rounds: int) -> None:
         """Sets the number of clusterings, and so the helper's hash."""
         self.clusterings.fill_(rounds)
-        self._num_clusterings = rounds
-        self.table.generation.advance()
 
     def set_codes(self, codes: torch.Tensor) -> None:
         """Takes `codes` [len(ids), len(chunks)] for its own."""
         self.codes = codes
-        self.table.generation.advance()
+
+    @property
+    def read_by_lookups(self) -> list[torch.Tensor]:
+        """The buffers from which rows follow; a write to any of them may change rows."""
+        own = buffers_of(self)
+        return [tensor for name in ("clusterings", "codes") if (tensor := own[name]) is not None]
+
+    @property
+    def described(self) -> Hashable:
+        """Changes where what kernels are told about the table does: addresses and hashes."""
+        own = buffers_of(self)
+        codes, seen = own["codes"], own["seen"]
+        return (
+            None if codes is None else (codes.data_ptr(), codes.dtype, codes.shape),
+            None if seen is None or not self.training else seen.data_ptr(),
+            self.num_clusterings,
+        )
 
     def reset_parameters(self) -> None:
         """Codes back to the initial hash."""
@@ -111,18 +130,29 @@ class ChunkCodes(nn.Module):
 
     def hashes(self, device: torch.device) -> torch.Tensor:
         """int64 [chunks, 5]: column, multiplier and addend of the main hash, of the helper hash."""
-        key = (self._num_clusterings, device)
+        # A graph reads the buffer, as it is called for other values of it than it was made with.
+        if torch.compiler.is_compiling():
+            main = torch.tensor(self._main_hashes(), device=device)
+            config = self.config
+            helpers = helper_hashes(config.seed, config.name, self.chunks, self.clusterings)
+            return torch.cat([main, helpers.to(device)], dim=1)
+        key = (self.num_clusterings, device)
         if key not in self._hashes:
             config, rows = self.config, []
-            for column, chunk in enumerate(self.chunks):
-                main = code_hash(config.seed, config.name, chunk)
-                helper = helper_hash(config.seed, config.name, chunk, self._num_clusterings)
-                rows.append(
-                    [column, main.multiplier, main.addend, helper.multiplier, helper.addend]
-                )
+            for own, chunk in zip(self._main_hashes(), self.chunks, strict=True):
+                helper = helper_hash(config.seed, config.name, chunk, key[0])
+                rows.append([*own, helper.multiplier, helper.addend])
             # The newest alone: codes are never looked up by the hashes of an earlier clustering.
             self._hashes = {key: torch.tensor(rows, device=device)}
         return self._hashes[key]
+
+    def _main_hashes(self) -> list[list[int]]:
+        """Column, multiplier and addend of each chunk's."""
+        config, rows = self.config, []
+        for column, chunk in enumerate(self.chunks):
+            main = code_hash(config.seed, config.name, chunk)
+            rows.append([column, main.multiplier, main.addend])
+        return rows
 
     def main_rows(self, ids: torch.Tensor) -> torch.Tensor:
         """Main rows of `ids` [V], int64 [chunks, V]."""
@@ -137,8 +167,6 @@ class ChunkCodes(nn.Module):
         return hash_rows(ids, hashes[:, 3:4], hashes[:, 4:5], self.config.helper_rows)
 
     def _apply(self, *args: Any, **kwargs: Any) -> ChunkCodes:
-        # Buffers may move, and kernels are given their addresses once a generation.
-        self.table.generation.advance()
         super()._apply(*args, **kwargs)
         if self.seen is not None:
             self.seen = in_whole_words(self.seen)
@@ -161,7 +189,6 @@ class ChunkCodes(nn.Module):
             self.codes = in_rows(self.codes)
         if self.seen is not None:
             self.seen = in_whole_words(self.seen)
-        self.sync_clusterings()
 
 
 def codes_of(codes: nn.ModuleDict, table: str) -> ChunkCodes | None:

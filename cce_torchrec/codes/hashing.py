@@ -14,6 +14,7 @@ tests/unit/test_hashing.py.
 from __future__ import annotations
 
 import zlib
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -21,6 +22,9 @@ import torch
 _MASK = 2**64 - 1
 _ROUNDS = ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB))
 _LAST_SHIFT = 31
+_GAMMA = 0x9E3779B97F4A7C15
+_ADDEND = 0xADD
+"""Parts the two numbers of a hash function."""
 CODE_ROLE = 0
 HELPER_ROLE = 1
 SAMPLE_ROLE = 2
@@ -29,7 +33,7 @@ RAW_ID_ROLE = 3
 
 def _splitmix64(state: int) -> int:
     """One output of SplitMix64 for the given state."""
-    z = (state + 0x9E3779B97F4A7C15) & _MASK
+    z = (state + _GAMMA) & _MASK
     for shift, multiplier in _ROUNDS:
         z = ((z ^ (z >> shift)) * multiplier) & _MASK
     return z ^ (z >> _LAST_SHIFT)
@@ -92,17 +96,38 @@ def _name_bits(table: str) -> int:
 
 def hash_function(seed: int, table: str, chunk: int, *, role: int, round_: int = 0) -> HashFunction:
     """The hash of one chunk of one table; `round_` counts the clusterings of the table."""
-    state = _splitmix64((seed & _MASK) ^ _name_bits(table))
-    for part in (chunk, role, round_):
-        state = _splitmix64(state ^ part)
-    addend = _splitmix64(state ^ 0xADD)
+    state = _splitmix64(_state(seed, table, chunk, role) ^ round_)
+    addend = _splitmix64(state ^ _ADDEND)
     # Multiply-shift takes odd multipliers.
     return HashFunction(_signed(_splitmix64(state) | 1), _signed(addend))
+
+
+def _state(seed: int, table: str, chunk: int, role: int) -> int:
+    """What all rounds of a hash function start from."""
+    state = _splitmix64((seed & _MASK) ^ _name_bits(table))
+    for part in (chunk, role):
+        state = _splitmix64(state ^ part)
+    return state
 
 
 def helper_hash(seed: int, table: str, chunk: int, clusterings: int) -> HashFunction:
     """Hash that sends an id to its helper row after `clusterings` clusterings."""
     return hash_function(seed, table, chunk, role=HELPER_ROLE, round_=clusterings)
+
+
+def helper_hashes(
+    seed: int, table: str, chunks: Sequence[int], clusterings: torch.Tensor
+) -> torch.Tensor:
+    """Multiplier and addend of `helper_hash` for each of `chunks`, int64 [chunks, 2].
+
+    On the device of `clusterings`, an int64 scalar whose value nothing waits for.
+    """
+    starts = [_signed(_state(seed, table, chunk, HELPER_ROLE)) for chunk in chunks]
+    states = torch.tensor(starts, dtype=torch.int64, device=clusterings.device)
+    states = mix((states ^ clusterings) + _signed(_GAMMA))
+    multipliers = mix(states + _signed(_GAMMA)) | 1
+    addends = mix((states ^ _ADDEND) + _signed(_GAMMA))
+    return torch.stack([multipliers, addends], dim=1)
 
 
 def code_hash(seed: int, table: str, chunk: int) -> HashFunction:

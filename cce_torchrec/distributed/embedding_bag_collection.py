@@ -14,6 +14,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from fbgemm_gpu.split_table_batched_embeddings_ops_common import BoundsCheckMode
+from torch import nn
 from torchrec.distributed.embedding_types import KJTList, ShardedEmbeddingModule
 from torchrec.distributed.embeddingbag import (
     EmbeddingBagCollectionSharder,
@@ -29,8 +30,10 @@ from torchrec.distributed.types import (
 from torchrec.distributed.utils import append_prefix
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor, KeyedTensor
 
+from cce_torchrec.codes.chunk_codes import local_codes
+from cce_torchrec.collectives import backend_of
 from cce_torchrec.distributed.alone import PooledNoWait, is_alone
-from cce_torchrec.distributed.batch_in_flight import BatchInFlight
+from cce_torchrec.distributed.batch_in_flight import BatchInFlight, CacheResets
 from cce_torchrec.distributed.caches import forget_prefetched
 from cce_torchrec.distributed.code_fetch import CodeFetch
 from cce_torchrec.distributed.context import CCEContext
@@ -44,11 +47,12 @@ from cce_torchrec.lookup import narrow
 from cce_torchrec.lookup.backward import take_over
 from cce_torchrec.lookup.bounds import BoundsCheck
 from cce_torchrec.lookup.output import check_features
+from cce_torchrec.lookup.pending import PendingLookups
 from cce_torchrec.modules.embedding_bag_collection import (
     CCEEmbeddingBagCollection,
     without_weights,
 )
-from cce_torchrec.table import Generation, tables_of
+from cce_torchrec.table import tables_of
 from cce_torchrec.torchrec_internals import (
     fused_kernels,
     leave_input_to_us,
@@ -56,6 +60,11 @@ from cce_torchrec.torchrec_internals import (
     output_features,
     torchrec_kernels,
 )
+
+
+def _overtake_pending(module: ShardedCCEEmbeddingBagCollection, *_: Any) -> None:
+    # On every rank, also one that has no codes: a gradient is refused on all of them.
+    module.pending.overtake()
 
 
 class ShardedCCEEmbeddingBagCollection(
@@ -75,7 +84,9 @@ class ShardedCCEEmbeddingBagCollection(
         super().__init__(qcomm_codecs_registry=ebc_sharder.qcomm_codecs_registry)
         self.tables = tables_of(module.embedding_bag_configs())
         """As they are now; `embedding_bag_configs` reads their configurations."""
-        self.generation = self.tables[0].generation if self.tables else Generation()
+        self.cache_resets = CacheResets()
+        self.device = torch.empty(0, device=device).device
+        """Where this rank's part of the tables is, with its index."""
         self._is_weighted = module.is_weighted()
         self.weights_computed_after_dist = False
         """Whether weights are computed where the ids are looked up, by feature processors."""
@@ -93,6 +104,11 @@ class ShardedCCEEmbeddingBagCollection(
         # Plans name global ranks, also where a sharding group is a part of them (2D parallelism).
         rank = getattr(env, "global_rank", env.rank)
         self.codes = placement.local_codes(self.tables, module.codes, rank, device)
+        self._every_codes = [local_codes(self.codes, name) for name in self.codes]
+        self._fetched_codes = [local_codes(self.codes, name) for name in self.id_partitions]
+        compressed = [table.name for table in self.tables if table.cce is not None]
+        self.pending = PendingLookups(compressed, self._every_codes)
+        """Lookups of training whose backward pass is still to come."""
         self._codes_state = state = CodesState(
             self.codes, self.tables, placement, rank, device, env.process_group
         )
@@ -100,6 +116,7 @@ class ShardedCCEEmbeddingBagCollection(
             partial(state.save)
         )  # torch marks hooks; methods it cannot
         self.register_load_state_dict_pre_hook(state.load)
+        self.register_load_state_dict_pre_hook(_overtake_pending)
         self.embedding_bag_collection: ShardedEmbeddingBagCollection = ebc_sharder.shard(
             module.embedding_bag_collection,
             physical_plan(self.embedding_bag_configs(), params, device),
@@ -121,6 +138,8 @@ class ShardedCCEEmbeddingBagCollection(
             # Rows are in bounds: ids were checked before they were expanded, all of them.
             kernel.bounds_check_mode_int = BoundsCheckMode.NONE.value
             take_over(kernel)
+        for lookup in self._lookups:
+            lookup.register_forward_hook(self._watch)
         self._columns = self.output.column_order(*output_features(inner))
         self.inputs = sharding_inputs(
             inner, self.tables, self.output, self.codes, self.id_partitions, self._env.rank
@@ -171,7 +190,11 @@ class ShardedCCEEmbeddingBagCollection(
     def _check_variable_batch(self) -> None:
         """Refuses a batch size per feature where TorchRec cannot distribute the output."""
         why, tables = "data-parallel, for which TorchRec has no", self.data_parallel
-        if not tables and self._plain_row_wise and dist.get_backend(self.process_group) == "gloo":
+        if (
+            not tables
+            and self._plain_row_wise
+            and backend_of(self.device, self.process_group) == "gloo"
+        ):
             why, tables = "cut by rows, for which gloo cannot gather a", self._plain_row_wise
         if tables:
             raise ValueError(
@@ -244,6 +267,7 @@ class ShardedCCEEmbeddingBagCollection(
 
     def _expand(self, ctx: CCEContext, dist_input: KJTList) -> KJTList:
         """Codebook rows of what arrived, by the codes as they are now."""
+        self._codes_state.take_written()
         return ctx.in_flight.current_rows(
             dist_input,
             self.bounds_check,
@@ -262,7 +286,22 @@ class ShardedCCEEmbeddingBagCollection(
 
     def create_context(self) -> CCEContext:
         """A fresh context for one batch."""
-        return CCEContext(in_flight=BatchInFlight(self.generation))
+        in_flight = BatchInFlight(self._every_codes, self._fetched_codes, self.cache_resets)
+        return CCEContext(in_flight=in_flight)
+
+    def current_codes(self) -> nn.ModuleDict:
+        """The codes of this rank, with what was written into the tensors of a state dict."""
+        self._codes_state.take_written()
+        return self.codes
+
+    def _watch(self, _: nn.Module, __: Any, output: torch.Tensor) -> torch.Tensor:
+        """Notes a lookup of training, which a clustering step must not overtake."""
+        if not (self.training and output.requires_grad):
+            return output
+        # A rank without tables gives the same tensor in every step, on which hooks would add up.
+        output = output if output.grad_fn is not None else output.view_as(output)
+        self.pending.watch(output)
+        return output
 
     def embedding_bag_configs(self) -> list[Any]:
         """The tables as configured (or finalized), one entry per logical table."""

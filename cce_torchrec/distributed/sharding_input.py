@@ -167,7 +167,7 @@ def _table_lookups(
         at += len(features)
         if table.name in row_wise:
             own = [position[TableFeature(table.name, name)] for name in features]
-            plain = Table(_as_plain(table.compressed, features), table.generation)
+            plain = Table(_as_plain(table.compressed, features))
             lookups.append(TableLookup(plain, own, None, []))
             continue
         own = [position[TableFeature(table.name, f)] for f in table.config.feature_names]

@@ -10,6 +10,7 @@ are sharded like its codes, uncut.
 from __future__ import annotations
 
 import itertools
+import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -32,6 +33,7 @@ from cce_torchrec.torchrec_internals import (
     ShardMetadata,
     TensorProperties,
     sharded_tensor,
+    version_of,
 )
 
 SHARD_BYTES = 1 << 26
@@ -86,6 +88,30 @@ def _parts(
     return out
 
 
+class _Copy:
+    """Codes of this rank in a state dict, where they had to be copied out of its buffer."""
+
+    def __init__(self, table: str, part: Part, codes: torch.Tensor) -> None:
+        self.table, self._part = table, part
+        # Until codes are read next, as a state dict may be written to and given up before.
+        self._kept: torch.Tensor | None = codes
+        self._codes, self._version = weakref.ref(codes), version_of(codes)
+
+    def take_written(self, local: ChunkCodes) -> None:
+        """Copies them back into the buffer `local` if they were written."""
+        self._kept, codes = None, self._codes()
+        if codes is None or version_of(codes) == self._version:
+            return
+        self._version, view = version_of(codes), self._part.view(local)
+        if view.dtype == codes.dtype:  # the buffer may be wider since, by finalize
+            with torch.no_grad():
+                view.copy_(codes)
+
+    def is_held(self) -> bool:
+        """Whether anyone can still write to them."""
+        return self._codes() is not None
+
+
 def codes_key(prefix: str, table: str) -> str:
     """Name of a table's codes in a state dict."""
     return f"{prefix}codes.{table}.codes"
@@ -105,6 +131,7 @@ class CodesState:
     ) -> None:
         self._codes, self._tables, self._rank = codes, tables, rank
         self._owners, self._partitions = placement.chunk_owners, placement.id_partitions
+        self._copies: list[_Copy] = []
         self._device, self._group = torch.empty(0, device=device).device, group  # with its index
 
     @property
@@ -115,10 +142,22 @@ class CodesState:
         """Those whose codes are sharded; codes of a data-parallel one stay a tensor."""
         return [c for c in self._compressed if c.learned_codes and c.name in self._owners]
 
+    def take_written(self) -> None:
+        """Writes into the buffers what was written into copies of them in a state dict.
+
+        As torch.distributed.checkpoint loads into the tensors of a state dict. To be called before
+        codes are read.
+        """
+        for copy in self._copies:
+            copy.take_written(local_codes(self._codes, copy.table))
+        if self._copies:
+            self._copies = [copy for copy in self._copies if copy.is_held()]
+
     def save(
         self, module: nn.Module, state: dict[str, Any], prefix: str, metadata: dict[str, Any]
     ) -> None:
         """Replaces this rank's part by the table's ShardedTensor, on every rank."""
+        self.take_written()
         for config in self._sharded_tables():
             state[codes_key(prefix, config.name)] = self._sharded(config)
             if config.track_seen and config.name in self._partitions:
@@ -132,6 +171,7 @@ class CodesState:
             ValueError: codes of another table size or number of chunks, naming both, or of a
                 table whose codes are not learned here, or other main and helper rows.
         """
+        self.take_written()  # now, as later it would undo what is loaded
         # `rest` begins with torch's local_metadata, strict and missing_keys.
         check_helper_rows(self._compressed, state, prefix, missing=rest[2])
         self._refuse_codes_of_others(state, prefix)
@@ -181,7 +221,10 @@ class CodesState:
                 # Rows of the buffer are their own shard; columns are copied, as shards must be
                 # contiguous.
                 codes = part.view(local_codes(self._codes, config.name))
-                local.append(Shard(codes.contiguous(), shard))
+                own = codes.contiguous()
+                if own is not codes:
+                    self._copies.append(_Copy(config.name, part, own))
+                local.append(Shard(own, shard))
         return self._tensor(local, shards, [config.num_embeddings, config.num_chunks], dtype)
 
     def _sharded_seen(self, config: CCEEmbeddingBagConfig) -> ShardedTensor:

@@ -43,15 +43,11 @@ class Expansion:
         # The kernels take the ids in their order.
         in_order = [s for lookup in table_lookups for s in lookup.slots]
         self._kernel_takes = len(table_lookups) > 0 and in_order == list(range(len(slots)))
-        every = [lookup.codes for lookup in table_lookups]
-        self._tracked = [codes for codes in every if codes is not None and codes.seen is not None]
         self._invalid: dict[torch.device, torch.Tensor] = {}
         self.narrow = False
         """Whether rows may be int32, where kernels write them (narrow.py)."""
         # Per physical feature: the slot it comes from.
         self._sources = [s for t in table_lookups for _ in range(t.copies) for s in t.slots]
-        generations = [lookup.table.generation for lookup in table_lookups]
-        self._generations = list({id(g): g for g in generations}.values())
         self._length_maps: dict[torch.device, tuple[torch.Tensor, torch.Tensor]] = {}
         self._described: tuple[object, device.DeviceTables] | None = None
         self._count_rows()
@@ -60,13 +56,9 @@ class Expansion:
         """Without what describes the tables to kernels by address: a copy has its own."""
         return {**self.__dict__, "_described": None}
 
-    def _generation(self) -> list[int]:
-        """Numbers of the generations of the tables: one, where they are of one collection."""
-        return [generation.number for generation in self._generations]
-
     def _count_rows(self) -> None:
         """Rows per id of each physical feature, which change where a table is finalized."""
-        self._counted = self._generation()
+        self._counted = [t.table.config for t in self.table_lookups]
         self._rows_per_id = [
             t.rows_per_id for t in self.table_lookups for _ in range(t.copies) for _ in t.slots
         ]
@@ -84,7 +76,7 @@ class Expansion:
         logical features become those of the physical ones.
         """
         # A table that was finalized since has one row per id instead of two.
-        if self._counted != self._generation():
+        if self._counted != [t.table.config for t in self.table_lookups]:
             self._count_rows()
         if self._fits_device(features):
             # Only a graph needs to be kept away from the kernels, which read codes by address.
@@ -212,8 +204,10 @@ class Expansion:
                 check.found(name, None, int(ids[first]), lookup.config.num_embeddings)
 
     def _device_tables(self, where: torch.device) -> device.DeviceTables:
-        """The tables as the kernels read them; described again only when codes were rewritten."""
-        key = (where, self._counted, [codes.training for codes in self._tracked])
+        """The tables as the kernels read them; described again only when they are others."""
+        parts = [lookup.codes for lookup in self.table_lookups]
+        codes = [None if part is None else part.described for part in parts]
+        key = (where, self._counted, codes)
         if self._described is None or self._described[0] != key:
             tables = device.DeviceTables(
                 [lookup.on_device() for lookup in self.table_lookups], where

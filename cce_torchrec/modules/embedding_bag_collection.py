@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import fields
 from typing import Any
 
@@ -29,6 +29,7 @@ from cce_torchrec.lookup.output import (
     divides_by_length,
     tensor_of,
 )
+from cce_torchrec.lookup.pending import PendingLookup
 from cce_torchrec.lookup.table_lookup import TableLookup
 from cce_torchrec.table import physical_feature, physical_table, tables_of
 
@@ -77,6 +78,7 @@ class CCEEmbeddingBagCollection(EmbeddingBagCollectionInterface):
                 if table.cce is not None
             }
         )
+        self._every_codes = [local_codes(self.codes, name) for name in self.codes]
         self.output = LogicalOutput.from_configs(tables, is_weighted)
         names = [feature for config in physical for feature in config.feature_names]
         dims = [config.embedding_dim for config in physical for _ in config.feature_names]
@@ -120,7 +122,17 @@ class CCEEmbeddingBagCollection(EmbeddingBagCollectionInterface):
         slots.length_per_key()  # TorchRec's own collection asks for it, and then the rows are known
         rows = self.expansion(slots, self.bounds_check, features.inverse_indices_or_none())
         pooled = self.embedding_bag_collection(rows)
+        self.refuse_late_gradients([pooled.values()])
         return self.output.assemble(pooled.values(), self._columns, divisor)
+
+    def refuse_late_gradients(self, outputs: Iterable[torch.Tensor]) -> None:
+        """Has the gradient of a lookup's `outputs` refused if codes change before it comes."""
+        if torch.compiler.is_compiling():  # a graph would end at the hook
+            return
+        hook = PendingLookup(self.codes, self._every_codes)
+        for output in outputs:
+            if output.requires_grad:
+                output.register_hook(hook)
 
     def embedding_bag_configs(self) -> list[EmbeddingBagConfig]:
         """The tables as configured (or finalized), one entry per logical table."""

@@ -85,6 +85,7 @@ class CCEEmbeddingCollection(EmbeddingCollectionInterface):
                 bag = inner.embedding_bags[config.name]
                 # float32 of tables of any type, as TorchRec's own collection gives them.
                 vectors[name] = bag(rows[name].values(), rows[name].offsets()).float()
+        self.bags.refuse_late_gradients(vectors.values())
         return sequences(output, vectors, features, self._need_indices)
 
     def embedding_configs(self) -> list[BaseEmbeddingConfig]:

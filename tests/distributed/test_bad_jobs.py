@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import time
+from functools import partial
+from unittest import mock
 
 import pytest
 import torch
@@ -11,11 +13,12 @@ from torchrec.distributed.planner.types import PlannerError
 from torchrec.distributed.sharding_plan import get_default_sharders as without_ours
 
 from cce_torchrec import collectives
-from cce_torchrec.clustering import cluster
+from cce_torchrec.checkpoint import load_checkpoint, save_checkpoint
+from cce_torchrec.clustering import cluster, finalize
 from cce_torchrec.distributed.sharders import get_default_sharders
 from cce_torchrec.planning import make_plan, make_planner
 from tests.support.jobs import build
-from tests.support.models import CPU, SUM, Model, collection, shard_by, tables
+from tests.support.models import CPU, SUM, Model, collection, shard_by, tables, vbe_batch
 from tests.support.ranks import on_ranks, run_ranks
 
 
@@ -38,6 +41,66 @@ def cluster_on_one_rank(rank, world_size, caller):
 @pytest.mark.parametrize("caller", [0, 1])
 def test_cluster_on_one_of_two_ranks(caller):
     run_ranks(2, cluster_on_one_rank, caller)
+
+
+def of_another_spelling(rank, world_size, spelling, path, check):
+    """`check` in a job whose group was made so."""
+    dist.destroy_process_group()
+    store = dist.FileStore(path, world_size)
+    dist.init_process_group(spelling, store=store, rank=rank, world_size=world_size)
+    assert dist.get_backend() != "gloo"
+    check(rank, world_size)
+
+
+def alone_in_cluster(rank, world_size):
+    cluster_on_one_rank(rank, world_size, caller=0)
+
+
+@pytest.mark.parametrize("spelling", ["cpu:gloo", None])
+def test_cluster_on_one_of_two_ranks_of_another_spelling(spelling, tmp_path):
+    """The first rank would wait for ever: its first collective is answered by no one."""
+    run_ranks(2, of_another_spelling, spelling, str(tmp_path / "store"), alone_in_cluster)
+
+
+def variable_batch(rank, world_size):
+    model = shard_by(make_plan(usual(), tables(SUM), CPU, "tw", row_wise=["p"]), usual())
+    with pytest.raises(ValueError, match=r"\['p'\] are cut by rows, for which gloo cannot gather"):
+        model(vbe_batch(rank, False))
+
+
+def test_a_variable_batch_over_gloo_of_another_spelling(tmp_path):
+    run_ranks(2, of_another_spelling, "cpu:gloo", str(tmp_path / "store"), variable_batch)
+
+
+@on_ranks(2)
+def test_tables_on_cpus_in_a_job_that_has_nccl_too(rank, world_size):
+    """A rank without chunks helps to score where the tables are, not where NCCL would be."""
+    model = Model(collection(tables(SUM)[:1]))
+    model = shard_by(make_plan(model, tables(SUM)[:1], CPU, "tw"), model)
+    assert bool(model.module.collection.codes) == (rank == 0)
+    with mock.patch.object(dist, "get_backend_config", return_value="cpu:gloo,cuda:nccl"):
+        assert cluster(model).chunks
+    with (
+        mock.patch.object(dist, "get_backend_config", return_value="cuda:nccl"),
+        pytest.raises(ValueError, match=r"^the tables are on cpu .* by 'cuda:nccl' only"),
+    ):
+        cluster(model)
+
+
+@on_ranks(2)
+def test_a_rank_outside_of_the_group_of_the_call(rank, world_size):
+    model, group = usual(), dist.new_group([0])
+    if rank == 0:
+        assert cluster(model, process_group=group).chunks
+        return
+    for call in (
+        partial(cluster, model),
+        partial(finalize, model),
+        partial(load_checkpoint, "folder", model),
+        partial(save_checkpoint, "folder", model, step=1),
+    ):
+        with pytest.raises(ValueError, match=r"^rank 1 is not in the process group of the call"):
+            call(process_group=group)
 
 
 def usual():

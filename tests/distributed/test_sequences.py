@@ -155,3 +155,22 @@ def test_pipelined_sequences(rank, world_size):
                 cluster(model)
     for plain, piped in zip(outputs[:5], outputs[5:], strict=True):
         assert torch.equal(plain, piped)
+
+
+@on_ranks(2)
+def test_a_clustering_step_does_not_overtake_a_lookup(rank, world_size):
+    model = Model(with_optimizer(made(), SGD))
+    model = shard_by(make_plan(model, made().embedding_configs(), CPU, "tw"), model)
+    out = flat(model(batch(rank, False)).wait())
+    with pytest.raises(ValueError, match=r"tables \['t', 'u'\]: 1 of their lookups wait for"):
+        cluster(model)
+    out.sum().backward()
+    assert cluster(model).chunks
+
+
+def test_a_gradient_of_unsharded_sequences_from_before_a_step_is_refused():
+    collection = made()
+    out = flat(collection(batch(0, False)))
+    cluster(collection)
+    with pytest.raises(ValueError, match=r"tables \['t', 'u'\]: the codes changed between"):
+        out.sum().backward()

@@ -1,5 +1,7 @@
 """What is computed anew for a batch that a change of codes overtook, and what is not."""
 
+import copy
+
 import pytest
 import torch
 from fbgemm_gpu.split_table_batched_embeddings_ops_common import BoundsCheckMode
@@ -11,9 +13,9 @@ from cce_torchrec import CCEEmbeddingBagConfig
 from cce_torchrec.clustering import cluster
 from cce_torchrec.codes.chunk_codes import ChunkCodes
 from cce_torchrec.codes.storage import seen_ids
-from cce_torchrec.distributed.batch_in_flight import BatchInFlight
+from cce_torchrec.distributed.batch_in_flight import BatchInFlight, CacheResets
 from cce_torchrec.lookup.bounds import BoundsCheck
-from cce_torchrec.table import Generation, Table
+from cce_torchrec.table import Table
 from tests.distributed.test_pipeline import build
 from tests.distributed.test_sharded import batch
 from tests.support.ranks import run_ranks
@@ -24,6 +26,19 @@ NONE = BoundsCheckMode.NONE
 
 def ids(*values):
     return KeyedJaggedTensor(["f"], torch.tensor(values), lengths=torch.ones(len(values)).long())
+
+
+def some_codes():
+    config = CCEEmbeddingBagConfig(
+        name="t", num_embeddings=20, embedding_dim=8, feature_names=["f"], num_rows=4,
+        num_helper_rows=4, num_chunks=2, track_seen=True,
+    )  # fmt: skip
+    return ChunkCodes(Table(config), range(2), torch.device("cpu"))
+
+
+def in_flight(codes):
+    """A batch of a ROW_WISE table."""
+    return BatchInFlight([codes], [codes], CacheResets())
 
 
 class Steps:
@@ -55,15 +70,15 @@ def first(rows):
 @pytest.mark.parametrize("prefetches", [False, True])
 @pytest.mark.parametrize("overtaken", [False, True])
 def test_only_what_is_out_of_date_is_computed_anew(fetches, prefetches, overtaken):
-    generation, steps = Generation(), Steps()
-    batch = BatchInFlight(generation)
+    codes, steps = some_codes(), Steps()
+    batch = in_flight(codes)
     received, kept = KJTList([ids(1)]), KJTList([ids(7)])
     if fetches:
         batch.fetched(ids(3), [])
     if prefetches:
         assert batch.prefetched(kept) is kept
     if overtaken:
-        generation.advance()
+        codes.set_clusterings(1)
     rows = steps.rows(batch, received)
     if prefetches and not overtaken:
         assert rows is kept and not steps.done
@@ -77,32 +92,71 @@ def test_only_what_is_out_of_date_is_computed_anew(fetches, prefetches, overtake
 
 
 def test_ids_that_are_not_checked_are_not_checked_anew():
-    generation, steps = Generation(), Steps()
-    batch = BatchInFlight(generation)
+    codes, steps = some_codes(), Steps()
+    batch = in_flight(codes)
     batch.fetched(ids(3), [])
-    generation.advance()
+    codes.set_clusterings(1)
     steps.rows(batch, KJTList([ids(1)]), NONE)
     assert steps.done == [("distribute", NONE), ("expand", NONE)]
 
 
 def test_a_batch_that_was_fetched_anew_is_up_to_date():
     """Its distribution says so, as `InputDistribution` does."""
-    generation, steps = Generation(), Steps()
-    batch = BatchInFlight(generation)
+    codes, steps = some_codes(), Steps()
+    batch = in_flight(codes)
     batch.fetched(ids(3), [])
-    generation.advance()
+    codes.set_clusterings(1)
     batch.fetched(ids(3), [])
     steps.rows(batch, KJTList([ids(1)]))
     assert steps.done == [("expand", WARNING)]
 
 
+def copied(codes):
+    codes.clusterings.copy_(torch.tensor(5))
+
+
+def replaced(codes):
+    """By a buffer of the same value, as load_state_dict(assign=True) does it."""
+    codes.load_state_dict(copy.deepcopy(codes.state_dict()), assign=True)
+
+
+def recoded(codes):
+    codes.codes.fill_(1)
+
+
+def uncounted(codes):
+    """As an inference tensor, whose writes torch does not count."""
+    with torch.inference_mode():
+        codes.clusterings = codes.clusterings.clone()
+
+
+@pytest.mark.parametrize("write", [copied, replaced, recoded, uncounted])
+def test_prefetched_rows_notice_whoever_writes_to_the_buffers(write):
+    codes, steps = some_codes(), Steps()
+    batch = in_flight(codes)
+    kept = batch.prefetched(KJTList([ids(7)]))
+    if write is uncounted:
+        write(codes)
+        batch.prefetched(kept)
+    else:
+        assert steps.rows(batch, KJTList([ids(1)])) is kept
+        write(codes)
+    steps.rows(batch, KJTList([ids(1)]))
+    assert steps.done == ["forget", ("expand", IGNORE)]
+
+
+def test_rows_prefetched_into_a_cache_that_was_emptied_are_found_anew():
+    resets = CacheResets()
+    batch, steps = BatchInFlight([], [], resets), Steps()
+    batch.prefetched(KJTList([ids(7)]))
+    resets.number += 1
+    steps.rows(batch, KJTList([ids(1)]))
+    assert steps.done == ["forget", ("expand", IGNORE)]
+
+
 def test_answered_ids_are_seen_at_the_lookup_and_in_training_only():
-    config = CCEEmbeddingBagConfig(
-        name="t", num_embeddings=20, embedding_dim=8, feature_names=["f"], num_rows=4,
-        num_helper_rows=4, num_chunks=2, track_seen=True,
-    )  # fmt: skip
-    codes = ChunkCodes(Table(config), range(2), torch.device("cpu"))
-    batch = BatchInFlight(codes.table.generation)
+    codes = some_codes()
+    batch = in_flight(codes)
     batch.fetched(ids(3), [(codes, torch.tensor([2, 11]))])
     assert not codes.seen.any()
     Steps().rows(batch, KJTList([ids(1)]))
@@ -120,7 +174,7 @@ def test_every_tensor_that_is_kept_is_recorded():
         def record_stream(self, stream):
             self.streams.append(stream)
 
-    batch = BatchInFlight(Generation())
+    batch = in_flight(some_codes())
     batch.record_stream("first")  # nothing is kept yet
     features, rows, positions = Recorded(), Recorded(), Recorded()
     batch.fetched(features, [(nn.Identity(), positions)])

@@ -13,6 +13,7 @@ from cce_torchrec.codes.hashing import (
     hash_function,
     hash_ids,
     helper_hash,
+    helper_hashes,
     mix,
 )
 
@@ -154,3 +155,12 @@ def test_raw_ids_meet_as_seldom_as_random_ones(step):
     ids = torch.arange(100_000) * step
     filled = len(hash_ids(ids, 0, "t", 100_000).unique()) / 100_000
     assert abs(filled - 0.632) < 0.01  # standard deviation 0.001
+
+
+@pytest.mark.parametrize("seed", [0, 7, 2**63 + 5])
+def test_helper_hashes_of_a_tensor_are_those_of_its_value(seed):
+    chunks = [0, 3, 5]
+    for clusterings in (0, 1, 2, 1000):
+        found = helper_hashes(seed, "user", chunks, torch.tensor(clusterings)).tolist()
+        expected = [helper_hash(seed, "user", chunk, clusterings) for chunk in chunks]
+        assert found == [[one.multiplier, one.addend] for one in expected]

@@ -1,0 +1,99 @@
+"""Lookups that wait for their backward pass, and what becomes of them when codes change before it.
+
+The backward pass of a lookup adds its gradient to the rows that it has read. A clustering step
+numbers rows anew, so that a gradient that came after one would train the rows of other ids.
+"""
+
+from __future__ import annotations
+
+import gc
+import weakref
+from collections.abc import Iterable, Sequence
+
+import torch
+
+from cce_torchrec.codes.chunk_codes import ChunkCodes
+from cce_torchrec.codes.written import Written
+
+_REMEDY = (
+    "no batch is in flight: after backward(), and with a pipeline that looks up the next batch "
+    "(TrainPipelineSemiSync, StagedTrainPipeline with a stage of lookups) once its iterator has "
+    "ended. Lookups that are not trained on belong under torch.no_grad()"
+)
+"""Where codes may be written."""
+
+
+class PendingLookup:
+    """The hook on one lookup's output, which refuses a gradient for rows that are others by now.
+
+    Args:
+        tables: names of the collection's CCE tables.
+        codes: of them, those that this rank has.
+    """
+
+    def __init__(self, tables: Iterable[str], codes: Iterable[ChunkCodes]) -> None:
+        self._tables = tables
+        # Whoever writes codes writes the number of clusterings: it is the hash's part of them.
+        self._written = Written([part.clusterings for part in codes])
+        self._overtaken = False
+        self.waits = True
+        """Whether no gradient has come yet."""
+
+    def overtake(self) -> None:
+        """Codes change, maybe on other ranks alone."""
+        self._overtaken = True
+
+    def __call__(self, gradient: torch.Tensor) -> None:
+        """Called by autograd.
+
+        Raises:
+            ValueError: codes were written since the lookup, naming the tables.
+        """
+        self.waits = False
+        if self._overtaken or not self._written.is_unchanged():
+            raise ValueError(
+                f"tables {sorted(self._tables)}: the codes changed "
+                "between a lookup and its backward pass (by cluster, finalize, a load or another "
+                "write to their buffers), so its gradient belongs to other rows; nothing was "
+                f"trained by it. Codes may change where {_REMEDY}"
+            )
+
+
+class PendingLookups:
+    """The lookups of one collection whose backward pass is still to come; see `PendingLookup`."""
+
+    def __init__(self, tables: Sequence[str], codes: Sequence[ChunkCodes]) -> None:
+        self._tables, self._codes = tables, codes
+        # A hook lives as long as the graph that it is in: lookups that nobody will go backward
+        # from are forgotten with it.
+        self._hooks: weakref.WeakSet[PendingLookup] = weakref.WeakSet()
+
+    def watch(self, output: torch.Tensor) -> None:
+        """Notes a lookup by its `output`."""
+        hook = PendingLookup(self._tables, self._codes)
+        output.register_hook(hook)
+        self._hooks.add(hook)
+
+    def overtake(self) -> None:
+        """Codes have changed: the gradients of all that are pending are refused."""
+        for hook in list(self._hooks):
+            hook.overtake()
+
+    def check(self) -> None:
+        """Refuses a clustering step, which would overtake them.
+
+        Raises:
+            ValueError: naming the tables, and how a pipeline is emptied.
+        """
+        for _ in range(2):
+            if any(hook.waits for hook in self._hooks):
+                # Graphs that circles of references keep; and TorchRec's exchanges, of which these
+                # kept some, are circles themselves.
+                gc.collect()
+        waiting = sum(hook.waits for hook in self._hooks)
+        if waiting:
+            raise ValueError(
+                f"tables {sorted(self._tables)}: {waiting} of their lookups wait for a backward "
+                "pass, whose gradient would train the rows of other ids after the clustering "
+                f"step; nothing was clustered. Clustering belongs where {_REMEDY}"
+            )
