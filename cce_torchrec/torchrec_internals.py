@@ -108,6 +108,22 @@ def wrapped_optimizer(optimizer: Any) -> Any | None:
     return getattr(optimizer, "_optimizer", None)
 
 
+def warmup_parameter(optimizer: Any) -> torch.Tensor:
+    """The parameter of no model of which TorchRec's WarmupOptimizer keeps how far it is.
+
+    Without it, the warm-up of a resumed run would begin anew.
+    """
+    return optimizer._warmup_param
+
+
+def averages_models(optimizer: Any) -> bool:
+    """Whether it is TorchRec's SemisyncOptimizer, with a second optimizer and counters inside.
+
+    Without it, a resumed run would lose them and say nothing.
+    """
+    return hasattr(optimizer, "_global_optimizer")
+
+
 def is_optimizer_of(optimizer: Any, kernel: nn.Module) -> bool:
     """Whether TorchRec's fused `optimizer` is that of FBGEMM's module `kernel`.
 
