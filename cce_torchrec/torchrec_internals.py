@@ -100,6 +100,23 @@ def copy_optimizer_in_backward(source: torch.Tensor, target: torch.Tensor) -> No
             setattr(target, name, getattr(source, name))
 
 
+def settings_in_backward(parameter: torch.Tensor) -> dict[str, Any]:
+    """What `apply_optimizer_in_backward` was given beside the class.
+
+    Without it, nothing would tell of settings that FBGEMM's kernels on CPUs ignore.
+    """
+    given = getattr(parameter, "_optimizer_kwargs", [])
+    return dict(given[0]) if given else {}
+
+
+def keep_apart(parameter: torch.Tensor, key: str) -> None:
+    """Has TorchRec group the table of `parameter` with none that lacks the same `key`.
+
+    Without it, frozen tables would share kernels with others, and be trained with them.
+    """
+    parameter._optimizer_kwargs = [{**settings_in_backward(parameter), "_batch_key": key}]  # type: ignore[attr-defined]  # TorchRec's
+
+
 def wrapped_optimizer(optimizer: Any) -> Any | None:
     """The optimizer inside TorchRec's wrappers (KeyedOptimizerWrapper, WarmupOptimizer), or None.
 
@@ -155,6 +172,18 @@ def fused_kernels(lookups: Iterable[nn.Module]) -> Iterator[tuple[list[Any], Any
     for lookup in lookups:
         for kernel in torchrec_kernels(lookup):
             yield kernel._config.embedding_tables, kernel.emb_module
+
+
+def fused_groups(lookups: Iterable[nn.Module]) -> Iterator[tuple[list[Any], list[dict[str, Any]]]]:
+    """Each group of tables of `lookups` with the parameter groups of its fused optimizer, if any.
+
+    Without it, a clustering step would rewrite tables whose learning rate is zero.
+    """
+    for lookup in lookups:
+        for kernel in torchrec_kernels(lookup):
+            optimizer = getattr(kernel, "fused_optimizer", None)
+            groups = list(optimizer.param_groups) if optimizer is not None else []
+            yield kernel._config.embedding_tables, groups
 
 
 def shardings_of(inner: nn.Module) -> list[Any]:
