@@ -17,7 +17,7 @@ from torch.distributed.checkpoint.metadata import BytesStorageMetadata, Metadata
 
 from cce_torchrec.checkpoint import folder as folders
 from cce_torchrec.checkpoint.grow import Growth
-from cce_torchrec.checkpoint.manifest import NO_OPTIMIZER, Manifest, TableRecord
+from cce_torchrec.checkpoint.manifest import NO_OPTIMIZER, Manifest, OptimizerRecord, TableRecord
 from cce_torchrec.checkpoint.optimizers import optimizer_states
 from cce_torchrec.checkpoint.parameter_state import ParameterState, dropped_state
 from cce_torchrec.checkpoint.random_state import set_random_state
@@ -187,21 +187,24 @@ class _Load:
             if why is not None:
                 dropped.append(f"optimizer state of {subject}: {why}")
                 continue
-            if record.unsaved_settings:
-                lost = ", ".join(record.unsaved_settings)
-                dropped.append(f"optimizer settings of {subject}: JSON does not hold {lost}")
-            for key in record.state:
-                value = state.tensors.get(key)
-                if value is None and state.creates_tensors:
-                    value = state.place_for(key, record)
-                    self._created.append((state, key, value))
-                if value is not None:
-                    self._state[f"optimizer.{name}.{key}"] = value
+            lost = record.unsaved_settings
+            dropped += [f"optimizer setting of {subject}: JSON does not hold {key}" for key in lost]
+            self._add(name, state, record)
         if self._wanted is None and ranks.size != self.manifest.world_size:
             dropped.append(
                 f"random state: saved by {self.manifest.world_size} ranks, loaded by {ranks.size}"
             )
         return dropped
+
+    def _add(self, name: str, state: ParameterState, record: OptimizerRecord) -> None:
+        """Has the tensors of a parameter's optimizer read, which may have to be made first."""
+        for key in record.state:
+            value = state.tensors.get(key)
+            if value is None and state.creates_tensors:
+                value = state.place_for(key, record)
+                self._created.append((state, key, value))
+            if value is not None:
+                self._state[f"optimizer.{name}.{key}"] = value
 
     def read(self, group: dist.ProcessGroup | None) -> None:
         """Reads into the tensors of the model, or copies of them."""

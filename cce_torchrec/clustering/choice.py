@@ -48,27 +48,38 @@ def frozen_chunks(
         module: a collection.
         optimizer: of unsharded and data-parallel tables, if there is one.
     """
-    sharded = isinstance(module, ShardedCCEEmbeddingBagCollection)
-    inner = module.embedding_bag_collection
-    bags = inner.embedding_bags.items()  # type: ignore[union-attr,operator]  # torch types it as a module
-    rates: dict[str, list[float]] = {name: [] for name, _ in bags}
-    for tables, groups in fused_groups(lookups_of(inner)):
-        for table in tables:
-            rates[table.name] += [float(group["lr"]) for group in groups]
-    given: dict[int, list[float]] = {}
-    for group in optimizer.param_groups if optimizer is not None else ():
-        for parameter in group["params"]:
-            given.setdefault(id(parameter), []).append(float(group.get("lr", 1.0)))
-    frozen = {}
+    bags = module.embedding_bag_collection.embedding_bags.items()  # type: ignore[union-attr,operator]  # torch types it as a module
+    if isinstance(module, ShardedCCEEmbeddingBagCollection):
+        fixed = {name for name, _ in bags if logical_table(name) in module.frozen}
+        rates = _fused_rates(module)
+    else:
+        fixed = {name for name, bag in bags if not bag.weight.requires_grad}
+        rates = {name: _rates(optimizers_in_backward(bag.weight), bag.weight) for name, bag in bags}
+    own = [] if optimizer is None else [optimizer]
     for name, bag in bags:
-        rates[name] += given.get(id(bag.weight), [])
-        for own in [] if sharded else optimizers_in_backward(bag.weight):
-            rates[name] += [float(group.get("lr", 1.0)) for group in own.param_groups]
-        if logical_table(name) in module.frozen if sharded else not bag.weight.requires_grad:
-            frozen[name] = _NO_GRADIENT
-        elif rates[name] and not any(rates[name]):
-            frozen[name] = _NO_RATE
-    return frozen
+        rates.setdefault(name, []).extend(_rates(own, bag.weight))
+    # Without any optimizer there is no rate, and the table may be trained by what we do not see.
+    still = {name for name, found in rates.items() if found and not any(found)}
+    return dict.fromkeys(still, _NO_RATE) | dict.fromkeys(fixed, _NO_GRADIENT)
+
+
+def _rates(optimizers: Iterable[torch.optim.Optimizer], parameter: torch.Tensor) -> list[float]:
+    """The learning rates of `parameter` in `optimizers`."""
+    groups = [group for optimizer in optimizers for group in optimizer.param_groups]
+    return [
+        float(group["lr"])
+        for group in groups
+        if "lr" in group and any(one is parameter for one in group["params"])
+    ]
+
+
+def _fused_rates(module: ShardedCCEEmbeddingBagCollection) -> dict[str, list[float]]:
+    """The rate that the next step of TorchRec's optimizers gives each table of this rank."""
+    return {
+        table.name: [float(group["lr"]) for group in groups]
+        for tables, groups in fused_groups(lookups_of(module))
+        for table in tables
+    }
 
 
 def is_wanted(path: str, tables: Collection[str] | None) -> bool:

@@ -45,8 +45,7 @@ def local_chunks(
             if codes.codes is None or codes.config.helper_rows == 0:
                 continue
             own = [physical_table(name, chunk) for chunk in codes.chunks]
-            sharded = isinstance(module, ShardedCCEEmbeddingBagCollection)
-            if sharded and not all(table in frozen for table in own):
+            if not frozen.keys() >= set(own):
                 replicas.check_optimizer(module, codes.config, optimizer)
             for column, chunk in enumerate(codes.chunks):
                 weight, state = rows.get(own[column], (_nowhere(codes), {}))

@@ -130,13 +130,7 @@ def _run(
     if free is not None:
         options = replace(options, memory_limit=free)
     states, by_rank = agree(lambda: _prepared(model, options, optimizer, group), group)
-    _check_agreement(by_rank)
-    left = left_alone(
-        {path: why for ready in by_rank for path, why in ready.fixed.items()},
-        [ready.frozen for ready in by_rank],
-        [{task.path for task in ready.tasks} for ready in by_rank],
-        options.tables,
-    )
+    left = _check_agreement(by_rank, options)
     states = [(path, state) for path, state in states if path not in left]
     mine = {(path, state.chunk): state for path, state in states}
     row_wise = {key for key, state in mine.items() if state.row_wise}
@@ -224,8 +218,8 @@ def _prepared(
     return states, ready
 
 
-def _check_agreement(by_rank: list[_Ready]) -> None:
-    """Raises ValueError on every rank if what they told each other differs."""
+def _check_agreement(by_rank: list[_Ready], options: Options) -> dict[str, str]:
+    """Why tables are left alone; raises ValueError on every rank if what they told differs."""
     if len({ready.options for ready in by_rank}) > 1:
         raise ValueError(f"ranks disagree about the options: {[r.options for r in by_rank]}")
     if len({ready.has_kernels for ready in by_rank}) > 1:  # they would count and score otherwise
@@ -234,6 +228,12 @@ def _check_agreement(by_rank: list[_Ready]) -> None:
             f"{[r.has_kernels for r in by_rank]}; install the same everywhere"
         )
     replicas.check_equal([ready.digests for ready in by_rank])
+    return left_alone(
+        {path: why for ready in by_rank for path, why in ready.fixed.items()},
+        [ready.frozen for ready in by_rank],
+        [{task.path for task in ready.tasks} for ready in by_rank],
+        options.tables,
+    )
 
 
 @contextmanager

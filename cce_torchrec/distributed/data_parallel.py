@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import logging
+
 from torch import nn
 
 from cce_torchrec.distributed.embedding_bag_collection import ShardedCCEEmbeddingBagCollection
 from cce_torchrec.modules.embedding_bag_collection import physical_configs
+
+logger = logging.getLogger(__name__)
 
 
 def data_parallel_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
@@ -30,4 +34,9 @@ def data_parallel_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
                 for physical in physical_configs(config, module.is_weighted()):
                     name = f"embedding_bag_collection.embedding_bags.{physical.name}.weight"
                     out[f"{path}.{name}" if path else name] = module.get_parameter(name)
+    if not out:
+        logger.warning(
+            "no CCE collection has a data-parallel table to train; name tables in "
+            "make_plan(data_parallel=...), and call this once the model is sharded"
+        )
     return out

@@ -54,6 +54,7 @@ from cce_torchrec.modules.embedding_bag_collection import (
     CCEEmbeddingBagCollection,
     without_weights,
 )
+from cce_torchrec.modules.quantization import PassedOver
 from cce_torchrec.table import Generation, tables_of
 from cce_torchrec.torchrec_internals import (
     fused_kernels,
@@ -65,7 +66,7 @@ from cce_torchrec.torchrec_internals import (
 
 
 class ShardedCCEEmbeddingBagCollection(
-    ShardedEmbeddingModule[KJTList, list[torch.Tensor], KeyedTensor, CCEContext]
+    PassedOver, ShardedEmbeddingModule[KJTList, list[torch.Tensor], KeyedTensor, CCEContext]
 ):
     """Sharded form of `CCEEmbeddingBagCollection`, made by `CCEEmbeddingBagCollectionSharder`."""
 

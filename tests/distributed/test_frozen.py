@@ -7,6 +7,7 @@ from unittest import mock
 import pytest
 import torch
 from fbgemm_gpu.split_embedding_configs import EmbOptimType
+from torchrec.inference.modules import quantize_embeddings
 from torchrec.modules.feature_processor_ import PositionWeightedModule
 from torchrec.modules.fp_embedding_modules import FeatureProcessedEmbeddingBagCollection
 from torchrec.optim.apply_optimizer_in_backward import apply_optimizer_in_backward
@@ -17,9 +18,11 @@ from cce_torchrec import CCEEmbeddingBagCollection
 from cce_torchrec.checkpoint import load_checkpoint, save_checkpoint
 from cce_torchrec.clustering import cluster, finalize
 from cce_torchrec.clustering.local_chunks import fused_rows
+from cce_torchrec.distributed import data_parallel
 from cce_torchrec.distributed import plan as plans
 from cce_torchrec.distributed.data_parallel import data_parallel_parameters
 from cce_torchrec.distributed.sharders import get_default_sharders
+from cce_torchrec.modules import quantization
 from cce_torchrec.planning import make_plan
 from cce_torchrec.table import logical_table
 from tests.support.models import (
@@ -263,3 +266,21 @@ def test_settings_that_kernels_ignore_are_named(rank, world_size):
     plan = make_plan(model, tables(SUM), CPU, "tw")
     (message,) = told_of(lambda: shard_by(plan, model, get_default_sharders({"max_norm": 1.0})))
     assert "['p', 't', 'u']" in message and "max_norm=1.0" in message
+
+
+@on_ranks(1)
+@pytest.mark.parametrize("net", [Net, SequenceNet])
+def test_quantisation_of_a_sharded_model_says_what_it_leaves(rank, world_size, net):
+    model = shard(net(net.configs()), net.configs(), "tw")
+    with mock.patch.object(quantization.logger, "warning") as warning:
+        quantize_embeddings(model, torch.qint8, inplace=True)
+    (call,) = warning.call_args_list
+    assert sorted(call.args[1]) == ["p", "t", "u"] and "are sharded" in call.args[0]
+    model(batch(0, False))
+
+
+@on_ranks(1)
+def test_no_data_parallel_table_is_said(rank, world_size):
+    with mock.patch.object(data_parallel.logger, "warning") as warning:
+        assert data_parallel_parameters(with_model("tw")) == {}
+    assert "no CCE collection has a data-parallel table" in warning.call_args.args[0]

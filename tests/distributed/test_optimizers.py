@@ -236,7 +236,7 @@ def test_state_that_no_checkpoint_holds_is_named(tmp_path):
     dropped = load_checkpoint(tmp_path, other, optimizers=[its]).dropped
     assert any("'weight': LBFGS keeps" in line and "'old_dirs' (list)" in line for line in dropped)
     assert any(
-        "settings of parameter 'bias': JSON does not hold 'after'" in line for line in dropped
+        "setting of parameter 'bias': JSON does not hold 'after'" in line for line in dropped
     )
     assert not its.state
 
