@@ -14,6 +14,8 @@ from cce_torchrec import (
     ClusteringSchedule,
     compress_model,
 )
+from cce_torchrec.planning import make_plan, make_planner
+from cce_torchrec.train import options
 from tests.support.models import SUM, Model, Net, batch, tables
 
 
@@ -112,3 +114,28 @@ def test_no_warnings_where_there_is_nothing_to_say(caplog):
     with caplog.at_level(logging.WARNING):
         CCEEmbeddingBagCollection(tables(SUM)[1:2])
     assert warnings_of(caplog) == []
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        ["--method", "ce", "--clusterings", "3"],
+        ["--method", "full", "--finalize"],
+        ["--finalize", "--clusterings", "0"],
+    ],
+)
+def test_a_run_that_would_never_cluster_is_refused(given, capsys):
+    with pytest.raises(SystemExit):
+        options.parse(given)
+    told = capsys.readouterr().err.splitlines()[-1]
+    assert "has nothing to cluster" in told or "--finalize is the last" in told
+    options.parse(["--method", "ce", "--clusterings", "0"])
+
+
+def test_names_that_a_plan_would_ignore_are_refused():
+    configs, cpu = tables(SUM), torch.device("cpu")
+    with pytest.raises(ValueError, match=r"tables \['t'\] are in data_parallel and in row_wise"):
+        make_planner(configs, 2, cpu, data_parallel=["t"], row_wise=["t", "u"])
+    model = Net(configs[:2])
+    with pytest.raises(ValueError, match=r"names \['u'\], of which the model has no parameters"):
+        make_plan(model, configs, cpu, data_parallel=["u"])
