@@ -209,6 +209,12 @@ class CCEEmbeddingBagConfig(EmbeddingBagConfig):
         """Bytes of codebooks, codes and bits of seen ids; optimizer state is not counted."""
         return self.codebook_bytes + self.code_bytes + self.seen_bytes
 
+    @property
+    def full_bytes(self) -> int:
+        """Bytes of the same table if it were a plain one."""
+        itemsize = data_type_to_dtype(self.data_type).itemsize
+        return self.num_embeddings * self.embedding_dim * itemsize
+
     def finalized(self) -> CCEEmbeddingBagConfig:
         """This table after `finalize`: main has the helper's rows, and there is no helper."""
         out = copy.copy(self)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import difflib
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 
 from torchrec.modules.embedding_configs import EmbeddingBagConfig
@@ -78,3 +79,31 @@ def logical_table(physical: str) -> str:
 def physical_feature(table: str, feature: str, chunk: int | None) -> str:
     """Feature name of one chunk (None: of a plain table); unambiguous, as tables have no '#'."""
     return f"{table}#{'' if chunk is None else chunk}.{feature}"
+
+
+def called(path: str, name: str) -> bool:
+    """Whether the table at `path` ("collection.user") is meant by `name`, of any length."""
+    return path == name or path.endswith(f".{name}")
+
+
+def named(names: Iterable[str], paths: Collection[str], argument: str) -> set[str]:
+    """Those of `paths` that `names` mean; names may leave out the collection.
+
+    Args:
+        names: as a caller gave them.
+        paths: of all tables.
+        argument: what the caller calls them.
+
+    Raises:
+        ValueError: naming what no table is called, and what is called most like it.
+    """
+    chosen: set[str] = set()
+    for name in names:
+        found = {path for path in paths if called(path, name)}
+        if not found:
+            known = {path.rpartition(".")[2]: path for path in paths} | dict.fromkeys(paths, "")
+            near = difflib.get_close_matches(name, known, n=1)
+            hint = f"; did you mean {near[0]!r}?" if near else ""
+            raise ValueError(f"{argument}: no table {name!r}; the model has {sorted(paths)}{hint}")
+        chosen |= found
+    return chosen

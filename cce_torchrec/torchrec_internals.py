@@ -117,12 +117,45 @@ def copy_optimizer_in_backward(source: torch.Tensor, target: torch.Tensor) -> No
             setattr(target, name, getattr(source, name))
 
 
+def settings_in_backward(parameter: torch.Tensor) -> dict[str, Any]:
+    """What `apply_optimizer_in_backward` was given beside the class.
+
+    Without it, nothing would tell of settings that FBGEMM's kernels on CPUs ignore.
+    """
+    given = getattr(parameter, "_optimizer_kwargs", [])
+    return dict(given[0]) if given else {}
+
+
+def keep_apart(parameter: torch.Tensor, key: str) -> None:
+    """Has TorchRec group the table of `parameter` with none that lacks the same `key`.
+
+    Without it, frozen tables would share kernels with others, and be trained with them.
+    """
+    parameter._optimizer_kwargs = [{**settings_in_backward(parameter), "_batch_key": key}]  # type: ignore[attr-defined]  # TorchRec's
+
+
 def wrapped_optimizer(optimizer: Any) -> Any | None:
     """The optimizer inside TorchRec's wrappers (KeyedOptimizerWrapper, WarmupOptimizer), or None.
 
     Without it, the state of wrapped dense optimizers would be missing from checkpoints.
     """
     return getattr(optimizer, "_optimizer", None)
+
+
+def warmup_parameter(optimizer: Any) -> torch.Tensor:
+    """The parameter of no model of which TorchRec's WarmupOptimizer keeps how far it is.
+
+    Without it, the warm-up of a resumed run would begin anew.
+    """
+    return optimizer._warmup_param
+
+
+def averages_models(optimizer: Any) -> bool:
+    """Whether it is TorchRec's SemisyncOptimizer, with a second optimizer and counters inside.
+
+    Without it, a resumed run would lose them and say nothing.
+    """
+    return hasattr(optimizer, "_global_optimizer")
 
 
 def is_optimizer_of(optimizer: Any, kernel: nn.Module) -> bool:
@@ -156,6 +189,18 @@ def fused_kernels(lookups: Iterable[nn.Module]) -> Iterator[tuple[list[Any], Any
     for lookup in lookups:
         for kernel in torchrec_kernels(lookup):
             yield kernel._config.embedding_tables, kernel.emb_module
+
+
+def fused_groups(lookups: Iterable[nn.Module]) -> Iterator[tuple[list[Any], list[dict[str, Any]]]]:
+    """Each group of tables of `lookups` with the parameter groups of its fused optimizer, if any.
+
+    Without it, a clustering step would rewrite tables whose learning rate is zero.
+    """
+    for lookup in lookups:
+        for kernel in torchrec_kernels(lookup):
+            optimizer = getattr(kernel, "fused_optimizer", None)
+            groups = list(optimizer.param_groups) if optimizer is not None else []
+            yield kernel._config.embedding_tables, groups
 
 
 def shardings_of(inner: nn.Module) -> list[Any]:

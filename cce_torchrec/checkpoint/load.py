@@ -17,8 +17,9 @@ from torch.distributed.checkpoint.metadata import BytesStorageMetadata, Metadata
 
 from cce_torchrec.checkpoint import folder as folders
 from cce_torchrec.checkpoint.grow import Growth
-from cce_torchrec.checkpoint.manifest import NO_OPTIMIZER, Manifest, TableRecord
-from cce_torchrec.checkpoint.optimizers import ParameterState, dropped_state, optimizer_states
+from cce_torchrec.checkpoint.manifest import NO_OPTIMIZER, Manifest, OptimizerRecord, TableRecord
+from cce_torchrec.checkpoint.optimizers import optimizer_states
+from cce_torchrec.checkpoint.parameter_state import ParameterState, dropped_state
 from cce_torchrec.checkpoint.random_state import set_random_state
 from cce_torchrec.checkpoint.save import model_state
 from cce_torchrec.checkpoint.tables import choose_tables, compare_tables, describe_tables, table_of
@@ -26,6 +27,8 @@ from cce_torchrec.clustering.schedule import ClusteringSchedule
 from cce_torchrec.collectives import Ranks
 
 logger = logging.getLogger(__name__)
+
+LEARNING_RATES = ("checkpoint", "model")
 
 
 @dataclass(frozen=True)
@@ -42,6 +45,8 @@ class LoadReport:
     """Tables that were loaded, as `collection.table`."""
     dropped: list[str]
     """What the checkpoint has and could not be carried over, or the model has and did not get."""
+    learning_rates: str
+    """Whose learning rates the model has now, "checkpoint" or "model"; see `load_checkpoint`."""
 
 
 def load_checkpoint(
@@ -51,6 +56,7 @@ def load_checkpoint(
     optimizers: Sequence[torch.optim.Optimizer] = (),
     tables: Sequence[str] | None = None,
     grow: Sequence[str] = (),
+    learning_rates: str = "checkpoint",
     process_group: dist.ProcessGroup | None = None,
 ) -> LoadReport:
     """Loads what `save_checkpoint` saved, at any number of ranks and under any plan.
@@ -68,17 +74,22 @@ def load_checkpoint(
             `collection.table`; nothing else of the model changes, nor random state and settings.
         grow: CCE tables that may have more ids in the model than in the checkpoint; the new ids
             start from their hash.
+        learning_rates: "model" keeps those that the model and `optimizers` have, and how far their
+            warm-up is, for fine-tuning at another rate; everything else of the optimizers is taken
+            from the checkpoint. With `tables` they are always kept.
 
     Raises:
         ValueError: on every rank, naming file or table, both values and the remedy.
     """
     ranks = Ranks(process_group)
+    rates = "model" if tables is not None else learning_rates
+    _check_learning_rates(ranks.agree(lambda: learning_rates))
     path = ranks.first(lambda: folders.find(Path(folder)))
     manifest = ranks.agree(lambda: folders.read_manifest(path))[0]
     # Each file is checked by one rank: by all, each byte would be read as often as there are ranks.
     names = sorted(manifest.files)[ranks.rank :: ranks.size]
     ranks.agree(lambda: folders.verify(path, {name: manifest.files[name] for name in names}))
-    job = _Load(path, manifest, model, optimizers)
+    job = _Load(path, manifest, model, optimizers, rates)
     ranks.agree(lambda: job.choose(tables, grow))
     metadata = ranks.agree(lambda: dcp.FileSystemReader(path).read_metadata())[0]
     keys = {key for part in ranks.agree(job.keys) for key in part}
@@ -103,8 +114,10 @@ class _Load:
         manifest: Manifest,
         model: nn.Module,
         optimizers: Sequence[torch.optim.Optimizer],
+        learning_rates: str,
     ) -> None:
         self.path, self.manifest, self.model = path, manifest, model
+        self._learning_rates = learning_rates
         self._optimizers = optimizers
         self.states: dict[str, ParameterState] = {}
         self._tables: dict[str, TableRecord] = {}
@@ -166,29 +179,32 @@ class _Load:
                 continue
             record = saved.get(name, NO_OPTIMIZER)
             state = self.states.get(name, ParameterState())
+            if state.is_schedule and self._learning_rates == "model":
+                continue
+            table = table_of(name, self._tables)
+            subject = f"table {table!r}" if table else f"parameter {name!r}"
             why = dropped_state(record, state)
             if why is not None:
-                table = table_of(name, self._tables)
-                subject = f"table {table!r}" if table else f"parameter {name!r}"
                 dropped.append(f"optimizer state of {subject}: {why}")
                 continue
-            for key, shape in record.state.items():
-                value = state.tensors.get(key)
-                if value is None and state.creates_tensors:
-                    # By default torch's optimizers count steps on the CPU.
-                    device = torch.device("cpu") if key == "step" else self._device_of(name)
-                    value = torch.empty(shape, device=device)
-                    self._created.append((state, key, value))
-                if value is not None:
-                    self._state[f"optimizer.{name}.{key}"] = value
+            lost = record.unsaved_settings
+            dropped += [f"optimizer setting of {subject}: JSON does not hold {key}" for key in lost]
+            self._add(name, state, record)
         if self._wanted is None and ranks.size != self.manifest.world_size:
             dropped.append(
                 f"random state: saved by {self.manifest.world_size} ranks, loaded by {ranks.size}"
             )
         return dropped
 
-    def _device_of(self, name: str) -> torch.device:
-        return dict(self.model.named_parameters())[name].device
+    def _add(self, name: str, state: ParameterState, record: OptimizerRecord) -> None:
+        """Has the tensors of a parameter's optimizer read, which may have to be made first."""
+        for key in record.state:
+            value = state.tensors.get(key)
+            if value is None and state.creates_tensors:
+                value = state.place_for(key, record)
+                self._created.append((state, key, value))
+            if value is not None:
+                self._state[f"optimizer.{name}.{key}"] = value
 
     def read(self, group: dist.ProcessGroup | None) -> None:
         """Reads into the tensors of the model, or copies of them."""
@@ -209,10 +225,11 @@ class _Load:
         # The rest is of the whole job, which goes on as it was where only some tables are loaded.
         if self._wanted is not None:
             return
+        rates = self._learning_rates == "checkpoint"
         for name, state in self.states.items():
             record = self.manifest.optimizers.get(name, NO_OPTIMIZER)
-            if dropped_state(record, state) is None:
-                state.restore(record.settings)
+            if dropped_state(record, state) is None and (rates or not state.is_schedule):
+                state.restore(record, rates)
         # Another number of ranks has no generators to which the saved ones would belong.
         if ranks.size == self.manifest.world_size:
             set_random_state(json.loads((self.path / f"rank-{ranks.rank}.json").read_text()))
@@ -227,7 +244,17 @@ class _Load:
             world_size=self.manifest.world_size,
             tables=sorted(self._tables if self._wanted is None else self._wanted),
             dropped=dropped,
+            learning_rates=self._learning_rates,
         )
+
+
+def _check_learning_rates(by_rank: list[str]) -> None:
+    """Refuses a choice that there is not, or that ranks disagree about."""
+    unknown = sorted(set(by_rank) - set(LEARNING_RATES))
+    if unknown:
+        raise ValueError(f"learning_rates {unknown[0]!r}: choose one of {list(LEARNING_RATES)}")
+    if len(set(by_rank)) > 1:
+        raise ValueError(f"ranks disagree about learning_rates: {by_rank}; give all the same")
 
 
 def _named(keys: list[str]) -> str:

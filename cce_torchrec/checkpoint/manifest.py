@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields
 from typing import Any, ClassVar, NamedTuple, TypeVar
 
 from cce_torchrec.clustering.schedule import ClusteringSchedule
@@ -70,9 +70,22 @@ class OptimizerRecord:
     kind: str
     """Name of its class in torch or TorchRec, FBGEMM's name of others."""
     settings: dict[str, Any]
-    """Numbers such as lr."""
+    """Of its parameter group, such as lr and amsgrad."""
     state: dict[str, list[int]]
     """Shape of each state tensor, by torch's name of it."""
+    dtypes: dict[str, str] = field(default_factory=dict)
+    """Types of the state tensors that are not float32, by torch's names of both."""
+    values: dict[str, Any] = field(default_factory=dict)
+    """State that is no tensor."""
+    unsaved_state: list[str] = field(default_factory=list)
+    """What of the state is not in the checkpoint, as neither tensors nor JSON can hold it."""
+    unsaved_settings: list[str] = field(default_factory=list)
+    """The same of the group."""
+
+    def to_json(self) -> dict[str, Any]:
+        """The record as JSON has it; what older manifests lack is left out where it is empty."""
+        added = ("dtypes", "values", "unsaved_state", "unsaved_settings")
+        return {key: value for key, value in asdict(self).items() if value or key not in added}
 
 
 # Beside a parameter that has no optimizer, so that a load compares two records and never a None.
@@ -107,7 +120,7 @@ class Manifest:
             "step": self.step,
             "world_size": self.world_size,
             "tables": {name: table.to_json() for name, table in self.tables.items()},
-            "optimizers": {name: asdict(one) for name, one in self.optimizers.items()},
+            "optimizers": {name: one.to_json() for name, one in self.optimizers.items()},
             # JSON has no sets, and a set has no order.
             "schedule": None
             if schedule is None
@@ -141,4 +154,5 @@ class Manifest:
 
 def _known(record: type[T], found: dict[str, Any]) -> T:
     """A `record` of the fields that it has; what a later version may add is left out."""
-    return record(**{field.name: found[field.name] for field in fields(record)})  # type: ignore[arg-type]  # a dataclass
+    names = [one.name for one in fields(record) if one.name in found]  # type: ignore[arg-type]  # a dataclass
+    return record(**{name: found[name] for name in names})

@@ -11,6 +11,7 @@ from torchrec.distributed import DistributedModelParallel
 
 from cce_torchrec.checkpoint.manifest import CCETableRecord, TableRecord
 from cce_torchrec.config import is_cce
+from cce_torchrec.table import named
 
 # Of our collections, of EmbeddingBagCollection and of EmbeddingCollection: where tables are.
 _CONTAINERS = ("codes.", "embedding_bags.", "embeddings.")
@@ -73,13 +74,7 @@ def choose_tables(names: Sequence[str], tables: dict[str, TableRecord], argument
     Raises:
         ValueError: naming what no table is called.
     """
-    chosen: set[str] = set()
-    for name in names:
-        found = {full for full, t in tables.items() if name in (full, t.name)}
-        if not found:
-            raise ValueError(f"{argument}: no table {name!r}; the model has {sorted(tables)}")
-        chosen |= found
-    return chosen
+    return named(names, tables, argument)
 
 
 def compare_tables(

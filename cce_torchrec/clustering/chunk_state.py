@@ -37,6 +37,8 @@ class ChunkState:
     """The ranks that hold a copy of this chunk, where there are such (data-parallel, 2D)."""
     holders: ChunkGroup = ALONE
     """The ranks that hold codes of the chunk's ids: several under ROW_WISE."""
+    frozen: str = ""
+    """Why its table is not trained and so left alone, as this rank sees it; empty if it is."""
 
     @property
     def owned(self) -> bool:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 
 import torch
 import torch.distributed as dist
@@ -27,6 +27,7 @@ def finalize(
     weights: Mapping[str, torch.Tensor] | str | None = None,
     metric: Mapping[str, torch.Tensor] | None = None,
     optimizer: torch.optim.Optimizer | None = None,
+    tables: Collection[str] | None = None,
     process_group: dist.ProcessGroup | None = None,
 ) -> ClusteringReport:
     """Clusters every CCE table of `model` a last time, with k + k' clusters, and drops its helper.
@@ -39,7 +40,8 @@ def finalize(
     checkpoints. A plan made before stays valid.
 
     Tables without learned codes or without a helper are left alone, so a second call does
-    nothing. If any chunk of any rank fails, nothing is written anywhere.
+    nothing but say so, and frozen ones are, which keep their helper. If any chunk of any rank
+    fails, nothing is written anywhere.
     """
     options = Options(
         iterations=iterations,
@@ -51,6 +53,7 @@ def finalize(
         weights=weights,
         metric=metric,
         finalize=True,
+        tables=tables,
     )
     report, paths = run(model, options, optimizer, process_group)
     # On every rank, also where other ranks alone hold a table's chunks: all describe it alike.

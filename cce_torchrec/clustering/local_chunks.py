@@ -10,6 +10,7 @@ import torch.distributed as dist
 from torch import nn
 
 from cce_torchrec.clustering import replicas
+from cce_torchrec.clustering.choice import frozen_chunks
 from cce_torchrec.clustering.chunk_group import ALONE, ChunkGroup
 from cce_torchrec.clustering.chunk_state import ChunkState
 from cce_torchrec.codes.chunk_codes import ChunkCodes
@@ -24,7 +25,7 @@ from cce_torchrec.torchrec_internals import fused_kernels, lookups_of, optimizer
 def local_chunks(
     model: nn.Module, optimizer: torch.optim.Optimizer | None, finalize: bool
 ) -> Iterator[tuple[str, ChunkState]]:
-    """Chunks that this rank owns and that cluster, in the order of the model.
+    """Chunks of this rank whose codes can be learned, frozen or not, in the order of the model.
 
     Raises:
         ValueError: a data-parallel table whose parameters `optimizer` does not hold.
@@ -38,20 +39,23 @@ def local_chunks(
             rows, own = unsharded_rows(module, optimizer), module.codes
         else:
             continue
+        frozen = frozen_chunks(module, optimizer)
         for name, codes in own.items():
             assert isinstance(codes, ChunkCodes)
             if codes.codes is None or codes.config.helper_rows == 0:
                 continue
-            if isinstance(module, ShardedCCEEmbeddingBagCollection):
+            own = [physical_table(name, chunk) for chunk in codes.chunks]
+            if not frozen.keys() >= set(own):
                 replicas.check_optimizer(module, codes.config, optimizer)
             for column, chunk in enumerate(codes.chunks):
-                weight, state = rows.get(physical_table(name, chunk), (_nowhere(codes), {}))
+                weight, state = rows.get(own[column], (_nowhere(codes), {}))
                 # Only what has a value a row can follow the rows; step counts stay as they are.
                 kept = {k: v for k, v in state.items() if v.ndim and len(v) == len(weight)}
                 holders = _holders(module, codes, chunk)
                 found = ChunkState(codes, column, weight, kept, finalize, holders=holders)
                 if found.owned:
                     found.replicas = copies.get(name)
+                    found.frozen = frozen.get(own[column], "")
                 yield f"{path}.{name}" if path else name, found
 
 

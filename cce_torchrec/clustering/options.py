@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
 import torch
 
 from cce_torchrec.clustering.budget import Engine
+from cce_torchrec.clustering.choice import check_names
 from cce_torchrec.clustering.chunk_state import ChunkState
 from cce_torchrec.clustering.id_passes import IdWeights
 from cce_torchrec.gpu.usable import usable
@@ -31,9 +32,11 @@ class Options:
     weights: Mapping[str, torch.Tensor] | str | None = None
     metric: Mapping[str, torch.Tensor] | None = None
     finalize: bool = False
+    tables: Collection[str] | None = None
 
     def check(self) -> None:
         """Raises ValueError if an option cannot be used."""
+        check_names(self.tables)
         if self.init not in INITS:
             raise ValueError(f"unknown init {self.init!r}; choose one of {list(INITS)}")
         if self.finalize and self.init == "main":
@@ -63,6 +66,7 @@ class Options:
             self.memory_limit,
             seen,
             self.finalize,
+            None if self.tables is None else tuple(sorted(self.tables)),
         )
 
     def check_names(self, tables: set[str]) -> None:

@@ -20,7 +20,7 @@ Digests = dict[tuple[str, int], int]
 
 
 def check_optimizer(
-    module: ShardedCCEEmbeddingBagCollection,
+    module: nn.Module,
     config: CCEEmbeddingBagConfig,
     optimizer: torch.optim.Optimizer | None,
 ) -> None:
@@ -29,6 +29,8 @@ def check_optimizer(
     Raises:
         ValueError: naming the table.
     """
+    if not isinstance(module, ShardedCCEEmbeddingBagCollection):
+        return
     if config.name not in module.data_parallel:
         return
     bags = module.embedding_bag_collection.embedding_bags

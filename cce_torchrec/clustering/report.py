@@ -36,6 +36,8 @@ class ClusteringReport:
     seconds: float = 0.0
     peak_bytes: int = 0
     """Most bytes beside the model on this rank, as computed before the step."""
+    left_alone: dict[str, str] = field(default_factory=dict)
+    """Why each CCE table that was not clustered was not, by its path: frozen ones, for one."""
 
 
 def report_of(key: ChunkKey, state: ChunkState, update: ChunkUpdate, seconds: float) -> ChunkReport:

@@ -12,6 +12,14 @@ class ClusteringSchedule:
     steps: frozenset[int] = field(default_factory=frozenset)
     interval: int = 0
 
+    def __post_init__(self) -> None:
+        never = sorted(step for step in self.steps if step < 1)
+        if never or self.interval < 0:
+            raise ValueError(
+                f"steps {never} and interval {self.interval}: steps count from 1, and an interval "
+                "is 1 or more, or 0 for none; after others nothing would ever cluster"
+            )
+
     def due(self, step: int) -> bool:
         """Whether to cluster after step `step`."""
         return step in self.steps or (self.interval > 0 and step % self.interval == 0)
@@ -45,8 +53,11 @@ class ClusteringSchedule:
     @classmethod
     def at_epochs(cls, epochs: list[int], steps_per_epoch: int) -> ClusteringSchedule:
         """At the end of each of `epochs`, counted from 1."""
-        if steps_per_epoch < 1 or any(epoch < 1 for epoch in epochs):
-            raise ValueError(f"epochs {epochs} of {steps_per_epoch} steps: both count from 1")
+        if steps_per_epoch < 1 or not epochs or any(epoch < 1 for epoch in epochs):
+            raise ValueError(
+                f"epochs {epochs} of {steps_per_epoch} steps: both count from 1, and no epoch at "
+                "all is never()"
+            )
         return cls(steps=frozenset(epoch * steps_per_epoch for epoch in epochs))
 
     @classmethod

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Hashable, Iterable, Iterator, Mapping
+from collections.abc import Collection, Hashable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
@@ -12,6 +12,7 @@ import torch.distributed as dist
 from torch import nn
 
 from cce_torchrec.clustering import replicas
+from cce_torchrec.clustering.choice import fixed_tables, is_wanted, left_alone
 from cce_torchrec.clustering.chunk_group import ALONE, ChunkGroup
 from cce_torchrec.clustering.chunk_state import ChunkState
 from cce_torchrec.clustering.chunk_update import ChunkUpdate
@@ -47,6 +48,7 @@ def cluster(
     weights: Mapping[str, torch.Tensor] | str | None = None,
     metric: Mapping[str, torch.Tensor] | None = None,
     optimizer: torch.optim.Optimizer | None = None,
+    tables: Collection[str] | None = None,
     process_group: dist.ProcessGroup | None = None,
 ) -> ClusteringReport:
     """Relearns the codes of every CCE table of `model`; call it between optimizer steps.
@@ -54,9 +56,10 @@ def cluster(
     A collective call: every rank of `process_group` (default: all) must make it. Per chunk,
     K-means over the embeddings of all ids gives new main rows and codes, a new hash is drawn, and
     helper rows become mean residuals under it (Tsang and Ahle 2023, algorithm 3). Tables without
-    learned codes or without a helper are left alone. If any chunk of any rank fails, nothing is
-    written anywhere. Ranks share the scoring of large chunks; small ones are done by their owner.
-    Codes never cross the network.
+    learned codes or without a helper are left alone, and frozen ones are: those whose parameters
+    require no gradient, or whose learning rate is 0. `report.left_alone` names them. If any chunk
+    of any rank fails, nothing is written anywhere. Ranks share the scoring of large chunks; small
+    ones are done by their owner. Codes never cross the network.
 
     Memory beside the model is computed in advance and stays under a limit. New codes that do not
     fit it until all chunks are solved are found once more when they are written, from centroids
@@ -83,13 +86,15 @@ def cluster(
             to the chunk this is the Fisher metric: errors that the loss feels count.
         optimizer: the optimizer of unsharded and data-parallel tables, whose state then follows;
             data-parallel tables are refused without it.
+        tables: names of the tables to cluster, alone or as `collection.table`; by default all.
         process_group: the ranks that share the tables.
 
     Raises:
         ValueError: on every rank, naming table, chunk and rank: weights that are not finite, a
             data-parallel table that is not in `optimizer` or differs between ranks, unusable
-            options, more memory needed than the limit, lookups that wait for their backward pass,
-            ranks that did not make the call (where CPUs have gloo).
+            options, a model without CCE tables, a name in `tables` of none or of a frozen one, more
+            memory needed than the limit, lookups that wait for their backward pass, ranks that did
+            not make the call (where CPUs have gloo).
     """
     options = Options(
         iterations=iterations,
@@ -100,6 +105,7 @@ def cluster(
         memory_limit=memory_limit,
         weights=weights,
         metric=metric,
+        tables=tables,
     )
     return run(model, options, optimizer, process_group)[0]
 
@@ -130,7 +136,8 @@ def _run(
     if free is not None:
         options = replace(options, memory_limit=free)
     states, by_rank = agree(lambda: _prepared(model, options, optimizer, group), group)
-    _check_agreement(by_rank)
+    left = _check_agreement(by_rank, options)
+    states = [(path, state) for path, state in states if path not in left]
     mine = {(path, state.chunk): state for path, state in states}
     row_wise = {key for key, state in mine.items() if state.row_wise}
     rank = 0 if group is None else dist.get_rank(group)
@@ -145,7 +152,7 @@ def _run(
     work.commit(done)
     _begin_next_round(model, mine.values())
     chunks = _reports(done, mine, group)
-    report = ClusteringReport(chunks, time.perf_counter() - began, peak_bytes)
+    report = ClusteringReport(chunks, time.perf_counter() - began, peak_bytes, left)
     return report, {task.path for task in plan.tasks.values()}
 
 
@@ -179,6 +186,10 @@ class _Ready:
     """What a rank tells the others before a step."""
 
     tasks: list[Task]
+    fixed: dict[str, str]
+    """Its CCE tables, and why the codes of some cannot be learned."""
+    frozen: dict[str, str]
+    """Tables of which it has a chunk that is not trained, and why."""
     digests: replicas.Digests
     options: Hashable
     """Their fingerprint."""
@@ -195,10 +206,16 @@ def _prepared(
     """This rank's chunks, checked, and what the others have to know."""
     options.check()
     check_no_lookup_pending(model)
-    states, tasks = list(local_chunks(model, optimizer, options.finalize)), []
-    for path, state in states:
+    states, tasks, frozen = [], [], {}
+    for path, state in local_chunks(model, optimizer, options.finalize):
+        if not is_wanted(path, options.tables):
+            continue
+        if state.frozen:
+            frozen[path] = state.frozen
+            continue
         state.check_group(group)
         options.check_for(state)
+        states.append((path, state))
         if state.owned:
             tasks.append(task_of(path, state, options))
     device = _device(model, states)
@@ -206,11 +223,12 @@ def _prepared(
     make_backend(options.scorer, device)  # raises what is missing before anything is computed
     kernels = usable(device) if device.type == "cuda" else None
     digests = replicas.digests(states, options)
-    return states, _Ready(tasks, digests, options.fingerprint(), kernels)
+    ready = _Ready(tasks, fixed_tables(model), frozen, digests, options.fingerprint(), kernels)
+    return states, ready
 
 
-def _check_agreement(by_rank: list[_Ready]) -> None:
-    """Raises ValueError on every rank if what they told each other differs."""
+def _check_agreement(by_rank: list[_Ready], options: Options) -> dict[str, str]:
+    """Why tables are left alone; raises ValueError on every rank if what they told differs."""
     if len({ready.options for ready in by_rank}) > 1:
         raise ValueError(f"ranks disagree about the options: {[r.options for r in by_rank]}")
     if len({ready.has_kernels for ready in by_rank}) > 1:  # they would count and score otherwise
@@ -219,6 +237,12 @@ def _check_agreement(by_rank: list[_Ready]) -> None:
             f"{[r.has_kernels for r in by_rank]}; install the same everywhere"
         )
     replicas.check_equal([ready.digests for ready in by_rank])
+    return left_alone(
+        {path: why for ready in by_rank for path, why in ready.fixed.items()},
+        [ready.frozen for ready in by_rank],
+        [{task.path for task in ready.tasks} for ready in by_rank],
+        options.tables,
+    )
 
 
 @contextmanager

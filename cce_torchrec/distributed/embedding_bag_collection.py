@@ -37,9 +37,15 @@ from cce_torchrec.distributed.batch_in_flight import BatchInFlight, CacheResets
 from cce_torchrec.distributed.caches import forget_prefetched
 from cce_torchrec.distributed.code_fetch import CodeFetch
 from cce_torchrec.distributed.context import CCEContext
+from cce_torchrec.distributed.frozen import frozen_tables, keep_frozen_apart, stop_training
 from cce_torchrec.distributed.id_partition import check_group
 from cce_torchrec.distributed.input_dist import InputDistribution
-from cce_torchrec.distributed.plan import physical_plan, warn_of_ignored_optimizers
+from cce_torchrec.distributed.plan import (
+    physical_plan,
+    warn_of_ignored_optimizers,
+    warn_of_ignored_settings,
+    warn_of_missing_optimizers,
+)
 from cce_torchrec.distributed.sharding_input import sharding_inputs
 from cce_torchrec.distributed.state_dict import CodesState
 from cce_torchrec.distributed.table_placement import TablePlacement
@@ -52,6 +58,7 @@ from cce_torchrec.modules.embedding_bag_collection import (
     CCEEmbeddingBagCollection,
     without_weights,
 )
+from cce_torchrec.modules.quantization import PassedOver
 from cce_torchrec.table import tables_of
 from cce_torchrec.torchrec_internals import (
     fused_kernels,
@@ -68,7 +75,7 @@ def _overtake_pending(module: ShardedCCEEmbeddingBagCollection, *_: Any) -> None
 
 
 class ShardedCCEEmbeddingBagCollection(
-    ShardedEmbeddingModule[KJTList, list[torch.Tensor], KeyedTensor, CCEContext]
+    PassedOver, ShardedEmbeddingModule[KJTList, list[torch.Tensor], KeyedTensor, CCEContext]
 ):
     """Sharded form of `CCEEmbeddingBagCollection`, made by `CCEEmbeddingBagCollectionSharder`."""
 
@@ -100,7 +107,10 @@ class ShardedCCEEmbeddingBagCollection(
         self.id_partitions = placement.id_partitions
         # A rank pools the rows that it has of a bag, so MEAN is taken of the sum of all parts.
         self.output = module.output.divided(self._plain_row_wise)
-        warn_of_ignored_optimizers(module, self.data_parallel)
+        self.frozen = frozen_tables(module)
+        """Tables whose parameters required no gradient, which no backward pass trains."""
+        keep_frozen_apart(module, self.frozen)
+        self._warn(module, params, ebc_sharder.fused_params or {}, device)
         # Plans name global ranks, also where a sharding group is a part of them (2D parallelism).
         rank = getattr(env, "global_rank", env.rank)
         self.codes = placement.local_codes(self.tables, module.codes, rank, device)
@@ -125,6 +135,21 @@ class ShardedCCEEmbeddingBagCollection(
             module_fqn=append_prefix(module_fqn or "", "embedding_bag_collection"),
         )
         self._prepare_lookups(device)
+        stop_training(self._lookups, self.frozen)
+
+    def _warn(
+        self,
+        module: CCEEmbeddingBagCollection,
+        params: dict[str, ParameterSharding],
+        fused_params: dict[str, Any],
+        device: torch.device,
+    ) -> None:
+        """Says what of the optimizers that were applied is not as it looks."""
+        warn_of_ignored_optimizers(module, self.data_parallel - self.frozen)
+        warn_of_missing_optimizers(module, params, fused_params, self.frozen)
+        if device.type == "cpu":
+            trained = {table.name for table in self.tables} - self.data_parallel - self.frozen
+            warn_of_ignored_settings(module, fused_params, trained)
 
     def _prepare_lookups(self, device: torch.device) -> None:
         """What is between the input, TorchRec's lookups, and the output."""

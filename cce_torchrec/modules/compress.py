@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from functools import partial
@@ -9,12 +10,20 @@ from functools import partial
 import torch
 import torch.distributed as dist
 from torch import nn
-from torchrec.modules.embedding_configs import EmbeddingBagConfig, data_type_to_dtype
-from torchrec.modules.embedding_modules import EmbeddingBagCollection
+from torchrec.modules.embedding_configs import (
+    BaseEmbeddingConfig,
+    EmbeddingBagConfig,
+    data_type_to_dtype,
+)
+from torchrec.modules.embedding_modules import EmbeddingBagCollection, EmbeddingCollection
 
 from cce_torchrec.config import CCEEmbeddingBagConfig, is_cce
 from cce_torchrec.modules.embedding_bag_collection import CCEEmbeddingBagCollection
 from cce_torchrec.torchrec_internals import optimizers_in_backward
+
+logger = logging.getLogger(__name__)
+
+_SEQUENCE = "in an EmbeddingCollection, which stays: build a CCEEmbeddingCollection in its place"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,7 +95,8 @@ def compress_model(
     """Replaces, in place, every EmbeddingBagCollection of `model` that has tables to compress.
 
     Call it before optimizers are applied and the model is sharded. Compressed tables start fresh,
-    others keep their weights; those that would not shrink stay full, and the report says why.
+    others keep their weights; those that would not shrink stay full, and the report says why. So
+    do all of an EmbeddingCollection.
 
     Args:
         tables: names of the tables to compress; None compresses all of at least `min_bytes`.
@@ -109,7 +119,8 @@ def compress_model(
         for path, module in model.named_modules()
         if type(module) is EmbeddingBagCollection
     ]
-    chosen = _choose(model, found, tables, min_bytes)
+    sequences = _sequences(model)
+    chosen = _choose(model, found, [config.name for _, config in sequences], tables, min_bytes)
     picked = [c for path, m in found for c in m.embedding_bag_configs() if (path, c.name) in chosen]
     if table_bytes is not None:
         ratio = _ratio_for(picked, table_bytes, num_chunks, seed)
@@ -126,10 +137,31 @@ def compress_model(
         if any(is_cce(table) for table in new):
             replacements[module] = _replacement(path, module, new)
     _replace(model, replacements)
-    report = CompressionReport(made)
+    report = _report(made, sequences)
     if verbose and not (dist.is_initialized() and dist.get_rank()):
         print(report)
     return report
+
+
+def _report(
+    made: list[CompressedTable], sequences: list[tuple[str, BaseEmbeddingConfig]]
+) -> CompressionReport:
+    """The report of all tables; says so where none of them was compressed."""
+    made = made + [_describe(path, config, config, _SEQUENCE) for path, config in sequences]
+    if not any(table.num_rows for table in made):
+        reasons = {f"{table.collection}.{table.name}": table.reason for table in made}
+        logger.warning("nothing was compressed, every table stays full: %s", reasons)
+    return CompressionReport(made)
+
+
+def _sequences(model: nn.Module) -> list[tuple[str, BaseEmbeddingConfig]]:
+    """Path of the collection and configuration of each table of TorchRec's EmbeddingCollections."""
+    return [
+        (path, config)
+        for path, module in model.named_modules()
+        if type(module) is EmbeddingCollection
+        for config in module.embedding_configs()
+    ]
 
 
 def _checked_ratio(
@@ -155,7 +187,7 @@ def _replace(model: nn.Module, replacements: dict[nn.Module, nn.Module]) -> None
             setattr(model.get_submodule(parent), name, replacements[module])
 
 
-def full_bytes(config: EmbeddingBagConfig) -> int:
+def full_bytes(config: BaseEmbeddingConfig) -> int:
     """Bytes of the weights of a plain table."""
     itemsize = data_type_to_dtype(config.data_type).itemsize
     return config.num_embeddings * config.embedding_dim * itemsize
@@ -164,6 +196,7 @@ def full_bytes(config: EmbeddingBagConfig) -> int:
 def _choose(
     model: nn.Module,
     found: list[tuple[str, EmbeddingBagCollection]],
+    sequences: list[str],
     tables: Sequence[str] | None,
     min_bytes: int,
 ) -> set[tuple[str, str]]:
@@ -174,6 +207,9 @@ def _choose(
     """
     every = {(path, c.name): c for path, module in found for c in module.embedding_bag_configs()}
     unknown = sorted(set(tables or ()) - {name for _, name in every})
+    for name in unknown:
+        if name in sequences:
+            raise ValueError(f"table {name!r} is {_SEQUENCE}")
     if unknown:
         raise ValueError(f"no tables {unknown}; the model has {sorted({n for _, n in every})}")
     chosen = {
@@ -185,6 +221,7 @@ def _choose(
         raise ValueError(
             f"nothing to compress: no EmbeddingBagCollection inside {type(model).__name__} has "
             f"a table of {min_bytes} bytes or more; lower min_bytes or name tables"
+            + (f"; tables {sequences} are {_SEQUENCE}" if sequences else "")
         )
     if any(path == "" for path, _ in chosen):
         raise ValueError(
@@ -252,7 +289,7 @@ def _ratio_for(configs: list[EmbeddingBagConfig], budget: int, num_chunks: int, 
 
 
 def _describe(
-    path: str, config: EmbeddingBagConfig, table: EmbeddingBagConfig, reason: str
+    path: str, config: BaseEmbeddingConfig, table: BaseEmbeddingConfig, reason: str
 ) -> CompressedTable:
     before = full_bytes(config)
     cce = table if is_cce(table) else None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import fields
@@ -31,10 +32,13 @@ from cce_torchrec.lookup.output import (
 )
 from cce_torchrec.lookup.pending import PendingLookup
 from cce_torchrec.lookup.table_lookup import TableLookup
+from cce_torchrec.modules.quantization import ChecksNames
 from cce_torchrec.table import physical_feature, physical_table, tables_of
 
+logger = logging.getLogger(__name__)
 
-class CCEEmbeddingBagCollection(EmbeddingBagCollectionInterface):
+
+class CCEEmbeddingBagCollection(ChecksNames, EmbeddingBagCollectionInterface):
     """Pooled embeddings of CCE and plain tables, as `EmbeddingBagCollection` returns them.
 
     Called with a KeyedJaggedTensor that holds (at least) the configured features, returns a
@@ -61,6 +65,7 @@ class CCEEmbeddingBagCollection(EmbeddingBagCollectionInterface):
     ) -> None:
         super().__init__()
         _check_tables(tables)
+        _warn_of_larger(tables)
         self.tables = tables_of(tables)
         """As they are now; `embedding_bag_configs` reads their configurations."""
         self._is_weighted = is_weighted
@@ -106,7 +111,7 @@ class CCEEmbeddingBagCollection(EmbeddingBagCollectionInterface):
                 "DistributedModelParallel "
                 "sharders=cce_torchrec.distributed.sharders.get_default_sharders()"
             )
-        super().__setattr__(name, value)
+        super().__setattr__(name, value)  # type: ignore[arg-type]  # torch types modules alone
 
     def forward(self, features: KeyedJaggedTensor) -> KeyedTensor:
         """Pooled embeddings of `features`; nothing of `features` is written to.
@@ -230,6 +235,19 @@ def _with_weights(features: KeyedJaggedTensor, weights: torch.Tensor | None) -> 
         stride_per_key_per_rank=features.stride_per_key_per_rank() if variable else None,
         length_per_key=features.length_per_key_or_none(),
     )
+
+
+def _warn_of_larger(tables: Sequence[EmbeddingBagConfig]) -> None:
+    """Names the tables that take more bytes compressed than whole."""
+    for config in tables:
+        if is_cce(config) and config.table_bytes > config.full_bytes:
+            logger.warning(
+                "table %r takes %s bytes compressed, and %s as a plain table; use fewer rows, or "
+                "an EmbeddingBagConfig",
+                config.name,
+                f"{config.table_bytes:,}",
+                f"{config.full_bytes:,}",
+            )
 
 
 def _check_tables(tables: Sequence[EmbeddingBagConfig]) -> None:

@@ -116,6 +116,9 @@ def _check_names(tables: Sequence[EmbeddingBagConfig], **given: Collection[str])
                 f"{argument} names {sorted(unknown)}, which are no tables of the model; choose "
                 f"among {[table.name for table in tables]}"
             )
+    twice = sorted(set.intersection(*map(set, given.values())))
+    if twice:
+        raise ValueError(f"tables {twice} are in {' and in '.join(given)}; name each in one")
 
 
 def make_planner(
@@ -206,6 +209,15 @@ def make_plan(
             f"tables {sorted(in_model - names)} are in the model, but not among the "
             f"{sorted(names)} to plan; their codes would not be counted. Pass every table of its "
             "collections"
+        )
+    parts = {
+        logical_table(part) for name, _ in model.named_parameters() for part in name.split(".")
+    }
+    absent = sorted(({*data_parallel, *row_wise} & names) - parts)
+    if absent:
+        raise ValueError(
+            f"data_parallel or row_wise names {absent}, of which the model has no parameters; "
+            "leave out what it does not have"
         )
     dense = sum(
         parameter.numel() * parameter.element_size()

@@ -70,9 +70,19 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     for name in ("embedding_dim", "num_chunks", "epochs", "batch_size"):
         if getattr(args, name) < 1:
             parser.error(f"--{name.replace('_', '-')} {getattr(args, name)} must be at least 1")
+    _check_clusterings(parser, args)
     if args.model == "gmf" and args.dataset != "ml-1m":
         parser.error(f"--model gmf multiplies user and item; {args.dataset} has other features")
     return args
+
+
+def _check_clusterings(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+    """Refuses options of a clustering that would never come."""
+    if args.method != "cce" and (args.clusterings or args.finalize):
+        asked = "--finalize" if args.finalize else f"--clusterings {args.clusterings}"
+        parser.error(f"{asked} has nothing to cluster with --method {args.method}; leave it out")
+    if args.finalize and args.clusterings == 0:
+        parser.error("--finalize is the last of the --clusterings, which are 0; give 1 or more")
 
 
 def rows_per_table(args: argparse.Namespace, dataset: Dataset) -> dict[str, int]:

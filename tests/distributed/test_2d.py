@@ -29,13 +29,15 @@ from tests.support.ranks import on_ranks
 KINDS = ["tw", "cw", "rw"]
 
 
-def two_groups(kind, rank, world_size):
+def two_groups(kind, rank, world_size, frozen=""):
     """A model of which each half of the ranks holds all tables, as DMPCollection makes it.
 
     Returns the model, its dense optimizer and the group of the copies of a rank's chunks.
     """
     model = Net(tables(SUM))
     with_optimizer(model.collection, ROWWISE)
+    for name, parameter in model.collection.named_parameters():
+        parameter.requires_grad_(not frozen or f".{frozen}#" not in name)
     planner = make_planner(tables(SUM), 2, CPU, kind)
     plan = planner.collective_plan(model, get_default_sharders(), dist.group.WORLD)
     stand_in = SimpleNamespace(_device=CPU)
@@ -123,3 +125,22 @@ ONE_GROUP = [(4, "cw"), (2, "tw"), (2, "dp"), (1, "unsharded")]
 @pytest.mark.parametrize(("world_size", "kind"), ONE_GROUP)
 def test_one_group_loads_them(rank_pool, world_size, kind, saved):
     rank_pool.run(world_size, load_jobs, kind, saved)
+
+
+@on_ranks(4)
+def test_a_frozen_table_stays_equal_in_both_groups(rank, world_size):
+    """It needs no sync() before a clustering, as no group has changed it."""
+    torch.manual_seed(7)
+    model, dense, replica_pg = two_groups("cw", rank, world_size, frozen="t")
+    held = {n: w.clone() for n, (w, _) in fused_rows(model.module.collection).items()}
+    step(model, dense, rank)
+    for name, (weight, state) in fused_rows(model.module.collection).items():
+        assert torch.equal(weight, held[name]) == name.startswith("t#")
+        for tensor in (weight, *state.values()) if not name.startswith("t#") else ():
+            dist.all_reduce(tensor, group=replica_pg)
+            tensor /= 2
+    report = cluster(model)
+    assert [path.rpartition(".")[2] for path in report.left_alone] == ["t"]
+    check_copies(model, replica_pg)
+    after = fused_rows(model.module.collection)
+    assert all(torch.equal(after[n][0], w) == n.startswith("t#") for n, w in held.items())

@@ -148,6 +148,7 @@ def test_every_option_arrives(monkeypatch, call):
         "memory_limit": 11,
         "weights": "seen",
         "metric": {},
+        "tables": ["t"],
     }
     seen = []
     monkeypatch.setattr(

@@ -1,0 +1,142 @@
+"""Which tables a clustering step takes, and why it leaves the others alone."""
+
+from __future__ import annotations
+
+import functools
+import logging
+from collections.abc import Collection, Iterable, Sequence
+
+import torch
+from torch import nn
+
+from cce_torchrec.config import CCEEmbeddingBagConfig
+from cce_torchrec.distributed.embedding_bag_collection import ShardedCCEEmbeddingBagCollection
+from cce_torchrec.modules.embedding_bag_collection import CCEEmbeddingBagCollection
+from cce_torchrec.table import called, logical_table, named
+from cce_torchrec.torchrec_internals import fused_groups, lookups_of, optimizers_in_backward
+
+logger = logging.getLogger(__name__)
+
+_NO_GRADIENT = "frozen: its parameters require no gradient"
+_NO_RATE = "frozen: its learning rate is 0"
+
+
+def fixed_tables(model: nn.Module) -> dict[str, str]:
+    """Every CCE table of `model` by its path, with why its codes cannot be learned, or ""."""
+    out = {}
+    for path, module in model.named_modules():
+        if isinstance(module, CCEEmbeddingBagCollection | ShardedCCEEmbeddingBagCollection):
+            for table in module.tables:
+                if table.cce is not None:
+                    out[f"{path}.{table.name}" if path else table.name] = _why_fixed(table.cce)
+    return out
+
+
+def _why_fixed(config: CCEEmbeddingBagConfig) -> str:
+    if not config.learned_codes:
+        return "its codes are a hash (learned_codes=False)"
+    return "" if config.helper_rows else "it has no helper: it is finalized, or configured so"
+
+
+def frozen_chunks(
+    module: CCEEmbeddingBagCollection | ShardedCCEEmbeddingBagCollection,
+    optimizer: torch.optim.Optimizer | None,
+) -> dict[str, str]:
+    """Why each physical table of `module` that is here and not trained is frozen.
+
+    Args:
+        module: a collection.
+        optimizer: of unsharded and data-parallel tables, if there is one.
+    """
+    bags = module.embedding_bag_collection.embedding_bags.items()  # type: ignore[union-attr,operator]  # torch types it as a module
+    if isinstance(module, ShardedCCEEmbeddingBagCollection):
+        fixed = {name for name, _ in bags if logical_table(name) in module.frozen}
+        rates = _fused_rates(module)
+    else:
+        fixed = {name for name, bag in bags if not bag.weight.requires_grad}
+        rates = {name: _rates(optimizers_in_backward(bag.weight), bag.weight) for name, bag in bags}
+    own = [] if optimizer is None else [optimizer]
+    for name, bag in bags:
+        rates.setdefault(name, []).extend(_rates(own, bag.weight))
+    # Without any optimizer there is no rate, and the table may be trained by what we do not see.
+    still = {name for name, found in rates.items() if found and not any(found)}
+    return dict.fromkeys(still, _NO_RATE) | dict.fromkeys(fixed, _NO_GRADIENT)
+
+
+def _rates(optimizers: Iterable[torch.optim.Optimizer], parameter: torch.Tensor) -> list[float]:
+    """The learning rates of `parameter` in `optimizers`."""
+    groups = [group for optimizer in optimizers for group in optimizer.param_groups]
+    return [
+        float(group["lr"])
+        for group in groups
+        if "lr" in group and any(one is parameter for one in group["params"])
+    ]
+
+
+def _fused_rates(module: ShardedCCEEmbeddingBagCollection) -> dict[str, list[float]]:
+    """The rate that the next step of TorchRec's optimizers gives each table of this rank."""
+    return {
+        table.name: [float(group["lr"]) for group in groups]
+        for tables, groups in fused_groups(lookups_of(module))
+        for table in tables
+    }
+
+
+def is_wanted(path: str, tables: Collection[str] | None) -> bool:
+    """Whether the table at `path` is one of `tables`; None is all."""
+    return tables is None or any(called(path, name) for name in tables)
+
+
+def left_alone(
+    fixed: dict[str, str],
+    frozen: Sequence[dict[str, str]],
+    trained: Sequence[set[str]],
+    tables: Collection[str] | None,
+) -> dict[str, str]:
+    """Why each table that the step does not take is left alone; the same on every rank.
+
+    Args:
+        fixed: `fixed_tables` of all ranks.
+        frozen: by rank, the tables of which it found a chunk frozen, and why.
+        trained: by rank, the tables of which it has a chunk that is trained.
+        tables: those that the caller named, or None.
+
+    Raises:
+        ValueError: no CCE table at all, chunks of a table of which some are frozen, or a name of
+            no table or of one that cannot be clustered.
+    """
+    if not fixed:
+        raise ValueError(
+            "the model has no CCE table to cluster; its tables are made by "
+            "CCEEmbeddingBagCollection, CCEEmbeddingCollection or compress_model"
+        )
+    found = {path: why for path, why in fixed.items() if why}
+    for rank, own in enumerate(frozen):
+        for path, why in own.items():
+            others = [r for r, paths in enumerate(trained) if path in paths]
+            if others:
+                raise ValueError(
+                    f"table {path!r} is {why} on rank {rank}, and some of its chunks are trained "
+                    f"on ranks {others}; freeze all of its chunks, on every rank, or none"
+                )
+            found[path] = why
+    if tables is not None:
+        chosen = named(tables, fixed, "tables")
+        refused = [f"table {path!r}: {found[path]}" for path in sorted(chosen & set(found))]
+        if refused:
+            raise ValueError(f"{'; '.join(refused)}; it cannot be clustered, leave it out")
+        return found | {path: "not among tables" for path in sorted(set(fixed) - chosen)}
+    if len(found) == len(fixed):
+        _say_once("; ".join(f"table {path!r}: {why}" for path, why in sorted(found.items())))
+    return found
+
+
+@functools.cache
+def _say_once(tables: str) -> None:
+    logger.warning("nothing was clustered, as every CCE table is left alone: %s", tables)
+
+
+def check_names(names: Iterable[str] | None) -> None:
+    """Raises ValueError if `names` is a single one, whose letters would be taken for names."""
+    if isinstance(names, str):
+        raise ValueError(f"tables={names!r} is one name; give a list, [{names!r}]")
