@@ -75,7 +75,8 @@ class Format2Reader(FileSystemReader):
 
     def __init__(self, checkpoint: Path, files: dict[str, Fingerprint]) -> None:
         super().__init__(checkpoint)
-        self.path = checkpoint  # torch makes a local path of that of an object store
+        # torch makes a local path of that of an object store.
+        self.path = self._checkpoint = checkpoint
         self._files = files
 
     def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
@@ -84,7 +85,7 @@ class Format2Reader(FileSystemReader):
         Raises:
             ValueError: it is damaged, or names what metadata is not made of.
         """
-        file = self.path / INDEX
+        file = self._checkpoint / INDEX
         try:
             metadata = _Unpickler(io.BytesIO(file.read_bytes())).load()
             for one in metadata.storage_data.values():

@@ -210,8 +210,11 @@ class _Load:
             return
         name = f"rank-{ranks.rank}.json"
         if name not in self.manifest.files:
-            raise ValueError(f"{self.path}: the manifest has no file {name!r}; load another")
-        self._random = json.loads((self.path / name).read_text())
+            raise ValueError(f"{self.path}: its manifest has no file {name!r}; load another")
+        try:
+            self._random = json.loads((self.path / name).read_bytes())
+        except ValueError as error:
+            raise ValueError(f"{self.path / name} is damaged ({error}); load another") from error
 
     def _device_of(self, name: str) -> torch.device:
         return dict(self.model.named_parameters())[name].device

@@ -60,10 +60,18 @@ def store_of(path: Path) -> Any:
 
 
 def make_folder(folder: Path) -> None:
-    """Makes a local folder and those above it; object stores have none."""
-    if store_of(folder) is None:
+    """Makes a local folder and those above it; object stores have none.
+
+    Raises:
+        ValueError: naming the folder, if it cannot be made.
+    """
+    if store_of(folder) is not None:
+        return
+    try:
         folder.mkdir(parents=True, exist_ok=True)
         sync_folder(folder.parent)
+    except OSError as error:
+        raise ValueError(f"{folder} cannot be written ({error})") from error
 
 
 def entries(folder: Path) -> list[Path]:

@@ -6,6 +6,7 @@ import logging
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
+from weakref import WeakKeyDictionary
 
 import torch.distributed as dist
 
@@ -14,6 +15,7 @@ from cce_torchrec.collectives import Ranks
 logger = logging.getLogger(__name__)
 
 _THREAD = ThreadPoolExecutor(max_workers=1, thread_name_prefix="save_checkpoint")
+_cpu_groups: WeakKeyDictionary[dist.ProcessGroup, dist.ProcessGroup] = WeakKeyDictionary()
 _unfinished: list[PendingCheckpoint] = []
 """The last one, until a save or a load has waited for it."""
 
@@ -23,8 +25,8 @@ class PendingCheckpoint:
 
     def __init__(self, write: Callable[[Ranks], Path], ranks: Ranks) -> None:
         # A group of its own: the training goes on to use the other, and messages would be mixed up.
-        self._group = None if ranks.group is None else _cpu_group(ranks.group)
-        self._future: Future[Path] = _THREAD.submit(lambda: write(Ranks(self._group)))
+        group = None if ranks.group is None else _cpu_group(ranks.group)
+        self._future: Future[Path] = _THREAD.submit(lambda: write(Ranks(group)))
         self._future.add_done_callback(_log_failure)
         self._waited = False
         _unfinished[:] = [self]
@@ -41,12 +43,7 @@ class PendingCheckpoint:
                 then what it was.
         """
         self._waited = True
-        try:
-            return self._future.result()
-        finally:
-            if self._group is not None:
-                dist.destroy_process_group(self._group)
-                self._group = None
+        return self._future.result()
 
     def finish(self) -> None:
         """Waits, and raises what failed unless `result` has done so."""
@@ -71,7 +68,10 @@ def _log_failure(future: Future[Path]) -> None:
 
 
 def _cpu_group(group: dist.ProcessGroup) -> dist.ProcessGroup:
-    """A new gloo group of the same ranks; collective."""
-    ranks = dist.get_process_group_ranks(group)
-    # The other ranks of the job, which may be elsewhere, need not take part.
-    return dist.new_group(ranks, backend="gloo", use_local_synchronization=True)
+    """The gloo group of the same ranks, which the first call makes; collective then."""
+    if group not in _cpu_groups:
+        ranks = dist.get_process_group_ranks(group)
+        # The other ranks of the job, which may be elsewhere, need not take part. Never destroyed: a
+        # second group of the same ranks would have the name and so the addresses of the first.
+        _cpu_groups[group] = dist.new_group(ranks, backend="gloo", use_local_synchronization=True)
+    return _cpu_groups[group]

@@ -31,14 +31,20 @@ from cce_torchrec.versions import installed_versions
 
 @overload
 def save_checkpoint(
-    folder: str | Path, model: nn.Module, *, blocking: Literal[True] = True, **settings: Any
-) -> Path: ...
+    folder: str | Path, model: nn.Module, *, step: int,
+    optimizers: Sequence[torch.optim.Optimizer] = ..., schedule: ClusteringSchedule | None = ...,
+    extra: dict[str, Any] | None = ..., keep: int = ..., pin: str = ..., check_finite: bool = ...,
+    blocking: Literal[True] = ..., process_group: dist.ProcessGroup | None = ...,
+) -> Path: ...  # fmt: skip
 
 
 @overload
 def save_checkpoint(
-    folder: str | Path, model: nn.Module, *, blocking: Literal[False], **settings: Any
-) -> PendingCheckpoint: ...
+    folder: str | Path, model: nn.Module, *, step: int,
+    optimizers: Sequence[torch.optim.Optimizer] = ..., schedule: ClusteringSchedule | None = ...,
+    extra: dict[str, Any] | None = ..., keep: int = ..., pin: str = ..., check_finite: bool = ...,
+    blocking: Literal[False], process_group: dist.ProcessGroup | None = ...,
+) -> PendingCheckpoint: ...  # fmt: skip
 
 
 def save_checkpoint(

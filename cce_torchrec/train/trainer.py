@@ -225,7 +225,7 @@ class Trainer:
 
     def _save(self) -> None:
         losses = gather(float(self.loss), dist.group.WORLD)
-        save_checkpoint(
+        save_checkpoint(  # type: ignore[call-overload]  # a bool may be either
             self.checkpoints,
             self.model,
             step=self.step,
