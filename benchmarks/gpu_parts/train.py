@@ -14,7 +14,6 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-
 from benchmarks.gpu_parts.part import Part
 from benchmarks.kill import final_state, metrics
 from cce_torchrec.train import options

@@ -31,7 +31,7 @@ logger = logging.getLogger(__name__)
 MANIFEST = "manifest.json"
 _POINTER = "latest"
 """A file of format 2, with the name of its latest checkpoint."""
-_NAME = re.compile(r"step-(?P<step>\d{9,})(?:-(?P<number>\d{4,}))?(?:-(?P<pin>\w+))?")
+_NAME = re.compile(r"step-(?P<step>\d{9,})(?:-again|-(?P<number>\d{4,})(?:-(?P<pin>\w+))?)?")
 _LEFT_BY_FORMAT_2 = re.compile(r"\.(writing|pruned)-step-\d{9,}.*")
 
 
@@ -45,28 +45,20 @@ class _Saved(NamedTuple):
     step: int
     path: Path
     pin: str
-    """"" for none."""
+    """Empty where it has none."""
 
 
 def _saved(folder: Path) -> list[_Saved]:
-    """Of the checkpoints in `folder`, whole or not, the latest first."""
-    found, pointed = [], None
-    for path in entries(folder):
-        if path.name == _POINTER:
-            pointed = path.read_text().strip()
-        elif match := _NAME.fullmatch(path.name):
-            number, pin = match["number"], match["pin"]
-            found.append(
-                _Saved(
-                    -1 if number is None else int(number),
-                    False,
-                    int(match["step"]),
-                    path,
-                    pin if pin and number is not None else "",
-                )
-            )
-    found = [one._replace(pointed=one.path.name == pointed) for one in found]
-    return sorted(found, key=lambda one: one[:3], reverse=True)
+    """The checkpoints in `folder`, whole or not, the latest first."""
+    inside = entries(folder)
+    pointer = next((path for path in inside if path.name == _POINTER), None)
+    pointed = "" if pointer is None else pointer.read_text().strip()
+    found = []
+    for path in inside:
+        if match := _NAME.fullmatch(path.name):
+            number, pin = int(match["number"] or -1), match["pin"] or ""
+            found.append(_Saved(number, path.name == pointed, int(match["step"]), path, pin))
+    return sorted(found, key=lambda one: (one.number, one.pointed, one.step), reverse=True)
 
 
 def _is_whole(checkpoint: Path) -> bool:

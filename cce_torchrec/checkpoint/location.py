@@ -44,7 +44,7 @@ def location(folder: str | Path) -> Path:
         ) from error
     try:
         # Without its cache of listings: other ranks write files that it would not have.
-        path = UPath(folder, use_listings_cache=False)
+        path: Any = UPath(folder, use_listings_cache=False)
         path.fs  # noqa: B018  # the package of the scheme is loaded here
     except (ImportError, ValueError) as error:
         raise ValueError(

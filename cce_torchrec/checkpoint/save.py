@@ -102,12 +102,17 @@ def save_checkpoint(
     state: dict[str, Any] = {}
     described = ranks.agree(lambda: _collect(model, optimizers, state))
     writer = TensorWriter(ranks.rank, copy=not blocking)
-    ranks.agree(lambda: _plan(writer, state, process_group))
     tables = described[0][0]
-    if check_finite:
-        # Masks and the like may well be infinite.
-        buffers = {f"model.{name}" for name, _ in model.named_buffers()}
-        ranks.agree(lambda: _refuse_not_finite(writer.shards, buffers, tables))
+    # Masks and the like may well be infinite.
+    exempt = {f"model.{name}" for name, _ in model.named_buffers()}
+
+    def plan() -> None:
+        # What each rank has to write is in `writer` then.
+        dcp.save(state, storage_writer=writer, planner=SavePlans(), process_group=process_group)
+        if check_finite:
+            _refuse_not_finite(writer.shards, exempt, tables)
+
+    ranks.agree(plan)
     manifest = Manifest(
         step=step,
         world_size=ranks.size,
@@ -177,13 +182,6 @@ def _collect(
     states = optimizer_states(model, optimizers)
     state |= model_state(model) | optimizer_state(states)
     return describe_tables(model), {name: one.record() for name, one in states.items()}
-
-
-def _plan(
-    writer: TensorWriter, state: dict[str, Any], process_group: dist.ProcessGroup | None
-) -> None:
-    """Divides `state` among the ranks: what this one has to write is in `writer` then."""
-    dcp.save(state, storage_writer=writer, planner=SavePlans(), process_group=process_group)
 
 
 def _refuse_not_finite(

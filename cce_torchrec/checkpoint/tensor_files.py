@@ -344,4 +344,4 @@ def _shard_name(item: WriteItem) -> str:
 def _bytes(tensor: torch.Tensor) -> memoryview:
     """The memory of a contiguous tensor on the CPU."""
     # numpy has no bfloat16, and a tensor without dimensions has no other view.
-    return memoryview(tensor.reshape(-1).view(torch.uint8).numpy())
+    return tensor.reshape(-1).view(torch.uint8).numpy().data

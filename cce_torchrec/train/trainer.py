@@ -47,7 +47,7 @@ class Trainer:
         args.out = location(args.out)
         self.checkpoints = args.out / "checkpoints"
         # Here and not by load_checkpoint, whose errors name shapes of tables and no options.
-        latest = self._latest() if args.resume else None
+        latest = _latest(self.checkpoints) if args.resume else None
         if latest is not None:
             saved = read_manifest(latest).extra or {}
             options.check_same(saved.get("settings", {}), options.lasting(args), latest)
@@ -89,7 +89,7 @@ class Trainer:
     def run(self) -> None:
         """Trains, evaluates every epoch, and writes metrics.jsonl and summary.json."""
         args = self.args
-        if args.resume and self._latest() is not None:
+        if args.resume and _latest(self.checkpoints) is not None:
             self._resume()
         if self.rank == 0:
             self.records.write_metrics(args.out)
@@ -138,13 +138,9 @@ class Trainer:
         self.records.clustered(finalize(self.model, memory_limit=limit))
         self._finalize_configs()
 
-    def _latest(self) -> Path | None:
-        # One rank's answer: an object store may fail one rank alone, and the others would wait.
-        return Ranks(None).first(lambda: latest_checkpoint(self.checkpoints))
-
     def _past_last_clustering(self) -> bool:
         """Whether the checkpoint to resume from was written after the model was finalized."""
-        latest, steps = self._latest(), self.schedule.steps
+        latest, steps = _latest(self.checkpoints), self.schedule.steps
         return bool(steps) and latest is not None and read_manifest(latest).step >= max(steps)
 
     def _finalize_configs(self) -> None:
@@ -250,3 +246,8 @@ class Trainer:
         self.loss.fill_(losses[self.rank])
         if self.rank == 0:
             print(f"resumed after step {self.step} from {report.path}", flush=True)
+
+
+def _latest(checkpoints: Path) -> Path | None:
+    """The first rank's answer: an object store may fail one rank alone, and others would wait."""
+    return Ranks(None).first(lambda: latest_checkpoint(checkpoints))
