@@ -2,8 +2,10 @@
 
     python -m benchmarks.checkpoint [--quick] [--json FILE]
 
-Contenders: a CCE table through `save_checkpoint` (which fsyncs, checksums and renames), a plain
-table of the same bytes and the full table through torch.distributed.checkpoint as it is.
+Contenders: a CCE table through `save_checkpoint` (which fsyncs, checksums and looks for NaN), a
+plain table of the same bytes and the full table through torch.distributed.checkpoint as it is.
+`unchecked` saves without the look for NaN, `staged` is how long an asynchronous save holds training
+up, and beside the table are the milliseconds of a step alone and while a checkpoint is written.
 """
 
 from __future__ import annotations
@@ -34,6 +36,7 @@ from torchrec.optim.apply_optimizer_in_backward import apply_optimizer_in_backwa
 from benchmarks.machine import device_name
 from cce_torchrec import CCEEmbeddingBagCollection, CCEEmbeddingBagConfig
 from cce_torchrec.checkpoint import load_checkpoint, save_checkpoint
+from cce_torchrec.checkpoint.pending import finish_pending
 from cce_torchrec.distributed.process_group import end_process_group
 from cce_torchrec.distributed.sharders import get_default_sharders
 from cce_torchrec.planning import make_plan
@@ -101,6 +104,31 @@ def load(kind: str, folder: str, model: DistributedModelParallel) -> None:
     dcp.load(plain_state(model), checkpoint_id=folder)  # in place: its tensors are live
 
 
+def steps_while_saving(
+    folder: str, model: DistributedModelParallel, num_ids: int
+) -> dict[str, Any]:
+    """Milliseconds of a training step, alone and while a checkpoint is written beside it."""
+    generator = torch.Generator().manual_seed(dist.get_rank())
+    lengths = torch.ones(8192, dtype=torch.int64)
+    batches = [
+        KeyedJaggedTensor(
+            ["f"], torch.randint(num_ids, (8192,), generator=generator), lengths=lengths
+        )
+        for _ in range(8)
+    ]
+    found: dict[str, list[float]] = {"alone": [], "while saving": []}
+    for number in range(200):
+        beside = number >= 50  # alone first, then one asynchronous save after the other
+        if number >= 50 and number % 10 == 0:
+            save_checkpoint(folder, model, step=number, keep=1, blocking=False)
+        began = time.perf_counter()
+        model(batches[number % 8]).sum().backward()
+        if number >= 10:
+            found["while saving" if beside else "alone"].append(time.perf_counter() - began)
+    finish_pending()
+    return {name: 1e3 * statistics.median(times) for name, times in found.items()}
+
+
 def seconds(call: Callable[[], None]) -> float:
     """Wall seconds until every rank is done."""
     dist.barrier()
@@ -113,6 +141,7 @@ def seconds(call: Callable[[], None]) -> float:
 def two_ranks(num_ids: int, dim: int, repeats: int, folder: str) -> dict[str, dict[str, Any]]:
     """Save, load and reshard on two ranks; seconds are medians."""
     out: dict[str, dict[str, Any]] = {}
+    steps: dict[str, float] = {}
     for kind in KINDS:
         times: dict[str, list[float]] = {}
         # Plain tables are not sharded by columns here: their row-wise state would change shape.
@@ -126,6 +155,18 @@ def two_ranks(num_ids: int, dim: int, repeats: int, folder: str) -> dict[str, di
                 times.setdefault(f"save {saved}", []).append(took)
                 took = seconds(lambda k=kind, w=where, m=model: load(k, w, m))
                 times.setdefault(f"load {saved}", []).append(took)
+                if kind == "CCE":
+                    ways = {"unchecked": {"check_finite": False}, "staged": {"blocking": False}}
+                    for name, way in ways.items():
+                        took = seconds(
+                            lambda s=way, w=where, m=model: save_checkpoint(
+                                w, m, step=1, keep=1, **s
+                            )
+                        )
+                        times.setdefault(f"{name} {saved}", []).append(took)
+                    finish_pending()
+            if kind == "CCE" and saved == "tw":
+                steps = steps_while_saving(where, model, num_ids)
             if kind == "CCE":
                 model = build(kind, other, num_ids, dim)
                 for _ in range(repeats):
@@ -136,6 +177,7 @@ def two_ranks(num_ids: int, dim: int, repeats: int, folder: str) -> dict[str, di
             "bytes": size,
             "seconds": {name: statistics.median(values) for name, values in times.items()},
         }
+    out["CCE"]["milliseconds of a step"] = steps
     return out
 
 
@@ -201,6 +243,7 @@ def main() -> None:
             f"{row['seconds'][n]:14.2f}" if n in row["seconds"] else f"{'-':>14}" for n in names
         )
         print(f"{kind:20}{row['bytes'] / 1e6:10.1f}{cells}")
+    print(f"milliseconds of a step: {rows['CCE']['milliseconds of a step']}")
     report = {
         "device": device_name(CPU),
         "cpus": os.cpu_count(),

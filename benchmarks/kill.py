@@ -1,6 +1,6 @@
 """A training job killed by SIGKILL again and again, and resumed: does it end bit-equal?
 
-    python -m benchmarks.kill [--kills 20] [--plan cw] [--json FILE]
+    python -m benchmarks.kill [--kills 20] [--plan cw] [--async-checkpoints] [--json FILE]
 
 Two runs of `cce_torchrec.train` on 2 ranks (synthetic data, DLRM): one that is left alone, in the
 plain loop, and one in the default pipeline, every process of which is killed while it starts,
@@ -23,10 +23,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
 from benchmarks.machine import device_name
 from cce_torchrec.checkpoint import latest_checkpoint
+from cce_torchrec.checkpoint.folder import MANIFEST
 from cce_torchrec.train import __main__ as program
 from cce_torchrec.train import trainer
 from cce_torchrec.versions import installed_versions
@@ -143,18 +143,24 @@ def kill_at(out: Path, ranks: list[Any], aim: str, times: int, delay: float) -> 
         aim,
         hit,
         latest.name if latest else None,
-        bool(list((out / "checkpoints").glob(".writing-*"))),
+        any(not (path / MANIFEST).exists() for path in (out / "checkpoints").glob("step-*")),
         time.perf_counter() - began,
     )
 
 
-def final_state(out: Path) -> dict[str, Any]:
-    """Every tensor of the last checkpoint, whole, by name."""
+def final_state(out: Path) -> dict[str, tuple[str, list[int], bytes]]:
+    """Type, shape and bytes of each tensor of the last checkpoint, shard by shard."""
     latest = latest_checkpoint(out / "checkpoints")
-    assert latest is not None
-    with tempfile.TemporaryDirectory() as folder:
-        dcp_to_torch_save(latest, Path(folder, "state.pt"))
-        return torch.load(Path(folder, "state.pt"), weights_only=True)
+    if latest is None:
+        raise RuntimeError(f"{out} has no checkpoint")
+    found = {}
+    for path in latest.glob("*.safetensors"):
+        content = path.read_bytes()
+        start = 8 + int.from_bytes(content[:8], "little")
+        for name, entry in json.loads(content[8:start]).items():
+            first, end = (start + at for at in entry["data_offsets"])
+            found[name] = entry["dtype"], entry["shape"], content[first:end]
+    return found
 
 
 def metrics(out: Path) -> list[dict[str, Any]]:
@@ -189,11 +195,7 @@ def compare(folder: Path, aims: list[tuple[str, int, float]], options: list[str]
     finish(killed, start(killed, [*options, "--resume"]))
     expected, found = final_state(alone), final_state(killed)
     differing = sorted(
-        name
-        for name in expected.keys() | found.keys()
-        if name not in expected
-        or name not in found
-        or not torch.equal(torch.as_tensor(expected[name]), torch.as_tensor(found[name]))
+        name for name in expected.keys() | found.keys() if expected.get(name) != found.get(name)
     )
     return {
         "kills": [asdict(kill) for kill in done],
@@ -210,11 +212,12 @@ def main() -> None:
     parser.add_argument("--kills", type=int, default=20)
     parser.add_argument("--epochs", type=int, default=6)
     parser.add_argument("--plan", default="cw", help="of the training program")
+    parser.add_argument("--async-checkpoints", action="store_true", help="of the training program")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--json", type=Path, default=Path("runs/kill.json"))
     args = parser.parse_args()
     options = ["--epochs", str(args.epochs), "--clusterings", str(7 * args.epochs)]
-    options += ["--plan", args.plan]
+    options += ["--plan", args.plan, *(["--async-checkpoints"] * args.async_checkpoints)]
     with tempfile.TemporaryDirectory() as folder:
         result = compare(Path(folder), random_aims(args.kills, args.seed), options)
     hits = {phase: sum(k["hit"] == phase for k in result["kills"]) for phase in PHASES}

@@ -56,7 +56,9 @@ def undocumented(tree):
     public = [
         n
         for n in ast.walk(tree)
-        if isinstance(n, ast.FunctionDef | ast.ClassDef) and not n.name.startswith("_")
+        if isinstance(n, ast.FunctionDef | ast.ClassDef)
+        and not n.name.startswith("_")
+        and "overload" not in map(ast.unparse, n.decorator_list)  # the function itself has it
     ]
     inner = {id(c) for f in functions(tree) for c in ast.walk(f) if c is not f}
     return [n.name for n in public if not ast.get_docstring(n) and id(n) not in inner]

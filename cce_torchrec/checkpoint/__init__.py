@@ -6,6 +6,13 @@ check_installation()  # before TorchRec is loaded, whose errors do not say what 
 
 from cce_torchrec.checkpoint.folder import latest_checkpoint  # noqa: E402
 from cce_torchrec.checkpoint.load import LoadReport, load_checkpoint  # noqa: E402
+from cce_torchrec.checkpoint.pending import PendingCheckpoint  # noqa: E402
 from cce_torchrec.checkpoint.save import save_checkpoint  # noqa: E402
 
-__all__ = ["LoadReport", "latest_checkpoint", "load_checkpoint", "save_checkpoint"]
+__all__ = [
+    "LoadReport",
+    "PendingCheckpoint",
+    "latest_checkpoint",
+    "load_checkpoint",
+    "save_checkpoint",
+]

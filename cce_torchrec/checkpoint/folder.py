@@ -1,110 +1,131 @@
-"""Checkpoints on disk: a folder each, renamed into place when it is whole, and a pointer.
+"""A folder of checkpoints: which there are, the latest, and which may go.
 
-folder/latest               name of the last whole checkpoint, replaced by rename
-folder/step-000000100/      manifest.json (written last), .metadata, __r_0.distcp, rank-r.json
-folder/.writing-.../        a checkpoint that is being written, or was when the job was killed
+folder/step-000000100-0007/        the seventh save into the folder, after step 100
+folder/step-000000100-0007-best/   the same, pinned as the best
+    manifest.json                  written last: a folder without it is no checkpoint
+    tensors.json, rank-0.safetensors, rank-0.json, ...
+
+Nothing is renamed and nothing points to the latest, so that an object store will do.
 """
 
 from __future__ import annotations
 
 import json
-import os
-import shutil
-import zlib
+import logging
+import re
 from pathlib import Path
+from typing import NamedTuple
 
-from cce_torchrec.checkpoint.manifest import FORMAT, Fingerprint, Manifest
+from cce_torchrec.checkpoint.location import (
+    entries,
+    fingerprint,
+    location,
+    make_folder,
+    remove,
+    write_whole,
+)
+from cce_torchrec.checkpoint.manifest import FORMAT, READABLE, Fingerprint, Manifest
 
-LATEST = "latest"
+logger = logging.getLogger(__name__)
+
 MANIFEST = "manifest.json"
-_WRITING = ".writing-"
-_PRUNED = ".pruned-"
-_BLOCK = 1 << 22
+_POINTER = "latest"
+"""A file of format 2, with the name of its latest checkpoint."""
+_NAME = re.compile(r"step-(?P<step>\d{9,})(?:-again|-(?P<number>\d{4,})(?:-(?P<pin>\w+))?)?")
+_LEFT_BY_FORMAT_2 = re.compile(r"\.(writing|pruned)-step-\d{9,}.*")
 
 
-def write_durably(path: Path, text: str) -> None:
-    """Replaces `path` by a file that holds `text`, or leaves it as it was."""
-    # Renamed into place, as a kill may stop a write anywhere but no rename halfway.
-    beside = path.with_name(f".{path.name}.new")
-    with beside.open("w") as file:
-        file.write(text)
-        file.flush()
-        # Before the rename: else a power cut may leave the new name with none of the content.
-        os.fsync(file.fileno())
-    beside.rename(path)
-    sync_folder(path.parent)
+class _Saved(NamedTuple):
+    """A folder by the name of a checkpoint; of two the later one is the larger."""
+
+    number: int
+    """Of the save into this folder, -1 in format 2, which has none."""
+    pointed: bool
+    """Whether format 2 says that it is the latest."""
+    step: int
+    path: Path
+    pin: str
+    """Empty where it has none."""
 
 
-def sync_folder(folder: Path) -> None:
-    """Makes renames inside `folder` durable."""
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+def _saved(folder: Path) -> list[_Saved]:
+    """The checkpoints in `folder`, whole or not, the latest first."""
+    inside = entries(folder)
+    pointer = next((path for path in inside if path.name == _POINTER), None)
+    pointed = "" if pointer is None else pointer.read_text().strip()
+    found = []
+    for path in inside:
+        if match := _NAME.fullmatch(path.name):
+            number, pin = int(match["number"] or -1), match["pin"] or ""
+            found.append(_Saved(number, path.name == pointed, int(match["step"]), path, pin))
+    return sorted(found, key=lambda one: (one.number, one.pointed, one.step), reverse=True)
 
 
-def begin(folder: Path, step: int) -> tuple[Path, str]:
-    """An empty folder to write the checkpoint of `step` into, and the name it will have."""
-    folder.mkdir(parents=True, exist_ok=True)
-    for stale in [*folder.glob(f"{_WRITING}*"), *folder.glob(f"{_PRUNED}*")]:
-        shutil.rmtree(stale)
-    name = f"step-{step:09d}"
-    if name == _pointed(folder):  # never touch the checkpoint that a restart would read
-        name += "-again"
-    writing = folder / f"{_WRITING}{name}"
-    writing.mkdir()
-    return writing, name
+def _is_whole(checkpoint: Path) -> bool:
+    return (checkpoint / MANIFEST).exists()
 
 
-def commit(writing: Path, name: str, manifest: Manifest, keep: int) -> Path:
+def begin(folder: Path, step: int, pin: str) -> Path:
+    """Removes what was never finished, and makes the folder of a new checkpoint."""
+    make_folder(folder)
+    saved = _saved(folder)
+    for one in saved:
+        if not _is_whole(one.path):
+            remove(one.path, MANIFEST)
+    for path in entries(folder):
+        if _LEFT_BY_FORMAT_2.fullmatch(path.name):
+            remove(path, MANIFEST)
+    number = 1 + max([0, *(one.number for one in saved)])
+    checkpoint = folder / f"step-{step:09d}-{number:04d}{pin and '-'}{pin}"
+    make_folder(checkpoint)
+    return checkpoint
+
+
+def commit(checkpoint: Path, manifest: Manifest, keep: int) -> Path:
     """Turns a folder that is written into the latest checkpoint; then removes old ones."""
-    folder = writing.parent
+    folder = checkpoint.parent
     # Where each machine has a disk of its own, rank 0 sees only what its own machine wrote.
-    missing = [file for file in manifest.files if not (writing / file).exists()]
+    missing = sorted(manifest.files.keys() - {path.name for path in entries(checkpoint)})
     if missing:
         raise ValueError(
-            f"{folder}: rank 0 does not see files {missing} that other ranks wrote; checkpoints "
-            "need a folder that all ranks share"
+            f"{checkpoint}: rank 0 does not see files {missing} that other ranks wrote; "
+            "checkpoints need a folder that all ranks share"
         )
     # Last of all files, so that a folder with a manifest is whole.
-    write_durably(writing / MANIFEST, json.dumps(manifest.to_json()))
-    final = folder / name
-    if final.exists():  # left by a kill between the two renames below, or an older run
-        _remove(final)
-    writing.rename(final)
-    sync_folder(folder)
-    write_durably(folder / LATEST, name + "\n")
-    for old in _whole(folder)[keep:]:
-        if old.name != name:
-            _remove(old)
-    return final
+    write_whole(checkpoint / MANIFEST, json.dumps(manifest.to_json()))
+    (folder / _POINTER).unlink(missing_ok=True)
+    try:
+        rotate(folder, keep)
+    except OSError as error:  # the new one is in place all the same
+        logger.warning("%s: old checkpoints could not be removed (%s)", folder, error)
+    return checkpoint
 
 
-def _remove(checkpoint: Path) -> None:
-    """Removes a checkpoint; a kill halfway leaves nothing that looks like one."""
-    pruned = checkpoint.with_name(f"{_PRUNED}{checkpoint.name}")
-    checkpoint.rename(pruned)
-    shutil.rmtree(pruned)
+def discard(checkpoint: Path) -> None:
+    """Removes a checkpoint that could not be finished."""
+    remove(checkpoint, MANIFEST)
 
 
-def _pointed(folder: Path) -> str | None:
-    pointer = folder / LATEST
-    return pointer.read_text().strip() if pointer.exists() else None
+def rotate(folder: Path, keep: int) -> None:
+    """Removes all checkpoints but the `keep` latest, and the latest of each pin."""
+    pins = {""}
+    for place, one in enumerate(one for one in _saved(folder) if _is_whole(one.path)):
+        if place >= keep and one.pin in pins:
+            remove(one.path, MANIFEST)
+        pins.add(one.pin)
 
 
-def _whole(folder: Path) -> list[Path]:
-    """Checkpoints in `folder`, newest first."""
-    # By time: of step-000000003 and step-000000003-again either may be the newer one.
-    found = [path for path in folder.glob("step-*") if (path / MANIFEST).exists()]
-    return sorted(found, key=lambda path: (path / MANIFEST).stat().st_mtime_ns, reverse=True)
+def latest_checkpoint(folder: str | Path, *, pin: str | None = None) -> Path | None:
+    """The checkpoint that a restart reads, None where none was finished yet.
 
-
-def latest_checkpoint(folder: str | Path) -> Path | None:
-    """The checkpoint that a restart reads, None where none was finished yet."""
-    folder = Path(folder)
-    name = _pointed(folder)
-    return folder / name if name is not None else None
+    Args:
+        folder: of the job, local or the URI of an object store.
+        pin: the latest of those that were saved with `save_checkpoint(..., pin=pin)`.
+    """
+    for one in _saved(location(folder)):
+        if pin in (None, one.pin) and _is_whole(one.path):
+            return one.path
+    return None
 
 
 def find(folder: Path) -> Path:
@@ -113,16 +134,14 @@ def find(folder: Path) -> Path:
     Raises:
         ValueError: there is none.
     """
-    if (folder / MANIFEST).exists():
+    if _is_whole(folder):
         return folder
     latest = latest_checkpoint(folder)
-    if latest is not None and (latest / MANIFEST).exists():
-        return latest
-    others = [str(path) for path in _whole(folder)]
-    hint = f"; load one of {others} by its path" if others else ""
     if latest is not None:
-        raise ValueError(f"{latest} has no {MANIFEST}, so it is no whole checkpoint{hint}")
-    raise ValueError(f"no checkpoint in {folder}: it has no file {LATEST!r}{hint}")
+        return latest
+    halves = [one.path.name for one in _saved(folder)]
+    hint = f"; {halves} have no {MANIFEST}, and were not finished" if halves else ""
+    raise ValueError(f"no checkpoint in {folder}: no folder step-... with a {MANIFEST}{hint}")
 
 
 def read_manifest(checkpoint: Path) -> Manifest:
@@ -135,22 +154,15 @@ def read_manifest(checkpoint: Path) -> Manifest:
     try:
         found = json.loads(file.read_text())
         format_ = found["format"]
-        if format_ == FORMAT:  # the fields of others are other ones
+        if format_ in READABLE:  # the fields of others are other ones
             return Manifest.from_json(found)
     except (OSError, AttributeError, ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{file} is damaged ({error}); load another checkpoint") from error
-    raise ValueError(f"{file} has format {format_}; this version reads {FORMAT}")
-
-
-def fingerprint(file: Path) -> Fingerprint:
-    """Size and CRC-32 of a file."""
-    crc, size = 0, 0
-    # Block by block: a file may have more bytes than a machine has memory left.
-    with file.open("rb") as stream:
-        while block := stream.read(_BLOCK):
-            crc = zlib.crc32(block, crc)
-            size += len(block)
-    return Fingerprint(size, crc)
+    remedy = "update cce_torchrec" if isinstance(format_, int) and format_ > FORMAT else "save anew"
+    raise ValueError(
+        f"{file} has format {format_}; this version reads {' and '.join(map(str, READABLE))}: "
+        f"{remedy}"
+    )
 
 
 def verify(checkpoint: Path, files: dict[str, Fingerprint]) -> None:

@@ -16,15 +16,25 @@ from torch import nn
 from torch.distributed.checkpoint.metadata import BytesStorageMetadata, Metadata
 
 from cce_torchrec.checkpoint import folder as folders
+from cce_torchrec.checkpoint.format_2 import Format2Plans, Format2Reader
 from cce_torchrec.checkpoint.grow import Growth
-from cce_torchrec.checkpoint.manifest import NO_OPTIMIZER, Manifest, OptimizerRecord, TableRecord
+from cce_torchrec.checkpoint.location import location
+from cce_torchrec.checkpoint.manifest import (
+    FORMAT,
+    NO_OPTIMIZER,
+    Manifest,
+    OptimizerRecord,
+    TableRecord,
+)
 from cce_torchrec.checkpoint.optimizers import optimizer_states
 from cce_torchrec.checkpoint.parameter_state import ParameterState, dropped_state
+from cce_torchrec.checkpoint.pending import finish_pending
 from cce_torchrec.checkpoint.random_state import set_random_state
 from cce_torchrec.checkpoint.save import model_state
 from cce_torchrec.checkpoint.tables import choose_tables, compare_tables, describe_tables, table_of
+from cce_torchrec.checkpoint.tensor_files import LoadPlans, TensorReader
 from cce_torchrec.clustering.schedule import ClusteringSchedule
-from cce_torchrec.collectives import Ranks
+from cce_torchrec.collectives import Ranks, agree
 
 logger = logging.getLogger(__name__)
 
@@ -67,7 +77,8 @@ def load_checkpoint(
     the report and the log name it. Random state returns at the same number of ranks.
 
     Args:
-        folder: of the job, whose latest checkpoint is loaded, or of one checkpoint.
+        folder: of the job, whose latest checkpoint is loaded, or of one checkpoint; a local path or
+            the URI of an object store.
         model: unsharded, or under DistributedModelParallel.
         optimizers: those that the user steps, as in `save_checkpoint`.
         tables: load these tables only (codebooks, codes, optimizer state), by name or as
@@ -81,21 +92,24 @@ def load_checkpoint(
     Raises:
         ValueError: on every rank, naming file or table, both values and the remedy.
     """
+    finish_pending()
     ranks = Ranks(process_group)
     rates = "model" if tables is not None else learning_rates
     _check_learning_rates(ranks.agree(lambda: learning_rates))
-    path = ranks.first(lambda: folders.find(Path(folder)))
+    where, _ = agree(lambda: (location(folder), None), ranks.group)
+    path = ranks.first(lambda: folders.find(where))
     manifest = ranks.agree(lambda: folders.read_manifest(path))[0]
     # Each file is checked by one rank: by all, each byte would be read as often as there are ranks.
     names = sorted(manifest.files)[ranks.rank :: ranks.size]
     ranks.agree(lambda: folders.verify(path, {name: manifest.files[name] for name in names}))
     job = _Load(path, manifest, model, optimizers, rates)
     ranks.agree(lambda: job.choose(tables, grow))
-    metadata = ranks.agree(lambda: dcp.FileSystemReader(path).read_metadata())[0]
+    metadata, _ = agree(lambda: (job.metadata(), None), ranks.group)
     keys = {key for part in ranks.agree(job.keys) for key in part}
     ranks.agree(lambda: job.check(metadata, keys))
     owned = {name for part in ranks.agree(lambda: list(job.states)) for name in part}
     dropped = {d for part in ranks.agree(lambda: job.prepare(owned, ranks)) for d in part}
+    ranks.agree(lambda: job.read_random_state(ranks))
     ranks.agree(lambda: job.read(process_group))
     ranks.agree(lambda: job.take_over(ranks))
     report = job.report(sorted(dropped))
@@ -124,6 +138,10 @@ class _Load:
         self._wanted: set[str] | None = None
         self._state: dict[str, Any] = {}
         self._created: list[tuple[ParameterState, str, torch.Tensor]] = []
+        self._random: dict[str, Any] = {}
+        kind = TensorReader if manifest.format == FORMAT else Format2Reader
+        self._reader = kind(path, manifest.files)
+        self._plans = LoadPlans() if manifest.format == FORMAT else Format2Plans()
 
     def choose(self, tables: Sequence[str] | None, grow: Sequence[str]) -> None:
         """Which tables, and whether they fit."""
@@ -141,6 +159,10 @@ class _Load:
     def _chosen(self, key: str) -> bool:
         name = key.removeprefix("model.")
         return self._wanted is None or table_of(name, self._tables) in self._wanted
+
+    def metadata(self) -> Metadata:
+        """What the checkpoint says of its tensors."""
+        return self._reader.read_metadata()
 
     def keys(self) -> list[str]:
         """Names of the model's state on this rank."""
@@ -206,9 +228,22 @@ class _Load:
             if value is not None:
                 self._state[f"optimizer.{name}.{key}"] = value
 
+    def read_random_state(self, ranks: Ranks) -> None:
+        """Reads this rank's random state, where it is to be taken over."""
+        # Another number of ranks has no generators to which the saved ones would belong.
+        if self._wanted is not None or ranks.size != self.manifest.world_size:
+            return
+        name = f"rank-{ranks.rank}.json"
+        if name not in self.manifest.files:
+            raise ValueError(f"{self.path}: its manifest has no file {name!r}; load another")
+        try:
+            self._random = json.loads((self.path / name).read_bytes())
+        except ValueError as error:
+            raise ValueError(f"{self.path / name} is damaged ({error}); load another") from error
+
     def read(self, group: dist.ProcessGroup | None) -> None:
         """Reads into the tensors of the model, or copies of them."""
-        dcp.load(self._state, storage_reader=dcp.FileSystemReader(self.path), process_group=group)
+        dcp.load(self._state, storage_reader=self._reader, planner=self._plans, process_group=group)
 
     def take_over(self, ranks: Ranks) -> None:
         """Hands everything that was read to the model, its optimizers and the process."""
@@ -230,9 +265,8 @@ class _Load:
             record = self.manifest.optimizers.get(name, NO_OPTIMIZER)
             if dropped_state(record, state) is None and (rates or not state.is_schedule):
                 state.restore(record, rates)
-        # Another number of ranks has no generators to which the saved ones would belong.
-        if ranks.size == self.manifest.world_size:
-            set_random_state(json.loads((self.path / f"rank-{ranks.rank}.json").read_text()))
+        if self._random:
+            set_random_state(self._random)
 
     def report(self, dropped: list[str]) -> LoadReport:
         """What was taken over."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any, ClassVar, NamedTuple, TypeVar
 
@@ -9,10 +10,12 @@ from cce_torchrec.clustering.schedule import ClusteringSchedule
 
 T = TypeVar("T")
 
-FORMAT = 2
+FORMAT = 3
+READABLE = (2, FORMAT)
+"""Format 2 has the same manifest, and tensors as torch.distributed.checkpoint writes them."""
 
 
-# A tuple, which JSON has as a list: [size, crc], the form of format 2.
+# A tuple, which JSON has as a list: [size, crc].
 class Fingerprint(NamedTuple):
     """What a file was when it was written."""
 
@@ -111,12 +114,13 @@ class Manifest:
     """Of torch, FBGEMM and TorchRec."""
     files: dict[str, Fingerprint]
     """All that belong to the checkpoint but the manifest, by name."""
+    format: int = FORMAT
 
     def to_json(self) -> dict[str, Any]:
         """The manifest as JSON has it."""
         schedule = self.schedule
         return {
-            "format": FORMAT,
+            "format": self.format,
             "step": self.step,
             "world_size": self.world_size,
             "tables": {name: table.to_json() for name, table in self.tables.items()},
@@ -135,8 +139,13 @@ class Manifest:
         """What `to_json` gave.
 
         Raises:
-            AttributeError, KeyError, TypeError: something is missing, or of another type.
+            AttributeError, KeyError, TypeError, ValueError: something is missing, of another type,
+                or the name of a file is a path.
         """
+        for name in found["files"]:
+            # Whoever wrote the manifest would else have files read from anywhere.
+            if not re.fullmatch(r"\.?\w[\w.-]*", name):
+                raise ValueError(f"the file {name!r} is not one of the checkpoint's folder")
         tables, schedule = found["tables"], found["schedule"]
         return cls(
             step=found["step"],
@@ -149,6 +158,7 @@ class Manifest:
             extra=found["extra"],
             versions=found["versions"],
             files={name: Fingerprint(*one) for name, one in found["files"].items()},
+            format=found["format"],
         )
 
 

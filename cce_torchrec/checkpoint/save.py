@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import re
 from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, overload
 
 import torch
 import torch.distributed as dist
@@ -13,14 +16,35 @@ import torch.distributed.checkpoint as dcp
 from torch import nn
 
 from cce_torchrec.checkpoint import folder as folders
+from cce_torchrec.checkpoint.location import location, write_whole
 from cce_torchrec.checkpoint.manifest import Fingerprint, Manifest, OptimizerRecord, TableRecord
 from cce_torchrec.checkpoint.optimizers import ParameterState, optimizer_states
+from cce_torchrec.checkpoint.pending import PendingCheckpoint, finish_pending
 from cce_torchrec.checkpoint.random_state import random_state
-from cce_torchrec.checkpoint.tables import describe_tables
+from cce_torchrec.checkpoint.tables import describe_tables, table_of
+from cce_torchrec.checkpoint.tensor_files import SavePlans, Shard, TensorWriter
 from cce_torchrec.clustering.replicas import share_seen
 from cce_torchrec.clustering.schedule import ClusteringSchedule
-from cce_torchrec.collectives import Ranks
+from cce_torchrec.collectives import Ranks, agree
 from cce_torchrec.versions import installed_versions
+
+
+@overload
+def save_checkpoint(
+    folder: str | Path, model: nn.Module, *, step: int,
+    optimizers: Sequence[torch.optim.Optimizer] = ..., schedule: ClusteringSchedule | None = ...,
+    extra: dict[str, Any] | None = ..., keep: int = ..., pin: str = ..., check_finite: bool = ...,
+    blocking: Literal[True] = ..., process_group: dist.ProcessGroup | None = ...,
+) -> Path: ...  # fmt: skip
+
+
+@overload
+def save_checkpoint(
+    folder: str | Path, model: nn.Module, *, step: int,
+    optimizers: Sequence[torch.optim.Optimizer] = ..., schedule: ClusteringSchedule | None = ...,
+    extra: dict[str, Any] | None = ..., keep: int = ..., pin: str = ..., check_finite: bool = ...,
+    blocking: Literal[False], process_group: dist.ProcessGroup | None = ...,
+) -> PendingCheckpoint: ...  # fmt: skip
 
 
 def save_checkpoint(
@@ -32,17 +56,21 @@ def save_checkpoint(
     schedule: ClusteringSchedule | None = None,
     extra: dict[str, Any] | None = None,
     keep: int = 2,
+    pin: str = "",
+    check_finite: bool = True,
+    blocking: bool = True,
     process_group: dist.ProcessGroup | None = None,
-) -> Path:
+) -> Path | PendingCheckpoint:
     """Saves a training job and returns the checkpoint's own folder, `folder/step-...`.
 
     A collective call. Saved are the model with the codes, hash seeds and numbers of clusterings of
     its tables, all optimizer state (fused state needs no mention in `optimizers`), and each
-    rank's random state, through torch.distributed.checkpoint. A kill at any moment leaves the
-    previous checkpoint the latest and loadable.
+    rank's random state. torch.distributed.checkpoint plans who writes what; the files are JSON and
+    safetensors. A kill at any moment leaves the previous checkpoint the latest and loadable.
 
     Args:
-        folder: shared by all ranks; holds the checkpoints of one job.
+        folder: shared by all ranks; holds the checkpoints of one job. A local path, or the URI of
+            an object store (`s3://bucket/run`), whose credentials fsspec finds as it always does.
         model: unsharded, or under DistributedModelParallel.
         step: optimizer steps so far.
         optimizers: those that the user steps.
@@ -50,6 +78,13 @@ def save_checkpoint(
         extra: whatever else a restart needs (data position, metrics): JSON, taken from rank 0.
         keep: checkpoints that stay in `folder`, at least 1; older ones are removed once this
             one is in place.
+        pin: a name such as "best", under which this checkpoint stays beside those, until another is
+            saved under the same name.
+        check_finite: refuse parameters and optimizer state with NaN or infinite values, so that a
+            run that diverged does not push its last good checkpoint out.
+        blocking: False copies what there is to save and returns; a thread writes it while training
+            goes on, and the result is a `PendingCheckpoint`. What failed is raised by its
+            `result()`, or by the next save or load.
         process_group: the ranks that share the tables; by default all.
 
     Raises:
@@ -58,27 +93,72 @@ def save_checkpoint(
     """
     if keep < 1:
         raise ValueError(f"keep {keep} would remove the checkpoint just written; use at least 1")
-    folder, ranks = Path(folder), Ranks(process_group)
-    writing, name = ranks.first(lambda: folders.begin(folder, step))
-    state: dict[str, Any] = {}
+    if not re.fullmatch(r"\w*", pin):
+        raise ValueError(f"pin {pin!r} is part of a folder's name; use letters, digits and _")
+    finish_pending()
+    ranks = Ranks(process_group)
+    where, _ = agree(lambda: (location(folder), None), ranks.group)
     share_seen(model)  # before `agree`, as it is collective itself
+    state: dict[str, Any] = {}
     described = ranks.agree(lambda: _collect(model, optimizers, state))
-    written = ranks.agree(lambda: _write(writing, ranks.rank, state, process_group))
-    files = {name: found for part in written for name, found in part.items()}
-    # torch.distributed.checkpoint has the first rank write this file, and it is no rank's own.
-    metadata = ranks.first(lambda: folders.fingerprint(writing / ".metadata"))
+    writer = TensorWriter(ranks.rank, copy=not blocking)
+    tables = described[0][0]
+    # Masks and the like may well be infinite.
+    exempt = {f"model.{name}" for name, _ in model.named_buffers()}
+
+    def plan() -> None:
+        # What each rank has to write is in `writer` then.
+        dcp.save(state, storage_writer=writer, planner=SavePlans(), process_group=process_group)
+        if check_finite:
+            _refuse_not_finite(writer.shards, exempt, tables)
+
+    ranks.agree(plan)
     manifest = Manifest(
         step=step,
         world_size=ranks.size,
-        tables=described[0][0],
+        tables=tables,
         # Each rank describes the parameters that it has; only together are they those of the job.
         optimizers={name: one for _, part in described for name, one in part.items()},
         schedule=schedule,
-        extra=extra,
+        extra=ranks.first(lambda: json.loads(json.dumps(extra))),  # the caller may change its own
         versions=installed_versions(),
-        files={".metadata": metadata, **files},
+        files={},
     )
-    return ranks.first(lambda: folders.commit(writing, name, manifest, keep))
+    job = _Job(where, manifest, keep, pin, writer, random_state())
+    return job.write(ranks) if blocking else PendingCheckpoint(job.write, ranks)
+
+
+@dataclass(frozen=True)
+class _Job:
+    """All that a checkpoint needs; nothing is written before `write`."""
+
+    folder: Path
+    manifest: Manifest
+    keep: int
+    pin: str
+    writer: TensorWriter
+    random: dict[str, Any]
+
+    def write(self, ranks: Ranks) -> Path:
+        """Writes this rank's files and, once all ranks have, makes them the latest checkpoint."""
+        checkpoint = ranks.first(lambda: folders.begin(self.folder, self.manifest.step, self.pin))
+        try:
+            written = ranks.agree(lambda: self._write(checkpoint, ranks.rank))
+            files = {name: found for part in written for name, found in part.items()}
+            manifest = replace(self.manifest, files=files)
+            return ranks.first(lambda: folders.commit(checkpoint, manifest, self.keep))
+        except ValueError:
+            # Every rank has stopped writing by now. The next save tries again if this fails too.
+            if ranks.rank == 0:
+                with contextlib.suppress(OSError):
+                    folders.discard(checkpoint)
+            raise
+
+    def _write(self, checkpoint: Path, rank: int) -> dict[str, Fingerprint]:
+        """Writes what this rank has; fingerprints of its files, which are in place by then."""
+        name = f"rank-{rank}.json"
+        random = write_whole(checkpoint / name, json.dumps(self.random))
+        return {name: random, **self.writer.write(checkpoint)}
 
 
 def model_state(model: nn.Module) -> dict[str, Any]:
@@ -104,12 +184,32 @@ def _collect(
     return describe_tables(model), {name: one.record() for name, one in states.items()}
 
 
-def _write(
-    writing: Path, rank: int, state: dict[str, Any], group: dist.ProcessGroup | None
-) -> dict[str, Fingerprint]:
-    """Writes what this rank has; fingerprints of its files, which are on disk by then."""
-    dcp.save(state, storage_writer=dcp.FileSystemWriter(writing), process_group=group)
-    random_file = writing / f"rank-{rank}.json"
-    folders.write_durably(random_file, json.dumps(random_state()))
-    files = [random_file, *writing.glob(f"__{rank}_*")]
-    return {file.name: folders.fingerprint(file) for file in files}
+def _refuse_not_finite(
+    shards: Sequence[Shard], exempt: set[str], tables: dict[str, TableRecord]
+) -> None:
+    """Raises where a parameter or its optimizer's state has NaN or infinite values.
+
+    Raises:
+        ValueError: naming each table and each other tensor.
+    """
+    found = {shard.key: None for shard in shards
+             if shard.key not in exempt and not is_finite(shard.tensor)}  # fmt: skip
+    if found:
+        names = []
+        for key in found:
+            kind, _, name = key.partition(".")
+            table = table_of(name, tables)
+            names.append(f"table {table!r} ({kind} {name})" if table else f"{kind} {name}")
+        raise ValueError(
+            f"{', '.join(names[:3])}{' and more' if len(names) > 3 else ''}: NaN or infinite "
+            "values; nothing was saved and no checkpoint removed; load the latest checkpoint, or "
+            "pass check_finite=False"
+        )
+
+
+def is_finite(tensor: torch.Tensor) -> bool:
+    """Whether all values are finite."""
+    if not (tensor.is_floating_point() or tensor.is_complex()):
+        return True
+    # One pass and no memory: a sum is not finite if a value is not. It may also overflow.
+    return bool(tensor.sum().isfinite()) or bool(tensor.isfinite().all())

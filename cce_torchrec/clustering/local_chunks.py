@@ -44,18 +44,18 @@ def local_chunks(
             assert isinstance(codes, ChunkCodes)
             if codes.codes is None or codes.config.helper_rows == 0:
                 continue
-            own = [physical_table(name, chunk) for chunk in codes.chunks]
-            if not frozen.keys() >= set(own):
+            chunks = [physical_table(name, chunk) for chunk in codes.chunks]
+            if not frozen.keys() >= set(chunks):
                 replicas.check_optimizer(module, codes.config, optimizer)
             for column, chunk in enumerate(codes.chunks):
-                weight, state = rows.get(own[column], (_nowhere(codes), {}))
+                weight, state = rows.get(chunks[column], (_nowhere(codes), {}))
                 # Only what has a value a row can follow the rows; step counts stay as they are.
                 kept = {k: v for k, v in state.items() if v.ndim and len(v) == len(weight)}
                 holders = _holders(module, codes, chunk)
                 found = ChunkState(codes, column, weight, kept, finalize, holders=holders)
                 if found.owned:
                     found.replicas = copies.get(name)
-                    found.frozen = frozen.get(own[column], "")
+                    found.frozen = frozen.get(chunks[column], "")
                 yield f"{path}.{name}" if path else name, found
 
 

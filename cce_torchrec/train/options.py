@@ -45,8 +45,9 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     add("--seed", type=int, default=0, help="of hashes, initial values and order")
     add("--split-seed", type=int, default=DEFAULT_SPLIT_SEED, help="of the held-out rows")
     add("--plan", choices=["tw", "cw", "rw", "auto"], default="auto")
-    add("--out", type=Path, default=Path("runs/last"))
+    add("--out", default="runs/last", help="folder, or URI of an object store (s3://...)")
     add("--checkpoint-every", type=int, default=0, help="optimizer steps; 0: never")
+    add("--async-checkpoints", action="store_true", help="written while training goes on")
     add("--resume", action="store_true", help="from the latest checkpoint in --out, if any")
     add(
         "--pipeline",
@@ -116,7 +117,8 @@ def set_defaults(args: argparse.Namespace, dataset: Dataset, rows: dict[str, int
 def lasting(args: argparse.Namespace) -> dict[str, Any]:
     """The options that a resumed run must share with the run that saved its checkpoint."""
     # They say where and how the run goes on, and not what is trained.
-    free = ("out", "checkpoint_every", "resume", "pipeline", "timeout", "plan", "data")
+    free = ("out", "checkpoint_every", "async_checkpoints", "resume", "pipeline", "timeout", "plan",
+            "data")  # fmt: skip
     return {name: value for name, value in vars(args).items() if name not in free}
 
 

@@ -11,6 +11,7 @@ from typing import Any
 
 from torchrec.modules.embedding_configs import EmbeddingBagConfig
 
+from cce_torchrec.checkpoint.location import make_folder, write_whole
 from cce_torchrec.clustering import ClusteringReport
 from cce_torchrec.config import is_cce
 from cce_torchrec.versions import installed_versions
@@ -34,11 +35,9 @@ class Records:
 
     def write_metrics(self, out: Path) -> None:
         """metrics.jsonl, in whole, so that lines of a run that was killed do not stay."""
-        out.mkdir(parents=True, exist_ok=True)
-        # Renamed when it is whole, so that a kill leaves the old file or the new one.
-        beside = out / ".metrics.jsonl.new"
-        beside.write_text("".join(json.dumps(line) + "\n" for line in self.history))
-        beside.rename(out / "metrics.jsonl")
+        make_folder(out)
+        lines = "".join(json.dumps(line) + "\n" for line in self.history)
+        write_whole(out / "metrics.jsonl", lines)
 
     def say_epoch(self) -> None:
         """Prints the last epoch."""
@@ -84,7 +83,7 @@ class Records:
             "settings": {k: str(v) if k == "out" else v for k, v in vars(args).items()},
             "versions": installed_versions(),
         }
-        (args.out / "summary.json").write_text(json.dumps(summary, indent=1) + "\n")
+        write_whole(args.out / "summary.json", json.dumps(summary, indent=1) + "\n")
         print(
             f"best validation log loss {summary['best_val_log_loss']:.4f}, "
             f"AUC {summary['best_val_auc']:.4f}; {parameters:,} table parameters, "

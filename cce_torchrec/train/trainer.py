@@ -7,6 +7,7 @@ import sys
 import time
 from collections.abc import Iterator
 from dataclasses import asdict
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -15,8 +16,10 @@ from tqdm import tqdm
 from cce_torchrec import data
 from cce_torchrec.checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint
 from cce_torchrec.checkpoint.folder import read_manifest
+from cce_torchrec.checkpoint.location import location
+from cce_torchrec.checkpoint.pending import finish_pending
 from cce_torchrec.clustering import ClusteringSchedule, cluster, finalize
-from cce_torchrec.collectives import gather
+from cce_torchrec.collectives import Ranks, gather
 from cce_torchrec.config import is_cce
 from cce_torchrec.metrics import auc, log_loss
 from cce_torchrec.train import options, pipelines
@@ -41,9 +44,10 @@ class Trainer:
         self.dataset = data.load(args.dataset, args.data, args.model, args.split_seed)
         rows = options.rows_per_table(args, self.dataset)
         options.set_defaults(args, self.dataset, rows)
+        args.out = location(args.out)
         self.checkpoints = args.out / "checkpoints"
         # Here and not by load_checkpoint, whose errors name shapes of tables and no options.
-        latest = latest_checkpoint(self.checkpoints) if args.resume else None
+        latest = _latest(self.checkpoints) if args.resume else None
         if latest is not None:
             saved = read_manifest(latest).extra or {}
             options.check_same(saved.get("settings", {}), options.lasting(args), latest)
@@ -85,7 +89,7 @@ class Trainer:
     def run(self) -> None:
         """Trains, evaluates every epoch, and writes metrics.jsonl and summary.json."""
         args = self.args
-        if args.resume and latest_checkpoint(self.checkpoints) is not None:
+        if args.resume and _latest(self.checkpoints) is not None:
             self._resume()
         if self.rank == 0:
             self.records.write_metrics(args.out)
@@ -96,6 +100,7 @@ class Trainer:
             self._end_epoch(epoch, time.perf_counter() - began)
         if args.checkpoint_every and len(self.records.history) > done:
             self._save()
+        finish_pending()
         if self.rank == 0:
             examples = self.steps * min(args.batch_size, len(self.dataset.train)) * args.epochs
             self.records.write_summary(
@@ -135,7 +140,7 @@ class Trainer:
 
     def _past_last_clustering(self) -> bool:
         """Whether the checkpoint to resume from was written after the model was finalized."""
-        latest, steps = latest_checkpoint(self.checkpoints), self.schedule.steps
+        latest, steps = _latest(self.checkpoints), self.schedule.steps
         return bool(steps) and latest is not None and read_manifest(latest).step >= max(steps)
 
     def _finalize_configs(self) -> None:
@@ -216,7 +221,7 @@ class Trainer:
 
     def _save(self) -> None:
         losses = gather(float(self.loss), dist.group.WORLD)
-        save_checkpoint(
+        save_checkpoint(  # type: ignore[call-overload]  # a bool may be either
             self.checkpoints,
             self.model,
             step=self.step,
@@ -227,6 +232,7 @@ class Trainer:
                 "records": asdict(self.records),
                 "settings": options.lasting(self.args),
             },
+            blocking=not self.args.async_checkpoints,
         )
 
     def _resume(self) -> None:
@@ -240,3 +246,8 @@ class Trainer:
         self.loss.fill_(losses[self.rank])
         if self.rank == 0:
             print(f"resumed after step {self.step} from {report.path}", flush=True)
+
+
+def _latest(checkpoints: Path) -> Path | None:
+    """The first rank's answer: an object store may fail one rank alone, and others would wait."""
+    return Ranks(None).first(lambda: latest_checkpoint(checkpoints))

@@ -15,8 +15,8 @@ import torch
 import torch.distributed as dist
 from torchrec.modules.embedding_configs import EmbeddingBagConfig
 
-from cce_torchrec.checkpoint import folder as folders
 from cce_torchrec.checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint
+from cce_torchrec.checkpoint.tensor_files import TensorWriter
 from cce_torchrec.clustering import cluster
 from cce_torchrec.codes.storage import hashed_codes
 from tests.support.jobs import assert_same_outputs, build, outputs, step
@@ -31,7 +31,7 @@ def configs(**changes):
 
 
 def damaged(path: Path, how: str) -> None:
-    data = sorted(path.glob("__*.distcp"))
+    data = sorted(path.glob("rank-*.safetensors"))
     if how == "missing rank file":
         data[-1].unlink()
     elif how == "missing random state":
@@ -42,8 +42,8 @@ def damaged(path: Path, how: str) -> None:
         content = bytearray(data[0].read_bytes())
         content[len(content) // 2] ^= 1
         data[0].write_bytes(content)
-    elif how == "corrupt metadata":
-        (path / ".metadata").write_bytes(b"\x00" * (path / ".metadata").stat().st_size)
+    elif how == "corrupt index":
+        (path / "tensors.json").write_bytes(b"\x00" * (path / "tensors.json").stat().st_size)
     elif how == "manifest":
         (path / "manifest.json").write_text('{"format": 1, "ti')
     else:  # a kill in mid-write: the manifest comes last
@@ -51,13 +51,13 @@ def damaged(path: Path, how: str) -> None:
 
 
 DAMAGES = {
-    "missing rank file": r"__1_0.distcp is missing",
+    "missing rank file": r"rank-1.safetensors is missing",
     "missing random state": r"rank-1.json is missing",
     "truncated": r"has \d+ bytes, its manifest says \d+",
     "corrupt": r"is damaged \(its checksum differs\)",
-    "corrupt metadata": r".metadata is damaged",
+    "corrupt index": r"tensors.json is damaged",
     "manifest": r"manifest.json is damaged",
-    "mid-write": r"is no whole checkpoint",
+    "mid-write": r"no checkpoint in .* have no manifest.json, and were not finished",
 }
 
 
@@ -218,7 +218,7 @@ def test_a_failing_save_keeps_the_latest(rank, world_size, tmp_path):
     latest = latest_checkpoint(tmp_path)
     with pytest.raises(ValueError, match="not JSON serializable"):
         save_checkpoint(tmp_path, model, step=2, extra={"x": object()})
-    broken = mock.patch.object(folders, "fingerprint", side_effect=OSError("no space left"))
+    broken = mock.patch.object(TensorWriter, "write", side_effect=OSError("no space left"))
     with (
         broken if rank == 1 else contextlib.nullcontext(),
         pytest.raises(ValueError, match="rank 1: no space left"),
@@ -232,11 +232,10 @@ def test_a_failing_save_keeps_the_latest(rank, world_size, tmp_path):
 def test_the_newest_stay(rank, world_size, tmp_path):
     """Old ones go, the latest never does, also when a step is saved twice."""
     model, _ = build("cw", rank)
-    paths = [save_checkpoint(tmp_path, model, step=n, keep=2).name for n in (1, 2, 3, 3, 3)]
-    assert paths[2:] == ["step-000000003", "step-000000003-again", "step-000000003"]
+    paths = [save_checkpoint(tmp_path, model, step=n, keep=2).name for n in (1, 2, 3, 3)]
+    assert paths[1:] == ["step-000000002-0002", "step-000000003-0003", "step-000000003-0004"]
     dist.barrier()
-    kept = sorted(path.name for path in tmp_path.iterdir())
-    assert kept == ["latest", "step-000000003", "step-000000003-again"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == paths[2:]
 
 
 # torch.distributed.checkpoint used directly: codes that nobody would read are refused.

@@ -63,7 +63,7 @@ def test_a_run_of_the_training_program_and_its_resumption(tmp_path, monkeypatch)
     assert part.found["errors"] == []
     (resumed,), (full,) = part.found["rows"].values()
     assert resumed["tensors"] > 80 and resumed["differing"] == 0, resumed
-    assert resumed["metrics equal"] and resumed["resumed after"] == "step-000000013"
+    assert resumed["metrics equal"] and resumed["resumed after"].startswith("step-000000013-")
     assert full["run"] == "full, default pipeline" and full["examples a second"] > 0
 
 

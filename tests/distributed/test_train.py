@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import shutil
 import socket
 import subprocess
 import sys
@@ -86,7 +87,7 @@ def test_resumed_on_fewer_ranks(tmp_path):
     train(parts, *options, "--checkpoint-every", "30", ranks=2)
     saved = sorted((parts / "checkpoints").glob("step-*"))
     assert [int(path.name[5:14]) for path in saved] == [30, 42]  # and the end, of 2 x 21
-    (parts / "checkpoints" / "latest").write_text(saved[0].name)  # as if killed after it
+    shutil.rmtree(saved[1])  # as if killed after the first
     train(parts, *options, "--resume")
     metrics = [(out / "metrics.jsonl").read_text().splitlines() for out in (whole, parts)]
     losses = [[json.loads(line)["train_loss"] for line in lines] for lines in metrics]
@@ -103,7 +104,7 @@ def test_resumed_under_another_pipeline(tmp_path):
     train(parts, *options, "--pipeline", "sparse-dist", "--checkpoint-every", "15", ranks=2)
     saved = sorted((parts / "checkpoints").glob("step-*"))
     assert [int(path.name[5:14]) for path in saved] == [30, 42]
-    (parts / "checkpoints" / "latest").write_text(saved[0].name)  # as if killed after it
+    shutil.rmtree(saved[1])  # as if killed after the first
     train(parts, *options, "--pipeline", "none", "--resume", ranks=2)
     metrics = []
     for out in (whole, parts):

@@ -57,8 +57,15 @@ def test_what_is_unknown_is_left_out(tmp_path):
     assert json.dumps(read_manifest(tmp_path).to_json()) == WRITTEN.read_text()
 
 
-@pytest.mark.parametrize("number", [1, 3])
-def test_another_format_is_named_whatever_it_has(tmp_path, number):
+@pytest.mark.parametrize(("number", "remedy"), [(1, "save anew"), (4, "update cce_torchrec")])
+def test_another_format_is_named_whatever_it_has(tmp_path, number, remedy):
     (tmp_path / "manifest.json").write_text(json.dumps({"format": number}))
-    with pytest.raises(ValueError, match=rf"has format {number}; this version reads 2"):
+    with pytest.raises(ValueError, match=rf"format {number}; this version reads 2 and 3: {remedy}"):
+        read_manifest(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["../secret", "/etc/passwd", "..", ".", "a/b", "a\\b", ""])
+def test_a_file_outside_of_the_checkpoint_is_refused(tmp_path, name):
+    changed(tmp_path, lambda found: found["files"].update({name: [1, 1]}))
+    with pytest.raises(ValueError, match=r"damaged \(the file '.*' is not one of the checkpoint's"):
         read_manifest(tmp_path)

@@ -1,0 +1,98 @@
+"""Checkpoints of several ranks in an object store, of values that diverged, and behind training."""
+
+from __future__ import annotations
+
+import os
+from unittest import mock
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from cce_torchrec.checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint
+from cce_torchrec.checkpoint.tensor_files import TensorWriter
+from cce_torchrec.clustering import cluster
+from tests.support.jobs import assert_same_outputs, build, outputs, step
+from tests.support.ranks import on_ranks
+from tests.support.s3 import make_bucket, needs_s3, s3_server
+
+STORE = "s3://ranks/run"
+
+
+@pytest.fixture(scope="module")
+def s3():
+    """The environment in which ranks find the server."""
+    with s3_server() as environment:
+        make_bucket("ranks")
+        yield environment
+
+
+def trained(kind, seed):
+    model, dense = build(kind, seed)
+    step(model, dense, 1)
+    cluster(model, optimizer=dense)
+    return model, dense
+
+
+@needs_s3
+@on_ranks(2)
+@pytest.mark.parametrize("blocking", [True, False])
+def test_an_object_store_on_ranks(rank, world_size, blocking, s3):
+    """Saved spread, loaded together and unsharded."""
+    with mock.patch.dict(os.environ, s3):
+        model, dense = trained("cw", 1)
+        handle = save_checkpoint(STORE, model, step=1, optimizers=[dense], blocking=blocking)
+        path = handle if blocking else handle.result()
+        assert latest_checkpoint(STORE) == path
+        expected = outputs(model)
+        for kind in ("tw", "unsharded"):
+            other, its_dense = build(kind, 5)
+            load_checkpoint(STORE, other, optimizers=[its_dense])
+            assert_same_outputs(other, expected)
+
+
+@on_ranks(2)
+def test_values_that_are_not_finite_are_refused_on_all_ranks(rank, world_size, tmp_path):
+    model, _ = trained("cw", 1)
+    good = save_checkpoint(tmp_path, model, step=1, keep=1)
+    if rank == 1:
+        weights = [v for name, v in model.state_dict().items() if name.endswith("#1.weight")]
+        weights[0].local_shards()[0].tensor.fill_(float("nan"))
+    with pytest.raises(ValueError, match=r"rank 1: table 'collection.[tu]' .*: NaN or infinite"):
+        save_checkpoint(tmp_path, model, step=2, keep=1)
+    dist.barrier()
+    assert [path.name for path in tmp_path.iterdir()] == [good.name]
+
+
+@on_ranks(2)
+def test_a_rank_that_fails_in_the_background(rank, world_size, tmp_path):
+    model, _ = trained("tw", 1)
+    good = save_checkpoint(tmp_path, model, step=1)
+    error = OSError("no space left") if rank == 1 else None
+    write = TensorWriter.write if error is None else mock.Mock(side_effect=error)
+    with mock.patch.object(TensorWriter, "write", write):
+        handle = save_checkpoint(tmp_path, model, step=2, blocking=False)
+        with pytest.raises(ValueError, match="rank 1: no space left"):
+            handle.result()
+    dist.barrier()
+    assert [path.name for path in tmp_path.iterdir()] == [good.name]
+
+
+@on_ranks(2)
+def test_training_goes_on_while_it_is_written(rank, world_size, tmp_path):
+    """Steps and a clustering, over another group than the thread's; what was staged is saved."""
+    (model, dense), (other, its_dense) = trained("cw", 1), build("cw", 2)
+    expected = outputs(model)
+    handle = save_checkpoint(tmp_path, model, step=1, optimizers=[dense], blocking=False)
+    for seed in range(5):
+        step(model, dense, seed)
+    cluster(model)
+    after = outputs(model)
+    report = load_checkpoint(tmp_path, other, optimizers=[its_dense])
+    assert handle.done() and report.path == handle.result()
+    assert_same_outputs(other, expected)
+    for seed in range(5):
+        step(other, its_dense, seed)
+    cluster(other)
+    assert_same_outputs(other, after)
+    assert torch.equal(*[next(iter(m.parameters())) for m in (model, other)])
