@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Collection, Hashable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Collection, Hashable, Iterable, Mapping
 from dataclasses import dataclass, replace
 
 import torch
@@ -13,9 +12,7 @@ from torch import nn
 
 from cce_torchrec.clustering import replicas
 from cce_torchrec.clustering.choice import fixed_tables, is_wanted, left_alone
-from cce_torchrec.clustering.chunk_group import ALONE, ChunkGroup
 from cce_torchrec.clustering.chunk_state import ChunkState
-from cce_torchrec.clustering.chunk_update import ChunkUpdate
 from cce_torchrec.clustering.limits import least_free_share, memory
 from cce_torchrec.clustering.local_chunks import (
     check_no_lookup_pending,
@@ -26,11 +23,9 @@ from cce_torchrec.clustering.local_chunks import (
 from cce_torchrec.clustering.options import Options
 from cce_torchrec.clustering.plan import Plan, task_of
 from cce_torchrec.clustering.report import ChunkReport, ClusteringReport, report_of
-from cce_torchrec.clustering.solver import ChunkSolver, ScoringHelper
 from cce_torchrec.clustering.task import ChunkKey, Task
-from cce_torchrec.codes.chunk_codes import ChunkCodes
-from cce_torchrec.codes.storage import converted
-from cce_torchrec.collectives import agree, check_backend, gather, meet, ranks_of_call, reason
+from cce_torchrec.clustering.work import Done, Work, wider_codes
+from cce_torchrec.collectives import agree, check_backend, gather, meet, ranks_of_call
 from cce_torchrec.distributed.embedding_bag_collection import ShardedCCEEmbeddingBagCollection
 from cce_torchrec.gpu.usable import usable
 from cce_torchrec.kmeans.backends import make_backend
@@ -146,8 +141,8 @@ def _run(
     whose = "half of what is free on the GPU" if free is not None else None
     peak_bytes, kept = memory(plan, states, options.memory_limit, whose, group)
     replicas.share_seen(model)  # before ids are weighed by it
-    work = _Work(mine, plan, kept, options, _device(model, states), group)
-    with _wider_codes(states, group):
+    work = Work(mine, plan, kept, options, _device(model, states), group)
+    with wider_codes(states, group):
         done = work.solve()
     work.commit(done)
     _begin_next_round(model, mine.values())
@@ -243,112 +238,6 @@ def _check_agreement(by_rank: list[_Ready], options: Options) -> dict[str, str]:
         [{task.path for task in ready.tasks} for ready in by_rank],
         options.tables,
     )
-
-
-@contextmanager
-def _wider_codes(
-    states: list[tuple[str, ChunkState]], group: dist.ProcessGroup | None
-) -> Iterator[None]:
-    """Codes in the type they will have after the step; in their own again if it fails."""
-    before: dict[int, tuple[ChunkCodes, torch.dtype]] = {}
-
-    def widen() -> tuple[None, None]:
-        for _, state in states:
-            codes = state.codes.stored
-            if codes.dtype != state.new_dtype:
-                wider = converted(codes, state.new_dtype)
-                before[id(state.codes)] = (state.codes, codes.dtype)
-                state.codes.set_codes(wider)
-        return None, None
-
-    try:
-        agree(widen, group)
-        yield
-    except BaseException:
-        for codes, dtype in before.values():
-            codes.set_codes(converted(codes.stored, dtype))
-        raise
-
-
-Done = dict[ChunkKey, tuple[ChunkUpdate, float]]
-"""Updates of the chunks that this rank has, and their seconds."""
-
-
-@dataclass
-class _Work:
-    """The two halves of a step: all that can fail, then the writes."""
-
-    mine: dict[ChunkKey, ChunkState]
-    plan: Plan
-    kept: set[ChunkKey]
-    options: Options
-    device: torch.device
-    group: dist.ProcessGroup | None
-
-    def _scorers(self, key: ChunkKey) -> ChunkGroup:
-        if key in self.plan.row_wise:
-            return self.mine[key].holders
-        if key in self.plan.common:
-            return ChunkGroup(self.group, self.plan.owner[key], self.device)
-        return replace(ALONE, device=self.device)
-
-    def _solver(self, key: ChunkKey) -> ChunkSolver:
-        task = self.plan.tasks[key]
-        return ChunkSolver(self.mine[key], task, self.options, self._scorers(key))
-
-    def _helper(self, key: ChunkKey) -> ScoringHelper:
-        return ScoringHelper(self.plan.tasks[key], self.options, self._scorers(key))
-
-    def solve(self) -> Done:
-        """Writes nothing."""
-        done: Done = {}
-
-        def solve(key: ChunkKey) -> None:
-            started, keep = time.perf_counter(), key in self.kept
-            try:
-                if key in self.mine:
-                    update = self._solver(key).solve(keep)
-                    done[key] = (update, time.perf_counter() - started)
-                else:
-                    self._helper(key).solve(keep)
-            except Exception as error:
-                raise ValueError(f"{self.plan.tasks[key].name}: {reason(error)}") from error
-
-        def solve_own() -> tuple[None, None]:
-            for key in self.plan.alone:
-                solve(key)
-            return None, None
-
-        agree(solve_own, self.group)
-        # Collective, and so in one order on all ranks; after those that each does by itself.
-        for key in [*self.plan.common, *self.plan.row_wise]:
-            solve(key)
-        return done
-
-    def commit(self, done: Done) -> None:
-        """Writes codes that were not kept as they are found again, then all the rest.
-
-        Raises:
-            RuntimeError: on every rank, if a write failed on any.
-        """
-        failures: list[str] = []
-        for key in [*self.plan.alone, *self.plan.common, *self.plan.row_wise]:
-            try:
-                if key in self.mine:
-                    update, _ = done[key]
-                    if key not in self.kept:
-                        self._solver(key).write_codes(update)
-                    self.mine[key].commit(update)
-                elif key not in self.kept:
-                    self._helper(key).write_codes()
-            except Exception as error:
-                failures.append(f"{self.plan.tasks[key].name}: {reason(error)}")
-        everyone = [failure for found in gather(failures, self.group) for failure in found]
-        if everyone:
-            raise RuntimeError(
-                f"clustering failed while it was writing ({'; '.join(dict.fromkeys(everyone))}); "
-                "some chunks are new, others old: restore the last checkpoint"
-            )
 
 
 def _device(model: nn.Module, states: list[tuple[str, ChunkState]]) -> torch.device:
