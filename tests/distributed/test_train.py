@@ -10,6 +10,9 @@ from pathlib import Path
 
 import pytest
 
+from cce_torchrec.checkpoint import latest_checkpoint
+from cce_torchrec.checkpoint.location import location
+from tests.support.s3 import make_bucket, needs_s3, s3_server
 from tests.support.torchrun import torchrun
 
 KEYS = {
@@ -66,7 +69,9 @@ def test_cce_on_two_ranks(tmp_path, plan):
 
 
 @pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="reads Linux's list of threads")
-@pytest.mark.parametrize("pipeline", [[], ["--no-pipeline"]])  # the second one fails
+@pytest.mark.parametrize(
+    "pipeline", [["--async-checkpoints", "--checkpoint-every", "20"], ["--no-pipeline"]]
+)  # the second one fails
 def test_no_thread_outlives_the_process_group(tmp_path, pipeline):
     program = tmp_path / "program.py"
     program.write_text(THREADS_AT_THE_END)
@@ -75,7 +80,7 @@ def test_no_thread_outlives_the_process_group(tmp_path, pipeline):
     )
     assert done.returncode == 0, done.stderr[-3000:]
     assert done.stdout.count("threads at the end:") == 2
-    assert done.stdout.count("error: failed on purpose") == 2 * len(pipeline)
+    assert done.stdout.count("error: failed on purpose") == 2 * (pipeline[-1] == "--no-pipeline")
     assert "gloo" not in "".join(line for line in done.stdout.splitlines() if "threads" in line)
 
 
@@ -94,6 +99,22 @@ def test_resumed_on_fewer_ranks(tmp_path):
     assert losses[0] == pytest.approx(losses[1], rel=0.01)
     done = train(parts, *options, "--resume", "--epochs", "3", check=False)
     assert "--epochs was 2 and is 3; resume with the same options" in done.stderr
+
+
+@needs_s3
+def test_a_run_in_an_object_store_is_resumed():
+    options = ["--clusterings", "2", "--checkpoint-every", "30"]
+    with s3_server():
+        make_bucket("train")
+        out = location("s3://train/run")
+        train(out, *options, "--async-checkpoints", ranks=2)
+        saved = sorted((out / "checkpoints").iterdir(), key=str)
+        assert [path.name for path in saved] == ["step-000000030-0001", "step-000000042-0002"]
+        (saved[1] / "manifest.json").unlink()  # as if killed after the first
+        done = train(out, *options, "--resume", ranks=2, check=False)
+        assert done.returncode == 0, done.stderr[-3000:]
+        assert f"resumed after step 30 from {saved[0]}" in done.stdout
+        assert latest_checkpoint(f"{out}/checkpoints").name == "step-000000042-0003"
 
 
 def test_resumed_under_another_pipeline(tmp_path):
