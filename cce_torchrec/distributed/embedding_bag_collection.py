@@ -7,7 +7,8 @@ codes live. Codes of ROW_WISE tables are fetched before (code_fetch.py).
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
@@ -29,6 +30,7 @@ from torchrec.distributed.types import (
 from torchrec.distributed.utils import append_prefix
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor, KeyedTensor
 
+from cce_torchrec.collectives import together
 from cce_torchrec.distributed.alone import PooledNoWait, is_alone
 from cce_torchrec.distributed.batch_in_flight import BatchInFlight
 from cce_torchrec.distributed.caches import forget_prefetched
@@ -43,11 +45,8 @@ from cce_torchrec.distributed.table_placement import TablePlacement
 from cce_torchrec.lookup import narrow
 from cce_torchrec.lookup.backward import take_over
 from cce_torchrec.lookup.bounds import BoundsCheck
-from cce_torchrec.lookup.output import check_features
-from cce_torchrec.modules.embedding_bag_collection import (
-    CCEEmbeddingBagCollection,
-    without_weights,
-)
+from cce_torchrec.lookup.inputs import InputCheck
+from cce_torchrec.modules.embedding_bag_collection import CCEEmbeddingBagCollection
 from cce_torchrec.table import Generation, tables_of
 from cce_torchrec.torchrec_internals import (
     fused_kernels,
@@ -56,6 +55,19 @@ from cce_torchrec.torchrec_internals import (
     output_features,
     torchrec_kernels,
 )
+
+
+@contextmanager
+def outside_inference_mode() -> Iterator[None]:
+    """Does what is inside without gradients where the caller is in `torch.inference_mode`.
+
+    FBGEMM's lookup has a kernel for that mode on GPUs only; results are the same.
+    """
+    if not torch.is_inference_mode_enabled():
+        yield
+        return
+    with torch.inference_mode(False), torch.no_grad():
+        yield
 
 
 class ShardedCCEEmbeddingBagCollection(
@@ -77,8 +89,6 @@ class ShardedCCEEmbeddingBagCollection(
         """As they are now; `embedding_bag_configs` reads their configurations."""
         self.generation = self.tables[0].generation if self.tables else Generation()
         self._is_weighted = module.is_weighted()
-        self.weights_computed_after_dist = False
-        """Whether weights are computed where the ids are looked up, by feature processors."""
         self._env = env
         self.bounds_check = BoundsCheck(module.bounds_check_mode)
         placement = TablePlacement.from_plan(self.embedding_bag_configs(), params)
@@ -89,6 +99,9 @@ class ShardedCCEEmbeddingBagCollection(
         self.id_partitions = placement.id_partitions
         # A rank pools the rows that it has of a bag, so MEAN is taken of the sum of all parts.
         self.output = module.output.divided(self._plain_row_wise)
+        self.input_check = InputCheck(self.output.slots, self._is_weighted)
+        self._device = device
+        self._has_seen_batch = False
         warn_of_ignored_optimizers(module, self.data_parallel)
         # Plans name global ranks, also where a sharding group is a part of them (2D parallelism).
         rank = getattr(env, "global_rank", env.rank)
@@ -149,24 +162,63 @@ class ShardedCCEEmbeddingBagCollection(
         the codebooks.
 
         Raises:
-            ValueError: a missing feature, missing weights or inverse indices, or a batch size per
-            feature where a table is data-parallel.
+            ValueError: a missing feature, missing weights or inverse indices, lengths, offsets or
+                batch sizes that do not fit, or a batch size per feature where a table is
+                data-parallel. Of the first batch on every rank, of later ones where it is so.
         """
+        return self.distribute(ctx, self.checked(features))
+
+    def checked(
+        self, features: KeyedJaggedTensor, *refusals: Callable[[KeyedJaggedTensor], None]
+    ) -> KeyedJaggedTensor:
+        """`features` as lookups take them, if nothing and none of `refusals` refuses them.
+
+        As in TorchRec the first batch is validated more closely; ranks that send each other ids
+        agree about it.
+        """
+        if self._has_seen_batch:
+            return self._check(features, refusals, self.input_check)
+        sends = not all(sharded.stays for sharded in self.inputs)
+        # Later batches cost no agreement: what one rank refuses the others wait for, as they do for
+        # any other error there.
+        checked = together(
+            self._check,
+            features,
+            refusals,
+            self.input_check.first,
+            device=self._device,
+            group=self.process_group if sends else None,
+        )
+        self._has_seen_batch = True
+        return checked
+
+    def _check(
+        self,
+        features: KeyedJaggedTensor,
+        refusals: Sequence[Callable[[KeyedJaggedTensor], None]],
+        check: Callable[[KeyedJaggedTensor], KeyedJaggedTensor],
+    ) -> KeyedJaggedTensor:
+        for refuse in refusals:
+            refuse(features)
+        checked = check(features)
+        if checked.variable_stride_per_key():
+            self._check_variable_batch()
+        return checked
+
+    def distribute(
+        self, ctx: CCEContext, features: KeyedJaggedTensor
+    ) -> Awaitable[Awaitable[KJTList]]:
+        """`input_dist` of features that are checked."""
         with torch.no_grad():
             return self._distribution(ctx, self._prepared(ctx, features), self.bounds_check)
 
     def _prepared(self, ctx: CCEContext, features: KeyedJaggedTensor) -> KeyedJaggedTensor:
-        """`features` once they are checked, with what the output will need of them in `ctx`."""
-        check_features(
-            features, self.output.slots, self._is_weighted and not self.weights_computed_after_dist
-        )
-        if features.variable_stride_per_key():
-            self._check_variable_batch()
+        """`features`, with what the output will need of them in `ctx`."""
         ctx.divisor = self.output.divisor(features)
         ctx.variable_batch_per_feature = features.variable_stride_per_key()
         if ctx.variable_batch_per_feature:
             ctx.inverse_indices = self._distribution.inverse_indices(*features.inverse_indices())
-        return features if self._is_weighted else without_weights(features)
+        return features
 
     def _check_variable_batch(self) -> None:
         """Refuses a batch size per feature where TorchRec cannot distribute the output."""
@@ -186,6 +238,7 @@ class ShardedCCEEmbeddingBagCollection(
 
     def _arrived(self, ctx: CCEContext, features: KeyedJaggedTensor) -> KJTList:
         """What this rank looks up of every rank's `features`."""
+        features = self.checked(features)
         with torch.no_grad():
             features = self._prepared(ctx, features)
             if self._distribution.fetch is None and self._is_direct(ctx):
@@ -196,7 +249,8 @@ class ShardedCCEEmbeddingBagCollection(
 
     def compute(self, ctx: CCEContext, dist_input: KJTList) -> list[torch.Tensor]:
         """Expands the received ids against the local codes and looks the rows up."""
-        return self.embedding_bag_collection.compute(ctx, self._expand(ctx, dist_input))
+        with outside_inference_mode():
+            return self.embedding_bag_collection.compute(ctx, self._expand(ctx, dist_input))
 
     def output_dist(
         self, ctx: CCEContext, output: list[torch.Tensor]
@@ -208,11 +262,13 @@ class ShardedCCEEmbeddingBagCollection(
         self, ctx: CCEContext, input: KJTList
     ) -> LazyAwaitable[KeyedTensor]:
         """`compute` and `output_dist` in one, as the train pipelines call it."""
-        inner, expanded = self.embedding_bag_collection, self._expand(ctx, input)
-        if self._is_direct(ctx):
-            pooled = [look_up(rows) for look_up, rows in zip(self._lookups, expanded, strict=True)]
+        inner = self.embedding_bag_collection
+        with outside_inference_mode():
+            rows = self._expand(ctx, input)
+            if not self._is_direct(ctx):
+                return self._assembled(ctx, inner.compute_and_output_dist(ctx, rows))
+            pooled = [look_up(own) for look_up, own in zip(self._lookups, rows, strict=True)]
             return PooledNoWait(self._joined(ctx, pooled))
-        return self._assembled(ctx, inner.compute_and_output_dist(ctx, expanded))
 
     def _joined(self, ctx: CCEContext, pooled: list[torch.Tensor]) -> KeyedTensor:
         """The logical output of all lookups', of a rank that is alone."""
