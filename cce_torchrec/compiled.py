@@ -2,6 +2,9 @@
 
 Not a torch extension: building needs no torch, and one library serves every torch. To torch they
 are operators all the same, in the namespace `cce_torchrec`, which are registered from Python.
+
+Tensors go to them by address, which says nothing of what is there: `Pointer` is the one place where
+an address is taken, once type, device and strides are seen to be what the kernel was written for.
 """
 
 from __future__ import annotations
@@ -41,6 +44,46 @@ def loaded(folder: Path, functions: tuple[str, ...]) -> ctypes.CDLL:
         name = f"{folder.name}/_native"
         raise RuntimeError(f"{name} is not built; install a C++ compiler and this package again")
     return found
+
+
+class Pointer:
+    """A tensor as C takes it: where its values are, which are of `types`, on the CPU, in a row.
+
+    For the `argtypes` of a function, as `numpy.ctypeslib.ndpointer` is for arrays, and for
+    addresses in a struct.
+
+    Args:
+        types: that the kernel reads.
+        optional: whether None may stand for the tensor, as NULL.
+        by_row: whether rows may be apart, by a stride that the kernel is told.
+    """
+
+    def __init__(self, *types: torch.dtype, optional: bool = False, by_row: bool = False) -> None:
+        self._types, self._optional, self._by_row = types, optional, by_row
+
+    def address(self, tensor: torch.Tensor) -> int:
+        """Where the values of `tensor` are.
+
+        Raises:
+            TypeError: they are not as stated; a kernel would read or write other memory.
+        """
+        in_a_row = tensor.stride(-1) == 1 if self._by_row else tensor.is_contiguous()
+        if tensor.dtype in self._types and tensor.is_cpu and in_a_row:
+            return tensor.data_ptr()
+        wanted = " or ".join(str(t) for t in self._types)
+        raise TypeError(
+            f"a compiled kernel takes {wanted} in a row on the CPU, and got {tensor.dtype} "
+            f"{list(tensor.shape)} with strides {tensor.stride()} on {tensor.device}; convert the "
+            "module or tensor back by .to(dtype)"
+        )
+
+    def from_param(self, tensor: torch.Tensor | None) -> ctypes.c_void_p | None:
+        """What ctypes hands over; it calls this for each argument."""
+        if tensor is None and self._optional:
+            return None
+        if not isinstance(tensor, torch.Tensor):
+            raise TypeError(f"a compiled kernel takes a tensor here, and got {tensor!r}")
+        return ctypes.c_void_p(self.address(tensor))
 
 
 def operator(schema: str, fake: Callable[..., Any]) -> Callable[[Callable[..., Any]], Any]:

@@ -31,14 +31,15 @@ from torchrec.distributed.utils import append_prefix
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor, KeyedTensor
 
 from cce_torchrec.codes.chunk_codes import local_codes
-from cce_torchrec.collectives import backend_of
 from cce_torchrec.distributed.alone import PooledNoWait, is_alone
+from cce_torchrec.distributed.batch_check import BatchCheck
 from cce_torchrec.distributed.batch_in_flight import BatchInFlight, CacheResets
 from cce_torchrec.distributed.caches import forget_prefetched
 from cce_torchrec.distributed.code_fetch import CodeFetch
 from cce_torchrec.distributed.context import CCEContext
 from cce_torchrec.distributed.frozen import frozen_tables, keep_frozen_apart, stop_training
 from cce_torchrec.distributed.id_partition import check_group
+from cce_torchrec.distributed.inference import outside_inference_mode
 from cce_torchrec.distributed.input_dist import InputDistribution
 from cce_torchrec.distributed.plan import (
     physical_plan,
@@ -52,12 +53,9 @@ from cce_torchrec.distributed.table_placement import TablePlacement
 from cce_torchrec.lookup import narrow
 from cce_torchrec.lookup.backward import take_over
 from cce_torchrec.lookup.bounds import BoundsCheck
-from cce_torchrec.lookup.output import check_features
+from cce_torchrec.lookup.inputs import InputCheck
 from cce_torchrec.lookup.pending import PendingLookups
-from cce_torchrec.modules.embedding_bag_collection import (
-    CCEEmbeddingBagCollection,
-    without_weights,
-)
+from cce_torchrec.modules.embedding_bag_collection import CCEEmbeddingBagCollection
 from cce_torchrec.modules.quantization import PassedOver
 from cce_torchrec.table import tables_of
 from cce_torchrec.torchrec_internals import (
@@ -95,22 +93,31 @@ class ShardedCCEEmbeddingBagCollection(
         self.device = torch.empty(0, device=device).device
         """Where this rank's part of the tables is, with its index."""
         self._is_weighted = module.is_weighted()
-        self.weights_computed_after_dist = False
-        """Whether weights are computed where the ids are looked up, by feature processors."""
         self._env = env
         self.bounds_check = BoundsCheck(module.bounds_check_mode)
         placement = TablePlacement.from_plan(self.embedding_bag_configs(), params)
         check_group(placement.id_partitions, self.process_group)
-        self._plain_row_wise = placement.plain_row_wise
         self.data_parallel = placement.data_parallel
         self.chunk_owners = placement.chunk_owners
         self.id_partitions = placement.id_partitions
         # A rank pools the rows that it has of a bag, so MEAN is taken of the sum of all parts.
-        self.output = module.output.divided(self._plain_row_wise)
+        self.output = module.output.divided(placement.plain_row_wise)
+        self.checked = BatchCheck(
+            InputCheck(self.output.slots, self._is_weighted),
+            placement,
+            device=self.device,
+            group=self.process_group,
+        )
+        """Batches that lookups take; raises on what they do not."""
         self.frozen = frozen_tables(module)
         """Tables whose parameters required no gradient, which no backward pass trains."""
         keep_frozen_apart(module, self.frozen)
-        self._warn(module, params, ebc_sharder.fused_params or {}, device)
+        fused_params = ebc_sharder.fused_params or {}
+        warn_of_ignored_optimizers(module, self.data_parallel - self.frozen)
+        warn_of_missing_optimizers(module, params, fused_params, self.frozen)
+        if device.type == "cpu":
+            trained = {table.name for table in self.tables} - self.data_parallel - self.frozen
+            warn_of_ignored_settings(module, fused_params, trained)
         # Plans name global ranks, also where a sharding group is a part of them (2D parallelism).
         rank = getattr(env, "global_rank", env.rank)
         self.codes = placement.local_codes(self.tables, module.codes, rank, device)
@@ -136,20 +143,6 @@ class ShardedCCEEmbeddingBagCollection(
         )
         self._prepare_lookups(device)
         stop_training(self._lookups, self.frozen)
-
-    def _warn(
-        self,
-        module: CCEEmbeddingBagCollection,
-        params: dict[str, ParameterSharding],
-        fused_params: dict[str, Any],
-        device: torch.device,
-    ) -> None:
-        """Says what of the optimizers that were applied is not as it looks."""
-        warn_of_ignored_optimizers(module, self.data_parallel - self.frozen)
-        warn_of_missing_optimizers(module, params, fused_params, self.frozen)
-        if device.type == "cpu":
-            trained = {table.name for table in self.tables} - self.data_parallel - self.frozen
-            warn_of_ignored_settings(module, fused_params, trained)
 
     def _prepare_lookups(self, device: torch.device) -> None:
         """What is between the input, TorchRec's lookups, and the output."""
@@ -182,7 +175,9 @@ class ShardedCCEEmbeddingBagCollection(
         # Where train pipelines look for what to fuse. Not `redistribute`, which has to stay as it
         # is: see ShardingInput.
         self._input_dists += [sharded.dist for sharded in self.inputs]
-        self._alone = is_alone(self._env, inner) and all(sharded.stays for sharded in self.inputs)
+        stays = all(sharded.stays for sharded in self.inputs)
+        self.checked.ranks_agree = not stays
+        self._alone = is_alone(self._env, inner) and stays
 
     def input_dist(  # type: ignore[override]  # TorchRec's own modules narrow *input likewise
         self, ctx: CCEContext, features: KeyedJaggedTensor
@@ -193,39 +188,26 @@ class ShardedCCEEmbeddingBagCollection(
         the codebooks.
 
         Raises:
-            ValueError: a missing feature, missing weights or inverse indices, or a batch size per
-            feature where a table is data-parallel.
+            ValueError: a missing feature, missing weights or inverse indices, lengths, offsets or
+                batch sizes that do not fit, or a batch size per feature where a table is
+                data-parallel. Of the first batch on every rank, of later ones where it is so.
         """
+        return self.distribute(ctx, self.checked(features))
+
+    def distribute(
+        self, ctx: CCEContext, features: KeyedJaggedTensor
+    ) -> Awaitable[Awaitable[KJTList]]:
+        """`input_dist` of features that are checked."""
         with torch.no_grad():
             return self._distribution(ctx, self._prepared(ctx, features), self.bounds_check)
 
     def _prepared(self, ctx: CCEContext, features: KeyedJaggedTensor) -> KeyedJaggedTensor:
-        """`features` once they are checked, with what the output will need of them in `ctx`."""
-        check_features(
-            features, self.output.slots, self._is_weighted and not self.weights_computed_after_dist
-        )
-        if features.variable_stride_per_key():
-            self._check_variable_batch()
+        """`features`, with what the output will need of them in `ctx`."""
         ctx.divisor = self.output.divisor(features)
         ctx.variable_batch_per_feature = features.variable_stride_per_key()
         if ctx.variable_batch_per_feature:
             ctx.inverse_indices = self._distribution.inverse_indices(*features.inverse_indices())
-        return features if self._is_weighted else without_weights(features)
-
-    def _check_variable_batch(self) -> None:
-        """Refuses a batch size per feature where TorchRec cannot distribute the output."""
-        why, tables = "data-parallel, for which TorchRec has no", self.data_parallel
-        if (
-            not tables
-            and self._plain_row_wise
-            and backend_of(self.device, self.process_group) == "gloo"
-        ):
-            why, tables = "cut by rows, for which gloo cannot gather a", self._plain_row_wise
-        if tables:
-            raise ValueError(
-                f"tables {sorted(tables)} are {why} variable batch size per feature; plan them "
-                "table-wise or column-wise, or give every feature the same batch size"
-            )
+        return features
 
     def forward(self, *input: Any, **kwargs: Any) -> LazyAwaitable[KeyedTensor]:
         """The pooled embeddings; where nothing is sent there are no awaitables in between."""
@@ -234,6 +216,7 @@ class ShardedCCEEmbeddingBagCollection(
 
     def _arrived(self, ctx: CCEContext, features: KeyedJaggedTensor) -> KJTList:
         """What this rank looks up of every rank's `features`."""
+        features = self.checked(features)
         with torch.no_grad():
             features = self._prepared(ctx, features)
             if self._distribution.fetch is None and self._is_direct(ctx):
@@ -244,7 +227,8 @@ class ShardedCCEEmbeddingBagCollection(
 
     def compute(self, ctx: CCEContext, dist_input: KJTList) -> list[torch.Tensor]:
         """Expands the received ids against the local codes and looks the rows up."""
-        return self.embedding_bag_collection.compute(ctx, self._expand(ctx, dist_input))
+        with outside_inference_mode():
+            return self.embedding_bag_collection.compute(ctx, self._expand(ctx, dist_input))
 
     def output_dist(
         self, ctx: CCEContext, output: list[torch.Tensor]
@@ -256,11 +240,13 @@ class ShardedCCEEmbeddingBagCollection(
         self, ctx: CCEContext, input: KJTList
     ) -> LazyAwaitable[KeyedTensor]:
         """`compute` and `output_dist` in one, as the train pipelines call it."""
-        inner, expanded = self.embedding_bag_collection, self._expand(ctx, input)
-        if self._is_direct(ctx):
-            pooled = [look_up(rows) for look_up, rows in zip(self._lookups, expanded, strict=True)]
+        inner = self.embedding_bag_collection
+        with outside_inference_mode():
+            rows = self._expand(ctx, input)
+            if not self._is_direct(ctx):
+                return self._assembled(ctx, inner.compute_and_output_dist(ctx, rows))
+            pooled = [look_up(own) for look_up, own in zip(self._lookups, rows, strict=True)]
             return PooledNoWait(self._joined(ctx, pooled))
-        return self._assembled(ctx, inner.compute_and_output_dist(ctx, expanded))
 
     def _joined(self, ctx: CCEContext, pooled: list[torch.Tensor]) -> KeyedTensor:
         """The logical output of all lookups', of a rank that is alone."""

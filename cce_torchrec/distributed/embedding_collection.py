@@ -38,7 +38,7 @@ from cce_torchrec.lookup.output import LogicalOutput
 from cce_torchrec.modules.embedding_collection import (
     CCEEmbeddingCollection,
     bags_of_one,
-    check_sequences,
+    check_one_batch_size,
     sequences,
     with_current_configs,
 )
@@ -134,11 +134,12 @@ class ShardedCCEEmbeddingCollection(
         """Sends each id once to every rank that owns a chunk of its table.
 
         Raises:
-            ValueError: a missing feature, or a batch size per feature.
+            ValueError: a missing feature, a batch size per feature, or lengths and offsets that do
+                not fit.
         """
-        check_sequences(features, self.bags.output)
+        features = self.bags.checked(features, check_one_batch_size)
         ctx.features = features
-        awaitable = self.bags.input_dist(ctx, features)
+        awaitable = self.bags.distribute(ctx, features)
         # Only now: ids are sent with one batch size, and embeddings return one an id, by TorchRec's
         # output distribution for a batch size per feature.
         ctx.variable_batch_per_feature = True

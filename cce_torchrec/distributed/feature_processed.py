@@ -68,7 +68,7 @@ class FeatureProcessedSharder(FeatureProcessedEmbeddingBagCollectionSharder):
             module, params, self._cce_sharder, env, device, module_fqn
         )
         # Or it would refuse the features that users give, which have no weights yet.
-        processed_collection(sharded).weights_computed_after_dist = True
+        processed_collection(sharded).checked.inputs.needs_weights = False
         return sharded
 
     def shardable_parameters(

@@ -8,6 +8,7 @@ it costs some microseconds, and a block of 65,536 points or ids takes hundreds.
 from __future__ import annotations
 
 import ctypes
+import functools
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,7 +29,35 @@ PANEL = 32
 """Centroids that direct products take at once (PANEL in _native.cpp); divides GROUP."""
 LOWEST = -3.0e38
 """Score of a padding column; finite, so that adding to it is not NaN."""
-_LIBRARY = (Path(__file__).parent, ("cce_nearest_sums",))
+_INTEGER, _REAL = ctypes.c_int64, ctypes.c_double
+_FLOATS = compiled.Pointer(torch.float32)
+_DOUBLES = compiled.Pointer(torch.float64)
+_INT32 = compiled.Pointer(torch.int32)
+_INT64 = compiled.Pointer(torch.int64)
+_CODES = compiled.Pointer(torch.uint8, torch.int16, torch.int32)
+_NO_FLOATS = compiled.Pointer(torch.float32, optional=True)
+_NO_INT32 = compiled.Pointer(torch.int32, optional=True)
+_NO_INT64 = compiled.Pointer(torch.int64, optional=True)
+_COLUMN_TYPES = [ctypes.c_void_p, *[_INTEGER] * 4]
+_KERNELS: dict[str, list[Any]] = {
+    "cce_nearest_sums": [
+        _FLOATS, _FLOATS, *[_INTEGER] * 3, _INT32, _INT32, _INTEGER, _INT64, _INT32
+    ],
+    "cce_nearest_points": [
+        _NO_FLOATS, *[_NO_INT32] * 4, _REAL, _FLOATS, _FLOATS, *[_INTEGER] * 3, _FLOATS, _INT32
+    ],
+    "cce_accumulate": [
+        _INT32, _INT32, _INTEGER, _INT32, _INT32, _INT64, _INT32, _INTEGER, _DOUBLES, _REAL, _REAL,
+        *[_INT64] * 3
+    ],
+    "cce_count_pairs": [*_COLUMN_TYPES, *[_INTEGER] * 3, _NO_INT64, _INT64],
+    "cce_residuals": [
+        *_COLUMN_TYPES, _CODES, *[_INTEGER] * 7, *[_INT32] * 3, _INT64, _INT64
+    ],
+    "cce_relabel": [*_COLUMN_TYPES, _CODES, *[_INTEGER] * 5],
+}  # fmt: skip
+"""What each kernel takes, as _native.cpp declares it; tensors whose values it reads as stated."""
+_LIBRARY = (Path(__file__).parent, tuple(_KERNELS))
 
 
 def available() -> bool:
@@ -36,21 +65,14 @@ def available() -> bool:
     return compiled.library(*_LIBRARY) is not None
 
 
-def _call(function: str, *args: torch.Tensor | int | float | None) -> int:
-    """Calls a kernel: tensors by pointer, int as int64, float as double."""
-    converted: list[Any] = []
-    for arg in args:
-        if isinstance(arg, torch.Tensor):
-            # Only here is an address taken, which tells a kernel neither device nor strides.
-            assert arg.device.type == "cpu" and arg.is_contiguous()
-            converted.append(ctypes.c_void_p(arg.data_ptr()))
-        elif isinstance(arg, float):
-            converted.append(ctypes.c_double(arg))
-        else:
-            converted.append(None if arg is None else ctypes.c_int64(arg))
-    kernel = getattr(compiled.loaded(*_LIBRARY), function)
-    kernel.restype = ctypes.c_int64  # ctypes would take it for 32 bits
-    return int(kernel(*converted))
+@functools.cache
+def _kernels() -> ctypes.CDLL:
+    found = compiled.loaded(*_LIBRARY)
+    for name, types in _KERNELS.items():
+        kernel = getattr(found, name)
+        kernel.argtypes, kernel.restype = types, None
+    found.cce_relabel.restype = _INTEGER  # ctypes would take it for 32 bits
+    return found
 
 
 def _one_per(rows: torch.Tensor) -> torch.Tensor:
@@ -64,7 +86,8 @@ def _one_per(rows: torch.Tensor) -> torch.Tensor:
 def _nearest_sums(*args: torch.Tensor) -> torch.Tensor:
     p, q, a, b = args
     out, cursor = _one_per(a), a.new_empty(len(p) + 1, dtype=torch.int64)
-    _call("cce_nearest_sums", p, q, p.shape[1], len(p), len(q), a, b, len(a), cursor, out)
+    sizes = (p.shape[1], len(p), len(q))
+    _kernels().cce_nearest_sums(p, q, *sizes, a, b, len(a), cursor, out)
     return out
 
 
@@ -97,7 +120,7 @@ def _nearest_points(
     dim = panels.shape[1]
     # Room for the eight points that the AVX-512 form takes at once.
     shape, scratch = (len(half_norms), dim, len(out)), panels.new_empty(8 * dim)
-    _call("cce_nearest_points", *points, panels, half_norms, *shape, scratch, out)
+    _kernels().cce_nearest_points(*points, panels, half_norms, *shape, scratch, out)
     return out
 
 
@@ -113,7 +136,7 @@ class PairScorer:
         # Few centroids are compared vector by vector, more of them by groups.
         multiple = LANES if k <= GROUP else GROUP
         width = -(-k // multiple) * multiple
-        scores = torch.zeros(len(main) + len(helper), width)
+        scores = main.new_zeros(len(main) + len(helper), width)
         scores[: len(main), k:] = LOWEST  # in one of both: what is added to it does not matter
         self._scores = scores.split([len(main), len(helper)])
         self._p, self._q = (part[:, :k] for part in self._scores)
@@ -135,9 +158,9 @@ class PointScorer:
 
     def __init__(self, centroids: torch.Tensor) -> None:
         k, dim = centroids.shape
-        padded = torch.zeros(-(-k // GROUP) * GROUP, dim)
+        padded = centroids.new_zeros(-(-k // GROUP) * GROUP, dim)
         padded[:k] = centroids
-        half_norms = torch.full((len(padded),), LOWEST)
+        half_norms = centroids.new_full((len(padded),), LOWEST)
         half_norms[:k] = -0.5 * (centroids * centroids).sum(1)
         # By coordinate, so that one coordinate of 16 centroids is one vector.
         panels = padded.view(-1, PANEL, dim).transpose(1, 2).contiguous()
@@ -161,7 +184,7 @@ class PointScorer:
 def _accumulate(main: torch.Tensor, helper: torch.Tensor, a: torch.Tensor, *rest: Any) -> None:
     b, weights, nearest, *others = rest
     points = (main, helper, main.shape[1], a, b, weights, nearest, len(a))
-    _call("cce_accumulate", *points, *others)
+    _kernels().cce_accumulate(*points, *others)
 
 
 def accumulate(
@@ -183,8 +206,14 @@ def _column(codes: torch.Tensor, *where: int) -> tuple[int, ...]:
     """Ids [first, last) of a column of codes, as the kernels take them."""
     column, base, first, last = where
     # Where id 0 would be, as the kernels count from there; they read from `first` on.
-    start = codes.data_ptr() + (column - base * codes.shape[1]) * codes.element_size()
+    start = _CODES.address(codes) + (column - base * codes.shape[1]) * codes.element_size()
     return start, codes.element_size(), codes.shape[1], first, last
+
+
+def _check_type(new_codes: torch.Tensor, codes: torch.Tensor) -> None:
+    """The kernels are told one number of bytes for both."""
+    if new_codes.dtype != codes.dtype:
+        raise TypeError(f"new codes are {new_codes.dtype} and those of now {codes.dtype}")
 
 
 _COLUMN = "int column, int base, int first, int last"
@@ -196,7 +225,7 @@ _COLUMN = "int column, int base, int first, int last"
     fake=compiled.writes_only,
 )
 def _count_pairs(codes: torch.Tensor, *args: Any) -> None:
-    _call("cce_count_pairs", *_column(codes, *args[:4]), *args[4:])
+    _kernels().cce_count_pairs(*_column(codes, *args[:4]), *args[4:])
 
 
 @compiled.operator(
@@ -208,7 +237,8 @@ def _count_pairs(codes: torch.Tensor, *args: Any) -> None:
 def _residuals(codes: torch.Tensor, *args: Any) -> None:
     main, helper = args[10:12]
     sizes = (len(helper), main.shape[1])
-    _call("cce_residuals", *_column(codes, *args[:4]), *args[4:10], *sizes, *args[10:])
+    _check_type(args[4], codes)
+    _kernels().cce_residuals(*_column(codes, *args[:4]), *args[4:10], *sizes, *args[10:])
 
 
 @compiled.operator(
@@ -217,7 +247,8 @@ def _residuals(codes: torch.Tensor, *args: Any) -> None:
     fake=lambda codes, *rest: codes.new_empty((), dtype=torch.int64),
 )
 def _relabel(codes: torch.Tensor, *args: Any) -> torch.Tensor:
-    changed = _call("cce_relabel", *_column(codes, *args[:4]), *args[4:])
+    _check_type(args[4], codes)
+    changed = _kernels().cce_relabel(*_column(codes, *args[:4]), *args[4:])
     return torch.tensor(changed, device="cpu")  # whatever a job has set as default device
 
 
@@ -235,7 +266,7 @@ class Column:
     def _args(self) -> tuple[torch.Tensor, int, int, int, int]:
         codes = self.codes
         # The kernels read by address, and would read beyond the end without a word.
-        assert codes.is_contiguous() and self.base <= self.first
+        assert self.base <= self.first
         assert self.last - self.base <= len(codes)
         return codes, self.column, self.base, self.first, self.last
 

@@ -29,6 +29,9 @@ ROWS_PER_LOOKUP = 8
 """Rows of all tables to lookups of a batch, beyond which FBGEMM's backward is as fast."""
 _FIELDS = 7
 """int64 of a `Table` in _backward.cpp."""
+_INT64 = compiled.Pointer(torch.int64)
+_FLOAT32 = compiled.Pointer(torch.float32)
+_GRADIENT = compiled.Pointer(torch.float32, by_row=True)
 
 
 def fits(rows: int, dim: int) -> bool:
@@ -92,17 +95,20 @@ class _Tables:
         fields: list[int] = []
         feature, column = 0, 0
         for weight, state, own in zip(weights, states, features, strict=True):
-            fields += [weight.data_ptr(), state.data_ptr(), *weight.shape, own, feature, column]
+            where = [_FLOAT32.address(weight), _FLOAT32.address(state)]
+            fields += [*where, *weight.shape, own, feature, column]
             feature, column = feature + own, column + own * weight.shape[1]
         values = max(weight.numel() for weight in weights)
         rows = 32 * max(-(-len(weight) // 32) for weight in weights)
         # What a thread sums in is as large as the largest table, as any table may be its turn.
-        scratch = torch.zeros(threads, values + rows // 4 + rows)
+        shape = (threads, values + rows // 4 + rows)
+        # Of four bytes and on the CPU, whatever a job has set as default.
+        scratch = torch.zeros(shape, dtype=torch.float32, device="cpu")
         return cls((ctypes.c_int64 * len(fields))(*fields), scratch, values, rows)
 
     def step(
         self,
-        batch: Sequence[torch.Tensor | None],
+        batch: tuple[torch.Tensor, torch.Tensor, torch.Tensor | None],
         grad: torch.Tensor,
         rate: float,
         eps: float,
@@ -110,9 +116,14 @@ class _Tables:
         """Row-wise Adagrad on the rows of `batch`: indices, offsets, and weights or None."""
         if grad.stride(1) != 1:
             grad = grad.contiguous()
-        indices, offsets, weights = (0 if t is None else t.data_ptr() for t in batch)
+        indices, offsets, weights = batch
         lookups = (ctypes.c_int64 * 6)(
-            indices, offsets, len(grad), weights, grad.data_ptr(), grad.stride(0)
+            _INT64.address(indices),
+            _INT64.address(offsets),
+            len(grad),
+            0 if weights is None else _FLOAT32.address(weights),
+            _GRADIENT.address(grad),
+            grad.stride(0),
         )
         native.kernels().cce_rowwise_adagrad(
             self.fields,
@@ -120,7 +131,7 @@ class _Tables:
             lookups,
             rate,
             eps,
-            self.scratch.data_ptr(),
+            self.scratch,
             self.values,
             self.rows,
             len(self.scratch),
@@ -139,9 +150,10 @@ def _rowwise_adagrad(
     grad: torch.Tensor,
     *rest: Any,
 ) -> None:
-    *batch, rate, eps = rest
+    indices, offsets, sample_weights, rate, eps = rest
     threads = min(torch.get_num_threads(), len(weights))
-    _Tables.describe(weights, states, features, threads).step(batch, grad, rate, eps)
+    tables = _Tables.describe(weights, states, features, threads)
+    tables.step((indices, offsets, sample_weights), grad, rate, eps)
 
 
 class CodebookBags(SplitTableBatchedEmbeddingBagsCodegen):

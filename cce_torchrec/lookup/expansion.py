@@ -48,7 +48,9 @@ class Expansion:
         """Whether rows may be int32, where kernels write them (narrow.py)."""
         # Per physical feature: the slot it comes from.
         self._sources = [s for t in table_lookups for _ in range(t.copies) for s in t.slots]
-        self._length_maps: dict[torch.device, tuple[torch.Tensor, torch.Tensor]] = {}
+        self._length_maps: dict[
+            tuple[torch.device, torch.dtype], tuple[torch.Tensor, torch.Tensor]
+        ] = {}
         self._described: tuple[object, device.DeviceTables] | None = None
         self._count_rows()
 
@@ -84,14 +86,19 @@ class Expansion:
             on_device = self._outside_graphs if compiling else self._on_device
             return on_device(features, check, inverse_indices)
         per_key = features.length_per_key()
+        self._check_number(features, per_key)
         starts = list(itertools.accumulate(per_key, initial=0))
         out_per_key = [
             per_key[slot] * rows
             for slot, rows in zip(self._sources, self._rows_per_id, strict=True)
         ]
         ids, weights = features.values(), features.weights_or_none()
-        values = torch.empty(sum(out_per_key), dtype=self._dtype, device=ids.device)
-        out_weights = weights.new_empty(len(values)) if weights is not None else None
+        # A graph does not look at what its ids and lengths are, so there rows are never unwritten.
+        new = torch.zeros if torch.compiler.is_compiling() else torch.empty
+        values = new(sum(out_per_key), dtype=self._dtype, device=ids.device)
+        out_weights = None
+        if weights is not None:
+            out_weights = new(len(values), dtype=weights.dtype, device=weights.device)
         end, work = 0, []
         for name, lookup in zip(self._names, self.table_lookups, strict=True):
             bounds = [(starts[s], starts[s + 1]) for s in lookup.slots]
@@ -108,9 +115,18 @@ class Expansion:
             keys=self._keys,
             values=values,
             weights=out_weights,
-            lengths=self._lengths(features),
+            lengths=self._lengths(features, len(values)),
             length_per_key=out_per_key,
             **self._batch_sizes(features, inverse_indices),
+        )
+
+    def _check_number(self, features: KeyedJaggedTensor, per_key: list[int]) -> None:
+        """Refuses fewer ids than the features have, whose rows would be left unwritten."""
+        if torch.compiler.is_compiling() or sum(per_key) <= len(features.values()):
+            return
+        raise ValueError(
+            f"{'; '.join(self._names)}: {len(features.values())} ids arrived, and by their lengths "
+            f"{per_key}; every rank must give lengths and ids that fit together"
         )
 
     def _write_rows(self, work: list[Work], check: BoundsCheck) -> None:
@@ -215,19 +231,22 @@ class Expansion:
             self._described = (key, tables)
         return self._described[1]
 
-    def _lengths(self, features: KeyedJaggedTensor) -> torch.Tensor:
-        """Rows per bag of every physical feature, one after the other."""
+    def _lengths(self, features: KeyedJaggedTensor, num_rows: int) -> torch.Tensor:
+        """Rows per bag of every physical feature, one after the other, `num_rows` in all."""
         lengths = features.lengths()
+        if num_rows > MOST:
+            lengths = lengths.long()  # offsets are counted in the same type
         if features.variable_stride_per_key() and self._sources:
             bags = lengths.split(features.stride_per_key())
             rows_per_id = zip(self._sources, self._rows_per_id, strict=True)
             return torch.cat([bags[slot] * rows for slot, rows in rows_per_id])
-        if lengths.device not in self._length_maps:
-            self._length_maps[lengths.device] = (
+        key = (lengths.device, lengths.dtype)
+        if key not in self._length_maps:
+            self._length_maps[key] = (
                 torch.tensor(self._sources, device=lengths.device, dtype=torch.int64),
                 torch.tensor(self._rows_per_id, device=lengths.device, dtype=lengths.dtype),
             )
-        sources, rows = self._length_maps[lengths.device]
+        sources, rows = self._length_maps[key]
         by_slot = lengths.view(len(self.slots), features.stride())
         return by_slot.index_select(0, sources).mul_(rows[:, None]).view(-1)
 

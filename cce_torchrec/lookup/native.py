@@ -19,6 +19,9 @@ from cce_torchrec import compiled
 _FIELDS = 14
 """int64 of a `Job` in _native.cpp, the last two of which are its result."""
 _LIBRARY = (Path(__file__).parent, ("cce_expand", "cce_rowwise_adagrad"))
+_IDS = compiled.Pointer(torch.int32, torch.int64)
+_CODES = compiled.Pointer(torch.uint8, torch.int16, torch.int32)
+_INT64 = compiled.Pointer(torch.int64)
 
 
 @functools.cache
@@ -32,7 +35,7 @@ def kernels() -> ctypes.CDLL:
     # ctypes would hand integers and addresses over in 32 bits.
     pointer, integer, real = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float
     table: list[Any] = [pointer, integer, pointer, real, real]
-    batch: list[Any] = [pointer, integer, integer, integer]
+    batch: list[Any] = [compiled.Pointer(torch.float32), integer, integer, integer]
     found.cce_expand.argtypes, found.cce_expand.restype = [pointer, integer], integer
     found.cce_rowwise_adagrad.argtypes = table + batch
     found.cce_rowwise_adagrad.restype = None
@@ -98,14 +101,13 @@ def expand(jobs: Sequence[Job], *, counts: bool = True) -> list[tuple[int, int]]
 def _by_address(jobs: Sequence[Job]) -> list[tuple[int, int]]:
     fields: list[int] = []
     for ids, num_embeddings, out, chunks, codes, num_rows, helper_rows in jobs:
-        fields += [ids.data_ptr(), ids.element_size(), ids.numel(), num_embeddings]
+        fields += [_IDS.address(ids), ids.element_size(), ids.numel(), num_embeddings]
         if codes is None:
             fields += [0, 0, 0]
         else:
-            assert codes.is_contiguous()
-            fields += [codes.data_ptr(), codes.element_size(), codes.shape[1]]
-        fields += [0, 0] if chunks is None else [chunks.data_ptr(), chunks.shape[0]]
-        fields += [num_rows, helper_rows, out.data_ptr(), 0, -1]
+            fields += [_CODES.address(codes), codes.element_size(), codes.shape[1]]
+        fields += [0, 0] if chunks is None else [_INT64.address(chunks), chunks.shape[0]]
+        fields += [num_rows, helper_rows, _INT64.address(out), 0, -1]
     described = (ctypes.c_int64 * len(fields))(*fields)
     if not kernels().cce_expand(ctypes.addressof(described), len(jobs)):
         return []
@@ -121,4 +123,5 @@ def _by_address(jobs: Sequence[Job]) -> list[tuple[int, int]]:
 )
 def _expand(*fields: list[Any]) -> torch.Tensor:
     found = _by_address([Job(*job) for job in zip(*fields, strict=True)])
-    return torch.tensor(found or [(0, -1)] * len(fields[0]))
+    # On the CPU, whatever a job has set as default device.
+    return torch.tensor(found or [(0, -1)] * len(fields[0]), device="cpu")

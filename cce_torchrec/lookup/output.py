@@ -118,32 +118,3 @@ class LogicalOutput:
         if divisor is not None:
             values = values / divisor.to(values.dtype)
         return KeyedTensor(keys=self.names, length_per_key=self.dims, values=values)
-
-
-def check_features(
-    features: KeyedJaggedTensor, slots: Sequence[TableFeature], is_weighted: bool
-) -> None:
-    """Refuses a KJT that lacks a configured feature or what the collection pools it by.
-
-    Raises:
-        ValueError: naming the features that are missing, or that lack inverse indices where the
-            batch size varies by feature, or the missing weights.
-    """
-    keys = set(features.keys())
-    missing = [slot for slot in slots if slot.feature not in keys]
-    if missing:
-        named = ", ".join(f"{s.feature!r} (table {s.table!r})" for s in missing)
-        raise ValueError(f"the KeyedJaggedTensor lacks features {named}; it has {sorted(keys)}")
-    if is_weighted and features.weights_or_none() is None:
-        raise ValueError(
-            f"features of tables {sorted({s.table for s in slots})}: the collection was made with "
-            "is_weighted=True, but the KeyedJaggedTensor has no weights"
-        )
-    if features.variable_stride_per_key():
-        inverse = features.inverse_indices_or_none()
-        lacking = sorted({slot.feature for slot in slots} - set(inverse[0] if inverse else ()))
-        if lacking:
-            raise ValueError(
-                "the KeyedJaggedTensor has a batch size per feature, but no inverse_indices for "
-                f"{lacking}; give (names, [features, batch size]), the bag of each example"
-            )

@@ -24,12 +24,8 @@ from cce_torchrec.codes.helper_rows import check_helper_rows, save_helper_rows
 from cce_torchrec.config import CodebookInit, is_cce
 from cce_torchrec.lookup.bounds import BoundsCheck
 from cce_torchrec.lookup.expansion import Expansion
-from cce_torchrec.lookup.output import (
-    LogicalOutput,
-    check_features,
-    divides_by_length,
-    tensor_of,
-)
+from cce_torchrec.lookup.inputs import InputCheck, with_weights, without_weights
+from cce_torchrec.lookup.output import LogicalOutput, divides_by_length, tensor_of
 from cce_torchrec.lookup.pending import PendingLookup
 from cce_torchrec.lookup.table_lookup import TableLookup
 from cce_torchrec.modules.quantization import ChecksNames
@@ -88,6 +84,7 @@ class CCEEmbeddingBagCollection(ChecksNames, EmbeddingBagCollectionInterface):
         names = [feature for config in physical for feature in config.feature_names]
         dims = [config.embedding_dim for config in physical for _ in config.feature_names]
         self._columns = self.output.column_order(names, dims)
+        self.input_check = InputCheck(self.output.slots, is_weighted)
         self.expansion = Expansion(self._table_lookups(), self.output.slots, names)
         self.register_state_dict_post_hook(_save_helper_rows)
         self.register_load_state_dict_pre_hook(_check_helper_rows)
@@ -117,13 +114,12 @@ class CCEEmbeddingBagCollection(ChecksNames, EmbeddingBagCollectionInterface):
         """Pooled embeddings of `features`; nothing of `features` is written to.
 
         Raises:
-            ValueError: a missing feature, missing weights, or an id out of bounds in FATAL mode.
+            ValueError: a missing feature, missing weights, lengths, offsets, batch sizes or inverse
+                indices that do not fit, or an id out of bounds in FATAL mode.
         """
-        check_features(features, self.output.slots, self._is_weighted)
+        features = self.input_check(features)
         divisor = self.output.divisor(features)
         slots = select_slots(features, [slot.feature for slot in self.output.slots])
-        if not self._is_weighted:
-            slots = without_weights(slots)
         slots.length_per_key()  # TorchRec's own collection asks for it, and then the rows are known
         rows = self.expansion(slots, self.bounds_check, features.inverse_indices_or_none())
         pooled = self.embedding_bag_collection(rows)
@@ -216,25 +212,7 @@ def select_slots(features: KeyedJaggedTensor, names: list[str]) -> KeyedJaggedTe
     # FBGEMM's permute has no gradient where a feature is left out or taken twice.
     by_feature = weights.split(features.length_per_key())
     permuted = without_weights(features).permute(order)
-    return _with_weights(permuted, torch.cat([by_feature[i] for i in order]))
-
-
-def without_weights(features: KeyedJaggedTensor) -> KeyedJaggedTensor:
-    """`features` without its weights, sharing everything else."""
-    return features if features.weights_or_none() is None else _with_weights(features, None)
-
-
-def _with_weights(features: KeyedJaggedTensor, weights: torch.Tensor | None) -> KeyedJaggedTensor:
-    variable = features.variable_stride_per_key()
-    return KeyedJaggedTensor(
-        keys=features.keys(),
-        values=features.values(),
-        weights=weights,
-        lengths=features.lengths(),
-        stride=None if variable else features.stride(),
-        stride_per_key_per_rank=features.stride_per_key_per_rank() if variable else None,
-        length_per_key=features.length_per_key_or_none(),
-    )
+    return with_weights(permuted, torch.cat([by_feature[i] for i in order]))
 
 
 def _warn_of_larger(tables: Sequence[EmbeddingBagConfig]) -> None:

@@ -21,12 +21,8 @@ from torchrec.modules.embedding_modules import EmbeddingCollectionInterface
 from torchrec.sparse.jagged_tensor import JaggedTensor, KeyedJaggedTensor
 
 from cce_torchrec.config import CCEEmbeddingBagConfig, is_cce
-from cce_torchrec.lookup.output import LogicalOutput, check_features
-from cce_torchrec.modules.embedding_bag_collection import (
-    CCEEmbeddingBagCollection,
-    select_slots,
-    without_weights,
-)
+from cce_torchrec.lookup.output import LogicalOutput
+from cce_torchrec.modules.embedding_bag_collection import CCEEmbeddingBagCollection, select_slots
 
 
 class CCEEmbeddingCollection(EmbeddingCollectionInterface):
@@ -69,12 +65,13 @@ class CCEEmbeddingCollection(EmbeddingCollectionInterface):
         """Embeddings of the ids of `features`; nothing of `features` is written to.
 
         Raises:
-            ValueError: a missing feature, a batch size per feature, or an id out of bounds in
-                FATAL mode.
+            ValueError: a missing feature, a batch size per feature, lengths or offsets that do not
+                fit, or an id out of bounds in FATAL mode.
         """
         output = self.bags.output
-        check_sequences(features, output)
-        slots = select_slots(without_weights(features), [slot.feature for slot in output.slots])
+        check_one_batch_size(features)
+        features = self.bags.input_check(features)
+        slots = select_slots(features, [slot.feature for slot in output.slots])
         each = bags_of_one(slots, [slots.stride()])
         each.length_per_key()  # `to_dict` asks for it, and so the expansion knows it as well
         rows = self.bags.expansion(each, self.bags.bounds_check).to_dict()
@@ -128,30 +125,32 @@ def with_current_configs(
     return [now[c.name] if is_cce(c) else c for c in configs]
 
 
-def check_sequences(features: KeyedJaggedTensor, output: LogicalOutput) -> None:
-    """Refuses a KJT without a configured feature, or with a batch size per feature.
+def check_one_batch_size(features: KeyedJaggedTensor) -> None:
+    """Refuses a KJT with a batch size per feature.
 
     Raises:
-        ValueError: naming what is missing or not supported.
+        ValueError: saying what to give.
     """
-    if features.variable_stride_per_key():
+    # A TensorDict has none: TorchRec makes one batch size of it.
+    if isinstance(features, KeyedJaggedTensor) and features.variable_stride_per_key():
         raise ValueError(
             "sequence embeddings take one batch size for all features; a feature without ids in "
             "an example has length 0 there"
         )
-    check_features(features, output.slots, is_weighted=False)
 
 
 def bags_of_one(features: KeyedJaggedTensor, batch_sizes: list[int]) -> KeyedJaggedTensor:
     """`features` with every id in a bag of its own; `batch_sizes` are by rank that it came from."""
-    ids = features.values()
     lengths = features.lengths().view(len(features.keys()), sum(batch_sizes))
-    counts = [part.sum(1) for part in lengths.split(batch_sizes, dim=1)]
+    counts = torch.stack([part.sum(1) for part in lengths.split(batch_sizes, dim=1)], dim=1)
+    bags = counts.tolist()
+    # Values beyond the last bag would be bags as well.
+    ids = features.values()[: sum(map(sum, bags))]
     return KeyedJaggedTensor(
         keys=features.keys(),
         values=ids,
         lengths=torch.ones_like(ids, dtype=lengths.dtype),
-        stride_per_key_per_rank=torch.stack(counts, dim=1).tolist(),
+        stride_per_key_per_rank=bags,
     )
 
 

@@ -1,10 +1,13 @@
 """Compiled kernels as operators of torch: schemas, kernels without data, equal results."""
 
+import ctypes
+
 import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._pytree import tree_map_only
 
+from cce_torchrec import compiled
 from cce_torchrec.kmeans import native as kmeans
 from cce_torchrec.lookup import backward, native  # noqa: F401  # which registers its own
 
@@ -145,7 +148,57 @@ def test_a_traced_expansion_calls_the_operator():
     assert not native.is_traced(torch.zeros(1))
 
 
-def test_strides_that_an_address_does_not_tell_are_refused():
-    main, helper, a, b, *rest = CALLS["nearest_pairs"]()
-    with pytest.raises(AssertionError):
-        OPS.nearest_pairs(main, helper, a.repeat_interleave(2)[::2], b, *rest)
+def apart(tensor):
+    """The same values, which are not one after the other."""
+    return tensor.repeat_interleave(2, dim=-1)[..., ::2]
+
+
+def each_tensor(args):
+    """Paths of the tensors of `args`, the optional ones that are None left out."""
+    for i, arg in enumerate(args):
+        if isinstance(arg, torch.Tensor):
+            yield (i,)
+        elif isinstance(arg, list):
+            yield from ((i, j) for j, part in enumerate(arg) if isinstance(part, torch.Tensor))
+
+
+def replaced(args, path, change):
+    args = [list(arg) if isinstance(arg, list) else arg for arg in args]
+    holder = args[path[0]] if len(path) > 1 else args
+    holder[path[-1]] = change(holder[path[-1]])
+    return args
+
+
+CHANGES = {
+    "float16": lambda t: t.to(torch.float16),
+    "int8": lambda t: t.to(torch.int8),
+    "strides": apart,
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+@pytest.mark.parametrize("name", CALLS)
+def test_what_an_address_does_not_tell_is_refused(name, change):
+    """Another type or other strides in any argument of any kernel."""
+    paths = list(each_tensor(CALLS[name]()))
+    assert paths
+    for path in paths:
+        args = replaced(CALLS[name](), path, CHANGES[change])
+        if name.startswith("rowwise") and change == "strides" and path == (3,):
+            continue  # gradients are made contiguous
+        with pytest.raises(
+            (TypeError, ctypes.ArgumentError), match=r"a compiled kernel takes|new codes"
+        ):
+            operator(name)(*args)
+
+
+def test_the_gate_names_what_it_got():
+    pointer = compiled.Pointer(torch.float32, optional=True)
+    assert pointer.from_param(None) is None
+    with pytest.raises(TypeError, match=r"torch.float32 .* got torch.float32 \[2\] .* on meta"):
+        pointer.address(torch.zeros(2, device="meta"))
+    with pytest.raises(TypeError, match="takes a tensor here, and got 7"):
+        pointer.from_param(7)
+    rows = compiled.Pointer(torch.float32, by_row=True)
+    values = torch.zeros(3, 8)
+    assert rows.address(values[:, 4:]) == values.data_ptr() + 16
