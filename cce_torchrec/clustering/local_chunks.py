@@ -73,7 +73,8 @@ def _holders(module: nn.Module, codes: ChunkCodes, chunk: int) -> ChunkGroup:
 
 def _nowhere(codes: ChunkCodes) -> torch.Tensor:
     """The codebook of a chunk whose codes alone are here."""
-    return torch.empty(0, codes.config.chunk_dim, device=codes.clusterings.device)
+    where = codes.clusterings.device
+    return torch.empty(0, codes.config.chunk_dim, dtype=torch.float32, device=where)
 
 
 @contextmanager

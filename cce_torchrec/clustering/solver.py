@@ -187,7 +187,8 @@ class ScoringHelper:
         """Helps to find new codes that were not kept."""
         points = self._scorers.receive(self._task.shape)
         shape, device = (self._task.num_clusters, self._task.shape.dim), self._scorers.device
-        scored = self._scorers.together(lambda: torch.empty(shape, device=device))
+        room = partial(torch.empty, shape, dtype=torch.float32, device=device)
+        scored = self._scorers.together(room)
         self._scorers.broadcast(scored)
         if self._task.sees_all_ids:
             self._scoring.nearest(points, scored, self._scorers)

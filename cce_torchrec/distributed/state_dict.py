@@ -169,10 +169,18 @@ class CodesState:
 
         Raises:
             ValueError: codes of another table size or number of chunks, naming both, or of a
-                table whose codes are not learned here, or other main and helper rows.
+                table whose codes are not learned here, or other main and helper rows; and
+                `assign=True`.
         """
         self.take_written()  # now, as later it would undo what is loaded
         # `rest` begins with torch's local_metadata, strict and missing_keys.
+        # Taken out: torch leaves it in the caller's state, and would assign in the next load too.
+        if rest[0].pop("assign_to_params_buffers", False):
+            # The parameters would be others, and the lookups go on with FBGEMM's own weights.
+            raise ValueError(
+                f"tables {[table.name for table in self._tables]}: sharded lookups do not take "
+                "weights from load_state_dict(assign=True); leave assign out, and they are copied"
+            )
         check_helper_rows(self._compressed, state, prefix, missing=rest[2])
         self._refuse_codes_of_others(state, prefix)
         for config in self._sharded_tables():

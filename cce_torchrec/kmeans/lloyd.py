@@ -221,7 +221,7 @@ def _means(points: Points, result: KMeansResult) -> torch.Tensor:
     k = len(result.sizes)
     sums = torch.zeros(k, points.dim, dtype=torch.int64, device=points.device)
     sizes, errors = torch.zeros_like(result.sizes), torch.zeros_like(result.sizes)
-    origin = torch.zeros(k, points.dim, device=points.device)
+    origin = torch.zeros(k, points.dim, dtype=torch.float32, device=points.device)
     points.accumulate(0, result.assignment, origin, 0.0, (sums, sizes, errors))
     overall = sums.sum(0).double() / sizes.sum()  # at most 2^62, see MAX_WEIGHT
     means = torch.where(sizes[:, None] > 0, sums.double() / sizes.clamp(min=1)[:, None], overall)
@@ -242,7 +242,7 @@ def refill_empty(
     empty = torch.sort(is_empty.byte(), descending=True, stable=True).indices[:splits]
     ranked = torch.where(has_error, errors, -1)
     donors = torch.sort(ranked, descending=True, stable=True).indices[:splits]
-    signs = torch.ones(centroids.shape[1], device=centroids.device)
+    signs = centroids.new_ones(centroids.shape[1])
     signs[1::2] = -1
     out = centroids.clone()
     out[empty] = centroids[donors] * (1 + signs * _SPLIT)
@@ -264,7 +264,7 @@ def _start(points: Points, k: int, init: str | torch.Tensor) -> torch.Tensor:
         return plus_plus(points.vectors(points.starts(_PLUS_PLUS_SAMPLE * k)), k)
     # Not the codebook that there is: started from it, models came out slightly worse.
     first = points.vectors(points.starts(k))
-    out = torch.zeros(k, points.dim, device=points.device)
+    out = torch.zeros(k, points.dim, dtype=torch.float32, device=points.device)
     out[: len(first)] = first
     return out
 

@@ -12,7 +12,8 @@ def plus_plus(sample: torch.Tensor, k: int) -> torch.Tensor:
     """
     count = min(k, len(sample))
     generator = torch.Generator().manual_seed(len(sample) * 1_000_003 + k)
-    draws = torch.rand(count, generator=generator, dtype=torch.float64).to(sample.device)
+    draws = torch.rand(count, generator=generator, dtype=torch.float64, device="cpu")
+    draws = draws.to(sample.device)
     distance = torch.full((len(sample),), torch.inf, dtype=torch.float64, device=sample.device)
     # Picks stay on the device; to index by a tensor without a dimension would wait for it.
     picks = torch.zeros(count + 1, dtype=torch.int64, device=sample.device)
@@ -23,7 +24,7 @@ def plus_plus(sample: torch.Tensor, k: int) -> torch.Tensor:
         draw = (draws[i : i + 1] * total[-1:]).to(total.dtype)
         pick = torch.searchsorted(total, draw, right=True)
         picks[i + 1 : i + 2] = pick.clamp(max=len(sample) - 1)
-    out = torch.zeros(k, sample.shape[1], device=sample.device)
+    out = sample.new_zeros(k, sample.shape[1])
     out[:count] = sample[picks[:count]]
     return out
 

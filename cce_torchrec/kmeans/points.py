@@ -156,8 +156,8 @@ def fixed_point_scale(*parts: torch.Tensor) -> float:
     largest = check_finite(*parts)
     if largest == 0.0:
         return 1.0
-    _, exponent = torch.frexp(torch.tensor(largest, dtype=torch.float64))
-    return 2.0 ** (_FIXED_POINT_BITS - int(exponent))
+    _, exponent = math.frexp(largest)
+    return 2.0 ** (_FIXED_POINT_BITS - exponent)
 
 
 class PairPoints(Points):
@@ -304,7 +304,7 @@ class TensorPoints(Points):
         """Points in an order that their number alone decides."""
         # On the CPU, so that points on any device start alike.
         generator = torch.Generator().manual_seed(self.num_points)
-        order = torch.randperm(self.num_points, generator=generator).to(self.device)
+        order = torch.randperm(self.num_points, generator=generator, device="cpu").to(self.device)
         # More than are asked for, as equal ones count once; not all, as `unique` sorts them.
         order = order[self.weights[order] > 0][: max(4 * count, 1024)]
         # Different points only, the first occurrence of each, in the order of the draw.

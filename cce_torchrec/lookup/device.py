@@ -105,8 +105,7 @@ class DeviceTables:
         from cce_torchrec.lookup.triton_expand import Lookup  # here: Triton may not be installed
 
         self._lookup = Lookup(rows, chunks, features, table_of, device)
-        self.most_copies = max(table.copies for table in tables)
-        """Rows per id of the table that has most of them."""
+        self.most_copies = self._lookup.most_copies
 
     def expand(
         self,
@@ -117,6 +116,7 @@ class DeviceTables:
         dtype: torch.dtype,
         invalid: torch.Tensor | None,
         first_bad: torch.Tensor | None,
+        exact: bool,
     ) -> Rows:
         """Rows, weights and bags of `ids`.
 
@@ -128,6 +128,7 @@ class DeviceTables:
             dtype: of rows and offsets, int64, or int32 if `num_out` and every row fit.
             invalid: int64 [tables], to which ids out of bounds are added, or None.
             first_bad: int64 [tables], see `no_positions`, or None.
+            exact: whether `num_out` is that of all values in bags.
         """
         from cce_torchrec.lookup.triton_expand import expand
 
@@ -146,6 +147,7 @@ class DeviceTables:
             offsets=out.offsets,
             invalid=invalid,
             first_bad=first_bad,
+            exact=exact,
         )
         return out
 

@@ -176,7 +176,7 @@ class Expansion:
             ids = ids[: sum(per_key)]
             sources = zip(self._sources, self._rows_per_id, strict=True)
             out_per_key = [per_key[slot] * rows for slot, rows in sources]
-        num_out = sum(out_per_key) if out_per_key else ids.numel() * tables.most_copies
+        num_out = sum(out_per_key) if out_per_key is not None else ids.numel() * tables.most_copies
         narrow = self.narrow and num_out <= MOST and not features.variable_stride_per_key()
         fatal = check.mode == BoundsCheckMode.FATAL
         if fatal:
@@ -190,6 +190,7 @@ class Expansion:
             torch.int32 if narrow else torch.int64,
             self._counters(ids.device, check),
             first_bad,
+            exact=out_per_key is not None,
         )
         if first_bad is not None:
             self._raise_for(ids, first_bad, check)
@@ -216,6 +217,11 @@ class Expansion:
         """Raises for the first table that has an id out of bounds; waits for the device."""
         tables = zip(self._names, self.table_lookups, first_bad.tolist(), strict=True)
         for name, lookup, first in tables:
+            if first < 0:
+                raise ValueError(
+                    f"{'; '.join(self._names)}: the lengths of the batch do not add up to its "
+                    f"{len(ids)} ids, or some are negative; give lengths and ids that fit"
+                )
             if first < len(ids):
                 check.found(name, None, int(ids[first]), lookup.config.num_embeddings)
 

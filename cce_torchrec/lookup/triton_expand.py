@@ -47,6 +47,8 @@ class Lookup:
         self.num_tables, self.num_features = len(tables), len(table_of)
         self.num_out_features = len(features)
         self.most_chunks = max(table[8] for table in tables)
+        self.most_copies = max(table[13] for table in tables)
+        """Rows per id of the table that has most of them."""
         self.alike = len({table[13] for table in tables}) == 1
         """Whether all tables have as many rows per id, all chunks together."""
         widths = {table[2] for table in tables}
@@ -94,6 +96,7 @@ def expand(
     offsets: torch.Tensor,
     invalid: torch.Tensor | None,
     first_bad: torch.Tensor | None,
+    exact: bool,
 ) -> None:
     """Writes the rows of `ids` into `out`, their weights, and the offsets of their bags.
 
@@ -107,6 +110,9 @@ def expand(
         offsets: int64 or int32 [bags of all physical features + 1], in the order of their rows.
         invalid: int64 [T]; ids out of bounds are added per table. None: they are not counted.
         first_bad: int64 [T]; takes the lowest position in `ids` of one out of bounds, or None.
+        exact: whether `out` has as many rows as all bags, by lengths that the host knows. A batch
+            whose features do not rise, or have more rows, is read as row 0 in the last bag; it
+            counts as a bad id, or has a first one at -1.
     """
     variable = bags.starts is not None
     starts, out_starts, step = None, None, bags.stride
@@ -128,8 +134,9 @@ def expand(
         kernels.expand, (row_programs + bag_programs,),
         ids, weights, bags.offsets, bags.starts, bags.out_starts, starts, out_starts,
         lookup.numbers, out, out_weights, offsets, invalid, first_bad, *lookup.places, num_values,
-        lookup.num_features, lookup.num_out_features, lookup.num_tables, bags.num_out,
-        bags.stride, step, row_programs,
+        out.numel(), lookup.num_features, lookup.num_out_features, lookup.num_tables, bags.num_out,
+        bags.stride, step, row_programs, lookup.most_copies,
+        FEATURES=triton.next_power_of_2(lookup.num_features), EXACT=exact,
         CHUNKS=lookup.most_chunks, STEPS=lookup.num_features.bit_length(),
         BAG_STEPS=lookup.num_out_features.bit_length() if variable else 0,
         VALUES=_VALUES, BAGS=_BAGS, CODE_BYTES=lookup.code_bytes, ROW_BYTES=lookup.row_bytes,

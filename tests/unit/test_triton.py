@@ -296,7 +296,98 @@ assert weights.grad.min() >= 1
 """
 
 
+UNSOUND = """
+import torch
+from fbgemm_gpu.split_table_batched_embeddings_ops_common import BoundsCheckMode
+from torchrec import EmbeddingBagConfig, KeyedJaggedTensor
+from cce_torchrec import CCEEmbeddingBagCollection, CCEEmbeddingBagConfig
+from cce_torchrec.lookup import triton_expand
+from cce_torchrec.lookup.bounds import BoundsCheck
+
+WARNING, FATAL = BoundsCheckMode.WARNING, BoundsCheckMode.FATAL
+B, KEYS, UNTOUCHED, ROOM = 3, ["a", "b", "c"], -777, 200
+LENGTHS = torch.tensor([2, 0, 1, 3, 1, 0, 2, 2, 1])
+OFFSETS = torch.nn.functional.pad(LENGTHS.cumsum(0), (1, 0))
+IDS = torch.arange(12)
+
+def table(name, **settings):
+    return CCEEmbeddingBagConfig(name=name, num_embeddings=90, embedding_dim=8, num_chunks=2,
+                                 feature_names=[name], num_rows=5, **settings)
+
+plain = EmbeddingBagConfig(name="c", num_embeddings=90, embedding_dim=8, feature_names=["c"])
+ALIKE = [table("a"), table("b"), table("c")]
+MIXED = [table("a"), table("b", num_helper_rows=0), plain]
+
+def changed(values, **at):
+    values = values.clone()
+    for place, value in at.items():
+        values[int(place[1:])] = value
+    return values
+
+def batches(known):
+    def made(**parts):
+        return KeyedJaggedTensor(KEYS, IDS, torch.ones(12), stride=B, length_per_key=known, **parts)
+    yield made(lengths=LENGTHS), known in (None, [3, 4, 5])
+    yield made(lengths=changed(LENGTHS, _0=100_000)), False
+    yield made(lengths=changed(LENGTHS, _0=-9)), False
+    yield made(lengths=changed(LENGTHS, _0=2**62, _1=2**62, _2=2**62, _3=2**62)), False
+    yield made(offsets=changed(OFFSETS, _3=9, _6=2)), False
+    yield made(offsets=OFFSETS + 2), False
+    yield made(offsets=changed(OFFSETS, _9=500)), False
+    for value in (9, -9, 2**40):  # inside of a feature
+        yield made(offsets=changed(OFFSETS, _1=value)), False
+
+written = []
+usual = torch.Tensor.new_empty
+
+def guarded(self, count, **settings):
+    values = torch.full((count + 2 * ROOM,), UNTOUCHED, dtype=settings.get("dtype", self.dtype))
+    written.append(values)
+    return values[ROOM : ROOM + count]
+
+def expanded(module, features, check):
+    written.clear()
+    torch.Tensor.new_empty = guarded
+    try:
+        return module.expansion(features, check)
+    finally:
+        torch.Tensor.new_empty = usual
+
+for tables in (ALIKE, MIXED):
+    module = CCEEmbeddingBagCollection(tables)
+    rows_of = [len(codebook) for codebook in module.parameters()]
+    for sizes in ((16, 8), (16, 2)):  # the second: all bags of a program are of one feature
+        triton_expand._VALUES, triton_expand._BAGS = sizes
+        for known in (None, [3, 4, 5], [10, 1, 1]):
+            for features, sound in batches(known):
+                check = BoundsCheck(WARNING)
+                module.expansion._invalid = {}
+                out = expanded(module, features, check)
+                for values in written:
+                    around = torch.cat([values[:ROOM], values[-ROOM:]])
+                    assert (around == UNTOUCHED).all()
+                rows, offsets = out.values(), out.offsets()
+                assert 0 <= offsets.min() and offsets.max() <= len(rows)
+                for bag, (start, end) in enumerate(zip(offsets[:-1], offsets[1:])):
+                    own = rows[start:end]
+                    assert ((own >= 0) & (own < rows_of[bag // B])).all()
+                if known is not None:
+                    assert offsets[-1] == len(rows)  # FBGEMM's backward reads each of them
+                # With tables alike, other lengths of features than the host knows do no harm.
+                assert (check.num_invalid == 0) == sound or (tables is ALIKE and sum(known) == 12)
+
+fatal = CCEEmbeddingBagCollection(ALIKE, bounds_check_mode=FATAL)
+for features, sound in batches([3, 4, 5]):
+    try:
+        fatal.expansion(features, BoundsCheck(FATAL))
+        assert sound
+    except ValueError as error:
+        assert not sound and "the lengths of the batch do not add up" in str(error)
+"""
+
+
 BESIDE = {
+    "unsound batches": ["-c", UNSOUND],
     "kernel": ["-c", CHECK],
     "clustering": ["-c", CLUSTER],
     "expansion": ["-c", EXPAND],

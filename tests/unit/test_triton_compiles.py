@@ -50,6 +50,7 @@ def test_expansion(ids, weights, code_bytes, rows):
     constants |= {"CHUNKS": 4, "STEPS": 5, "BAG_STEPS": 5, "VALUES": 256, "BAGS": 1024}
     constants |= {"CODE_BYTES": code_bytes, "RAW": alike, "MARK": alike, "LONG": alike}
     constants |= {"PAIRS": rows == "*i32", "TABLE_BY_TABLE": code_bytes > 0}
+    constants |= {"FEATURES": 32, "EXACT": rows == "*i32"}
     constants["ROW_BYTES"] = 8 if code_bytes and ids == "*i64" else 0
     fields = ("TABLE_FIELDS", "CHUNK_FIELDS", "FEATURE_FIELDS")
     constants |= {name: getattr(fused, name) for name in fields}
