@@ -96,6 +96,7 @@ class ShardedCCEEmbeddingBagCollection(
         self.id_partitions = placement.id_partitions
         # A rank pools the rows that it has of a bag, so MEAN is taken of the sum of all parts.
         self.output = module.output.divided(self._plain_row_wise)
+        self._on_cpu = device.type == "cpu"
         self.frozen = frozen_tables(module)
         """Tables whose parameters required no gradient, which no backward pass trains."""
         keep_frozen_apart(module, self.frozen)
@@ -186,15 +187,25 @@ class ShardedCCEEmbeddingBagCollection(
             features, self.output.slots, self._is_weighted and not self.weights_computed_after_dist
         )
         if features.variable_stride_per_key():
-            self._check_variable_batch()
+            self.check_variable_batch()
         ctx.divisor = self.output.divisor(features)
         ctx.variable_batch_per_feature = features.variable_stride_per_key()
         if ctx.variable_batch_per_feature:
             ctx.inverse_indices = self._distribution.inverse_indices(*features.inverse_indices())
         return features if self._is_weighted else without_weights(features)
 
-    def _check_variable_batch(self) -> None:
-        """Refuses a batch size per feature where TorchRec cannot distribute the output."""
+    def check_variable_batch(self) -> None:
+        """Refuses a batch size per feature where TorchRec or FBGEMM cannot take one.
+
+        Raises:
+            ValueError: naming the tables that are in the way.
+        """
+        if self._on_cpu and set() < self.frozen < {table.name for table in self.tables}:
+            raise ValueError(
+                f"tables {sorted(self.frozen)} are frozen and others are not, and FBGEMM's CPU "
+                "kernels take sequences and a batch size per feature in one kernel only; freeze "
+                "all tables of the collection or none, or give the frozen ones a collection"
+            )
         why, tables = "data-parallel, for which TorchRec has no", self.data_parallel
         if not tables and self._plain_row_wise and dist.get_backend(self.process_group) == "gloo":
             why, tables = "cut by rows, for which gloo cannot gather a", self._plain_row_wise
