@@ -25,6 +25,7 @@ class BatchCheck:
     Args:
         inputs: the checks of any collection.
         placement: of the tables.
+        partly_frozen: tables that are not trained, where others are.
         device: of the tables.
         group: the ranks that share them.
     """
@@ -34,10 +35,11 @@ class BatchCheck:
         inputs: InputCheck,
         placement: TablePlacement,
         *,
+        partly_frozen: set[str],
         device: torch.device,
         group: dist.ProcessGroup | None,
     ) -> None:
-        self.inputs, self._placement = inputs, placement
+        self.inputs, self._placement, self._frozen = inputs, placement, partly_frozen
         self._device, self._group = device, group
         self.ranks_agree = True
         """Whether ids are sent to other ranks, which then have to hear of a failure."""
@@ -70,11 +72,21 @@ class BatchCheck:
             refuse(features)
         checked = check(features)
         if checked.variable_stride_per_key():
-            self._check_variable_batch()
+            self.check_variable_batch()
         return checked
 
-    def _check_variable_batch(self) -> None:
-        """Refuses a batch size per feature where TorchRec cannot distribute the output."""
+    def check_variable_batch(self) -> None:
+        """Refuses a batch size per feature where TorchRec or FBGEMM cannot take one.
+
+        Raises:
+            ValueError: naming the tables that are in the way.
+        """
+        if self._device.type == "cpu" and self._frozen:
+            raise ValueError(
+                f"tables {sorted(self._frozen)} are frozen and others are not, and FBGEMM's CPU "
+                "kernels take sequences and a batch size per feature in one kernel only; freeze "
+                "all tables of the collection or none, or give the frozen ones a collection"
+            )
         why = "data-parallel, for which TorchRec has no"
         tables, by_rows = self._placement.data_parallel, self._placement.plain_row_wise
         if not tables and by_rows and backend_of(self._device, self._group) == "gloo":

@@ -41,12 +41,8 @@ from cce_torchrec.distributed.frozen import frozen_tables, keep_frozen_apart, st
 from cce_torchrec.distributed.id_partition import check_group
 from cce_torchrec.distributed.inference import outside_inference_mode
 from cce_torchrec.distributed.input_dist import InputDistribution
-from cce_torchrec.distributed.plan import (
-    physical_plan,
-    warn_of_ignored_optimizers,
-    warn_of_ignored_settings,
-    warn_of_missing_optimizers,
-)
+from cce_torchrec.distributed.optimizer_warnings import warn_of_optimizers
+from cce_torchrec.distributed.plan import physical_plan
 from cce_torchrec.distributed.sharding_input import sharding_inputs
 from cce_torchrec.distributed.state_dict import CodesState
 from cce_torchrec.distributed.table_placement import TablePlacement
@@ -102,22 +98,18 @@ class ShardedCCEEmbeddingBagCollection(
         self.id_partitions = placement.id_partitions
         # A rank pools the rows that it has of a bag, so MEAN is taken of the sum of all parts.
         self.output = module.output.divided(placement.plain_row_wise)
+        self.frozen = frozen_tables(module)
+        """Tables whose parameters required no gradient, which no backward pass trains."""
         self.checked = BatchCheck(
             InputCheck(self.output.slots, self._is_weighted),
             placement,
+            partly_frozen=self.frozen if len(self.frozen) < len(self.tables) else set(),
             device=self.device,
             group=self.process_group,
         )
         """Batches that lookups take; raises on what they do not."""
-        self.frozen = frozen_tables(module)
-        """Tables whose parameters required no gradient, which no backward pass trains."""
         keep_frozen_apart(module, self.frozen)
-        fused_params = ebc_sharder.fused_params or {}
-        warn_of_ignored_optimizers(module, self.data_parallel - self.frozen)
-        warn_of_missing_optimizers(module, params, fused_params, self.frozen)
-        if device.type == "cpu":
-            trained = {table.name for table in self.tables} - self.data_parallel - self.frozen
-            warn_of_ignored_settings(module, fused_params, trained)
+        warn_of_optimizers(module, params, ebc_sharder.fused_params or {}, self.frozen, device)
         # Plans name global ranks, also where a sharding group is a part of them (2D parallelism).
         rank = getattr(env, "global_rank", env.rank)
         self.codes = placement.local_codes(self.tables, module.codes, rank, device)

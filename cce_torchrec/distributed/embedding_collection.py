@@ -124,6 +124,7 @@ class ShardedCCEEmbeddingCollection(
         self.bags = bag_sharder.shard(
             module.bags, params, env, device, append_prefix(module_fqn or "", "bags")
         )
+        self.bags.checked.check_variable_batch()  # every batch is one: embeddings return one an id
         self._lookups = lookups_of(self.bags)
         self._input_dists += input_dists(self.bags)
         self._has_uninitialized_input_dist = False

@@ -37,6 +37,7 @@ from tests.support.models import (
     shard,
     shard_by,
     tables,
+    vbe_batch,
     with_optimizer,
 )
 from tests.support.ranks import on_ranks
@@ -124,6 +125,18 @@ def test_frozen_tables_stay_as_they_are(rank, world_size, kind, names, when, net
     configs = getattr(model.module.collection, "bags", model.module.collection)
     finished = {c.name: c.helper_rows == 0 for c in configs.embedding_bag_configs()[::2]}
     assert finished == {name: name in rest for name in finished}
+
+
+@on_ranks(2)
+def test_a_variable_batch_that_kernels_on_cpus_cannot_take_is_refused(rank, world_size):
+    told = r"tables \['t'\] are frozen and others are not"
+    with pytest.raises(ValueError, match=told):
+        frozen_model("tw", ["t"], "after", net=SequenceNet)
+    model = frozen_model("tw", ["t"], "after")
+    with pytest.raises(ValueError, match=told):
+        model.module.collection(vbe_batch(rank, False))
+    model = frozen_model("tw", ALL, "after")
+    model.module.collection(vbe_batch(rank, False)).wait()
 
 
 @on_ranks(2)
