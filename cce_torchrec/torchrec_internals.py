@@ -62,11 +62,14 @@ def version_of(tensor: torch.Tensor) -> int | None:
     Autograd counts by it. Without it, what was computed from codes would have to be computed anew
     for every batch.
     """
-    return None if tensor.is_inference() else tensor._version
+    try:
+        return tensor._version
+    except RuntimeError:
+        return None
 
 
-def buffers_of(module: nn.Module) -> dict[str, torch.Tensor | None]:
-    """The buffers of `module` itself, by name.
+def buffers_of(module: nn.Module) -> dict[str, Any]:
+    """The buffers of `module` itself, tensors or None by name.
 
     As `getattr` gives them one by one, in a tenth of the time; without it lookups are that slower.
     """

@@ -70,9 +70,9 @@ class ChunkCodes(nn.Module):
 
         The host waits for a GPU only where the buffer was written, or became another, since.
         """
-        count = self.clusterings
-        if count.device.type == "cpu":
-            return int(count)
+        count = self.count
+        if count.is_cpu:
+            return int(count.item())
         if count.is_meta:  # which has the initial hash
             return 0
         if self._counted is None or not self._counted[0].is_current([count]):
@@ -86,6 +86,11 @@ class ChunkCodes(nn.Module):
     def set_codes(self, codes: torch.Tensor) -> None:
         """Takes `codes` [len(ids), len(chunks)] for its own."""
         self.codes = codes
+
+    @property
+    def count(self) -> torch.Tensor:
+        """The buffer `clusterings`, which whoever writes codes writes too."""
+        return buffers_of(self)["clusterings"]
 
     @property
     def read_by_lookups(self) -> list[torch.Tensor]:

@@ -28,9 +28,8 @@ class Written:
 
     def is_unchanged(self) -> bool:
         """Whether none of them was written since."""
-        return None not in self._versions and self._versions == [
-            version_of(tensor) for tensor in self._tensors
-        ]
+        now = [version_of(tensor) for tensor in self._tensors]
+        return now == self._versions and None not in now
 
     def is_current(self, tensors: Sequence[torch.Tensor]) -> bool:
         """Whether `tensors` are the same ones, and none was written since."""

@@ -67,7 +67,7 @@ class BatchInFlight:
     @property
     def _counts(self) -> list[torch.Tensor]:
         """Every rank has these buffers, and whoever writes codes writes them on all."""
-        return [codes.clusterings for codes in self._fetched_codes]
+        return [codes.count for codes in self._fetched_codes]
 
     @property
     def _read(self) -> list[torch.Tensor]:

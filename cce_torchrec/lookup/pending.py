@@ -33,8 +33,7 @@ class PendingLookup:
 
     def __init__(self, tables: Iterable[str], codes: Iterable[ChunkCodes]) -> None:
         self._tables = tables
-        # Whoever writes codes writes the number of clusterings: it is the hash's part of them.
-        self._written = Written([part.clusterings for part in codes])
+        self._written = Written([part.count for part in codes])
         self._overtaken = False
         self.waits = True
         """Whether no gradient has come yet."""

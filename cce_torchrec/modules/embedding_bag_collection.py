@@ -128,12 +128,12 @@ class CCEEmbeddingBagCollection(ChecksNames, EmbeddingBagCollectionInterface):
 
     def refuse_late_gradients(self, outputs: Iterable[torch.Tensor]) -> None:
         """Has the gradient of a lookup's `outputs` refused if codes change before it comes."""
-        if torch.compiler.is_compiling():  # a graph would end at the hook
+        trained = [output for output in outputs if output.requires_grad]
+        if not trained or torch.compiler.is_compiling():  # a graph would end at the hook
             return
         hook = PendingLookup(self.codes, self._every_codes)
-        for output in outputs:
-            if output.requires_grad:
-                output.register_hook(hook)
+        for output in trained:
+            output.register_hook(hook)
 
     def embedding_bag_configs(self) -> list[EmbeddingBagConfig]:
         """The tables as configured (or finalized), one entry per logical table."""
