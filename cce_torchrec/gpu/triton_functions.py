@@ -39,3 +39,26 @@ def code_at(address, cell, width, on):  # type: ignore[no-untyped-def]
     short = tl.load(shorts + cell, mask=on & (width == 2), other=0).to(tl.int64) & 0xFFFF
     word = tl.load(words + cell, mask=on & (width == 4), other=0).to(tl.int64)
     return byte + short + word
+
+
+@triton.jit
+def mark_bits(address, ids, on):  # type: ignore[no-untyped-def]
+    """Sets the bits of `ids` in the words of 32 from `address` on."""
+    # Most bits of popular ids are set already: looking first spares most of the atomics.
+    word = address.to(tl.pointer_type(tl.int32)) + (ids >> 5)
+    bit = (tl.full(ids.shape, 1, tl.int32) << (ids & 31).to(tl.int32)).to(tl.int32)
+    held = tl.load(word, mask=on, other=-1)
+    tl.atomic_or(word, bit, mask=on & ((held & bit) == 0))
+
+
+@triton.jit
+def last_at(starts_ptr, step, at, count, STEPS: tl.constexpr):  # type: ignore[no-untyped-def]
+    """The last of `count` rising starts at or before each of `at`; empty ones are passed."""
+    found = tl.zeros(at.shape, tl.int32)
+    end = tl.zeros(at.shape, tl.int32) + count
+    for _ in range(STEPS):
+        middle = (found + end) // 2
+        before = tl.load(starts_ptr + middle.to(tl.int64) * step) <= at
+        found = tl.where(before, middle, found)
+        end = tl.where(before, end, middle)
+    return found

@@ -18,7 +18,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from cce_torchrec.gpu.triton_functions import code_at, hashed, mix
+from cce_torchrec.gpu.triton_functions import code_at, hashed, last_at, mark_bits, mix
 
 TABLE_FIELDS = 14
 """int64 per table: ids, address of codes, bytes of a code (0: hashed, -1: the id is the row),
@@ -32,33 +32,11 @@ FEATURE_FIELDS = 4
 
 
 @triton.jit
-def _mark(address, ids, on):  # type: ignore[no-untyped-def]
-    # Most bits of popular ids are set already: looking first spares most of the atomics.
-    word = address.to(tl.pointer_type(tl.int32)) + (ids >> 5)
-    bit = (tl.full(ids.shape, 1, tl.int32) << (ids & 31).to(tl.int32)).to(tl.int32)
-    held = tl.load(word, mask=on, other=-1)
-    tl.atomic_or(word, bit, mask=on & ((held & bit) == 0))
-
-
-@triton.jit
 def _first_bag(feature, bag_starts_ptr, stride, mask, VARIABLE: tl.constexpr):  # type: ignore[no-untyped-def]
     if VARIABLE:
         return tl.load(bag_starts_ptr + feature, mask=mask, other=0)
     else:
         return feature.to(tl.int64) * stride
-
-
-@triton.jit
-def _last_at(starts_ptr, step, at, count, STEPS: tl.constexpr):  # type: ignore[no-untyped-def]
-    # The last of `count` rising starts that is at or before each of `at`; empty ones are passed.
-    found = tl.zeros(at.shape, tl.int32)
-    end = tl.zeros(at.shape, tl.int32) + count
-    for _ in range(STEPS):
-        middle = (found + end) // 2
-        before = tl.load(starts_ptr + middle.to(tl.int64) * step) <= at
-        found = tl.where(before, middle, found)
-        end = tl.where(before, end, middle)
-    return found
 
 
 @triton.jit
@@ -117,7 +95,7 @@ def _tables_of(  # type: ignore[no-untyped-def]
 ):
     # The first and the last table of `count` values from `begin` on.
     ends = begin + tl.arange(0, 2) * tl.maximum(count - 1, 0)
-    feature = _last_at(starts_ptr, step, ends, num_features, STEPS)
+    feature = last_at(starts_ptr, step, ends, num_features, STEPS)
     table = tl.load(lookup_ptr + table_of_at + feature)
     return tl.min(table, axis=0), tl.max(table, axis=0)
 
@@ -178,7 +156,7 @@ def _rows(  # type: ignore[no-untyped-def]
     ids = _checked(table, field, begin, at, ids, inside, invalid_ptr, first_bad_ptr, RAW)
     if MARK:
         seen = tl.load(field + 12)
-        _mark(seen, ids, inside & (seen + zeros != 0))
+        mark_bits(seen, ids, inside & (seen + zeros != 0))
     mixed = mix(ids)
     two = helper_rows + zeros > 0
     rows_per_id = tl.where(helper_rows > 0, 2, 1)
@@ -274,7 +252,7 @@ def _bags(  # type: ignore[no-untyped-def]
         bag = program * BAGS + tl.arange(0, BAGS)
         real = bag < num_bags
         if VARIABLE:
-            number = _last_at(out_bag_starts_ptr, 1, bag, num_out_features, STEPS)
+            number = last_at(out_bag_starts_ptr, 1, bag, num_out_features, STEPS)
             number = tl.where(real, number, 0)
             within = bag - tl.load(out_bag_starts_ptr + number)
         else:
@@ -354,7 +332,7 @@ def expand(  # type: ignore[no-untyped-def]
                       CHUNK_FIELDS)  # fmt: skip
                 table += 1
         else:
-            feature = _last_at(starts_ptr, step, begin + at, num_features, STEPS)
+            feature = last_at(starts_ptr, step, begin + at, num_features, STEPS)
             table = tl.load(lookup_ptr + table_of_at + feature, mask=at < count, other=0)
             _rows(table, begin, count, ids, weights_ptr, starts_ptr, lookup_ptr, chunks_at,
                   out_starts_ptr, out_ptr, out_weights_ptr, invalid_ptr, first_bad_ptr, step,
