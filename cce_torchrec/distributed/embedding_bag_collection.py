@@ -7,8 +7,7 @@ codes live. Codes of ROW_WISE tables are fetched before (code_fetch.py).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterator
 from functools import partial
 from typing import Any
 
@@ -30,8 +29,8 @@ from torchrec.distributed.types import (
 from torchrec.distributed.utils import append_prefix
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor, KeyedTensor
 
-from cce_torchrec.collectives import together
 from cce_torchrec.distributed.alone import PooledNoWait, is_alone
+from cce_torchrec.distributed.batch_check import BatchCheck, outside_inference_mode
 from cce_torchrec.distributed.batch_in_flight import BatchInFlight
 from cce_torchrec.distributed.caches import forget_prefetched
 from cce_torchrec.distributed.code_fetch import CodeFetch
@@ -55,19 +54,6 @@ from cce_torchrec.torchrec_internals import (
     output_features,
     torchrec_kernels,
 )
-
-
-@contextmanager
-def outside_inference_mode() -> Iterator[None]:
-    """Does what is inside without gradients where the caller is in `torch.inference_mode`.
-
-    FBGEMM's lookup has a kernel for that mode on GPUs only; results are the same.
-    """
-    if not torch.is_inference_mode_enabled():
-        yield
-        return
-    with torch.inference_mode(False), torch.no_grad():
-        yield
 
 
 class ShardedCCEEmbeddingBagCollection(
@@ -100,8 +86,6 @@ class ShardedCCEEmbeddingBagCollection(
         # A rank pools the rows that it has of a bag, so MEAN is taken of the sum of all parts.
         self.output = module.output.divided(self._plain_row_wise)
         self.input_check = InputCheck(self.output.slots, self._is_weighted)
-        self._device = device
-        self._has_seen_batch = False
         warn_of_ignored_optimizers(module, self.data_parallel)
         # Plans name global ranks, also where a sharding group is a part of them (2D parallelism).
         rank = getattr(env, "global_rank", env.rank)
@@ -151,7 +135,14 @@ class ShardedCCEEmbeddingBagCollection(
         # Where train pipelines look for what to fuse. Not `redistribute`, which has to stay as it
         # is: see ShardingInput.
         self._input_dists += [sharded.dist for sharded in self.inputs]
-        self._alone = is_alone(self._env, inner) and all(sharded.stays for sharded in self.inputs)
+        sends = not all(sharded.stays for sharded in self.inputs)
+        self.batch_check = BatchCheck(
+            self.input_check,
+            [self._check_variable_batch],
+            device,
+            self.process_group if sends else None,
+        )
+        self._alone = is_alone(self._env, inner) and not sends
 
     def input_dist(  # type: ignore[override]  # TorchRec's own modules narrow *input likewise
         self, ctx: CCEContext, features: KeyedJaggedTensor
@@ -166,44 +157,7 @@ class ShardedCCEEmbeddingBagCollection(
                 batch sizes that do not fit, or a batch size per feature where a table is
                 data-parallel. Of the first batch on every rank, of later ones where it is so.
         """
-        return self.distribute(ctx, self.checked(features))
-
-    def checked(
-        self, features: KeyedJaggedTensor, *refusals: Callable[[KeyedJaggedTensor], None]
-    ) -> KeyedJaggedTensor:
-        """`features` as lookups take them, if nothing and none of `refusals` refuses them.
-
-        As in TorchRec the first batch is validated more closely; ranks that send each other ids
-        agree about it.
-        """
-        if self._has_seen_batch:
-            return self._check(features, refusals, self.input_check)
-        sends = not all(sharded.stays for sharded in self.inputs)
-        # Later batches cost no agreement: what one rank refuses the others wait for, as they do for
-        # any other error there.
-        checked = together(
-            self._check,
-            features,
-            refusals,
-            self.input_check.first,
-            device=self._device,
-            group=self.process_group if sends else None,
-        )
-        self._has_seen_batch = True
-        return checked
-
-    def _check(
-        self,
-        features: KeyedJaggedTensor,
-        refusals: Sequence[Callable[[KeyedJaggedTensor], None]],
-        check: Callable[[KeyedJaggedTensor], KeyedJaggedTensor],
-    ) -> KeyedJaggedTensor:
-        for refuse in refusals:
-            refuse(features)
-        checked = check(features)
-        if checked.variable_stride_per_key():
-            self._check_variable_batch()
-        return checked
+        return self.distribute(ctx, self.batch_check(features))
 
     def distribute(
         self, ctx: CCEContext, features: KeyedJaggedTensor
@@ -220,8 +174,10 @@ class ShardedCCEEmbeddingBagCollection(
             ctx.inverse_indices = self._distribution.inverse_indices(*features.inverse_indices())
         return features
 
-    def _check_variable_batch(self) -> None:
+    def _check_variable_batch(self, features: KeyedJaggedTensor) -> None:
         """Refuses a batch size per feature where TorchRec cannot distribute the output."""
+        if not features.variable_stride_per_key():
+            return
         why, tables = "data-parallel, for which TorchRec has no", self.data_parallel
         if not tables and self._plain_row_wise and dist.get_backend(self.process_group) == "gloo":
             why, tables = "cut by rows, for which gloo cannot gather a", self._plain_row_wise
@@ -238,7 +194,7 @@ class ShardedCCEEmbeddingBagCollection(
 
     def _arrived(self, ctx: CCEContext, features: KeyedJaggedTensor) -> KJTList:
         """What this rank looks up of every rank's `features`."""
-        features = self.checked(features)
+        features = self.batch_check(features)
         with torch.no_grad():
             features = self._prepared(ctx, features)
             if self._distribution.fetch is None and self._is_direct(ctx):

@@ -137,7 +137,7 @@ class ShardedCCEEmbeddingCollection(
             ValueError: a missing feature, a batch size per feature, or lengths and offsets that do
                 not fit.
         """
-        features = self.bags.checked(features, check_one_batch_size)
+        features = self.bags.batch_check(features, check_one_batch_size)
         ctx.features = features
         awaitable = self.bags.distribute(ctx, features)
         # Only now: ids are sent with one batch size, and embeddings return one an id, by TorchRec's

@@ -19,6 +19,7 @@ import triton
 import triton.language as tl
 
 from cce_torchrec.gpu.triton_functions import code_at, hashed, mix
+from cce_torchrec.lookup.triton_bags import blank, is_sound, out_start_of, start_of, tell
 
 TABLE_FIELDS = 14
 """int64 per table: ids, address of codes, bytes of a code (0: hashed, -1: the id is the row),
@@ -59,19 +60,6 @@ def _last_at(starts_ptr, step, at, count, STEPS: tl.constexpr):  # type: ignore[
         found = tl.where(before, middle, found)
         end = tl.where(before, end, middle)
     return found
-
-
-@triton.jit
-def _start(starts_ptr, feature, step):  # type: ignore[no-untyped-def]
-    return tl.load(starts_ptr + feature.to(tl.int64) * step).to(tl.int64)
-
-
-@triton.jit
-def _out_start(out_starts_ptr, table, first, copies, ALIKE: tl.constexpr):  # type: ignore[no-untyped-def]
-    if ALIKE:
-        return first * copies
-    else:
-        return tl.load(out_starts_ptr + table)
 
 
 @triton.jit(do_not_specialize=["num_features", "num_tables", "stride"])
@@ -164,8 +152,8 @@ def _rows(  # type: ignore[no-untyped-def]
     # table of each id.
     # Positions among them are int32, so that few instructions have 64 bits.
     field = lookup_ptr + table * TABLE_FIELDS
-    first = _start(starts_ptr, tl.load(field + 6), step)
-    last = _start(starts_ptr, tl.load(field + 7), step)
+    first = start_of(starts_ptr, tl.load(field + 6), step)
+    last = start_of(starts_ptr, tl.load(field + 7), step)
     at = tl.arange(0, VALUES)
     zeros = tl.zeros(at.shape, tl.int64)  # makes one number for all ids one for each
     inside = (at >= tl.maximum(first - begin, 0).to(tl.int32)) & (at < count)
@@ -182,7 +170,7 @@ def _rows(  # type: ignore[no-untyped-def]
     mixed = mix(ids)
     two = helper_rows + zeros > 0
     rows_per_id = tl.where(helper_rows > 0, 2, 1)
-    begins = _out_start(out_starts_ptr, table, first, tl.load(field + 13), ALIKE)
+    begins = out_start_of(out_starts_ptr, table, first, tl.load(field + 13), ALIKE)
     begins += (begin - first) * rows_per_id
     step_out = (last - first) * rows_per_id
     if ROW_BYTES > 0:
@@ -212,55 +200,10 @@ def _rows(  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def _is_sound(  # type: ignore[no-untyped-def]
-    starts_ptr, out_starts_ptr, lookup_ptr, num_values, num_out, num_features, num_tables, step,
-    FEATURES: tl.constexpr, ALIKE: tl.constexpr, EXACT: tl.constexpr,
-):  # fmt: skip
-    # Whether features start one after the other among the ids, and their rows have the room there
-    # is. The host does not wait for lengths, so that nobody has looked at them before.
-    feature = tl.arange(0, FEATURES)
-    real = feature < num_features
-    at = starts_ptr + feature.to(tl.int64) * step
-    start = tl.load(at, mask=real, other=0).to(tl.int64)
-    end = tl.load(at + step, mask=real, other=0).to(tl.int64)
-    wrong = real & ((start < 0) | (end < start) | (end > num_values))
-    wrong = wrong | (real & (feature == 0) & (start != 0))
-    last = _start(starts_ptr, num_features, step)
-    copies = tl.load(lookup_ptr + 13)  # of any table, where all are alike
-    total = _out_start(out_starts_ptr, num_tables, last, copies, ALIKE)
-    fits = (total == num_out) if EXACT else (total <= num_out)
-    return (tl.max(wrong.to(tl.int32), axis=0) == 0) & fits
-
-
-@triton.jit
-def _blank(  # type: ignore[no-untyped-def]
-    program, out_ptr, out_weights_ptr, num_out, most_copies, VALUES: tl.constexpr
-):
-    # Rows of a batch that is not sound: row 0, which every table has.
-    at = program * VALUES * most_copies + tl.arange(0, VALUES)
-    zeros = tl.zeros(at.shape, tl.int64)
-    for _ in range(most_copies):
-        tl.store(out_ptr + at, zeros, mask=at < num_out)
-        if out_weights_ptr is not None:
-            tl.store(out_weights_ptr + at, zeros.to(tl.float32), mask=at < num_out)
-        at += VALUES
-
-
-@triton.jit
-def _tell(table, wrong, invalid_ptr, first_bad_ptr):  # type: ignore[no-untyped-def]
-    # Wrong bags count as ids out of bounds, and are found before all ids.
-    zeros = tl.zeros(wrong.shape, tl.int64)
-    if invalid_ptr is not None:
-        tl.atomic_add(invalid_ptr + table + zeros, zeros + 1, mask=wrong, sem="relaxed")
-    if first_bad_ptr is not None:
-        tl.atomic_min(first_bad_ptr + table + zeros, zeros - 1, mask=wrong, sem="relaxed")
-
-
-@triton.jit
 def _bags(  # type: ignore[no-untyped-def]
     program, offsets_ptr, bag_starts_ptr, out_bag_starts_ptr, starts_ptr, lookup_ptr, features_at,
     out_starts_ptr, out_ptr, num_bags, num_features, num_out_features, num_tables, stride, step,
-    is_sound, num_out, invalid_ptr, first_bad_ptr, EXACT: tl.constexpr,
+    sound, num_out, invalid_ptr, first_bad_ptr, EXACT: tl.constexpr,
     BAGS: tl.constexpr, STEPS: tl.constexpr, FEATURE_FIELDS: tl.constexpr,
     TABLE_FIELDS: tl.constexpr, VARIABLE: tl.constexpr, LONG: tl.constexpr, ALIKE: tl.constexpr,
 ):  # fmt: skip
@@ -289,23 +232,23 @@ def _bags(  # type: ignore[no-untyped-def]
         after = tl.load(offsets_ptr + at + 1, mask=real, other=0).to(tl.int64)
         zeros = tl.zeros(at.shape, tl.int64)
         falls = real & (chunk + zeros == 0) & (after < start)  # once, not once a chunk
-        _tell(table, tl.where(is_sound, falls, real & (bag == 0)), invalid_ptr, first_bad_ptr)
+        tell(table, tl.where(sound, falls, real & (bag == 0)), invalid_ptr, first_bad_ptr)
     field = lookup_ptr + table * TABLE_FIELDS
-    first = _start(starts_ptr, tl.load(field + 6), step)
-    last = _start(starts_ptr, tl.load(field + 7), step)
+    first = start_of(starts_ptr, tl.load(field + 6), step)
+    last = start_of(starts_ptr, tl.load(field + 7), step)
     copies = tl.load(field + 13)
-    begins = _out_start(out_starts_ptr, table, first, copies, ALIKE)
+    begins = out_start_of(out_starts_ptr, table, first, copies, ALIKE)
     begins += (chunk * (last - first) - first) * rows
     # Bags of a table read its rows alone, wherever they are said to start.
     start = tl.minimum(tl.maximum(start, first), last)
-    tl.store(out_ptr + bag, tl.where(is_sound, begins + start * rows, 0), mask=real)
+    tl.store(out_ptr + bag, tl.where(sound, begins + start * rows, 0), mask=real)
     if program == 0:
         of_all = tl.load(lookup_ptr + 13)  # copies of any table, where all are alike
-        end = _start(starts_ptr, num_features, step)
-        end = _out_start(out_starts_ptr, num_tables, end, of_all, ALIKE)
+        end = start_of(starts_ptr, num_features, step)
+        end = out_start_of(out_starts_ptr, num_tables, end, of_all, ALIKE)
         # FBGEMM's backward leaves what it keeps of rows in no bag unwritten: the last bag has all
         # rows of a batch that is not sound.
-        tl.store(out_ptr + num_bags, tl.where(is_sound, end, num_out if EXACT else 0))
+        tl.store(out_ptr + num_bags, tl.where(sound, end, num_out if EXACT else 0))
 
 
 @triton.jit(
@@ -332,16 +275,16 @@ def expand(  # type: ignore[no-untyped-def]
     if ALIKE:
         starts_ptr = offsets_ptr
     program = tl.program_id(0).to(tl.int64)
-    is_sound = _is_sound(starts_ptr, out_starts_ptr, lookup_ptr, num_values, num_out, num_features,
+    sound = is_sound(starts_ptr, out_starts_ptr, lookup_ptr, num_values, num_out, num_features,
                          num_tables, step, FEATURES, ALIKE, EXACT)  # fmt: skip
     if program < row_programs:
         # A batch may have values beyond its last bag, which belong to no table.
         begin = program * VALUES
-        end = tl.minimum(num_values, _start(starts_ptr, num_features, step))
+        end = tl.minimum(num_values, start_of(starts_ptr, num_features, step))
         count = tl.maximum(tl.minimum(end - begin, VALUES), 0).to(tl.int32)
-        if not is_sound:
+        if not sound:
             count = count * 0
-            _blank(program, out_ptr, out_weights_ptr, num_out, most_copies, VALUES)
+            blank(program, out_ptr, out_weights_ptr, num_out, most_copies, VALUES)
         at = tl.arange(0, VALUES)
         ids = tl.load(ids_ptr + begin + at, mask=at < count, other=0).to(tl.int64)
         if TABLE_BY_TABLE:  # what all ids of a table share is read and computed once
@@ -363,6 +306,6 @@ def expand(  # type: ignore[no-untyped-def]
     else:
         _bags(program - row_programs, offsets_ptr, bag_starts_ptr, out_bag_starts_ptr, starts_ptr,
               lookup_ptr, features_at, out_starts_ptr, out_offsets_ptr, num_bags, num_features,
-              num_out_features, num_tables, stride, step, is_sound, num_out, invalid_ptr,
+              num_out_features, num_tables, stride, step, sound, num_out, invalid_ptr,
               first_bad_ptr, EXACT, BAGS, BAG_STEPS, FEATURE_FIELDS,
               TABLE_FIELDS, VARIABLE, LONG, ALIKE)  # fmt: skip
