@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.distributed.optim import ZeroRedundancyOptimizer
 from torchrec.distributed import DistributedModelParallel
 from torchrec.optim.fused import FusedOptimizer
 from torchrec.optim.keyed import CombinedOptimizer
@@ -86,12 +87,13 @@ def _ordinary(
             known.add(id(parameter))
             name = next(n for n, p in part.params.items() if p is parameter)
             yield f"{place}.{name}", WarmupState.of(part, parameter, {})
-        elif averages_models(part):
-            lost = ["its global optimizer and step counters"]
+        elif averages_models(part) or isinstance(part, ZeroRedundancyOptimizer):
+            lost = ["state of its own on each rank"]
             yield place, ParameterState(kind=_kind(part), unsaved_state=lost)
     for place, part in parts:
         # What wrappers and combined optimizers have is that of the ones inside them.
-        if isinstance(part, CombinedOptimizer | FusedOptimizer) or wrapped_optimizer(part):
+        outer = isinstance(part, CombinedOptimizer | FusedOptimizer | ZeroRedundancyOptimizer)
+        if outer or wrapped_optimizer(part):
             continue
         for g, group in enumerate(part.param_groups):
             for i, parameter in enumerate(group["params"]):

@@ -7,6 +7,7 @@ import copy
 import pytest
 import torch
 from torch import nn
+from torch.distributed.optim import ZeroRedundancyOptimizer
 from torchrec.optim.clipping import GradientClipping, GradientClippingOptimizer
 from torchrec.optim.keyed import CombinedOptimizer, KeyedOptimizerWrapper
 from torchrec.optim.warmup import WarmupOptimizer, WarmupPolicy, WarmupStage
@@ -239,6 +240,16 @@ def test_state_that_no_checkpoint_holds_is_named(tmp_path):
         "setting of parameter 'bias': JSON does not hold 'after'" in line for line in dropped
     )
     assert not its.state
+
+
+@on_ranks(2)
+def test_state_that_is_spread_over_ranks_is_named(rank, world_size, tmp_path):
+    model = dense_net()
+    own = ZeroRedundancyOptimizer(model.parameters(), torch.optim.Adam, lr=0.1)
+    dense_steps(model, own, 1)
+    save_checkpoint(tmp_path, model, step=1, optimizers=[own])
+    (dropped,) = load_checkpoint(tmp_path, model, optimizers=[own]).dropped
+    assert "'optimizers[0]': ZeroRedundancyOptimizer keeps state of its own on each rank" in dropped
 
 
 def test_parameters_that_are_not_the_models(tmp_path):
