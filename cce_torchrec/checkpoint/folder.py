@@ -70,7 +70,8 @@ def begin(folder: Path, step: int, pin: str) -> Path:
     make_folder(folder)
     saved = _saved(folder)
     for one in saved:
-        if not _is_whole(one.path):
+        # Format 2 renamed what was whole: a folder without a number is not ours to remove.
+        if one.number >= 0 and not _is_whole(one.path):
             remove(one.path, MANIFEST)
     for path in entries(folder):
         if _LEFT_BY_FORMAT_2.fullmatch(path.name):

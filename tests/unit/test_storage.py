@@ -139,6 +139,15 @@ def test_the_latest_is_the_last_that_was_saved(store):
     assert {p.name for p in location(store).iterdir()} == {path.name, after.name}
 
 
+def test_what_others_keep_in_the_folder_stays(tmp_path):
+    for name in ("step-000000001", "step-5", "step-000000001-best", "notes"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "file").write_text("")
+    before = {path.name for path in tmp_path.iterdir()}
+    path = save_checkpoint(tmp_path, Model(), step=1, keep=1)
+    assert {p.name for p in tmp_path.iterdir()} == before | {path.name}
+
+
 def test_tables_and_growth(store):
     job, larger = trained(), trained(seed=1, num_ids=80)
     save_checkpoint(store, job[0], step=1)
