@@ -1,8 +1,10 @@
 """Launches and waits of an expansion: budgets, each with its reason, and what was counted."""
 
 import pytest
+import torch
 
 from tests.desk.counts import counting
+from tests.desk.emulated import on_cpu
 from tests.desk.twins import OPTIONS, batch, mixed_tables, table, twins
 
 LAUNCHES = 5
@@ -46,3 +48,24 @@ def test_launches_do_not_grow_with_tables(option):
         for count in (2, 26)
     )
     assert few.num_launches == many.num_launches, str(many)
+
+
+def test_buffers_that_were_written_are_read_once():
+    """The device is waited for by the lookup after a write, and not by the next one."""
+    cpu, cuda = twins(mixed_tables(4))
+    features = batch(4, seed=0)
+    for rounds in (0, 1, 2):
+        for module in (cpu, cuda):
+            for codes in module.codes.values():
+                codes.clusterings.copy_(torch.full_like(codes.clusterings, rounds))
+                if codes.codes is not None:
+                    codes.codes.add_(1).remainder_(20)
+        rows = cuda.expansion(features.to("cuda"), cuda.bounds_check)
+        expected = cpu.expansion(features, cpu.bounds_check)
+        assert torch.equal(on_cpu(rows.values()), expected.values())
+        with counting() as counts:
+            cuda.expansion(features.to("cuda"), cuda.bounds_check)
+        copied = counts.num_waits
+        with counting() as counts:
+            features.to("cuda")
+        assert copied == counts.num_waits
