@@ -20,8 +20,8 @@ from cce_torchrec import CCEEmbeddingBagConfig, CCEEmbeddingCollection
 from cce_torchrec.checkpoint import load_checkpoint, save_checkpoint
 from cce_torchrec.clustering import cluster, pairs
 from cce_torchrec.clustering.id_passes import ChunkIds, NewCodes
-from cce_torchrec.clustering.options import Options
 from cce_torchrec.clustering.local_chunks import fused_rows
+from cce_torchrec.clustering.options import Options
 from cce_torchrec.distributed.sharders import get_default_sharders
 from cce_torchrec.planning import make_plan, plan_report
 from tests.support.models import CPU, Model, batch, collection, shard_by
