@@ -88,7 +88,7 @@ def _ordinary(
             name = next(n for n, p in part.params.items() if p is parameter)
             yield f"{place}.{name}", WarmupState.of(part, parameter, {})
         elif averages_models(part) or isinstance(part, ZeroRedundancyOptimizer):
-            lost = ["state of its own on each rank"]
+            lost = ["state beside that of its parameters, or on other ranks"]
             yield place, ParameterState(kind=_kind(part), unsaved_state=lost)
     for place, part in parts:
         # What wrappers and combined optimizers have is that of the ones inside them.

@@ -249,7 +249,20 @@ def test_state_that_is_spread_over_ranks_is_named(rank, world_size, tmp_path):
     dense_steps(model, own, 1)
     save_checkpoint(tmp_path, model, step=1, optimizers=[own])
     (dropped,) = load_checkpoint(tmp_path, model, optimizers=[own]).dropped
-    assert "'optimizers[0]': ZeroRedundancyOptimizer keeps state of its own on each rank" in dropped
+    assert "'optimizers[0]': ZeroRedundancyOptimizer keeps state" in dropped
+
+
+def test_a_second_optimizer_inside_is_named(tmp_path):
+    semi_sync = pytest.importorskip("torchrec.optim.semi_sync")
+    model = dense_net()
+    named = dict(model.named_parameters())
+    local = KeyedOptimizerWrapper(named, torch.optim.Adam)
+    outer = KeyedOptimizerWrapper(named, lambda p: torch.optim.SGD(p, lr=0.1))
+    own = semi_sync.SemisyncOptimizer(list(named.values()), local, outer, num_local_steps=9)
+    dense_steps(model, own, 2)
+    save_checkpoint(tmp_path, model, step=2, optimizers=[own])
+    (dropped,) = load_checkpoint(tmp_path, model, optimizers=[own]).dropped
+    assert "'optimizers[0]': SemisyncOptimizer keeps state" in dropped
 
 
 def test_parameters_that_are_not_the_models(tmp_path):
