@@ -139,6 +139,23 @@ def test_the_latest_is_the_last_that_was_saved(store):
     assert {p.name for p in location(store).iterdir()} == {path.name, after.name}
 
 
+@pytest.mark.parametrize("written", range(4))
+def test_a_kill_at_any_file_leaves_the_latest(tmp_path, written):
+    """The last file is half there; that of the manifest has no other name than its own yet."""
+    model = Model()
+    latest = save_checkpoint(tmp_path, model, step=1)
+    killed = tmp_path / "step-000000002-0002"
+    killed.mkdir()
+    names = ["rank-0.json", "rank-0.safetensors", "tensors.json", "manifest.json"]
+    for name in names[: written + 1]:
+        there = killed / (f".{name}.new" if name == "manifest.json" else name)
+        content = (latest / name).read_bytes()
+        there.write_bytes(content if name != names[written] else content[: len(content) // 2])
+    assert latest_checkpoint(tmp_path) == load_checkpoint(tmp_path, model).path == latest
+    after = save_checkpoint(tmp_path, model, step=2)
+    assert {path.name for path in tmp_path.iterdir()} == {latest.name, after.name}
+
+
 def test_what_others_keep_in_the_folder_stays(tmp_path):
     for name in ("step-000000001", "step-5", "step-000000001-best", "notes"):
         (tmp_path / name).mkdir()
