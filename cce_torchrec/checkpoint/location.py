@@ -29,7 +29,9 @@ def location(folder: str | Path) -> Path:
     if not isinstance(folder, str):
         if re.match(r"[A-Za-z][A-Za-z0-9+.-]+:(/|$)", str(folder)) and not store_of(folder):
             raise ValueError(f"{folder}: Path makes a local folder of a URI; pass the URI as text")
-        return folder
+        # universal_pathlib has local paths too, which would be taken for those of an object store.
+        local = getattr(folder, "protocol", None) in ("", "file", "local")
+        return Path(str(folder.path)) if local else folder  # type: ignore[attr-defined]  # UPath's
     scheme, separator, rest = folder.partition("://")
     if not separator:
         return Path(folder)

@@ -253,6 +253,15 @@ def test_a_uri_as_a_path_is_refused():
     assert location("file:///tmp/run") == Path("/tmp/run")
 
 
+@needs("upath")
+@pytest.mark.parametrize("scheme", ["", "file://"])
+def test_a_local_path_of_another_library_is_local(tmp_path, scheme):
+    import upath
+
+    path = save_checkpoint(upath.UPath(f"{scheme}{tmp_path}/run"), Model(), step=1)
+    assert path == tmp_path / "run" / "step-000000001-0001" and type(path) is type(tmp_path)
+
+
 def test_a_file_in_the_way_is_named(tmp_path):
     (tmp_path / "run").write_text("")
     with pytest.raises(ValueError, match=r"run cannot be written"):
