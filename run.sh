@@ -43,7 +43,8 @@ run_tests() {
   echo "== ruff"; ruff check . && ruff format --check .
   echo "== mypy"; mypy
   echo "== docs"; NO_MKDOCS_2_WARNING=1 mkdocs build --strict -q -d build/site
-  echo "== pytest"; python -m pytest -q "$@"
+  # Two at once: most tests have one process busy, those of several ranks wait for each other.
+  echo "== pytest"; python -m pytest -q -n 2 --dist loadfile "$@"
 }
 
 case "${1:-}" in

@@ -54,7 +54,9 @@ BESIDE = Beside()
 
 
 def pytest_collection_finish(session):
-    if session.config.option.collectonly:
+    # Where tests run in several processes, each has collected all of them: the one that comes to
+    # the module starts its checks.
+    if session.config.option.collectonly or "PYTEST_XDIST_WORKER" in os.environ:
         return
     for item in session.items:
         checks = getattr(item.module, "BESIDE", {})
@@ -68,8 +70,10 @@ def pytest_sessionfinish():
 
 
 @pytest.fixture
-def beside():
+def beside(request):
     """The checks of all modules."""
+    for name, arguments in request.module.BESIDE.items():
+        BESIDE.start(name, arguments)
     return BESIDE
 
 

@@ -158,7 +158,7 @@ def test_ignored_optimizers_are_named(rank, world_size):
     said = []
     handler = logging.Handler()
     handler.emit = lambda record: said.append(record.getMessage())
-    logger = logging.getLogger("cce_torchrec.distributed.plan")
+    logger = logging.getLogger("cce_torchrec.distributed.optimizer_warnings")
     logger.addHandler(handler)
     for replicated in ((), ("u",)):
         shard(Model(collection(tables(SUM), SGD)), tables(SUM), data_parallel=replicated)

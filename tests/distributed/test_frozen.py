@@ -18,8 +18,7 @@ from cce_torchrec import CCEEmbeddingBagCollection
 from cce_torchrec.checkpoint import load_checkpoint, save_checkpoint
 from cce_torchrec.clustering import cluster, finalize
 from cce_torchrec.clustering.local_chunks import fused_rows
-from cce_torchrec.distributed import data_parallel
-from cce_torchrec.distributed import plan as plans
+from cce_torchrec.distributed import data_parallel, optimizer_warnings
 from cce_torchrec.distributed.data_parallel import data_parallel_parameters
 from cce_torchrec.distributed.sharders import get_default_sharders
 from cce_torchrec.modules import quantization
@@ -234,7 +233,7 @@ def test_a_frozen_table_takes_its_checkpoint(rank, world_size, tmp_path):
 
 def told_of(make):
     """Warnings of `make`, by the module that plans are carried out in."""
-    with mock.patch.object(plans.logger, "warning") as warning:
+    with mock.patch.object(optimizer_warnings.logger, "warning") as warning:
         make()
     return [call.args[0] % call.args[1:] for call in warning.call_args_list]
 

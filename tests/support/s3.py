@@ -23,8 +23,11 @@ ENVIRONMENT = {
 @contextlib.contextmanager
 def s3_server():
     """Yields the environment in which a process finds the server, and has it in its own."""
+    import s3fs
     from moto.server import ThreadedMotoServer
 
+    # fsspec keeps file systems by their arguments, and one of an earlier server would be found.
+    s3fs.S3FileSystem.clear_instance_cache()
     server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
     server.start()
     _, port = server.get_host_and_port()

@@ -151,15 +151,19 @@ def all_blocks():
         keys += [f"{name}#{j}" for j in range(4)]
     return out, slots, keys
 
+def tracked(expansion):
+    codes = [lookup.codes for lookup in expansion.table_lookups]
+    return [c for c in codes if c is not None and c.seen is not None]
+
 def seen(expansion):
-    return [codes.seen[:-1].clone() for codes in expansion._tracked]
+    return [codes.seen[:-1].clone() for codes in tracked(expansion)]
 
 def both_ways(expansion, features, mode):
     found, bits = [], []
     for takes in (kernel, lambda ids: False):
         device.takes = takes
         check, expansion._described, expansion._invalid = BoundsCheck(mode), None, {}
-        for codes in expansion._tracked:
+        for codes in tracked(expansion):
             codes.seen.zero_()
         found.append((expansion(features, check), check.num_invalid))
         bits.append(seen(expansion))
@@ -266,7 +270,7 @@ each, described = check.num_invalid, mixed._described
 mixed(features, check)
 assert each > 0 and check.num_invalid == 2 * each and mixed._described is described
 mixed.table_lookups[0].codes.set_clusterings(9)
-for codes in mixed._tracked:
+for codes in tracked(mixed):
     codes.eval().seen.zero_()
 mixed(features, check)
 assert mixed._described is not described and check.num_invalid == 3 * each
@@ -274,7 +278,7 @@ assert not any(bits.any() for bits in seen(mixed))
 
 # A copy has codes and bits of its own, whatever becomes of what it was copied from.
 import copy
-for codes in mixed._tracked:
+for codes in tracked(mixed):
     codes.train()
 features.length_per_key()  # then there are no rows of no bag
 before, other = mixed(features, check).values(), copy.deepcopy(mixed)
