@@ -162,7 +162,7 @@ def together(
     """
     if group is None:
         return work(*args)
-    return add_up(torch.zeros(1, device=device), lambda: work(*args), group)
+    return add_up(torch.zeros(1, dtype=torch.float32, device=device), lambda: work(*args), group)
 
 
 def add_up(numbers: torch.Tensor, work: Callable[[], T], group: dist.ProcessGroup | None) -> T:
@@ -222,9 +222,9 @@ def meet(group: dist.ProcessGroup | None) -> None:
             for other in ranks[1:]:
                 _receive(other, group)
             for other in ranks[1:]:
-                dist.send(torch.zeros(1), other, group, _TAG)
+                dist.send(_message(), other, group, _TAG)
         else:
-            sent = dist.isend(torch.zeros(1), first, group, _TAG)
+            sent = dist.isend(_message(), first, group, _TAG)
             _receive(first, group)
             assert sent is not None
             sent.wait()  # at once: the first rank has answered it
@@ -236,7 +236,12 @@ def meet(group: dist.ProcessGroup | None) -> None:
         ) from error
 
 
+def _message() -> torch.Tensor:
+    # Whatever a job has set as default: gloo sends what is on a CPU.
+    return torch.zeros(1, dtype=torch.float32, device="cpu")
+
+
 def _receive(source: int, group: dist.ProcessGroup) -> None:
-    work = dist.irecv(torch.zeros(1), source, group, _TAG)
+    work = dist.irecv(_message(), source, group, _TAG)
     assert work is not None
     work.wait(timedelta(seconds=MEETING_SECONDS))
