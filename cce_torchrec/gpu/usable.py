@@ -26,7 +26,9 @@ def interpreted() -> bool:
 @torch.compiler.assume_constant_result  # compiled models would trace the probe, past the caches
 def usable(device: torch.device) -> bool:
     """Whether kernels run on `device`; where a GPU has to do without, one warning says why."""
-    return _gpu_is_usable(device) if device.type == "cuda" else unusable(device) is None
+    if device.type == "cuda":
+        return _gpu_is_usable(device)
+    return interpreted() and unusable(device) is None
 
 
 @functools.cache

@@ -1,5 +1,6 @@
-// Expansion of tables' ids into codebook rows in one pass: bounds, codes, hashes, rows.
-// Loaded by native.py through ctypes; the torch form in expansion.py is its reference.
+// Expansion of tables' ids into codebook rows in one pass: bounds, codes, hashes, rows; and sums of
+// bags' lengths. Loaded by native.py through ctypes; the torch forms in expansion.py and bags.py are
+// its references.
 #include <cstdint>
 #include <cstring>
 
@@ -134,4 +135,29 @@ extern "C" ID_CLONES int64_t cce_expand(Job *jobs, int64_t num_jobs) {
     invalid += job->invalid;
   }
   return invalid;
+}
+
+template <typename Length>
+INLINE void count_bags(const Length *lengths, const int64_t *sizes, int64_t num_keys,
+                       int64_t *out) {
+  Length low = *lengths, high = *lengths;
+  for (int64_t key = 0; key < num_keys; lengths += sizes[key++]) {
+    int64_t sum = 0;
+    for (int64_t i = 0; i < sizes[key]; i++) {
+      sum += lengths[i];
+      low = lengths[i] < low ? lengths[i] : low;
+      high = lengths[i] > high ? lengths[i] : high;
+    }
+    out[key] = sum;
+  }
+  out[num_keys] = low;
+  out[num_keys + 1] = high;
+}
+
+// out: for each key the sum of the lengths of its `sizes[key]` bags, then the least and the greatest
+// length of all. There is at least one bag.
+extern "C" ID_CLONES void cce_count_bags(const void *lengths, int64_t length_bytes,
+                                         const int64_t *sizes, int64_t num_keys, int64_t *out) {
+  if (length_bytes == 4) count_bags((const int32_t *)lengths, sizes, num_keys, out);
+  else count_bags((const int64_t *)lengths, sizes, num_keys, out);
 }

@@ -17,6 +17,7 @@ from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 from torchrec.sparse.jagged_tensor_validator import validate_keyed_jagged_tensor
 from torchrec.sparse.tensor_dict import maybe_td_to_kjt
 
+from cce_torchrec.lookup.bags import count_bags
 from cce_torchrec.table import TableFeature
 
 _INDICES = (torch.int32, torch.int64)
@@ -141,7 +142,7 @@ class InputCheck:
         weights = self._weights(features, given) if self._is_weighted else None
         bags = (features.lengths_or_none(), features.offsets_or_none())
         fits = ids.dtype in _INDICES and ids.is_contiguous() and weights is given
-        if fits and all(t is None or (t.dtype in _INDICES and t.is_contiguous()) for t in bags):
+        if fits and all(t is None or _in_a_row(t) for t in bags):
             return features
         ids = ids.long() if ids.dtype in _SHORT else ids
         return remade(features, ids, weights, features.length_per_key_or_none())
@@ -210,9 +211,10 @@ class InputCheck:
                     f"features {features.keys()}: offsets is not equal to the cumulative sum of "
                     "lengths; give one of both"
                 )
-        lengths = features.lengths()
-        self._check_each(features, lengths)
-        per_key = _sums(features, lengths)
+        per_key, low, high = count_bags(features.lengths(), features.stride_per_key())
+        # Also too long ones, as a sum of huge lengths wraps in int64 and may be small.
+        if low < 0 or high > features.values().numel():
+            self._refuse_length(features, low if low < 0 else high)
         _check_total(features, per_key)
         known = features.length_per_key_or_none()
         if known is not None and list(known) != per_key:
@@ -222,28 +224,23 @@ class InputCheck:
             )
         _check_starts(features, per_key)
         self._check_inverse_indices(features)
+        total, weights = sum(per_key), features.weights_or_none()
+        if known is not None and offsets is None and total == features.values().numel():
+            return features
         # By what was checked alone: nothing else that a caller may have put in, or TorchRec has
         # cached, is read further on.
-        total, weights = sum(per_key), features.weights_or_none()
         weights = None if weights is None else weights[:total]
         return remade(features, features.values()[:total], weights, per_key)
 
-    def _check_each(self, features: KeyedJaggedTensor, lengths: torch.Tensor) -> None:
-        """Refuses lengths that no bag can have."""
-        if not lengths.numel():
-            return
-        # Also too long ones, as a sum of huge lengths wraps in int64 and may be small.
-        low, high = (int(bound) for bound in lengths.aminmax())
-        count = features.values().numel()
-        if low >= 0 and high <= count:
-            return
-        wrong = low if low < 0 else high
-        at = int((lengths == wrong).nonzero()[0])
+    def _refuse_length(self, features: KeyedJaggedTensor, wrong: int) -> None:
+        """Raises for the first bag of length `wrong`, which no bag can have."""
+        at = int((features.lengths() == wrong).nonzero()[0])
         ends = itertools.accumulate(features.stride_per_key())
         name = next(k for k, end in zip(features.keys(), ends, strict=True) if at < end)
         raise ValueError(
-            f"feature {self._named([name])}: a bag has length {wrong}, in a batch of {count} ids. "
-            "Sum of lengths must equal the number of values, and none is negative"
+            f"feature {self._named([name])}: a bag has length {wrong}, in a batch of "
+            f"{features.values().numel()} ids. Sum of lengths must equal the number of values, and "
+            "none is negative"
         )
 
     def _check_inverse_indices(self, features: KeyedJaggedTensor) -> None:
@@ -267,11 +264,9 @@ class InputCheck:
                 )
 
 
-def _sums(features: KeyedJaggedTensor, lengths: torch.Tensor) -> list[int]:
-    """Ids of each feature, by `lengths`."""
-    if features.variable_stride_per_key():
-        return [int(bags.sum()) for bags in lengths.split(features.stride_per_key())]
-    return lengths.view(len(features.keys()), features.stride()).sum(1).tolist()
+def _in_a_row(bags: torch.Tensor) -> bool:
+    """Whether kernels can read `bags` as they are."""
+    return bags.dtype in _INDICES and bags.dim() == 1 and bags.is_contiguous()
 
 
 def _check_total(features: KeyedJaggedTensor, per_key: Sequence[int]) -> None:

@@ -18,7 +18,7 @@ from cce_torchrec import compiled
 
 _FIELDS = 14
 """int64 of a `Job` in _native.cpp, the last two of which are its result."""
-_LIBRARY = (Path(__file__).parent, ("cce_expand", "cce_rowwise_adagrad"))
+_LIBRARY = (Path(__file__).parent, ("cce_expand", "cce_count_bags", "cce_rowwise_adagrad"))
 _IDS = compiled.Pointer(torch.int32, torch.int64)
 _CODES = compiled.Pointer(torch.uint8, torch.int16, torch.int32)
 _INT64 = compiled.Pointer(torch.int64)
@@ -37,6 +37,9 @@ def kernels() -> ctypes.CDLL:
     table: list[Any] = [pointer, integer, pointer, real, real]
     batch: list[Any] = [compiled.Pointer(torch.float32), integer, integer, integer]
     found.cce_expand.argtypes, found.cce_expand.restype = [pointer, integer], integer
+    bags: list[Any] = [_IDS, integer, pointer, integer, pointer]
+    found.cce_count_bags.argtypes = bags
+    found.cce_count_bags.restype = None
     found.cce_rowwise_adagrad.argtypes = table + batch
     found.cce_rowwise_adagrad.restype = None
     return found
@@ -96,6 +99,19 @@ def expand(jobs: Sequence[Job], *, counts: bool = True) -> list[tuple[int, int]]
         return _by_address(jobs)
     found = _expand(*map(list, zip(*jobs, strict=True)))
     return found.tolist() if counts else []
+
+
+def count_bags(lengths: torch.Tensor, sizes: Sequence[int]) -> list[int]:
+    """What `bags.count_bags` gives, in one pass. There is at least one bag.
+
+    Args:
+        lengths: int32 or int64 [bags of all keys], contiguous.
+        sizes: bags of each key, all of `lengths` together.
+    """
+    own = (ctypes.c_int64 * len(sizes))(*sizes)
+    out = (ctypes.c_int64 * (len(sizes) + 2))()
+    kernels().cce_count_bags(lengths, lengths.element_size(), own, len(sizes), out)
+    return out[:]
 
 
 def _by_address(jobs: Sequence[Job]) -> list[tuple[int, int]]:
