@@ -18,7 +18,7 @@ from cce_torchrec.torchrec_internals import fused_groups, lookups_of, optimizers
 logger = logging.getLogger(__name__)
 
 _NO_GRADIENT = "frozen: its parameters require no gradient"
-_NO_RATE = "frozen: its learning rate is 0"
+_NO_RATE = "frozen: its learning rate is 0 (a schedule may have ended there)"
 
 
 def fixed_tables(model: nn.Module) -> dict[str, str]:
@@ -137,6 +137,8 @@ def _say_once(tables: str) -> None:
 
 
 def check_names(names: Iterable[str] | None) -> None:
-    """Raises ValueError if `names` is a single one, whose letters would be taken for names."""
+    """Raises ValueError if `names` are none, or one, whose letters would be taken for names."""
     if isinstance(names, str):
         raise ValueError(f"tables={names!r} is one name; give a list, [{names!r}]")
+    if names is not None and not names:
+        raise ValueError("tables=[] names no table; name some, or leave it out for all")
