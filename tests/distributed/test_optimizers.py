@@ -76,8 +76,7 @@ def test_a_warm_up_goes_on(rank, world_size, how, tmp_path):
     own, its = WRAPPED[how](model), WRAPPED[how](other)
     train(model, own, range(3))
     save_checkpoint(tmp_path, model, step=3, optimizers=[own])
-    report = load_checkpoint(tmp_path, other, optimizers=[its])
-    assert report.dropped == [] and report.learning_rates == "checkpoint"
+    assert load_checkpoint(tmp_path, other, optimizers=[its]).dropped == []
     for _ in range(3):
         assert rates(other, its) == rates(model, own)
         train(model, own, [4])
@@ -140,6 +139,8 @@ def test_fine_tuning_keeps_the_models_rates(rank, world_size, tmp_path):
     assert_same_outputs(other, outputs(model))
     report = load_checkpoint(tmp_path, other, optimizers=[its], tables=["t"])
     assert report.learning_rates == "model" and rates(other, its) == before
+    report = load_checkpoint(tmp_path, other, optimizers=[its])
+    assert report.learning_rates == "checkpoint" and rates(other, its) == rates(model, own)
 
 
 @on_ranks(2)
