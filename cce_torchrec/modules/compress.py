@@ -205,6 +205,8 @@ def _choose(
     Raises:
         ValueError: unknown names, none at all, or a collection that cannot be replaced.
     """
+    if tables is not None and not tables:
+        raise ValueError("tables=[] names no table; name some, or leave it out and give min_bytes")
     every = {(path, c.name): c for path, module in found for c in module.embedding_bag_configs()}
     unknown = sorted(set(tables or ()) - {name for _, name in every})
     for name in unknown:

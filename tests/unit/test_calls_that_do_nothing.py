@@ -138,11 +138,16 @@ def test_options_that_a_run_would_ignore_are_refused(given, told, capsys):
     options.parse(["--method", "ce", "--clusterings", "0"])
 
 
-def test_no_table_of_a_checkpoint_is_refused(tmp_path):
+def test_no_table_at_all_is_refused(tmp_path):
     model = Net(tables(SUM))
     save_checkpoint(tmp_path, model, step=1)
-    with pytest.raises(ValueError, match=r"tables=\[\] names no table"):
-        load_checkpoint(tmp_path, model, tables=[])
+    plain = torch.nn.ModuleDict({"bags": bags()})
+    for call in (
+        lambda: load_checkpoint(tmp_path, model, tables=[]),
+        lambda: compress_model(plain, tables=[], compression=50),
+    ):
+        with pytest.raises(ValueError, match=r"tables=\[\] names no table"):
+            call()
 
 
 def test_names_that_a_plan_would_ignore_are_refused():
