@@ -35,6 +35,7 @@ from cce_torchrec.checkpoint.tables import choose_tables, compare_tables, descri
 from cce_torchrec.checkpoint.tensor_files import LoadPlans, TensorReader
 from cce_torchrec.clustering.schedule import ClusteringSchedule
 from cce_torchrec.collectives import Ranks, agree
+from cce_torchrec.table import refuse_none
 
 logger = logging.getLogger(__name__)
 
@@ -146,9 +147,8 @@ class _Load:
     def choose(self, tables: Sequence[str] | None, grow: Sequence[str]) -> None:
         """Which tables, and whether they fit."""
         self._tables = describe_tables(self.model)
+        refuse_none(tables)
         if tables is not None:
-            if not tables:
-                raise ValueError("tables=[] names no table; name some, or leave it out for all")
             self._wanted = choose_tables(tables, self._tables, "tables")
         growing = choose_tables(grow, self._tables, "grow")
         compare_tables(self.manifest.tables, self._tables, self._wanted, growing)

@@ -12,7 +12,7 @@ from torch import nn
 from cce_torchrec.config import CCEEmbeddingBagConfig
 from cce_torchrec.distributed.embedding_bag_collection import ShardedCCEEmbeddingBagCollection
 from cce_torchrec.modules.embedding_bag_collection import CCEEmbeddingBagCollection
-from cce_torchrec.table import called, logical_table, named
+from cce_torchrec.table import called, logical_table, named, refuse_none
 from cce_torchrec.torchrec_internals import fused_groups, lookups_of, optimizers_in_backward
 
 logger = logging.getLogger(__name__)
@@ -136,9 +136,8 @@ def _say_once(tables: str) -> None:
     logger.warning("nothing was clustered, as every CCE table is left alone: %s", tables)
 
 
-def check_names(names: Iterable[str] | None) -> None:
+def check_names(names: Collection[str] | None) -> None:
     """Raises ValueError if `names` are none, or one, whose letters would be taken for names."""
     if isinstance(names, str):
         raise ValueError(f"tables={names!r} is one name; give a list, [{names!r}]")
-    if names is not None and not names:
-        raise ValueError("tables=[] names no table; name some, or leave it out for all")
+    refuse_none(names)
