@@ -107,3 +107,9 @@ def named(names: Iterable[str], paths: Collection[str], argument: str) -> set[st
             raise ValueError(f"{argument}: no table {name!r}; the model has {sorted(paths)}{hint}")
         chosen |= found
     return chosen
+
+
+def refuse_none(names: Collection[str] | None) -> None:
+    """Raises ValueError if `tables` is an empty list, with which a call would do nothing."""
+    if names is not None and not names:
+        raise ValueError("tables=[] names no table; name some, or leave it out")

@@ -17,6 +17,7 @@ from cce_torchrec.clustering import ClusteringReport, cluster
 from cce_torchrec.clustering.budget import SAMPLES_PER_CENTROID, ChunkShape, budget
 from cce_torchrec.clustering.chunk_state import ChunkState
 from cce_torchrec.clustering.local_chunks import local_chunks
+from cce_torchrec.clustering.options import Options
 from cce_torchrec.clustering.pairs import find_pairs
 from cce_torchrec.kmeans.backends import make_backend
 
@@ -110,7 +111,7 @@ def build(shape: Shape, device: torch.device) -> CCEEmbeddingBagCollection:
 
 
 def _state(module: CCEEmbeddingBagCollection) -> ChunkState:
-    ((_, state),) = local_chunks(module, None, False)
+    ((_, state),) = local_chunks(module, None, Options())
     return state
 
 

@@ -27,7 +27,7 @@ from cce_torchrec.checkpoint.manifest import (
     TableRecord,
 )
 from cce_torchrec.checkpoint.optimizers import optimizer_states
-from cce_torchrec.checkpoint.parameter_state import ParameterState, dropped_state
+from cce_torchrec.checkpoint.parameter_state import ParameterState, dropped_state, joined_groups
 from cce_torchrec.checkpoint.pending import finish_pending
 from cce_torchrec.checkpoint.random_state import set_random_state
 from cce_torchrec.checkpoint.save import model_state
@@ -35,6 +35,7 @@ from cce_torchrec.checkpoint.tables import choose_tables, compare_tables, descri
 from cce_torchrec.checkpoint.tensor_files import LoadPlans, TensorReader
 from cce_torchrec.clustering.schedule import ClusteringSchedule
 from cce_torchrec.collectives import Ranks, agree
+from cce_torchrec.table import refuse_none
 
 logger = logging.getLogger(__name__)
 
@@ -146,6 +147,7 @@ class _Load:
     def choose(self, tables: Sequence[str] | None, grow: Sequence[str]) -> None:
         """Which tables, and whether they fit."""
         self._tables = describe_tables(self.model)
+        refuse_none(tables)
         if tables is not None:
             self._wanted = choose_tables(tables, self._tables, "tables")
         growing = choose_tables(grow, self._tables, "grow")
@@ -212,6 +214,7 @@ class _Load:
             lost = record.unsaved_settings
             dropped += [f"optimizer setting of {subject}: JSON does not hold {key}" for key in lost]
             self._add(name, state, record)
+        dropped += joined_groups(self._restored(), self._learning_rates == "checkpoint")
         if self._wanted is None and ranks.size != self.manifest.world_size:
             dropped.append(
                 f"random state: saved by {self.manifest.world_size} ranks, loaded by {ranks.size}"
@@ -227,6 +230,22 @@ class _Load:
                 self._created.append((state, key, value))
             if value is not None:
                 self._state[f"optimizer.{name}.{key}"] = value
+
+    def _restored(self) -> list[tuple[str, OptimizerRecord, ParameterState]]:
+        """Name, record and state of each parameter whose optimizer is restored; none of parts."""
+        # The optimizers are of the whole job, which goes on as it was where some tables are loaded.
+        if self._wanted is not None:
+            return []
+        found = [
+            (name, self.manifest.optimizers.get(name, NO_OPTIMIZER), state)
+            for name, state in self.states.items()
+        ]
+        rates = self._learning_rates == "checkpoint"
+        return [
+            (name, record, state)
+            for name, record, state in found
+            if dropped_state(record, state) is None and (rates or not state.is_schedule)
+        ]
 
     def read_random_state(self, ranks: Ranks) -> None:
         """Reads this rank's random state, where it is to be taken over."""
@@ -257,15 +276,9 @@ class _Load:
         self.model.load_state_dict(loaded, strict=self._wanted is None)
         for state, key, value in self._created:
             state.create(key, value)
-        # The rest is of the whole job, which goes on as it was where only some tables are loaded.
-        if self._wanted is not None:
-            return
-        rates = self._learning_rates == "checkpoint"
-        for name, state in self.states.items():
-            record = self.manifest.optimizers.get(name, NO_OPTIMIZER)
-            if dropped_state(record, state) is None and (rates or not state.is_schedule):
-                state.restore(record, rates)
-        if self._random:
+        for _, record, state in self._restored():
+            state.restore(record, self._learning_rates == "checkpoint")
+        if self._random:  # not read where only some tables are
             set_random_state(self._random)
 
     def report(self, dropped: list[str]) -> LoadReport:

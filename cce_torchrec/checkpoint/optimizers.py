@@ -57,9 +57,12 @@ def optimizer_states(
             for group in optimizer.param_groups:
                 out[name] = TorchState.of(optimizer, parameter, group)
     for number, optimizer in enumerate(optimizers):
-        parts = list(_parts(optimizer, f"optimizers[{number}]"))
-        for name, state in _ordinary(parts, names):
-            out.setdefault(name, state)
+        place = f"optimizers[{number}]"
+        for name, state in _ordinary(list(_parts(optimizer, place)), names):
+            first = out.setdefault(name, state)
+            if isinstance(state, TorchState) and state.is_beside(first):
+                lost = [f"state of {name!r}, which another optimizer steps too"]
+                out[f"{place}.{name}"] = ParameterState(kind=state.kind, unsaved_state=lost)
     return out
 
 
@@ -100,9 +103,18 @@ def _ordinary(
                 name = names.get(id(parameter), f"{place}.param_groups[{g}].params[{i}]")
                 known.add(id(parameter))
                 yield name, TorchState.of(part, parameter, group)
-        lost = [f"state of {_called(key)}" for key in part.state if id(key) not in known]
+        lost = _lost(part, known)
         if lost:
             yield f"{place}.state", ParameterState(kind=_kind(part), unsaved_state=lost)
+
+
+def _lost(optimizer: torch.optim.Optimizer, known: set[int]) -> list[str]:
+    """What `optimizer` keeps of none of the tensors `known`, by their ids (Python's)."""
+    lost = [f"state of {_called(key)}" for key in optimizer.state if id(key) not in known]
+    if lost or type(optimizer).state_dict is torch.optim.Optimizer.state_dict:
+        return lost
+    # As PostLocalSGDOptimizer the number of its steps; torch's own have nothing beside.
+    return [repr(key) for key in sorted(optimizer.state_dict().keys() - {"state", "param_groups"})]
 
 
 def _kind(optimizer: Any) -> OptimizerKind:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -39,6 +40,8 @@ class ParameterState:
     values: dict[str, Any] = field(default_factory=dict)
     """State that is no tensor: numbers, flags."""
     settings: dict[str, Any] = field(default_factory=dict)
+    groups: list[dict[str, Any]] = field(default_factory=list)
+    """The optimizer's groups, which settings are restored into."""
     unsaved_state: list[str] = field(default_factory=list)
     """Names and types of state that JSON and tensors cannot hold."""
     unsaved_settings: list[str] = field(default_factory=list)
@@ -74,7 +77,6 @@ class TorchState(ParameterState):
     creates_tensors: ClassVar[bool] = True  # torch makes them at the first step
     optimizer: torch.optim.Optimizer
     parameter: torch.Tensor
-    group: dict[str, Any]
 
     @classmethod
     def of(
@@ -96,13 +98,13 @@ class TorchState(ParameterState):
             unsaved_settings=unsaved_settings,
             optimizer=optimizer,
             parameter=parameter,
-            group=group,
+            groups=[group],
         )
 
     def place_for(self, key: str, record: OptimizerRecord) -> torch.Tensor:
         """Empty; on the CPU where the optimizer counts its steps there."""
         # The rule of torch's own load_state_dict, by the flags that the optimizer will have.
-        flags = {**self.group, **record.settings}
+        flags = {**self.groups[0], **record.settings}
         on_cpu = key == "step" and not (flags.get("capturable") or flags.get("fused"))
         dtype = getattr(torch, record.dtypes.get(key, "float32"))
         device = torch.device("cpu") if on_cpu else self.parameter.device
@@ -114,12 +116,17 @@ class TorchState(ParameterState):
 
     def restore(self, record: OptimizerRecord, rates: bool) -> None:
         """Takes over what the group of the parameter has too, or what schedulers add to it."""
-        _set_group(self.group, record.settings, rates)
+        _set_group(self.groups[0], record.settings, rates)
         if record.values:
             self._state().update(record.values)
         if not record.state and not record.values:
             # Saved before the first step: what later steps have left is not of that run.
             self.optimizer.state.pop(self.parameter, None)
+
+    def is_beside(self, first: ParameterState) -> bool:
+        """Whether it has state that is not in `first`, of the same parameter."""
+        own = isinstance(first, TorchState) and first.optimizer is self.optimizer
+        return not own and bool(self.tensors or self.values or self.unsaved_state)
 
     def _state(self) -> dict[str, Any]:
         # TorchRec's wrappers around combined optimizers have plain dictionaries, without defaults.
@@ -138,8 +145,6 @@ class FusedState(ParameterState):
     """In one of FBGEMM's kernels."""
 
     kernel: Any
-    groups: list[dict[str, Any]]
-    """Of TorchRec's optimizer around the kernel."""
 
     @classmethod
     def of(
@@ -181,11 +186,41 @@ class FusedState(ParameterState):
             _set_group(group, settings, rates)
 
 
+def _of_group(group: dict[str, Any], settings: dict[str, Any], rates: bool) -> dict[str, Any]:
+    """What of `settings` is set in `group`, learning rates only if `rates`."""
+    return {
+        key: value
+        for key, value in settings.items()
+        if (rates or key not in _RATES) and (key in group or key in _OF_SCHEDULERS)
+    }
+
+
+def joined_groups(
+    restored: Iterable[tuple[str, OptimizerRecord, ParameterState]], rates: bool
+) -> list[str]:
+    """What the checkpoint has apart, and the model in one group, of which the last one counts.
+
+    Args:
+        restored: name, record and state of each parameter, in the order in which it is restored.
+        rates: whether learning rates are.
+    """
+    told: dict[tuple[int, str], str] = {}
+    first: dict[tuple[int, str], tuple[str, Any]] = {}
+    for name, record, state in restored:
+        for group in state.groups:
+            for key, value in _of_group(group, record.settings, rates).items():
+                other, before = first.setdefault((id(group), key), (name, value))
+                if value != before:
+                    told[id(group), key] = (
+                        f"optimizer setting {key!r}: {other!r} was saved with {before} and "
+                        f"{name!r} with {value}, and one group of the model's optimizer has both"
+                    )
+    return list(told.values())
+
+
 def _set_group(group: dict[str, Any], settings: dict[str, Any], rates: bool) -> None:
     """Sets in `group` what `settings` have of it, learning rates only if `rates`."""
-    for key, value in settings.items():
-        if (key in _RATES and not rates) or not (key in group or key in _OF_SCHEDULERS):
-            continue
+    for key, value in _of_group(group, settings, rates).items():
         if isinstance(group.get(key), torch.Tensor):
             group[key].fill_(value)  # captured graphs hold the tensor
         elif isinstance(value, list) and not isinstance(group.get(key), list):

@@ -12,13 +12,13 @@ from torch import nn
 from cce_torchrec.config import CCEEmbeddingBagConfig
 from cce_torchrec.distributed.embedding_bag_collection import ShardedCCEEmbeddingBagCollection
 from cce_torchrec.modules.embedding_bag_collection import CCEEmbeddingBagCollection
-from cce_torchrec.table import called, logical_table, named
+from cce_torchrec.table import called, logical_table, named, refuse_none
 from cce_torchrec.torchrec_internals import fused_groups, lookups_of, optimizers_in_backward
 
 logger = logging.getLogger(__name__)
 
 _NO_GRADIENT = "frozen: its parameters require no gradient"
-_NO_RATE = "frozen: its learning rate is 0"
+_NO_RATE = "frozen: its learning rate is 0 (a schedule may have ended there)"
 
 
 def fixed_tables(model: nn.Module) -> dict[str, str]:
@@ -136,7 +136,8 @@ def _say_once(tables: str) -> None:
     logger.warning("nothing was clustered, as every CCE table is left alone: %s", tables)
 
 
-def check_names(names: Iterable[str] | None) -> None:
-    """Raises ValueError if `names` is a single one, whose letters would be taken for names."""
+def check_names(names: Collection[str] | None) -> None:
+    """Raises ValueError if `names` are none, or one, whose letters would be taken for names."""
     if isinstance(names, str):
         raise ValueError(f"tables={names!r} is one name; give a list, [{names!r}]")
+    refuse_none(names)

@@ -10,9 +10,10 @@ import torch.distributed as dist
 from torch import nn
 
 from cce_torchrec.clustering import replicas
-from cce_torchrec.clustering.choice import frozen_chunks
+from cce_torchrec.clustering.choice import frozen_chunks, is_wanted
 from cce_torchrec.clustering.chunk_group import ALONE, ChunkGroup
 from cce_torchrec.clustering.chunk_state import ChunkState
+from cce_torchrec.clustering.options import Options
 from cce_torchrec.codes.chunk_codes import ChunkCodes
 from cce_torchrec.distributed.caches import bypassed
 from cce_torchrec.distributed.embedding_bag_collection import ShardedCCEEmbeddingBagCollection
@@ -23,12 +24,14 @@ from cce_torchrec.torchrec_internals import fused_kernels, lookups_of, optimizer
 
 
 def local_chunks(
-    model: nn.Module, optimizer: torch.optim.Optimizer | None, finalize: bool
+    model: nn.Module, optimizer: torch.optim.Optimizer | None, options: Options
 ) -> Iterator[tuple[str, ChunkState]]:
-    """Chunks of this rank whose codes can be learned, frozen or not, in the order of the model.
+    """Chunks of this rank of the tables that are wanted, if their codes can be learned.
+
+    Frozen ones too, in the order of the model.
 
     Raises:
-        ValueError: a data-parallel table whose parameters `optimizer` does not hold.
+        ValueError: a table whose parameters `optimizer` lacks; see `replicas.check_optimizer`.
     """
     for path, module in model.named_modules():
         copies: dict[str, dist.ProcessGroup] = {}
@@ -42,7 +45,9 @@ def local_chunks(
         frozen = frozen_chunks(module, optimizer)
         for name, codes in own.items():
             assert isinstance(codes, ChunkCodes)
-            if codes.codes is None or codes.config.helper_rows == 0:
+            whole = f"{path}.{name}" if path else name
+            can_learn = codes.codes is not None and codes.config.helper_rows > 0
+            if not (can_learn and is_wanted(whole, options.tables)):
                 continue
             chunks = [physical_table(name, chunk) for chunk in codes.chunks]
             if not frozen.keys() >= set(chunks):
@@ -52,11 +57,11 @@ def local_chunks(
                 # Only what has a value a row can follow the rows; step counts stay as they are.
                 kept = {k: v for k, v in state.items() if v.ndim and len(v) == len(weight)}
                 holders = _holders(module, codes, chunk)
-                found = ChunkState(codes, column, weight, kept, finalize, holders=holders)
+                found = ChunkState(codes, column, weight, kept, options.finalize, holders=holders)
                 if found.owned:
                     found.replicas = copies.get(name)
                     found.frozen = frozen.get(chunks[column], "")
-                yield f"{path}.{name}" if path else name, found
+                yield whole, found
 
 
 def _holders(module: nn.Module, codes: ChunkCodes, chunk: int) -> ChunkGroup:

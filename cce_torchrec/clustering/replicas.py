@@ -15,6 +15,7 @@ from cce_torchrec.codes.chunk_codes import codes_of
 from cce_torchrec.config import CCEEmbeddingBagConfig
 from cce_torchrec.distributed.embedding_bag_collection import ShardedCCEEmbeddingBagCollection
 from cce_torchrec.table import physical_table
+from cce_torchrec.torchrec_internals import optimizers_in_backward
 
 Digests = dict[tuple[str, int], int]
 
@@ -24,28 +25,32 @@ def check_optimizer(
     config: CCEEmbeddingBagConfig,
     optimizer: torch.optim.Optimizer | None,
 ) -> None:
-    """Refuses a data-parallel table whose parameters `optimizer` does not train.
+    """Refuses a table without a fused optimizer or one in backward that `optimizer` does not train.
+
+    Of unsharded tables only where it is given: they may be trained by nothing.
 
     Raises:
         ValueError: naming the table.
     """
-    if not isinstance(module, ShardedCCEEmbeddingBagCollection):
+    if isinstance(module, ShardedCCEEmbeddingBagCollection):
+        kind, parameters = "data-parallel", "data_parallel_parameters(model)"
+        is_asked = config.name in module.data_parallel
+    else:
+        kind, parameters, is_asked = "unsharded", "its parameters", optimizer is not None
+    if not is_asked:
         return
-    if config.name not in module.data_parallel:
-        return
-    bags = module.embedding_bag_collection.embedding_bags
-    trained = (
-        {id(p) for group in optimizer.param_groups for p in group["params"]} if optimizer else ()
-    )
-    weights = [
-        bags[physical_table(config.name, chunk)].weight for chunk in range(config.num_chunks)
-    ]
-    if not all(id(weight) in trained for weight in weights):
+    groups = optimizer.param_groups if optimizer else []
+    trained = {id(p) for group in groups for p in group["params"]}
+    for chunk in range(config.num_chunks):
+        name = physical_table(config.name, chunk)
+        weight = module.get_parameter(f"embedding_bag_collection.embedding_bags.{name}.weight")
+        if id(weight) in trained or (kind == "unsharded" and optimizers_in_backward(weight)):
+            continue
         given = "does not hold its parameters" if optimizer else "is missing"
         raise ValueError(
-            f"table {config.name!r} is data-parallel and the optimizer {given}, whose state must "
-            "follow the clustering; train data_parallel_parameters(model) by an optimizer and "
-            "pass it as cluster(..., optimizer=)"
+            f"table {config.name!r} is {kind} and the optimizer {given}, whose state must follow "
+            f"the clustering; train {parameters} by an optimizer and pass it as "
+            "cluster(..., optimizer=)"
         )
 
 

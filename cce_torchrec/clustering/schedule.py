@@ -40,8 +40,13 @@ class ClusteringSchedule:
         # The end of a run only trains: the best last clustering of those measured came before it.
         last = until * total_steps
         # A set: where there are fewer steps than clusterings, several fall on one.
-        steps = {round(last * (i + 1) / clusterings) for i in range(clusterings)}
-        return cls(steps=frozenset(steps - {0}))
+        steps = {round(last * (i + 1) / clusterings) for i in range(clusterings)} - {0}
+        if clusterings and not steps:
+            raise ValueError(
+                f"the first {until} of {total_steps} steps has no step for {clusterings} "
+                "clusterings; raise until, or use never()"
+            )
+        return cls(steps=frozenset(steps))
 
     @classmethod
     def every(cls, steps: int) -> ClusteringSchedule:

@@ -11,7 +11,7 @@ import torch.distributed as dist
 from torch import nn
 
 from cce_torchrec.clustering import replicas
-from cce_torchrec.clustering.choice import fixed_tables, is_wanted, left_alone
+from cce_torchrec.clustering.choice import fixed_tables, left_alone
 from cce_torchrec.clustering.chunk_state import ChunkState
 from cce_torchrec.clustering.limits import least_free_share, memory
 from cce_torchrec.clustering.local_chunks import (
@@ -202,9 +202,7 @@ def _prepared(
     options.check()
     check_no_lookup_pending(model)
     states, tasks, frozen = [], [], {}
-    for path, state in local_chunks(model, optimizer, options.finalize):
-        if not is_wanted(path, options.tables):
-            continue
+    for path, state in local_chunks(model, optimizer, options):
         if state.frozen:
             frozen[path] = state.frozen
             continue

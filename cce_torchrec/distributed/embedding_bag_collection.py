@@ -299,12 +299,7 @@ class ShardedCCEEmbeddingBagCollection(
 
     def _watch(self, _: nn.Module, __: Any, output: torch.Tensor) -> torch.Tensor:
         """Notes a lookup of training, which a clustering step must not overtake."""
-        if not (self.training and output.requires_grad):
-            return output
-        # A rank without tables gives the same tensor in every step, on which hooks would add up.
-        output = output if output.grad_fn is not None else output.view_as(output)
-        self.pending.watch(output)
-        return output
+        return self.pending.watched(output, trains=self.training)
 
     def embedding_bag_configs(self) -> list[Any]:
         """The tables as configured (or finalized), one entry per logical table."""

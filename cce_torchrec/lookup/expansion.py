@@ -140,10 +140,9 @@ class Expansion:
             else:
                 rows = lookup.rows(check(name, ids, lookup.config.num_embeddings))
                 out.view(rows.shape).copy_(rows)
-        found = native.expand(jobs, counts=check.tells) if jobs else []
-        for name, job, (count, first) in zip(names, jobs, found, strict=False):
-            if count:
-                check.found(name, count, int(job.ids[first]), job.num_embeddings)
+        found = native.expand(jobs) if jobs else []
+        if check.tells and len(found):
+            _tell(found, names, jobs, check)
 
     def _fits_device(self, features: KeyedJaggedTensor) -> bool:
         weights = features.weights_or_none()
@@ -280,3 +279,17 @@ def _gather(values: torch.Tensor, bounds: list[tuple[int, int]]) -> torch.Tensor
     if follows:
         return values[bounds[0][0] : bounds[-1][1]]
     return torch.cat([values[start:end] for start, end in bounds])
+
+
+@torch.compiler.disable  # it goes by what is found, which a graph cannot
+def _tell(
+    found: list[tuple[int, int]] | torch.Tensor,
+    names: list[str],
+    jobs: list[native.Job],
+    check: BoundsCheck,
+) -> None:
+    """Hands ids out of bounds to `check`: number and position of the first, by job."""
+    numbers = found.tolist() if isinstance(found, torch.Tensor) else found
+    for name, job, (count, first) in zip(names, jobs, numbers, strict=True):
+        if count:
+            check.found(name, count, int(job.ids[first]), job.num_embeddings)

@@ -18,7 +18,7 @@ from cce_torchrec.codes.written import Written
 _REMEDY = (
     "no batch is in flight: after backward(), and with a pipeline that looks up the next batch "
     "(TrainPipelineSemiSync, StagedTrainPipeline with a stage of lookups) once its iterator has "
-    "ended. Lookups that are not trained on belong under torch.no_grad()"
+    "ended. Lookups that are not trained on belong under torch.no_grad(), or delete their output"
 )
 """Where codes may be written."""
 
@@ -29,14 +29,15 @@ class PendingLookup:
     Args:
         tables: names of the collection's CCE tables.
         codes: of them, those that this rank has.
+        waits: whether its gradient is expected, and has not come yet.
     """
 
-    def __init__(self, tables: Iterable[str], codes: Iterable[ChunkCodes]) -> None:
-        self._tables = tables
+    def __init__(
+        self, tables: Iterable[str], codes: Iterable[ChunkCodes], *, waits: bool = True
+    ) -> None:
+        self._tables, self.waits = tables, waits
         self._written = Written([part.count for part in codes])
         self._overtaken = False
-        self.waits = True
-        """Whether no gradient has come yet."""
 
     def overtake(self) -> None:
         """Codes change, maybe on other ranks alone."""
@@ -67,11 +68,22 @@ class PendingLookups:
         # from are forgotten with it.
         self._hooks: weakref.WeakSet[PendingLookup] = weakref.WeakSet()
 
-    def watch(self, output: torch.Tensor) -> None:
-        """Notes a lookup by its `output`."""
-        hook = PendingLookup(self._tables, self._codes)
+    def watched(self, output: torch.Tensor, *, trains: bool) -> torch.Tensor:
+        """`output` of a lookup, which is noted if a gradient can come back to it.
+
+        Args:
+            output: of TorchRec's lookup.
+            trains: whether a gradient is expected, so that a clustering step must not come first;
+                one that comes all the same is refused if codes have changed.
+        """
+        if not output.requires_grad:
+            return output
+        # A rank without tables gives the same tensor in every step, on which hooks would add up.
+        output = output if output.grad_fn is not None else output.view_as(output)
+        hook = PendingLookup(self._tables, self._codes, waits=trains)
         output.register_hook(hook)
         self._hooks.add(hook)
+        return output
 
     def overtake(self) -> None:
         """Codes have changed: the gradients of all that are pending are refused."""

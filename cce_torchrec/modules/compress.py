@@ -19,6 +19,7 @@ from torchrec.modules.embedding_modules import EmbeddingBagCollection, Embedding
 
 from cce_torchrec.config import CCEEmbeddingBagConfig, is_cce
 from cce_torchrec.modules.embedding_bag_collection import CCEEmbeddingBagCollection
+from cce_torchrec.table import refuse_none
 from cce_torchrec.torchrec_internals import optimizers_in_backward
 
 logger = logging.getLogger(__name__)
@@ -113,6 +114,7 @@ def compress_model(
         ValueError: not one positive budget, unknown table names, no table chosen, `table_bytes` too
             few for the codes, an optimizer applied already, or a model that is a collection itself.
     """
+    refuse_none(tables)
     ratio = _checked_ratio(compression, num_rows, table_bytes, num_chunks)
     found = [
         (path, module)

@@ -119,6 +119,12 @@ def _check_names(tables: Sequence[EmbeddingBagConfig], **given: Collection[str])
     twice = sorted(set.intersection(*map(set, given.values())))
     if twice:
         raise ValueError(f"tables {twice} are in {' and in '.join(given)}; name each in one")
+    hashed = [t.name for t in tables if is_cce(t) and not t.learned_codes]
+    if by_rows := sorted(set(given["row_wise"]) & set(hashed)):
+        raise ValueError(
+            f"row_wise names {by_rows}, which have no codes to spread (learned_codes=False); leave "
+            "them out"
+        )
 
 
 def make_planner(

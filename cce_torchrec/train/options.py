@@ -71,6 +71,8 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     for name in ("embedding_dim", "num_chunks", "epochs", "batch_size"):
         if getattr(args, name) < 1:
             parser.error(f"--{name.replace('_', '-')} {getattr(args, name)} must be at least 1")
+    if args.async_checkpoints and not args.checkpoint_every:
+        parser.error("--async-checkpoints says how, and no checkpoint is due: --checkpoint-every")
     _check_clusterings(parser, args)
     if args.model == "gmf" and args.dataset != "ml-1m":
         parser.error(f"--model gmf multiplies user and item; {args.dataset} has other features")
@@ -79,11 +81,16 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
 
 def _check_clusterings(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
     """Refuses options of a clustering that would never come."""
-    if args.method != "cce" and (args.clusterings or args.finalize):
-        asked = "--finalize" if args.finalize else f"--clusterings {args.clusterings}"
-        parser.error(f"{asked} has nothing to cluster with --method {args.method}; leave it out")
-    if args.finalize and args.clusterings == 0:
-        parser.error("--finalize is the last of the --clusterings, which are 0; give 1 or more")
+    given = {
+        "--finalize": args.finalize,
+        "--clusterings": args.clusterings,
+        "--clustering-memory": args.clustering_memory is not None,
+    }
+    asked = ", ".join(name for name, value in given.items() if value)
+    if asked and args.method != "cce":
+        parser.error(f"{asked}: --method {args.method} has nothing to cluster; leave it out")
+    if asked and args.clusterings == 0:
+        parser.error(f"{asked}: nothing is clustered, as --clusterings is 0; give 1 or more")
 
 
 def rows_per_table(args: argparse.Namespace, dataset: Dataset) -> dict[str, int]:

@@ -7,7 +7,8 @@ import copy
 import pytest
 import torch
 from torch import nn
-from torch.distributed.optim import ZeroRedundancyOptimizer
+from torch.distributed.algorithms.model_averaging.averagers import PeriodicModelAverager
+from torch.distributed.optim import PostLocalSGDOptimizer, ZeroRedundancyOptimizer
 from torchrec.optim.clipping import GradientClipping, GradientClippingOptimizer
 from torchrec.optim.keyed import CombinedOptimizer, KeyedOptimizerWrapper
 from torchrec.optim.warmup import WarmupOptimizer, WarmupPolicy, WarmupStage
@@ -75,8 +76,7 @@ def test_a_warm_up_goes_on(rank, world_size, how, tmp_path):
     own, its = WRAPPED[how](model), WRAPPED[how](other)
     train(model, own, range(3))
     save_checkpoint(tmp_path, model, step=3, optimizers=[own])
-    report = load_checkpoint(tmp_path, other, optimizers=[its])
-    assert report.dropped == [] and report.learning_rates == "checkpoint"
+    assert load_checkpoint(tmp_path, other, optimizers=[its]).dropped == []
     for _ in range(3):
         assert rates(other, its) == rates(model, own)
         train(model, own, [4])
@@ -139,6 +139,8 @@ def test_fine_tuning_keeps_the_models_rates(rank, world_size, tmp_path):
     assert_same_outputs(other, outputs(model))
     report = load_checkpoint(tmp_path, other, optimizers=[its], tables=["t"])
     assert report.learning_rates == "model" and rates(other, its) == before
+    report = load_checkpoint(tmp_path, other, optimizers=[its])
+    assert report.learning_rates == "checkpoint" and rates(other, its) == rates(model, own)
 
 
 @on_ranks(2)
@@ -263,6 +265,53 @@ def test_a_second_optimizer_inside_is_named(tmp_path):
     save_checkpoint(tmp_path, model, step=2, optimizers=[own])
     (dropped,) = load_checkpoint(tmp_path, model, optimizers=[own]).dropped
     assert "'optimizers[0]': SemisyncOptimizer keeps state" in dropped
+
+
+@on_ranks(1)
+def test_steps_of_an_averager_are_named(rank, world_size, tmp_path):
+    model = dense_net()
+    averager = PeriodicModelAverager(period=4)
+    own = PostLocalSGDOptimizer(torch.optim.Adam(model.parameters()), averager)
+    dense_steps(model, own, 2)
+    save_checkpoint(tmp_path, model, step=2, optimizers=[own])
+    (dropped,) = load_checkpoint(tmp_path, model, optimizers=[own]).dropped
+    assert "'optimizers[0].state': PostLocalSGDOptimizer keeps 'step'" in dropped
+
+
+def test_a_second_optimizer_of_a_parameter_is_named(tmp_path):
+    model = dense_net()
+    first = torch.optim.Adam(model.parameters())
+    second = torch.optim.SGD([model.bias], lr=0.1, momentum=0.9)
+    # Given twice, by itself and in another: that is the same one.
+    both = CombinedOptimizer([("first", KeyedOptimizerWrapper(
+        dict(model.named_parameters()), lambda _: first
+    ))])  # fmt: skip
+    dense_steps(model, first, 1)
+    save_checkpoint(tmp_path, model, step=1, optimizers=[both, first, second])
+    assert load_checkpoint(tmp_path, model, optimizers=[both, first, second]).dropped == []
+    second.step()
+    save_checkpoint(tmp_path, model, step=2, optimizers=[both, first, second])
+    (dropped,) = load_checkpoint(tmp_path, model, optimizers=[both, first, second]).dropped
+    assert "'optimizers[2].bias': SGD keeps state of 'bias', which another" in dropped
+
+
+def test_groups_that_the_model_has_joined_are_named(tmp_path):
+    """torch's own loading refuses another number of groups; the last one would win here."""
+    model = dense_net()
+    apart = torch.optim.SGD(
+        [{"params": [model.weight], "lr": 0.1}, {"params": [model.bias], "lr": 0.2}],
+        weight_decay=0.01,
+    )
+    joined = torch.optim.SGD(model.parameters(), lr=0.3)
+    save_checkpoint(tmp_path, model, step=0, optimizers=[apart])
+    (dropped,) = load_checkpoint(tmp_path, model, optimizers=[joined]).dropped
+    assert "'lr': 'weight' was saved with 0.1 and 'bias' with 0.2, and one group" in dropped
+    for rates in ("checkpoint", "model"):
+        assert (
+            load_checkpoint(tmp_path, model, optimizers=[apart], learning_rates=rates).dropped == []
+        )
+    report = load_checkpoint(tmp_path, model, optimizers=[joined], learning_rates="model")
+    assert report.dropped == [] and joined.param_groups[0]["weight_decay"] == 0.01
 
 
 def test_parameters_that_are_not_the_models(tmp_path):

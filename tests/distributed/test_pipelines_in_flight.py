@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from functools import partial
+from unittest import mock
 
 import pytest
 import torch
+from torchrec.distributed.memory_stashing import MemoryStashingManager
 from torchrec.distributed.train_pipeline import (
     EvalPipelineSparseDist,
     PrefetchTrainPipelineSparseDist,
@@ -14,7 +16,12 @@ from torchrec.distributed.train_pipeline import (
     TrainPipelineFusedSparseDist,
 )
 from torchrec.distributed.train_pipeline.experimental_pipelines import (
+    EvalPipelineCPUSparse,
     TrainEvalHybridPipelineBase,
+    TrainPipelinePrefetchEMS,
+    TrainPipelineSparseDistBwdOpt,
+    TrainPipelineSparseDistEmbStash,
+    TrainPipelineSparseDistOptStash,
     TrainPipelineSparseDistT,
 )
 from torchrec.distributed.train_pipeline.pipeline_stage import PipelineStage
@@ -47,13 +54,41 @@ def data(rank, steps=STEPS):
     return [Batch(batch(10 * step + rank, False)) for step in range(steps)]
 
 
+def stashing(make, model, optimizer, device, **kwargs):
+    """A pipeline that moves tensors off a GPU between forward and backward; here none is on one."""
+    pipeline = make(model, optimizer, device, **kwargs)
+    MemoryStashingManager.set_streams(STREAM, STREAM)
+    return pipeline
+
+
 TRAIN = {
     "lite": TrainPipelineSparseDistLite,
     "fused": partial(TrainPipelineFusedSparseDist, emb_lookup_stream="current"),
     "prefetch": partial(with_streams, PrefetchTrainPipelineSparseDist),
     "threads": TrainPipelineSparseDistT,
     "hybrid": TrainEvalHybridPipelineBase,
+    "stash": partial(stashing, TrainPipelineSparseDistEmbStash, site_fqn="over"),
+    "stash, prefetch": partial(stashing, TrainPipelinePrefetchEMS, site_fqn="over"),
 }
+# They hook the exchange of outputs, which a rank that is alone does not have: TorchRec's own
+# collections are refused there too.
+TRAIN_HOOKED = {
+    "optimizer in backward": partial(TrainPipelineSparseDistBwdOpt, site_fqn="collection"),
+    "optimizer stashed": partial(stashing, TrainPipelineSparseDistOptStash, site_fqn="collection"),
+}
+
+
+def check_equals_the_plain_loop(kind, rank, pipeline):
+    outputs, rows = run(kind, rank, None)
+    with emulated_streams():
+        try:
+            piped, piped_rows = run(kind, rank, pipeline)
+        finally:
+            MemoryStashingManager.reset()  # it is of the process
+    for step, (a, b) in enumerate(zip(outputs, piped, strict=True)):
+        assert torch.equal(a, b), step
+    for name in rows:
+        assert torch.equal(rows[name], piped_rows[name]), name
 
 
 @on_ranks(1, 2)
@@ -62,13 +97,15 @@ TRAIN = {
 def test_pipelines_that_look_up_in_their_step_equal_the_plain_loop(
     rank, world_size, pipeline, kind
 ):
-    outputs, rows = run(kind, rank, None)
-    with emulated_streams():
-        piped, piped_rows = run(kind, rank, TRAIN[pipeline])
-    for step, (a, b) in enumerate(zip(outputs, piped, strict=True)):
-        assert torch.equal(a, b), step
-    for name in rows:
-        assert torch.equal(rows[name], piped_rows[name]), name
+    check_equals_the_plain_loop(kind, rank, TRAIN[pipeline])
+
+
+@on_ranks(2)
+@pytest.mark.parametrize("pipeline", TRAIN_HOOKED)
+def test_pipelines_that_hook_the_exchange_equal_the_plain_loop(rank, world_size, pipeline):
+    # DDP's own reducer averages gradients after the backward pass, and so after this optimizer.
+    with torch._dynamo.config.patch(optimize_ddp="python_reducer"):
+        check_equals_the_plain_loop("tw", rank, TRAIN_HOOKED[pipeline])
 
 
 EVAL = {
@@ -101,6 +138,44 @@ def test_evaluation_does_not_hold_up_a_clustering_step(rank, world_size, pipelin
     model.eval()
     with emulated_streams():
         evaluated, source = make(model, optimizer, CPU), iter(data(rank))
+        for step in range(STEPS):
+            found.append(evaluated.progress(source))
+            if step == 2:
+                cluster(model)
+    for step, (a, b) in enumerate(zip(expected, found, strict=True)):
+        assert torch.equal(a, b), step
+
+
+class DenseBatch(Batch):
+    """Of which only what is dense goes to a GPU: nothing."""
+
+    def to(self, device, **_):
+        return self
+
+
+@on_ranks(2)
+@pytest.mark.parametrize("depth", [1, 2])
+def test_evaluation_with_lookups_on_cpus_uses_the_tables_of_before(rank, world_size, depth):
+    """It is as many batches ahead as it is deep."""
+    expected, found = [], []
+    model, _ = build("tw")
+    model.eval()
+    for step, one in enumerate(data(rank)):
+        expected.append(model(one)[1])
+        if step == 2 + depth:
+            cluster(model)
+    model, optimizer = build("tw")
+    model.eval()
+    empty_like = torch.empty_like
+
+    def without_pinning(tensor, pin_memory=False, **kwargs):
+        return empty_like(tensor, **kwargs)
+
+    with emulated_streams(), mock.patch.object(torch, "empty_like", without_pinning):
+        evaluated = EvalPipelineCPUSparse(
+            model, optimizer, CPU, pipeline_depth=depth, enable_inplace_copy_batch=True
+        )
+        source = iter([DenseBatch(one.ids) for one in data(rank)])
         for step in range(STEPS):
             found.append(evaluated.progress(source))
             if step == 2:
@@ -244,5 +319,15 @@ def test_a_second_backward_pass_after_the_step_is_refused(rank, world_size):
     loss, _ = model(data(rank, 1)[0])
     loss.backward(retain_graph=True)
     cluster(model)
+    with pytest.raises(ValueError, match=r"tables \['t', 'u'\]: the codes changed between"):
+        loss.backward()
+
+
+@on_ranks(1, 2)
+def test_a_gradient_of_before_the_step_is_refused_in_eval_mode_too(rank, world_size):
+    """It holds up no step, as nobody may want it; who trains in eval mode gets no other rows."""
+    model, _ = build("tw")
+    loss, _ = model.eval()(data(rank, 1)[0])
+    assert cluster(model).chunks
     with pytest.raises(ValueError, match=r"tables \['t', 'u'\]: the codes changed between"):
         loss.backward()

@@ -40,6 +40,14 @@ def emulated_streams():
     with (
         mock.patch.object(torch, "get_device_module", lambda *_: DEVICE),
         mock.patch.object(torch.Tensor, "record_stream", lambda *_: None),
-        mock.patch.object(torch.cuda, "stream", DEVICE.stream),
+        mock.patch.multiple(
+            torch.cuda,
+            Stream=Stream,
+            Event=Stream,
+            stream=DEVICE.stream,
+            current_stream=DEVICE.current_stream,
+            current_device=lambda: 0,
+            set_device=lambda _: None,
+        ),
     ):
         yield

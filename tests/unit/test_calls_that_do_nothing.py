@@ -1,6 +1,7 @@
 """Calls that would do nothing raise, or say by name what they leave as it is."""
 
 import logging
+from dataclasses import replace
 
 import pytest
 import torch
@@ -14,9 +15,11 @@ from cce_torchrec import (
     ClusteringSchedule,
     compress_model,
 )
+from cce_torchrec.checkpoint import load_checkpoint, save_checkpoint
+from cce_torchrec.clustering import cluster
 from cce_torchrec.planning import make_plan, make_planner
 from cce_torchrec.train import options
-from tests.support.models import SUM, Model, Net, batch, tables
+from tests.support.models import SGD, SUM, Model, Net, batch, tables, with_optimizer
 
 
 def warnings_of(caplog):
@@ -102,10 +105,11 @@ def test_compress_model_that_compresses_nothing_says_so(shape, why, caplog):
         lambda: ClusteringSchedule(steps=frozenset({-3})),
         lambda: ClusteringSchedule(interval=-1),
         lambda: ClusteringSchedule.at_epochs([], 10),
+        lambda: ClusteringSchedule.evenly(10, 3, until=0.01),
     ],
 )
 def test_a_schedule_that_is_never_due_is_refused(make):
-    with pytest.raises(ValueError, match="from 1"):
+    with pytest.raises(ValueError, match=r"from 1|use never"):
         make()
     assert not ClusteringSchedule.never().due(1)
 
@@ -117,19 +121,33 @@ def test_no_warnings_where_there_is_nothing_to_say(caplog):
 
 
 @pytest.mark.parametrize(
-    "given",
+    ("given", "told"),
     [
-        ["--method", "ce", "--clusterings", "3"],
-        ["--method", "full", "--finalize"],
-        ["--finalize", "--clusterings", "0"],
+        (["--method", "ce", "--clusterings", "3"], "--clusterings: --method ce has nothing to"),
+        (["--method", "full", "--finalize"], "--finalize: --method full has nothing to"),
+        (["--method", "ce", "--clustering-memory", "9"], "--clustering-memory: --method ce has"),
+        (["--finalize", "--clusterings", "0"], "--finalize: nothing is clustered"),
+        (["--clustering-memory", "9", "--clusterings", "0"], "memory: nothing is clustered"),
+        (["--async-checkpoints"], "no checkpoint is due: --checkpoint-every"),
     ],
 )
-def test_a_run_that_would_never_cluster_is_refused(given, capsys):
+def test_options_that_a_run_would_ignore_are_refused(given, told, capsys):
     with pytest.raises(SystemExit):
         options.parse(given)
-    told = capsys.readouterr().err.splitlines()[-1]
-    assert "has nothing to cluster" in told or "--finalize is the last" in told
+    assert told in capsys.readouterr().err.splitlines()[-1]
     options.parse(["--method", "ce", "--clusterings", "0"])
+
+
+def test_no_table_at_all_is_refused(tmp_path):
+    model = Net(tables(SUM))
+    save_checkpoint(tmp_path, model, step=1)
+    plain = torch.nn.ModuleDict({"bags": bags()})
+    for call in (
+        lambda: load_checkpoint(tmp_path, model, tables=[]),
+        lambda: compress_model(plain, tables=[], compression=50),
+    ):
+        with pytest.raises(ValueError, match=r"tables=\[\] names no table"):
+            call()
 
 
 def test_names_that_a_plan_would_ignore_are_refused():
@@ -139,3 +157,23 @@ def test_names_that_a_plan_would_ignore_are_refused():
     model = Net(configs[:2])
     with pytest.raises(ValueError, match=r"names \['u'\], of which the model has no parameters"):
         make_plan(model, configs, cpu, data_parallel=["u"])
+    hashed = [replace(configs[0], num_helper_rows=0, learned_codes=False)]
+    with pytest.raises(ValueError, match=r"row_wise names \['t'\], which have no codes to spread"):
+        make_planner(hashed, 2, cpu, row_wise=["t"])
+
+
+@pytest.mark.parametrize("in_backward", [False, True])
+def test_an_optimizer_of_others_is_refused_by_a_clustering_step(in_backward):
+    """The state of the one that trains the table would be left as it is."""
+    model = Net(tables(SUM))
+    if in_backward:
+        with_optimizer(model.collection, SGD)
+    dense = torch.optim.Adam(model.over.parameters())
+    if in_backward:
+        assert cluster(model, optimizer=dense).chunks
+        return
+    with pytest.raises(ValueError, match="table 't' is unsharded and the optimizer does not hold"):
+        cluster(model, optimizer=dense)
+    assert cluster(model).chunks
+    of_u = torch.optim.Adam(p for name, p in model.named_parameters() if ".u#" in name)
+    assert cluster(model, optimizer=of_u, tables=["u"]).chunks

@@ -117,12 +117,15 @@ def test_graphs_follow_codes_that_change():
 
 
 @by_operator
-def test_ids_out_of_bounds_are_counted_beside_the_graph():
+@pytest.mark.parametrize("scalars", [False, True])
+def test_ids_out_of_bounds_are_counted_beside_the_graph(scalars):
+    """Also where a job has graphs go on with numbers, as TorchRec's TrainPipelinePT2 does."""
     torch._dynamo.reset()
     (eager, other), graphs = pair(BoundsCheckMode.WARNING)
-    compiled = torch.compile(other, backend=kept_in(graphs))
-    for bad in (None, -1, 500):
-        assert torch.equal(eager(batch(1, bad)), compiled(batch(1, bad)))
+    with torch._dynamo.config.patch(capture_scalar_outputs=scalars):
+        compiled = torch.compile(other, backend=kept_in(graphs))
+        for bad in (None, -1, 500):
+            assert torch.equal(eager(batch(1, bad)), compiled(batch(1, bad)))
     assert other.collection.num_invalid_ids == eager.collection.num_invalid_ids > 0
     assert torch.ops.cce_torchrec.expand.default in called(graphs)
 

@@ -120,6 +120,7 @@ def test_a_broken_table_that_is_not_wanted_or_frozen_does_no_harm():
         (["collection.usr"], "did you mean 'collection.user'"),
         (["p"], r"no table 'p'; the model has \['collection.t', 'collection.user'\]"),
         ("user", r"tables='user' is one name; give a list, \['user'\]"),
+        ([], r"tables=\[\] names no table"),
         (["t"], "table 'collection.t': frozen: its parameters require no gradient; it cannot"),
     ],
 )
