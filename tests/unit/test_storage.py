@@ -17,9 +17,10 @@ from torchrec import KeyedJaggedTensor
 
 from cce_torchrec import CCEEmbeddingBagCollection, CCEEmbeddingBagConfig
 from cce_torchrec.checkpoint import latest_checkpoint, load_checkpoint, pending, save_checkpoint
+from cce_torchrec.checkpoint.finite import is_finite
 from cce_torchrec.checkpoint.location import location
-from cce_torchrec.checkpoint.save import is_finite
-from cce_torchrec.checkpoint.tensor_files import DTYPES, TensorWriter
+from cce_torchrec.checkpoint.tensor_files import TensorWriter
+from cce_torchrec.checkpoint.tensor_index import DTYPES
 from cce_torchrec.clustering import cluster
 from tests.support.optional import needs
 from tests.support.s3 import make_bucket, needs_s3, s3_server
@@ -245,21 +246,38 @@ def test_without_the_packages_the_extra_is_named(monkeypatch):
             save_checkpoint(uri, Model(), step=1)
 
 
-def test_a_uri_as_a_path_is_refused():
-    with pytest.raises(
-        ValueError, match="Path makes a local folder of a URI; pass the URI as text"
-    ):
-        save_checkpoint(Path("s3://bucket/run"), Model(), step=1)
-    assert location("file:///tmp/run") == Path("/tmp/run")
+@pytest.mark.parametrize(
+    ("folder", "message"),
+    [
+        (Path("s3://bucket/run"), "s3:/bucket/run would be a local folder; pass a URI as text"),
+        ("s3:/bucket/run", "s3:/bucket/run would be a local folder; pass a URI as text"),
+        ("file:/tmp/run", "file:/tmp/run would be a local folder; pass a URI as text"),
+        ("file://localhost/run", "file://localhost/run names a host, or no whole path; write file"),
+        ("file://run", "file://run names a host, or no whole path; write file:///path"),
+    ],
+)
+def test_what_would_be_another_folder_is_refused(folder, message, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match=message):
+        save_checkpoint(folder, Model(), step=1)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("name", ["run:1", "a b", "50%20", "lr:0.1/run"])
+def test_a_folder_of_any_name_is_local(tmp_path, name):
+    assert location(f"file://{tmp_path}/{name}") == tmp_path / name
+    assert location(f"FILE://{tmp_path}/{name}") == location(f"{tmp_path}/{name}")
+    assert location(name) == Path(name)
 
 
 @needs("upath")
-@pytest.mark.parametrize("scheme", ["", "file://"])
+@pytest.mark.parametrize("scheme", ["", "file://", "local://"])
 def test_a_local_path_of_another_library_is_local(tmp_path, scheme):
     import upath
 
     path = save_checkpoint(upath.UPath(f"{scheme}{tmp_path}/run"), Model(), step=1)
     assert path == tmp_path / "run" / "step-000000001-0001" and type(path) is type(tmp_path)
+    assert location(f"{scheme}{tmp_path}/run") == tmp_path / "run"
 
 
 def test_a_file_in_the_way_is_named(tmp_path):
