@@ -88,13 +88,19 @@ def make_folder(folder: Path) -> None:
 
 
 def entries(folder: Path) -> list[Path]:
-    """What is in `folder`; nothing where there is no such folder."""
+    """What is in `folder`; nothing where there is no such folder.
+
+    Raises:
+        ValueError: naming the folder, if it cannot be asked.
+    """
     if store_of(folder) is not None:
         store_of(folder).invalidate_cache()  # which would hide what other ranks have written
     try:
         return list(folder.iterdir())
     except (FileNotFoundError, NotADirectoryError):
         return []
+    except Exception as error:  # clients of object stores have errors that are no OSError
+        raise ValueError(f"{folder} cannot be read ({error})") from error
 
 
 def remove(checkpoint: Path, first: str) -> None:

@@ -79,6 +79,53 @@ def test_a_rank_that_fails_in_the_background(rank, world_size, tmp_path):
 
 
 @on_ranks(2)
+def test_a_failure_that_one_rank_has_seen_is_raised_on_all_by_the_next_call(
+    rank, world_size, tmp_path
+):
+    """A rank that went on alone would wait for the others in the next collective call."""
+    model, _ = trained("tw", 1)
+    with mock.patch.object(TensorWriter, "write", mock.Mock(side_effect=OSError("no space left"))):
+        handle = save_checkpoint(tmp_path, model, step=1, blocking=False)
+        if rank == 0:
+            with pytest.raises(ValueError, match="no space left"):
+                handle.result()
+        dist.barrier()
+    with pytest.raises(ValueError, match="rank 1: no space left"):
+        save_checkpoint(tmp_path, model, step=2)
+    assert save_checkpoint(tmp_path, model, step=2).exists()
+
+
+@on_ranks(2)
+@pytest.mark.parametrize(
+    "asked", [{"blocking": False}, {"keep": 3}, {"pin": "best"}, {"step": 2}, {"check_finite": 0}]
+)
+def test_ranks_that_ask_for_different_things_are_told(rank, world_size, tmp_path, asked):
+    model, _ = trained("tw", 1)
+    with pytest.raises(ValueError, match=r"ranks disagree about .step, keep, pin, check_finite, b"):
+        save_checkpoint(tmp_path, model, **({"step": 1} | (asked if rank else {})))
+    assert latest_checkpoint(tmp_path) is None
+
+
+@on_ranks(2)
+@pytest.mark.parametrize("wrong", [{"keep": 0}, {"pin": "a/b"}, {"step": -1}])
+def test_what_one_rank_asks_for_in_vain_is_refused_on_all(rank, world_size, tmp_path, wrong):
+    model, _ = trained("tw", 1)
+    with pytest.raises(ValueError, match=r"^rank 1: (keep 0|pin 'a/b'|step -1) "):
+        save_checkpoint(tmp_path, model, **({"step": 1} | (wrong if rank else {})))
+
+
+@on_ranks(2)
+@pytest.mark.parametrize("asked", [{"tables": ["t"]}, {"grow": ["t"]}])
+def test_ranks_that_load_different_things_are_told(rank, world_size, tmp_path, asked):
+    model, _ = trained("tw", 1)
+    save_checkpoint(tmp_path, model, step=1)
+    before = outputs(model)
+    with pytest.raises(ValueError, match=r"ranks disagree about .tables, grow, learning_rates"):
+        load_checkpoint(tmp_path, model, **(asked if rank else {}))
+    assert_same_outputs(model, before)
+
+
+@on_ranks(2)
 def test_training_goes_on_while_it_is_written(rank, world_size, tmp_path):
     """Steps and a clustering, over another group than the thread's; what was staged is saved."""
     (model, dense), (other, its_dense) = trained("cw", 1), build("cw", 2)
