@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from types import SimpleNamespace
 from unittest import mock
 
 import pytest
@@ -12,6 +13,8 @@ import torch.distributed as dist
 from cce_torchrec.checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint
 from cce_torchrec.checkpoint.tensor_files import TensorWriter
 from cce_torchrec.clustering import cluster
+from cce_torchrec.train.records import Records
+from cce_torchrec.train.trainer import Trainer
 from tests.support.jobs import assert_same_outputs, build, outputs, step
 from tests.support.ranks import on_ranks
 from tests.support.s3 import make_bucket, needs_s3, s3_server
@@ -123,6 +126,15 @@ def test_ranks_that_load_different_things_are_told(rank, world_size, tmp_path, a
     with pytest.raises(ValueError, match=r"ranks disagree about .tables, grow, learning_rates"):
         load_checkpoint(tmp_path, model, **(asked if rank else {}))
     assert_same_outputs(model, before)
+
+
+@on_ranks(2)
+def test_an_out_that_the_first_rank_cannot_write_is_told_to_all(rank, world_size, tmp_path):
+    (tmp_path / "file").touch()
+    args = SimpleNamespace(resume=False, out=tmp_path / "file" / "run")
+    run = SimpleNamespace(args=args, rank=rank, records=Records())
+    with pytest.raises(ValueError, match=r"^rank 0: .*/file/run cannot be written"):
+        Trainer.run(run)
 
 
 @on_ranks(2)
