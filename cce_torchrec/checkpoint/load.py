@@ -99,8 +99,9 @@ def load_checkpoint(
         finish_pending()  # here, as what failed on one rank has to be raised on all
         if learning_rates not in LEARNING_RATES:
             raise ValueError(f"learning_rates {learning_rates!r}: choose one of {LEARNING_RATES}")
-        chosen = None if tables is None else tuple(tables)
-        return location(folder), (chosen, tuple(grow), learning_rates)
+        # In one order, as each rank has its own of a set.
+        chosen = None if tables is None else tuple(sorted(tables))
+        return location(folder), (chosen, tuple(sorted(grow)), learning_rates)
 
     where = same_task(asked, "tables, grow, learning_rates", ranks.group)
     path = ranks.first(lambda: folders.find(where))
