@@ -81,6 +81,9 @@ def gather(own: T, group: dist.ProcessGroup | None) -> list[T]:
 
 def reason(error: BaseException) -> str:
     """What `error` says, or its kind where it says nothing."""
+    if isinstance(error, CheckpointException):  # which says the tracebacks of all ranks
+        raised = {rank: reason(failure) for rank, (failure, _) in error.failures.items()}
+        return "; ".join(f"rank {rank}: {said}" for rank, said in sorted(raised.items()))
     return str(error) or type(error).__name__
 
 
@@ -132,6 +135,10 @@ class Ranks:
     def agree(self, work: Callable[[], T]) -> list[T]:
         """`work()` of every rank, by rank; raises on every rank what fails on any."""
         return agree(lambda: (None, work()), self.group)[1]
+
+    def each(self, work: Callable[[], T]) -> T:
+        """`work()` of this rank, not sent to others; raises on every rank what fails on any."""
+        return agree(lambda: (work(), None), self.group)[0]
 
     def first(self, work: Callable[[], T]) -> T:
         """`work()` of the first rank, which alone does it, on every rank."""

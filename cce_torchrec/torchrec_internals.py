@@ -1,4 +1,4 @@
-"""Private attributes of torch, TorchRec and FBGEMM: every one that this project reads or sets.
+"""Private attributes of torch, TorchRec, FBGEMM and Python: all that this project reads or sets.
 
 Seen in torch 2.11 and 2.13, TorchRec 1.6.1 to 1.9.2 and FBGEMM 1.6.0 and 1.8.0. Each function says
 what breaks if a later version has it no more. A test looks for others in the rest of the package.
@@ -6,7 +6,8 @@ what breaks if a later version has it no more. A test looks for others in the re
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+import threading
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -26,6 +27,18 @@ __all__ = [  # public types of torch that live in a private package
     "ShardedTensorMetadata",
     "TensorProperties",
 ]
+
+# --- Python --------------------------------------------------------------------------------------
+
+
+def before_threads_end(call: Callable[[], Any]) -> None:
+    """Has `call` called when the program ends, before Python stops its executors' threads.
+
+    `atexit` comes after that, when clients of object stores, which use such threads, fail. Without
+    it, a checkpoint that is on its way to an object store when the program ends is lost.
+    """
+    threading._register_atexit(call)  # type: ignore[attr-defined]  # in no stub
+
 
 # --- torch ---------------------------------------------------------------------------------------
 

@@ -13,6 +13,7 @@ from __future__ import annotations
 import json
 import logging
 import re
+from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -32,6 +33,7 @@ MANIFEST = "manifest.json"
 _POINTER = "latest"
 """A file of format 2, with the name of its latest checkpoint."""
 _NAME = re.compile(r"step-(?P<step>\d{9,})(?:-again|-(?P<number>\d{4,})(?:-(?P<pin>\w+))?)?")
+_NAME_OF_FORMAT_2 = re.compile(r"step-\d{9,}(-again)?")
 _LEFT_BY_FORMAT_2 = re.compile(r"\.(writing|pruned)-step-\d{9,}.*")
 
 
@@ -51,8 +53,7 @@ class _Saved(NamedTuple):
 def _saved(folder: Path) -> list[_Saved]:
     """The checkpoints in `folder`, whole or not, the latest first."""
     inside = entries(folder)
-    pointer = next((path for path in inside if path.name == _POINTER), None)
-    pointed = "" if pointer is None else pointer.read_text().strip()
+    pointed = _pointed(inside)
     found = []
     for path in inside:
         if match := _NAME.fullmatch(path.name):
@@ -61,21 +62,26 @@ def _saved(folder: Path) -> list[_Saved]:
     return sorted(found, key=lambda one: (one.number, one.pointed, one.step), reverse=True)
 
 
+def _pointed(inside: Iterable[Path]) -> str:
+    """The name that format 2's pointer among the files `inside` a folder has; "" without it."""
+    for path in inside:
+        if path.name == _POINTER and path.is_file():  # a user's link or folder may be called so
+            name = path.read_bytes().decode(errors="replace").strip()
+            return name if _NAME_OF_FORMAT_2.fullmatch(name) else ""
+    return ""
+
+
 def _is_whole(checkpoint: Path) -> bool:
-    return (checkpoint / MANIFEST).exists()
+    return (checkpoint / MANIFEST).is_file()
 
 
 def begin(folder: Path, step: int, pin: str) -> Path:
     """Removes what was never finished, and makes the folder of a new checkpoint."""
     make_folder(folder)
     saved = _saved(folder)
-    for one in saved:
-        # Format 2 renamed what was whole: a folder without a number is not ours to remove.
-        if one.number >= 0 and not _is_whole(one.path):
-            remove(one.path, MANIFEST)
-    for path in entries(folder):
-        if _LEFT_BY_FORMAT_2.fullmatch(path.name):
-            remove(path, MANIFEST)
+    # Format 2 renamed what was whole: a folder without a number is not ours to remove.
+    clear(one.path for one in saved if one.number >= 0 and not _is_whole(one.path))
+    clear(path for path in entries(folder) if _LEFT_BY_FORMAT_2.fullmatch(path.name))
     number = 1 + max([0, *(one.number for one in saved)])
     checkpoint = folder / f"step-{step:09d}-{number:04d}{pin and '-'}{pin}"
     make_folder(checkpoint)
@@ -84,9 +90,10 @@ def begin(folder: Path, step: int, pin: str) -> Path:
 
 def commit(checkpoint: Path, manifest: Manifest, keep: int) -> Path:
     """Turns a folder that is written into the latest checkpoint; then removes old ones."""
-    folder = checkpoint.parent
     # Where each machine has a disk of its own, rank 0 sees only what its own machine wrote.
-    missing = sorted(manifest.files.keys() - {path.name for path in entries(checkpoint)})
+    listed = {path.name for path in entries(checkpoint)}
+    # Network file systems list late what other machines wrote, and find it by name at once.
+    missing = [n for n in sorted(manifest.files.keys() - listed) if not (checkpoint / n).is_file()]
     if missing:
         raise ValueError(
             f"{checkpoint}: rank 0 does not see files {missing} that other ranks wrote; "
@@ -94,26 +101,32 @@ def commit(checkpoint: Path, manifest: Manifest, keep: int) -> Path:
         )
     # Last of all files, so that a folder with a manifest is whole.
     write_whole(checkpoint / MANIFEST, json.dumps(manifest.to_json()))
-    (folder / _POINTER).unlink(missing_ok=True)
     try:
-        rotate(folder, keep)
-    except OSError as error:  # the new one is in place all the same
-        logger.warning("%s: old checkpoints could not be removed (%s)", folder, error)
+        _rotate(checkpoint.parent, keep)
+    except Exception as error:  # the new one is in place, and its caller discards what has failed
+        logger.warning("%s: old checkpoints stay (%s)", checkpoint.parent, error)
     return checkpoint
 
 
-def discard(checkpoint: Path) -> None:
-    """Removes a checkpoint that could not be finished."""
-    remove(checkpoint, MANIFEST)
+def clear(checkpoints: Iterable[Path]) -> None:
+    """Removes each of `checkpoints`, and logs which it cannot: it is in nobody's way."""
+    for checkpoint in checkpoints:
+        try:
+            remove(checkpoint, MANIFEST)
+        except Exception as error:  # clients of object stores have errors that are no OSError
+            logger.warning("%s cannot be removed (%s); remove it by hand", checkpoint, error)
 
 
-def rotate(folder: Path, keep: int) -> None:
+def _rotate(folder: Path, keep: int) -> None:
     """Removes all checkpoints but the `keep` latest, and the latest of each pin."""
-    pins = {""}
+    if _pointed(entries(folder)):
+        (folder / _POINTER).unlink()
+    pins, old = {""}, []
     for place, one in enumerate(one for one in _saved(folder) if _is_whole(one.path)):
         if place >= keep and one.pin in pins:
-            remove(one.path, MANIFEST)
+            old.append(one.path)
         pins.add(one.pin)
+    clear(old)
 
 
 def latest_checkpoint(folder: str | Path, *, pin: str | None = None) -> Path | None:
@@ -157,7 +170,7 @@ def read_manifest(checkpoint: Path) -> Manifest:
         format_ = found["format"]
         if format_ in READABLE:  # the fields of others are other ones
             return Manifest.from_json(found)
-    except (OSError, AttributeError, ValueError, KeyError, TypeError) as error:
+    except Exception as error:  # whatever a damaged one leads to
         raise ValueError(f"{file} is damaged ({error}); load another checkpoint") from error
     remedy = "update cce_torchrec" if isinstance(format_, int) and format_ > FORMAT else "save anew"
     raise ValueError(
@@ -174,7 +187,7 @@ def verify(checkpoint: Path, files: dict[str, Fingerprint]) -> None:
     """
     for name, expected in files.items():
         file = checkpoint / name
-        if not file.exists():
+        if not file.is_file():  # to read a pipe or a device would not end
             raise ValueError(f"{file} is missing; load another checkpoint")
         found = file.stat().st_size
         # Of a write that was cut short the size says more than a checksum, and is there at once.

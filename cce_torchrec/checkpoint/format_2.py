@@ -87,6 +87,8 @@ class Format2Reader(FileSystemReader):
         """
         file = self._checkpoint / INDEX
         try:
+            if INDEX not in self._files:
+                raise ValueError(f"the manifest has no file {INDEX!r}")
             metadata = _Unpickler(io.BytesIO(file.read_bytes())).load()
             for one in metadata.storage_data.values():
                 if one.relative_path not in self._files:

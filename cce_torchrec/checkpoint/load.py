@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import nn
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import BytesStorageMetadata, Metadata
 
 from cce_torchrec.checkpoint import folder as folders
@@ -24,17 +25,21 @@ from cce_torchrec.checkpoint.manifest import (
     NO_OPTIMIZER,
     Manifest,
     OptimizerRecord,
-    TableRecord,
 )
 from cce_torchrec.checkpoint.optimizers import optimizer_states
-from cce_torchrec.checkpoint.parameter_state import ParameterState, dropped_state, joined_groups
+from cce_torchrec.checkpoint.parameter_state import (
+    ParameterState,
+    State,
+    dropped_state,
+    joined_groups,
+)
 from cce_torchrec.checkpoint.pending import finish_pending
-from cce_torchrec.checkpoint.random_state import set_random_state
+from cce_torchrec.checkpoint.random_state import check_random_state, set_random_state
 from cce_torchrec.checkpoint.save import model_state
 from cce_torchrec.checkpoint.tables import choose_tables, compare_tables, describe_tables, table_of
 from cce_torchrec.checkpoint.tensor_files import LoadPlans, TensorReader
 from cce_torchrec.clustering.schedule import ClusteringSchedule
-from cce_torchrec.collectives import Ranks, agree
+from cce_torchrec.collectives import Ranks, reason, same_task
 from cce_torchrec.table import refuse_none
 
 logger = logging.getLogger(__name__)
@@ -93,26 +98,32 @@ def load_checkpoint(
     Raises:
         ValueError: on every rank, naming file or table, both values and the remedy.
     """
-    finish_pending()
     ranks = Ranks(process_group)
     rates = "model" if tables is not None else learning_rates
-    _check_learning_rates(ranks.agree(lambda: learning_rates))
-    where, _ = agree(lambda: (location(folder), None), ranks.group)
+
+    def asked() -> tuple[Path, tuple[Any, ...]]:
+        finish_pending()  # here, as what failed on one rank has to be raised on all
+        if learning_rates not in LEARNING_RATES:
+            raise ValueError(f"learning_rates {learning_rates!r}: choose one of {LEARNING_RATES}")
+        # In one order, as each rank has its own of a set.
+        chosen = None if tables is None else tuple(sorted(tables))
+        return location(folder), (chosen, tuple(sorted(grow)), learning_rates)
+
+    where = same_task(asked, "tables, grow, learning_rates", ranks.group)
     path = ranks.first(lambda: folders.find(where))
     manifest = ranks.agree(lambda: folders.read_manifest(path))[0]
     # Each file is checked by one rank: by all, each byte would be read as often as there are ranks.
     names = sorted(manifest.files)[ranks.rank :: ranks.size]
     ranks.agree(lambda: folders.verify(path, {name: manifest.files[name] for name in names}))
-    job = _Load(path, manifest, model, optimizers, rates)
-    ranks.agree(lambda: job.choose(tables, grow))
-    metadata, _ = agree(lambda: (job.metadata(), None), ranks.group)
+    job = ranks.each(lambda: _Load(path, manifest, model, optimizers, tables, grow, rates))
+    metadata = ranks.each(job.metadata)
     keys = {key for part in ranks.agree(job.keys) for key in part}
     ranks.agree(lambda: job.check(metadata, keys))
     owned = {name for part in ranks.agree(lambda: list(job.states)) for name in part}
     dropped = {d for part in ranks.agree(lambda: job.prepare(owned, ranks)) for d in part}
-    ranks.agree(lambda: job.read_random_state(ranks))
-    ranks.agree(lambda: job.read(process_group))
-    ranks.agree(lambda: job.take_over(ranks))
+    random = ranks.each(lambda: job.random_state(ranks))
+    ranks.agree(lambda: job.read(ranks.group))
+    ranks.agree(lambda: job.take_over(random))
     report = job.report(sorted(dropped))
     if ranks.rank == 0:
         for line in report.dropped:
@@ -129,34 +140,27 @@ class _Load:
         manifest: Manifest,
         model: nn.Module,
         optimizers: Sequence[torch.optim.Optimizer],
+        tables: Sequence[str] | None,
+        grow: Sequence[str],
         learning_rates: str,
     ) -> None:
         self.path, self.manifest, self.model = path, manifest, model
         self._learning_rates = learning_rates
-        self._optimizers = optimizers
-        self.states: dict[str, ParameterState] = {}
-        self._tables: dict[str, TableRecord] = {}
-        self._wanted: set[str] | None = None
-        self._state: dict[str, Any] = {}
-        self._created: list[tuple[ParameterState, str, torch.Tensor]] = []
-        self._random: dict[str, Any] = {}
+        self._tables = describe_tables(model)
+        refuse_none(tables)
+        self._wanted = None if tables is None else choose_tables(tables, self._tables, "tables")
+        growing = choose_tables(grow, self._tables, "grow")
+        compare_tables(manifest.tables, self._tables, self._wanted, growing)
+        self._whole = {key: v for key, v in model_state(model).items() if self._chosen(key)}
+        self._growth = Growth(model, self._tables, manifest.tables, growing)
+        self._state = self._growth.targets(self._whole)
+        states = optimizer_states(model, optimizers)
+        self.states = {n: s for n, s in states.items() if self._chosen(f"model.{n}")}
+        self._made: list[tuple[ParameterState, State]] = []
+        """Tensors that optimizers have not made yet."""
         kind = TensorReader if manifest.format == FORMAT else Format2Reader
         self._reader = kind(path, manifest.files)
         self._plans = LoadPlans() if manifest.format == FORMAT else Format2Plans()
-
-    def choose(self, tables: Sequence[str] | None, grow: Sequence[str]) -> None:
-        """Which tables, and whether they fit."""
-        self._tables = describe_tables(self.model)
-        refuse_none(tables)
-        if tables is not None:
-            self._wanted = choose_tables(tables, self._tables, "tables")
-        growing = choose_tables(grow, self._tables, "grow")
-        compare_tables(self.manifest.tables, self._tables, self._wanted, growing)
-        state = {key: v for key, v in model_state(self.model).items() if self._chosen(key)}
-        self._growth = Growth(self.model, self._tables, self.manifest.tables, growing)
-        self._whole, self._state = state, self._growth.targets(state)
-        states = optimizer_states(self.model, self._optimizers)
-        self.states = {n: s for n, s in states.items() if self._chosen(f"model.{n}")}
 
     def _chosen(self, key: str) -> bool:
         name = key.removeprefix("model.")
@@ -185,12 +189,12 @@ class _Load:
             )
         for key, value in self._state.items():
             kept = stored[key]
-            if isinstance(kept, BytesStorageMetadata) or not hasattr(value, "size"):
-                continue
-            if tuple(kept.size) != tuple(value.size()):
+            there = "an object" if isinstance(kept, BytesStorageMetadata) else list(kept.size)
+            here = list(value.size()) if hasattr(value, "size") else "an object"
+            if there != here:
                 raise ValueError(
-                    f"{key.removeprefix('model.')}: shape {list(kept.size)} in the checkpoint, "
-                    f"{list(value.size())} in the model; configure it as it was saved"
+                    f"{key.removeprefix('model.')}: shape {there} in the checkpoint, {here} in the "
+                    "model; configure it as it was saved"
                 )
 
     def prepare(self, owned: set[str], ranks: Ranks) -> list[str]:
@@ -223,12 +227,10 @@ class _Load:
 
     def _add(self, name: str, state: ParameterState, record: OptimizerRecord) -> None:
         """Has the tensors of a parameter's optimizer read, which may have to be made first."""
-        for key in record.state:
-            value = state.tensors.get(key)
-            if value is None and state.creates_tensors:
-                value = state.place_for(key, record)
-                self._created.append((state, key, value))
-            if value is not None:
+        made = state.unmade(record)
+        self._made.append((state, made))
+        for key, value in (state.tensors | made).items():
+            if key in record.state:
                 self._state[f"optimizer.{name}.{key}"] = value
 
     def _restored(self) -> list[tuple[str, OptimizerRecord, ParameterState]]:
@@ -247,24 +249,34 @@ class _Load:
             if dropped_state(record, state) is None and (rates or not state.is_schedule)
         ]
 
-    def read_random_state(self, ranks: Ranks) -> None:
-        """Reads this rank's random state, where it is to be taken over."""
+    def random_state(self, ranks: Ranks) -> dict[str, Any]:
+        """This rank's random state, where it is to be taken over; otherwise nothing."""
         # Another number of ranks has no generators to which the saved ones would belong.
         if self._wanted is not None or ranks.size != self.manifest.world_size:
-            return
+            return {}
         name = f"rank-{ranks.rank}.json"
         if name not in self.manifest.files:
             raise ValueError(f"{self.path}: its manifest has no file {name!r}; load another")
         try:
-            self._random = json.loads((self.path / name).read_bytes())
-        except ValueError as error:
+            found = json.loads((self.path / name).read_bytes())
+            check_random_state(found)
+        except Exception as error:  # whatever a damaged one leads to
             raise ValueError(f"{self.path / name} is damaged ({error}); load another") from error
+        return found
 
     def read(self, group: dist.ProcessGroup | None) -> None:
         """Reads into the tensors of the model, or copies of them."""
-        dcp.load(self._state, storage_reader=self._reader, planner=self._plans, process_group=group)
+        try:
+            dcp.load(
+                self._state, storage_reader=self._reader, planner=self._plans, process_group=group
+            )
+        except (Exception, CheckpointException) as error:  # the latter is no Exception
+            raise ValueError(
+                f"{self.path}: reading failed ({reason(error)}); the model may be overwritten in "
+                "part: load again before it goes on"
+            ) from error
 
-    def take_over(self, ranks: Ranks) -> None:
+    def take_over(self, random: dict[str, Any]) -> None:
         """Hands everything that was read to the model, its optimizers and the process."""
         self._growth.finish()
         loaded = {key.removeprefix("model."): value for key, value in self._whole.items()}
@@ -274,12 +286,12 @@ class _Load:
                 loaded[key] = read  # extra state of a module is replaced, not written into
         # Parts of a model lack the keys of the rest, and `check` has compared those that count.
         self.model.load_state_dict(loaded, strict=self._wanted is None)
-        for state, key, value in self._created:
-            state.create(key, value)
+        for state, made in self._made:
+            state.create(made)
         for _, record, state in self._restored():
             state.restore(record, self._learning_rates == "checkpoint")
-        if self._random:  # not read where only some tables are
-            set_random_state(self._random)
+        if random:  # not read where only some tables are
+            set_random_state(random)
 
     def report(self, dropped: list[str]) -> LoadReport:
         """What was taken over."""
@@ -293,15 +305,6 @@ class _Load:
             dropped=dropped,
             learning_rates=self._learning_rates,
         )
-
-
-def _check_learning_rates(by_rank: list[str]) -> None:
-    """Refuses a choice that there is not, or that ranks disagree about."""
-    unknown = sorted(set(by_rank) - set(LEARNING_RATES))
-    if unknown:
-        raise ValueError(f"learning_rates {unknown[0]!r}: choose one of {list(LEARNING_RATES)}")
-    if len(set(by_rank)) > 1:
-        raise ValueError(f"ranks disagree about learning_rates: {by_rank}; give all the same")
 
 
 def _named(keys: list[str]) -> str:

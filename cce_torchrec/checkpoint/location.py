@@ -7,6 +7,7 @@ synced and renamed into place, a write to an object store is there as a whole or
 
 from __future__ import annotations
 
+import errno
 import os
 import re
 import zlib
@@ -24,18 +25,28 @@ def location(folder: str | Path) -> Path:
     """`folder` as a path: a local one, or of an object store for a URI such as `s3://bucket/run`.
 
     Raises:
-        ValueError: nothing here knows the scheme of the URI, or a package is missing.
+        ValueError: it is no path and no URI that anything here can open, or a package is missing.
     """
-    if not isinstance(folder, str):
-        if re.match(r"[A-Za-z][A-Za-z0-9+.-]+:(/|$)", str(folder)) and not store_of(folder):
-            raise ValueError(f"{folder}: Path makes a local folder of a URI; pass the URI as text")
-        # universal_pathlib has local paths too, which would be taken for those of an object store.
-        local = getattr(folder, "protocol", None) in ("", "file", "local")
-        return Path(str(folder.path)) if local else folder  # type: ignore[attr-defined]  # UPath's
-    scheme, separator, rest = folder.partition("://")
-    if not separator:
-        return Path(folder)
-    if scheme == "file":
+    if isinstance(folder, str):
+        folder = _opened(folder) if "://" in folder else Path(folder)
+    if store_of(folder) is None and re.match(r"[A-Za-z][A-Za-z0-9+.-]+:/", str(folder)):
+        raise ValueError(
+            f"{folder} would be a local folder; pass a URI as text with two slashes "
+            "(s3://bucket/run), of which Path leaves one"
+        )
+    # universal_pathlib has local paths too, which would be taken for those of an object store.
+    local = getattr(folder, "protocol", None) in ("", "file", "local")
+    return Path(str(folder.path)) if local else folder  # type: ignore[attr-defined]  # UPath's
+
+
+def _opened(folder: str) -> Path:
+    """The path of a URI."""
+    scheme, _, rest = folder.partition("://")
+    if scheme.lower() == "file":
+        if not rest.startswith("/"):  # which would be made below the working directory
+            raise ValueError(
+                f"{folder} names a host, or no whole path; write file:///path, or the path alone"
+            )
         return Path(rest)
     try:
         from upath import UPath
@@ -77,13 +88,19 @@ def make_folder(folder: Path) -> None:
 
 
 def entries(folder: Path) -> list[Path]:
-    """What is in `folder`; nothing where there is none."""
+    """What is in `folder`; nothing where there is no such folder.
+
+    Raises:
+        ValueError: naming the folder, if it cannot be asked.
+    """
     if store_of(folder) is not None:
         store_of(folder).invalidate_cache()  # which would hide what other ranks have written
     try:
         return list(folder.iterdir())
     except (FileNotFoundError, NotADirectoryError):
         return []
+    except Exception as error:  # clients of object stores have errors that are no OSError
+        raise ValueError(f"{folder} cannot be read ({error})") from error
 
 
 def remove(checkpoint: Path, first: str) -> None:
@@ -112,7 +129,7 @@ def write(path: Path, parts: Iterable[Any]) -> Fingerprint:
                 file.flush()
                 # A power cut may otherwise leave a manifest beside files without their content.
                 os.fsync(file.fileno())
-    except OSError as error:
+    except Exception as error:  # clients of object stores have errors that are no OSError
         raise ValueError(f"{path} cannot be written ({error})") from error
     return Fingerprint(size, crc)
 
@@ -134,10 +151,14 @@ def write_whole(path: Path, text: str) -> Fingerprint:
 
 
 def sync_folder(folder: Path) -> None:
-    """Makes new names inside a local `folder` durable."""
+    """Makes new names inside a local `folder` durable, where its file system can."""
     handle = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(handle)
+    except OSError as error:
+        # Some network and FUSE file systems sync files, and refuse to sync a folder.
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):
+            raise
     finally:
         os.close(handle)
 

@@ -85,6 +85,11 @@ class OptimizerRecord:
     unsaved_settings: list[str] = field(default_factory=list)
     """The same of the group."""
 
+    def __post_init__(self) -> None:
+        for name in ("settings", "state", "dtypes", "values"):
+            if not isinstance(getattr(self, name), dict):  # found before a load has written
+                raise TypeError(f"{name} of an optimizer is no dictionary")
+
     def to_json(self) -> dict[str, Any]:
         """The record as JSON has it; what older manifests lack is left out where it is empty."""
         added = ("dtypes", "values", "unsaved_state", "unsaved_settings")
@@ -148,8 +153,8 @@ class Manifest:
                 raise ValueError(f"the file {name!r} is not one of the checkpoint's folder")
         tables, schedule = found["tables"], found["schedule"]
         return cls(
-            step=found["step"],
-            world_size=found["world_size"],
+            step=int(found["step"]),
+            world_size=int(found["world_size"]),
             tables={name: _known(_TABLES[one["kind"]], one) for name, one in tables.items()},
             optimizers={k: _known(OptimizerRecord, one) for k, one in found["optimizers"].items()},
             schedule=None

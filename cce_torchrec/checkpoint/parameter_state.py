@@ -32,7 +32,7 @@ class ParameterState:
     """
 
     creates_tensors: ClassVar[bool] = False
-    """Whether the optimizer takes tensors that it has not made yet."""
+    """Whether the optimizer takes tensors that it has not made yet: `unmade` and `create`."""
     is_schedule: ClassVar[bool] = False
     """Whether it says how far a schedule of learning rates is, and nothing else."""
     kind: OptimizerKind = field(default_factory=lambda: OptimizerKind(name=NO_OPTIMIZER.kind))
@@ -59,12 +59,12 @@ class ParameterState:
             unsaved_settings=self.unsaved_settings,
         )
 
-    def place_for(self, key: str, record: OptimizerRecord) -> torch.Tensor:
-        """An empty tensor for the state `key` of `record`, where the optimizer would have it."""
-        raise NotImplementedError(f"{self.kind.name} makes its tensors itself")
+    def unmade(self, record: OptimizerRecord) -> State:
+        """Empty tensors for the state in `record` that the optimizer has not made yet."""
+        return {}
 
-    def create(self, key: str, value: torch.Tensor) -> None:
-        """Puts a state tensor that the optimizer has not made yet."""
+    def create(self, made: State) -> None:
+        """Puts what `unmade` gave, once it was filled."""
 
     def restore(self, record: OptimizerRecord, rates: bool) -> None:
         """Takes over the settings and numbers of `record`, learning rates only if `rates`."""
@@ -101,18 +101,23 @@ class TorchState(ParameterState):
             groups=[group],
         )
 
-    def place_for(self, key: str, record: OptimizerRecord) -> torch.Tensor:
+    def unmade(self, record: OptimizerRecord) -> State:
         """Empty; on the CPU where the optimizer counts its steps there."""
         # The rule of torch's own load_state_dict, by the flags that the optimizer will have.
         flags = {**self.groups[0], **record.settings}
-        on_cpu = key == "step" and not (flags.get("capturable") or flags.get("fused"))
-        dtype = getattr(torch, record.dtypes.get(key, "float32"))
-        device = torch.device("cpu") if on_cpu else self.parameter.device
-        return torch.empty(record.state[key], dtype=dtype, device=device)
+        steps_on_gpu = flags.get("capturable") or flags.get("fused")
+        out: State = {}
+        for key in record.state.keys() - self.tensors.keys():
+            on_cpu = key == "step" and not steps_on_gpu
+            dtype = getattr(torch, record.dtypes.get(key, "float32"))
+            device = torch.device("cpu") if on_cpu else self.parameter.device
+            out[key] = torch.empty(record.state[key], dtype=dtype, device=device)
+        return out
 
-    def create(self, key: str, value: torch.Tensor) -> None:
+    def create(self, made: State) -> None:
         """Puts it where the first step would."""
-        self._state()[key] = self.kind.as_kept(key, value)
+        for key, value in made.items():
+            self._state()[key] = self.kind.as_kept(key, value)
 
     def restore(self, record: OptimizerRecord, rates: bool) -> None:
         """Takes over what the group of the parameter has too, or what schedulers add to it."""

@@ -11,10 +11,12 @@ from weakref import WeakKeyDictionary
 import torch.distributed as dist
 
 from cce_torchrec.collectives import Ranks
+from cce_torchrec.torchrec_internals import before_threads_end
 
 logger = logging.getLogger(__name__)
 
 _THREAD = ThreadPoolExecutor(max_workers=1, thread_name_prefix="save_checkpoint")
+before_threads_end(_THREAD.shutdown)  # which waits for what is being written
 _cpu_groups: WeakKeyDictionary[dist.ProcessGroup, dist.ProcessGroup] = WeakKeyDictionary()
 _unfinished: list[PendingCheckpoint] = []
 """The last one, until a save or a load has waited for it."""

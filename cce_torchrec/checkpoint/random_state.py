@@ -35,6 +35,15 @@ def set_random_state(state: dict[str, Any]) -> None:
     random.setstate((version, tuple(words), gauss))
 
 
+def check_random_state(state: dict[str, Any]) -> None:
+    """Raises whatever `set_random_state` would, and changes nothing."""
+    before = random_state()
+    try:
+        set_random_state(state)
+    finally:
+        set_random_state(before)
+
+
 def _tensor(text: str) -> torch.Tensor:
     # A bytearray, since torch warns of memory that it may not write to.
     return torch.frombuffer(bytearray.fromhex(text), dtype=torch.uint8)

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
+import operator
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -16,16 +16,18 @@ import torch.distributed.checkpoint as dcp
 from torch import nn
 
 from cce_torchrec.checkpoint import folder as folders
+from cce_torchrec.checkpoint.finite import refuse_not_finite
 from cce_torchrec.checkpoint.location import location, write_whole
 from cce_torchrec.checkpoint.manifest import Fingerprint, Manifest, OptimizerRecord, TableRecord
 from cce_torchrec.checkpoint.optimizers import ParameterState, optimizer_states
 from cce_torchrec.checkpoint.pending import PendingCheckpoint, finish_pending
+from cce_torchrec.checkpoint.plain import plain_extra
 from cce_torchrec.checkpoint.random_state import random_state
-from cce_torchrec.checkpoint.tables import describe_tables, table_of
-from cce_torchrec.checkpoint.tensor_files import SavePlans, Shard, TensorWriter
+from cce_torchrec.checkpoint.tables import describe_tables
+from cce_torchrec.checkpoint.tensor_files import SavePlans, TensorWriter
 from cce_torchrec.clustering.replicas import share_seen
 from cce_torchrec.clustering.schedule import ClusteringSchedule
-from cce_torchrec.collectives import Ranks, agree
+from cce_torchrec.collectives import Ranks, same_task
 from cce_torchrec.versions import installed_versions
 
 
@@ -75,7 +77,8 @@ def save_checkpoint(
         step: optimizer steps so far.
         optimizers: those that the user steps.
         schedule: when the job clusters.
-        extra: whatever else a restart needs (data position, metrics): JSON, taken from rank 0.
+        extra: whatever else a restart needs (data position, metrics): JSON, whose keys are text and
+            whose tuples come back as lists; taken from rank 0.
         keep: checkpoints that stay in `folder`, at least 1; older ones are removed once this
             one is in place.
         pin: a name such as "best", under which this checkpoint stays beside those, until another is
@@ -91,67 +94,72 @@ def save_checkpoint(
         ValueError: on every rank, if anything failed on any; the folder's latest checkpoint is
             then what it was.
     """
-    if keep < 1:
-        raise ValueError(f"keep {keep} would remove the checkpoint just written; use at least 1")
-    if not re.fullmatch(r"\w*", pin):
-        raise ValueError(f"pin {pin!r} is part of a folder's name; use letters, digits and _")
-    finish_pending()
     ranks = Ranks(process_group)
-    where, _ = agree(lambda: (location(folder), None), ranks.group)
-    share_seen(model)  # before `agree`, as it is collective itself
-    state: dict[str, Any] = {}
-    described = ranks.agree(lambda: _collect(model, optimizers, state))
+
+    def asked() -> tuple[_Target, tuple[int | str, ...]]:
+        finish_pending()  # here, as what failed on one rank has to be raised on all
+        target = _Target(location(folder), _checked_step(step), keep, pin)
+        return target, (target.step, keep, pin, check_finite, blocking)
+
+    target = same_task(asked, "step, keep, pin, check_finite, blocking", ranks.group)
     writer = TensorWriter(ranks.rank, copy=not blocking)
-    tables = described[0][0]
-    # Masks and the like may well be infinite.
-    exempt = {f"model.{name}" for name, _ in model.named_buffers()}
-
-    def plan() -> None:
-        # What each rank has to write is in `writer` then.
-        dcp.save(state, storage_writer=writer, planner=SavePlans(), process_group=process_group)
-        if check_finite:
-            _refuse_not_finite(writer.shards, exempt, tables)
-
-    ranks.agree(plan)
+    tables, optimizer_records = _take(ranks, writer, model, optimizers, check_finite)
     manifest = Manifest(
-        step=step,
+        step=target.step,
         world_size=ranks.size,
         tables=tables,
-        # Each rank describes the parameters that it has; only together are they those of the job.
-        optimizers={name: one for _, part in described for name, one in part.items()},
+        optimizers=optimizer_records,
         schedule=schedule,
-        extra=ranks.first(lambda: json.loads(json.dumps(extra))),  # the caller may change its own
+        extra=ranks.first(lambda: plain_extra(extra)),
         versions=installed_versions(),
         files={},
     )
-    job = _Job(where, manifest, keep, pin, writer, random_state())
+    job = _Job(target, manifest, writer, random_state())
     return job.write(ranks) if blocking else PendingCheckpoint(job.write, ranks)
+
+
+@dataclass(frozen=True)
+class _Target:
+    """Where a checkpoint goes, and what stays beside it."""
+
+    folder: Path
+    step: int
+    keep: int
+    pin: str
+
+    def __post_init__(self) -> None:
+        if self.keep < 1:
+            raise ValueError(
+                f"keep {self.keep} would remove the checkpoint just written; use at least 1"
+            )
+        if not (isinstance(self.pin, str) and re.fullmatch(r"\w*", self.pin)):
+            raise ValueError(
+                f"pin {self.pin!r} is part of a folder's name; use letters, digits and _"
+            )
 
 
 @dataclass(frozen=True)
 class _Job:
     """All that a checkpoint needs; nothing is written before `write`."""
 
-    folder: Path
+    target: _Target
     manifest: Manifest
-    keep: int
-    pin: str
     writer: TensorWriter
     random: dict[str, Any]
 
     def write(self, ranks: Ranks) -> Path:
         """Writes this rank's files and, once all ranks have, makes them the latest checkpoint."""
-        checkpoint = ranks.first(lambda: folders.begin(self.folder, self.manifest.step, self.pin))
+        to = self.target
+        checkpoint = ranks.first(lambda: folders.begin(to.folder, to.step, to.pin))
         try:
             written = ranks.agree(lambda: self._write(checkpoint, ranks.rank))
             files = {name: found for part in written for name, found in part.items()}
             manifest = replace(self.manifest, files=files)
-            return ranks.first(lambda: folders.commit(checkpoint, manifest, self.keep))
+            return ranks.first(lambda: folders.commit(checkpoint, manifest, to.keep))
         except ValueError:
             # Every rank has stopped writing by now. The next save tries again if this fails too.
             if ranks.rank == 0:
-                with contextlib.suppress(OSError):
-                    folders.discard(checkpoint)
+                folders.clear([checkpoint])
             raise
 
     def _write(self, checkpoint: Path, rank: int) -> dict[str, Fingerprint]:
@@ -159,6 +167,21 @@ class _Job:
         name = f"rank-{rank}.json"
         random = write_whole(checkpoint / name, json.dumps(self.random))
         return {name: random, **self.writer.write(checkpoint)}
+
+
+def _checked_step(step: int) -> int:
+    """`step` as a number of Python's, which NumPy's and tensors' are not.
+
+    Raises:
+        ValueError: it is no whole number from 0 on.
+    """
+    try:
+        found = operator.index(step)
+    except TypeError as error:
+        raise ValueError(f"step {step!r} is no whole number; pass the steps so far") from error
+    if found < 0:
+        raise ValueError(f"step {found} is negative; pass the steps so far")
+    return found
 
 
 def model_state(model: nn.Module) -> dict[str, Any]:
@@ -175,41 +198,32 @@ def optimizer_state(states: dict[str, ParameterState]) -> dict[str, Any]:
     }
 
 
-def _collect(
-    model: nn.Module, optimizers: Sequence[torch.optim.Optimizer], state: dict[str, Any]
+def _take(
+    ranks: Ranks,
+    writer: TensorWriter,
+    model: nn.Module,
+    optimizers: Sequence[torch.optim.Optimizer],
+    check_finite: bool,
 ) -> tuple[dict[str, TableRecord], dict[str, OptimizerRecord]]:
-    """Fills `state` with this rank's tensors and returns what the manifest says of them."""
-    states = optimizer_states(model, optimizers)
-    state |= model_state(model) | optimizer_state(states)
-    return describe_tables(model), {name: one.record() for name, one in states.items()}
+    """Gives `writer` what this rank writes, and returns what the manifest says of all ranks'."""
+    share_seen(model)  # before `agree`, as it is collective itself
+    state: dict[str, Any] = {}
 
+    def collect() -> tuple[dict[str, TableRecord], dict[str, OptimizerRecord]]:
+        states = optimizer_states(model, optimizers)
+        state.update(model_state(model) | optimizer_state(states))
+        return describe_tables(model), {name: one.record() for name, one in states.items()}
 
-def _refuse_not_finite(
-    shards: Sequence[Shard], exempt: set[str], tables: dict[str, TableRecord]
-) -> None:
-    """Raises where a parameter or its optimizer's state has NaN or infinite values.
+    described = ranks.agree(collect)
+    tables = described[0][0]
+    # Masks and the like may well be infinite.
+    exempt = {f"model.{name}" for name, _ in model.named_buffers()}
 
-    Raises:
-        ValueError: naming each table and each other tensor.
-    """
-    found = {shard.key: None for shard in shards
-             if shard.key not in exempt and not is_finite(shard.tensor)}  # fmt: skip
-    if found:
-        names = []
-        for key in found:
-            kind, _, name = key.partition(".")
-            table = table_of(name, tables)
-            names.append(f"table {table!r} ({kind} {name})" if table else f"{kind} {name}")
-        raise ValueError(
-            f"{', '.join(names[:3])}{' and more' if len(names) > 3 else ''}: NaN or infinite "
-            "values; nothing was saved and no checkpoint removed; load the latest checkpoint, or "
-            "pass check_finite=False"
-        )
+    def plan() -> None:
+        dcp.save(state, storage_writer=writer, planner=SavePlans(), process_group=ranks.group)
+        if check_finite:
+            refuse_not_finite(writer.shards, exempt, tables)
 
-
-def is_finite(tensor: torch.Tensor) -> bool:
-    """Whether all values are finite."""
-    if not (tensor.is_floating_point() or tensor.is_complex()):
-        return True
-    # One pass and no memory: a sum is not finite if a value is not. It may also overflow.
-    return bool(tensor.sum().isfinite()) or bool(tensor.isfinite().all())
+    ranks.agree(plan)
+    # Each rank describes the parameters that it has; only together are they those of the job.
+    return tables, {name: one for _, part in described for name, one in part.items()}

@@ -18,14 +18,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner, DefaultSavePlanner
-from torch.distributed.checkpoint.metadata import (
-    BytesStorageMetadata,
-    ChunkStorageMetadata,
-    Metadata,
-    MetadataIndex,
-    TensorProperties,
-    TensorStorageMetadata,
-)
+from torch.distributed.checkpoint.metadata import BytesStorageMetadata, Metadata, MetadataIndex
 from torch.distributed.checkpoint.planner import (
     LoadItemType,
     LoadPlan,
@@ -41,27 +34,10 @@ from torch.futures import Future
 
 from cce_torchrec.checkpoint.location import write, write_whole
 from cce_torchrec.checkpoint.manifest import Fingerprint
+from cce_torchrec.checkpoint.plain import plain
+from cce_torchrec.checkpoint.tensor_index import DTYPES, INDEX, Place, read_index
 
-INDEX = "tensors.json"
-DTYPES = {
-    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
-    "F8_E5M2": torch.float8_e5m2, "F8_E4M3": torch.float8_e4m3fn, "C64": torch.complex64,
-    "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8,
-    "U64": torch.uint64, "U32": torch.uint32, "U16": torch.uint16, "U8": torch.uint8,
-    "BOOL": torch.bool,
-}  # fmt: skip
-"""By the names that safetensors has for them."""
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
-
-
-class Place(NamedTuple):
-    """Where a shard is, and what."""
-
-    file: str
-    at: int
-    """Byte of the file at which the shard starts."""
-    shape: list[int]
-    dtype: torch.dtype
 
 
 class Shard(NamedTuple):
@@ -110,6 +86,7 @@ class TensorWriter(StorageWriter):
         self.file = f"rank-{rank}.safetensors"
         self.shards: list[Shard] = []
         self._copy = copy
+        self._has_index = False
         self._header = b""
         self._index: dict[str, Any] = {}
 
@@ -117,7 +94,8 @@ class TensorWriter(StorageWriter):
         """Nothing: a writer is for one checkpoint."""
 
     def set_up_storage_writer(self, is_coordinator: bool, *args: Any, **kwargs: Any) -> None:
-        """Nothing: the writer needs not know."""
+        """Notes whether this rank writes the index."""
+        self._has_index = is_coordinator
 
     @classmethod
     def validate_checkpoint_id(cls, checkpoint_id: Any) -> bool:
@@ -138,7 +116,7 @@ class TensorWriter(StorageWriter):
         for item in plan.items:
             value: Any = planner.resolve_data(item)
             if item.type == WriteItemType.BYTE_IO:
-                results.append(WriteResult(item.index, 0, _plain(item.index.fqn, value)))
+                results.append(WriteResult(item.index, 0, plain(item.index.fqn, value)))
             else:
                 tensors.append((item, self._taken(item.index.fqn, value.detach())))
         # The largest elements first: each shard then starts at a multiple of its element.
@@ -165,8 +143,14 @@ class TensorWriter(StorageWriter):
         return done
 
     def _taken(self, key: str, tensor: torch.Tensor) -> torch.Tensor:
-        if tensor.dtype not in _NAMES:
-            raise ValueError(f"{key}: a checkpoint cannot hold tensors of {tensor.dtype}")
+        dense = tensor.layout == torch.strided and not tensor.is_meta
+        if not dense or tensor.dtype not in _NAMES:
+            raise ValueError(
+                f"{key}: a {tensor.layout} tensor of {tensor.dtype} on {tensor.device.type} is "
+                "nothing that a checkpoint holds (dense ones of the types of safetensors); convert "
+                "it, or register the buffer with persistent=False"
+            )
+        tensor = tensor.resolve_conj().resolve_neg()  # of which the bytes are others
         return tensor.to("cpu", copy=True).contiguous() if self._copy else tensor
 
     def finish(self, metadata: Metadata, results: list[list[WriteResult]]) -> None:
@@ -190,7 +174,7 @@ class TensorWriter(StorageWriter):
     def write(self, checkpoint: Path) -> dict[str, Fingerprint]:
         """Writes this rank's file, and the first rank's index; what they are, by name."""
         files = {self.file: write(checkpoint / self.file, self._parts())}
-        if self._index:
+        if self._has_index:
             files[INDEX] = write_whole(checkpoint / INDEX, json.dumps(self._index))
         return files
 
@@ -227,44 +211,7 @@ class TensorReader(StorageReader):
         Raises:
             ValueError: naming the tensor of which the index says what cannot be.
         """
-        places: dict[MetadataIndex, Any] = {}
-        tensors: dict[str, Any] = {}
-        for key, entry in json.loads((self._checkpoint / INDEX).read_bytes()).items():
-            try:
-                tensors[key] = self._entry(key, entry, places)
-            except (KeyError, TypeError, ValueError) as error:
-                raise ValueError(
-                    f"{self._checkpoint / INDEX} is damaged ({key}: {error}); load another "
-                    "checkpoint"
-                ) from error
-        return Metadata(tensors, storage_data=places)
-
-    def _entry(
-        self, key: str, entry: dict[str, Any], places: dict[MetadataIndex, Any]
-    ) -> TensorStorageMetadata | BytesStorageMetadata:
-        if "object" in entry:
-            places[MetadataIndex(key)] = entry["object"]
-            return BytesStorageMetadata()
-        dtype, shape, chunks = DTYPES[entry["dtype"]], torch.Size(entry["shape"]), []
-        for shard in entry["shards"]:
-            offsets, sizes = torch.Size(shard["offsets"]), torch.Size(shard["shape"])
-            file, at = shard["file"], shard["at"]
-            inside = len(shape) == len(offsets) == len(sizes) and all(
-                0 <= first <= first + size <= whole
-                for first, size, whole in zip(offsets, sizes, shape, strict=True)
-            )
-            if not inside:
-                raise ValueError(f"a shard of {list(sizes)} at {list(offsets)} is outside")
-            if file not in self._files:
-                raise ValueError(f"the manifest has no file {file!r}")
-            if not 0 <= at <= self._files[file].size - math.prod(sizes) * dtype.itemsize:
-                raise ValueError(f"{file} ends before the shard at byte {at}")
-            chunks.append(ChunkStorageMetadata(offsets, sizes))
-            places[MetadataIndex(key, offsets)] = Place(file, at, list(sizes), dtype)
-        # What no shard holds would stay in the model as it was.
-        if sum(math.prod(chunk.sizes) for chunk in chunks) != math.prod(shape):
-            raise ValueError(f"its shards do not make up {list(shape)}")
-        return TensorStorageMetadata(TensorProperties(dtype=dtype), shape, chunks)
+        return read_index(self._checkpoint, self._files)
 
     def set_up_storage_reader(
         self, metadata: Metadata, is_coordinator: bool, *args: Any, **kwargs: Any
@@ -303,7 +250,7 @@ class TensorReader(StorageReader):
         if shape:  # rows that nobody asked for are not read
             at += item.storage_offsets[0] * math.prod(shape[1:]) * dtype.itemsize
             shape[0] = item.lengths[0]
-        part = torch.empty(shape, dtype=dtype)
+        part = torch.empty(shape, dtype=dtype, device="cpu")  # whatever the job's default is
         file.seek(at)
         view = _bytes(part)
         if file.readinto(view) != len(view):
@@ -313,25 +260,6 @@ class TensorReader(StorageReader):
         target = planner.resolve_tensor(item).detach()
         target.copy_(part)
         planner.commit_tensor(item, target)
-
-
-def _plain(key: str, value: Any) -> Any:
-    """`value`, if JSON gives it back as it is.
-
-    Raises:
-        ValueError: it would be something else after a load.
-    """
-    try:
-        same = json.loads(json.dumps(value)) == value
-    except (TypeError, ValueError):
-        same = False
-    if not same:
-        raise ValueError(
-            f"{key}: a checkpoint holds tensors and plain values (numbers, text, lists and "
-            f"dictionaries by text), and no {type(value).__name__} {value!r:.60}; let the module's "
-            "get_extra_state return plain values"
-        )
-    return value
 
 
 def _shard_name(item: WriteItem) -> str:

@@ -29,7 +29,7 @@ def save_helper_rows(
 ) -> None:
     """Adds the number of each CCE table to `state`, int64 []."""
     for key, config in _keys(configs, prefix):
-        state[key] = torch.tensor(config.helper_rows)
+        state[key] = torch.tensor(config.helper_rows, device="cpu")  # whatever the default is
 
 
 def check_helper_rows(

@@ -5,9 +5,10 @@ from __future__ import annotations
 import argparse
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
@@ -26,6 +27,8 @@ from cce_torchrec.train import options, pipelines
 from cce_torchrec.train.job import Batch, build
 from cce_torchrec.train.model import keyed_jagged, tables
 from cce_torchrec.train.records import Records
+
+T = TypeVar("T")
 
 
 class Trainer:
@@ -91,8 +94,7 @@ class Trainer:
         args = self.args
         if args.resume and _latest(self.checkpoints) is not None:
             self._resume()
-        if self.rank == 0:
-            self.records.write_metrics(args.out)
+        _on_first_rank(lambda: self.records.write_metrics(args.out))
         done = len(self.records.history)
         for epoch in range(done + 1, args.epochs + 1):
             began = time.perf_counter() - self.records.epoch_seconds
@@ -101,11 +103,12 @@ class Trainer:
         if args.checkpoint_every and len(self.records.history) > done:
             self._save()
         finish_pending()
-        if self.rank == 0:
-            examples = self.steps * min(args.batch_size, len(self.dataset.train)) * args.epochs
-            self.records.write_summary(
+        examples = self.steps * min(args.batch_size, len(self.dataset.train)) * args.epochs
+        _on_first_rank(
+            lambda: self.records.write_summary(
                 args, self.configs, examples, self.world_size, str(self.device)
             )
+        )
 
     def _train_epoch(self, epoch: int, began: float) -> None:
         """The steps of an epoch that are not done yet."""
@@ -200,8 +203,8 @@ class Trainer:
         )
         self.records.epoch_seconds = 0.0
         self.loss.zero_()
+        _on_first_rank(lambda: self.records.write_metrics(self.args.out))
         if self.rank == 0:
-            self.records.write_metrics(self.args.out)
             self.records.say_epoch()
 
     @torch.no_grad()
@@ -249,5 +252,9 @@ class Trainer:
 
 
 def _latest(checkpoints: Path) -> Path | None:
-    """The first rank's answer: an object store may fail one rank alone, and others would wait."""
-    return Ranks(None).first(lambda: latest_checkpoint(checkpoints))
+    return _on_first_rank(lambda: latest_checkpoint(checkpoints))
+
+
+def _on_first_rank(work: Callable[[], T]) -> T:
+    """`work()` of the first rank; storage may fail it alone, for which the others would wait."""
+    return Ranks(None).first(work)

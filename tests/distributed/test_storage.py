@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from types import SimpleNamespace
 from unittest import mock
 
 import pytest
@@ -12,6 +13,8 @@ import torch.distributed as dist
 from cce_torchrec.checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint
 from cce_torchrec.checkpoint.tensor_files import TensorWriter
 from cce_torchrec.clustering import cluster
+from cce_torchrec.train.records import Records
+from cce_torchrec.train.trainer import Trainer
 from tests.support.jobs import assert_same_outputs, build, outputs, step
 from tests.support.ranks import on_ranks
 from tests.support.s3 import make_bucket, needs_s3, s3_server
@@ -76,6 +79,63 @@ def test_a_rank_that_fails_in_the_background(rank, world_size, tmp_path):
             handle.result()
     dist.barrier()
     assert [path.name for path in tmp_path.iterdir()] == [good.name]
+
+
+@on_ranks(2)
+def test_a_failure_that_one_rank_has_seen_is_raised_on_all_by_the_next_call(
+    rank, world_size, tmp_path
+):
+    """A rank that went on alone would wait for the others in the next collective call."""
+    model, _ = trained("tw", 1)
+    with mock.patch.object(TensorWriter, "write", mock.Mock(side_effect=OSError("no space left"))):
+        handle = save_checkpoint(tmp_path, model, step=1, blocking=False)
+        if rank == 0:
+            with pytest.raises(ValueError, match="no space left"):
+                handle.result()
+        dist.barrier()
+    with pytest.raises(ValueError, match="rank 1: no space left"):
+        save_checkpoint(tmp_path, model, step=2)
+    assert save_checkpoint(tmp_path, model, step=2).exists()
+
+
+@on_ranks(2)
+@pytest.mark.parametrize(
+    "asked", [{"blocking": False}, {"keep": 3}, {"pin": "best"}, {"step": 2}, {"check_finite": 0}]
+)
+def test_ranks_that_ask_for_different_things_are_told(rank, world_size, tmp_path, asked):
+    model, _ = trained("tw", 1)
+    with pytest.raises(ValueError, match=r"ranks disagree about .step, keep, pin, check_finite, b"):
+        save_checkpoint(tmp_path, model, **({"step": 1} | (asked if rank else {})))
+    assert latest_checkpoint(tmp_path) is None
+
+
+@on_ranks(2)
+@pytest.mark.parametrize("wrong", [{"keep": 0}, {"pin": "a/b"}, {"step": -1}])
+def test_what_one_rank_asks_for_in_vain_is_refused_on_all(rank, world_size, tmp_path, wrong):
+    model, _ = trained("tw", 1)
+    with pytest.raises(ValueError, match=r"^rank 1: (keep 0|pin 'a/b'|step -1) "):
+        save_checkpoint(tmp_path, model, **({"step": 1} | (wrong if rank else {})))
+
+
+@on_ranks(2)
+@pytest.mark.parametrize("asked", [{"tables": ["t"]}, {"grow": ["t"]}])
+def test_ranks_that_load_different_things_are_told(rank, world_size, tmp_path, asked):
+    model, _ = trained("tw", 1)
+    save_checkpoint(tmp_path, model, step=1)
+    before = outputs(model)
+    with pytest.raises(ValueError, match=r"ranks disagree about .tables, grow, learning_rates"):
+        load_checkpoint(tmp_path, model, **(asked if rank else {}))
+    assert_same_outputs(model, before)
+    load_checkpoint(tmp_path, model, tables=["t", "u"] if rank else ["u", "t"])
+
+
+@on_ranks(2)
+def test_an_out_that_the_first_rank_cannot_write_is_told_to_all(rank, world_size, tmp_path):
+    (tmp_path / "file").touch()
+    args = SimpleNamespace(resume=False, out=tmp_path / "file" / "run")
+    run = SimpleNamespace(args=args, rank=rank, records=Records())
+    with pytest.raises(ValueError, match=r"^rank 0: .*/file/run cannot be written"):
+        Trainer.run(run)
 
 
 @on_ranks(2)

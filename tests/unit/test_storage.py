@@ -3,13 +3,16 @@
 import json
 import pickle
 import shutil
+import subprocess
 import sys
 import threading
 import zlib
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from unittest import mock
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -17,9 +20,10 @@ from torchrec import KeyedJaggedTensor
 
 from cce_torchrec import CCEEmbeddingBagCollection, CCEEmbeddingBagConfig
 from cce_torchrec.checkpoint import latest_checkpoint, load_checkpoint, pending, save_checkpoint
+from cce_torchrec.checkpoint.finite import is_finite
 from cce_torchrec.checkpoint.location import location
-from cce_torchrec.checkpoint.save import is_finite
-from cce_torchrec.checkpoint.tensor_files import DTYPES, TensorWriter
+from cce_torchrec.checkpoint.tensor_files import TensorReader, TensorWriter
+from cce_torchrec.checkpoint.tensor_index import DTYPES
 from cce_torchrec.clustering import cluster
 from tests.support.optional import needs
 from tests.support.s3 import make_bucket, needs_s3, s3_server
@@ -245,21 +249,38 @@ def test_without_the_packages_the_extra_is_named(monkeypatch):
             save_checkpoint(uri, Model(), step=1)
 
 
-def test_a_uri_as_a_path_is_refused():
-    with pytest.raises(
-        ValueError, match="Path makes a local folder of a URI; pass the URI as text"
-    ):
-        save_checkpoint(Path("s3://bucket/run"), Model(), step=1)
-    assert location("file:///tmp/run") == Path("/tmp/run")
+@pytest.mark.parametrize(
+    ("folder", "message"),
+    [
+        (Path("s3://bucket/run"), "s3:/bucket/run would be a local folder; pass a URI as text"),
+        ("s3:/bucket/run", "s3:/bucket/run would be a local folder; pass a URI as text"),
+        ("file:/tmp/run", "file:/tmp/run would be a local folder; pass a URI as text"),
+        ("file://localhost/run", "file://localhost/run names a host, or no whole path; write file"),
+        ("file://run", "file://run names a host, or no whole path; write file:///path"),
+    ],
+)
+def test_what_would_be_another_folder_is_refused(folder, message, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match=message):
+        save_checkpoint(folder, Model(), step=1)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("name", ["run:1", "a b", "50%20", "lr:0.1/run"])
+def test_a_folder_of_any_name_is_local(tmp_path, name):
+    assert location(f"file://{tmp_path}/{name}") == tmp_path / name
+    assert location(f"FILE://{tmp_path}/{name}") == location(f"{tmp_path}/{name}")
+    assert location(name) == Path(name)
 
 
 @needs("upath")
-@pytest.mark.parametrize("scheme", ["", "file://"])
+@pytest.mark.parametrize("scheme", ["", "file://", "local://"])
 def test_a_local_path_of_another_library_is_local(tmp_path, scheme):
     import upath
 
     path = save_checkpoint(upath.UPath(f"{scheme}{tmp_path}/run"), Model(), step=1)
     assert path == tmp_path / "run" / "step-000000001-0001" and type(path) is type(tmp_path)
+    assert location(f"{scheme}{tmp_path}/run") == tmp_path / "run"
 
 
 def test_a_file_in_the_way_is_named(tmp_path):
@@ -342,6 +363,12 @@ def test_format_2_is_read(tmp_path):
     assert not (tmp_path / "run/latest").exists()
 
 
+def halves(shard, index, second):
+    """Two shards of half the size, the other of which begins at `second`, and so leaves a hole."""
+    parts = [dict(shard, shape=[1, 8], offsets=[0, first]) for first in (0, second)]
+    index["model.over.weight"]["shards"] = parts
+
+
 def change_index(change):
     def changed(checkpoint):
         index = json.loads((checkpoint / "tensors.json").read_text())
@@ -358,6 +385,14 @@ def change_index(change):
         (lambda s, _: s.update(file="/etc/passwd"), "the manifest has no file '/etc/passwd'"),
         (lambda s, _: s.update(at=1 << 40), "ends before the shard"),
         (lambda s, _: s.update(at=-8), "ends before the shard"),
+        (lambda s, _: s.update(at=8.0), "over.weight: 'float' object cannot be"),
+        (lambda s, _: s.update(shape=[1, 1 << 80]), "is outside"),
+        (lambda _, i: i["model.over.weight"].update(shape=[-1, -16], shards=[]), "do not make up"),
+        (lambda _, i: i.update({"model.over.weight": None}), "over.weight: argument of type"),
+        (lambda _, i: i.update({"model.over.weight": {"object": 1}}), "over.weight: shape an obj"),
+        (lambda _, i: i.update({"model._extra_state": i["model.over.bias"]}), "_extra_state: shap"),
+        (lambda s, i: halves(s, i, 0), r"its shards do not make up \[1, 16\]"),
+        (lambda s, i: halves(s, i, 7), r"its shards do not make up \[1, 16\]"),
         (lambda s, _: s.update(shape=[1, 8]), r"its shards do not make up \[1, 16\]"),
         (lambda s, _: s.update(offsets=[0, -1]), "is outside"),
         (lambda s, _: s.update(shape=[1, 17]), "is outside"),
@@ -374,6 +409,80 @@ def test_an_index_that_says_what_cannot_be_is_refused(tmp_path, change, message)
     with pytest.raises(ValueError, match=message):
         load_checkpoint(path, model)
     assert all(torch.equal(v, before[k]) for k, v in model.named_parameters())
+
+
+@pytest.mark.parametrize("content", [b"[]", b"\x80", b"[" * 10**5, b""])
+def test_an_index_that_is_none_is_refused(tmp_path, content):
+    path = save_checkpoint(tmp_path, Model(), step=1)
+    planted(path, "tensors.json", content)
+    with pytest.raises(ValueError, match=r"tensors.json is damaged \(as a whole: .*; load another"):
+        load_checkpoint(path, Model())
+
+
+def change_manifest(path, change):
+    manifest = json.loads((path / "manifest.json").read_text())
+    change(manifest)
+    (path / "manifest.json").write_text(json.dumps(manifest))
+
+
+@pytest.mark.parametrize("format_", [2, 3])
+def test_an_index_that_the_manifest_does_not_name_is_not_read(tmp_path, format_):
+    name = {2: ".metadata", 3: "tensors.json"}[format_]
+    if format_ == 2:
+        shutil.copytree(WRITTEN, tmp_path / "run")
+    else:
+        save_checkpoint(tmp_path / "run", Model(), step=1)
+    path = latest_checkpoint(tmp_path / "run")
+    change_manifest(path, lambda manifest: manifest["files"].pop(name))
+    with pytest.raises(ValueError, match=f"{name} is damaged .*the manifest has no file '{name}'"):
+        load_checkpoint(path, Model())
+
+
+@pytest.mark.parametrize("field", ["settings", "state", "values"])
+@pytest.mark.parametrize("value", [None, [1], "lr"])
+def test_optimizer_settings_that_are_none_change_nothing(tmp_path, field, value):
+    (model, optimizer), other = trained(), trained(seed=1)
+    path = save_checkpoint(tmp_path, model, step=1, optimizers=[optimizer])
+    change_manifest(path, lambda m: m["optimizers"]["over.weight"].update({field: value}))
+    before = other[0].over.weight.clone()
+    with pytest.raises(ValueError, match=f"manifest.json is damaged .{field} of an optimizer"):
+        load_checkpoint(path, other[0], optimizers=[other[1]])
+    assert torch.equal(other[0].over.weight, before)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [dict.clear, lambda s: s.update(torch="00"), lambda s: s["numpy"].__setitem__(1, [1, 2]),
+     lambda s: s.pop("python")],
+)  # fmt: skip
+def test_random_state_that_is_none_changes_nothing(tmp_path, change):
+    path = save_checkpoint(tmp_path, Model(), step=1)
+    state = json.loads((path / "rank-0.json").read_text())
+    change(state)
+    planted(path, "rank-0.json", json.dumps(state).encode())
+    model = Model()
+    before, expected = model.over.weight.clone(), torch.get_rng_state()
+    with pytest.raises(ValueError, match=r"rank-0.json is damaged .*; load another"):
+        load_checkpoint(path, model)
+    assert torch.equal(model.over.weight, before) and torch.equal(torch.get_rng_state(), expected)
+
+
+def test_a_file_that_never_ends_is_not_read(tmp_path):
+    path = save_checkpoint(tmp_path, Model(), step=1)
+    (path / "rank-0.json").unlink()
+    (path / "rank-0.json").symlink_to("/dev/zero")
+    change_manifest(path, lambda manifest: manifest["files"].update({"rank-0.json": [0, 0]}))
+    with pytest.raises(ValueError, match=r"rank-0.json is missing"):
+        load_checkpoint(path, Model())
+
+
+def test_a_file_that_cannot_be_read_later_is_named(tmp_path):
+    path = save_checkpoint(tmp_path, Model(), step=1)
+    with (
+        mock.patch.object(TensorReader, "read_data", side_effect=OSError("stale file handle")),
+        pytest.raises(ValueError, match=r"0001: reading failed \(rank 0: stale .*: load again"),
+    ):
+        load_checkpoint(path, Model())
 
 
 # NaN
@@ -403,6 +512,8 @@ def test_finite_values_of_which_the_sum_overflows():
     assert is_finite(torch.full((9,), 3e38)) and is_finite(torch.full((9,), 6e4).half())
     assert not is_finite(torch.tensor([3e38, 3e38, float("nan")]))
     assert is_finite(torch.ones(3, dtype=torch.int8)) and is_finite(torch.zeros(0))
+    small = torch.tensor([1.0, float("nan")]).to(torch.float8_e5m2)
+    assert is_finite(small[:1]) and not is_finite(small)
 
 
 def test_infinite_buffers_are_saved(tmp_path):
@@ -412,10 +523,73 @@ def test_infinite_buffers_are_saved(tmp_path):
     load_checkpoint(tmp_path, model)
 
 
-@pytest.mark.parametrize("pin", ["a/b", "../x", "a-b", "é/"])
+@pytest.mark.parametrize("pin", ["a/b", "../x", "a-b", "é/", "best\n", None, 1])
 def test_a_pin_that_is_no_part_of_a_name_is_refused(tmp_path, pin):
     with pytest.raises(ValueError, match="use letters, digits and _"):
         save_checkpoint(tmp_path, Model(), step=1, pin=pin)
+
+
+@pytest.mark.parametrize("step", [-1, 1.0, "5", None])
+def test_a_step_that_no_folder_is_named_by_is_refused(tmp_path, step):
+    with pytest.raises(ValueError, match=f"step {step!r} is .*; pass the steps so far"):
+        save_checkpoint(tmp_path, Model(), step=step)
+
+
+def test_steps_may_be_of_other_libraries(tmp_path):
+    for step in (np.int64(3), torch.tensor(4)):
+        path = save_checkpoint(tmp_path, Model(), step=step)
+        assert load_checkpoint(tmp_path, Model()).step == int(step) and path.exists()
+
+
+@pytest.mark.parametrize(
+    ("extra", "message"),
+    [
+        (Counter([30, 80]), "extra has the key 30 .int., and JSON has text alone"),
+        ({"a": [({True: 1},)]}, "extra has the key True .bool., and JSON has text alone"),
+        ({"a": torch.ones(1)}, "extra is kept as JSON .Object of type Tensor"),
+        ({"a": {1, 2}}, "extra is kept as JSON .Object of type set"),
+    ],
+)
+def test_extra_that_would_come_back_as_something_else_is_refused(tmp_path, extra, message):
+    with pytest.raises(ValueError, match=message):
+        save_checkpoint(tmp_path, Model(), step=1, extra=extra)
+    assert latest_checkpoint(tmp_path) is None
+
+
+@pytest.mark.parametrize(
+    "tensor",
+    [
+        torch.eye(3).to_sparse(), torch.zeros(3, device="meta"), torch.zeros(2, dtype=torch.cdouble)
+    ],
+)  # fmt: skip
+def test_a_tensor_that_the_files_cannot_hold_is_named(tmp_path, tensor):
+    model = Model()
+    model.register_buffer("odd", tensor)
+    with pytest.raises(ValueError, match=r"model.odd: a .* tensor of .* on .*; convert it"):
+        save_checkpoint(tmp_path, model, step=1)
+
+
+def test_a_conjugate_is_saved_as_its_values(tmp_path):
+    model, other = nn.Module(), nn.Module()
+    model.register_buffer("a", torch.tensor([1 + 2j]).conj())
+    other.register_buffer("a", torch.zeros(1, dtype=torch.cfloat))
+    save_checkpoint(tmp_path, model, step=1)
+    load_checkpoint(tmp_path, other)
+    assert other.a.tolist() == [1 - 2j]
+
+
+def test_the_default_device_does_not_matter(tmp_path):
+    """Meta stands for a GPU, whose memory numpy cannot read either."""
+    model, other = Model(), Model()
+    with torch.device("meta"):
+        save_checkpoint(tmp_path, model, step=1)
+        load_checkpoint(tmp_path, other)
+    assert torch.equal(model.over.weight, other.over.weight)
+
+
+def test_a_module_without_tensors_comes_back(tmp_path):
+    save_checkpoint(tmp_path, nn.Identity(), step=1)
+    assert load_checkpoint(tmp_path, nn.Identity()).step == 1
 
 
 # While training goes on
@@ -447,6 +621,34 @@ def test_what_is_saved_is_what_was_there_at_the_call(store, stopped):
     assert handle.result() == latest_checkpoint(store) and handle.done()
     assert load_checkpoint(store, other[0], optimizers=[other[1]]).extra == {"a": 1}
     assert_same(expected, other)
+
+
+def test_extra_state_is_that_of_the_call(tmp_path, stopped):
+    model, other = Model(said={"a": [1]}), Model()
+    handle = save_checkpoint(tmp_path, model, step=1, blocking=False)
+    model.said["a"].append(2)
+    stopped.set()
+    handle.result()
+    load_checkpoint(tmp_path, other)
+    assert other.said == {"a": [1]}
+
+
+def test_a_program_that_ends_waits():
+    """Also where what writes needs threads, as clients of object stores do."""
+    program = """
+import time
+from concurrent.futures import ThreadPoolExecutor
+from cce_torchrec.checkpoint.pending import PendingCheckpoint
+from cce_torchrec.collectives import Ranks
+
+def write(ranks):
+    time.sleep(0.2)
+    return ThreadPoolExecutor().submit(print, "written").result()
+
+PendingCheckpoint(write, Ranks(None))
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert done.stdout == "written\n", done.stderr
 
 
 def test_the_next_save_waits(tmp_path, stopped):
