@@ -69,7 +69,13 @@ class Pointer:
         """
         in_a_row = tensor.stride(-1) == 1 if self._by_row else tensor.is_contiguous()
         if tensor.dtype in self._types and tensor.is_cpu and in_a_row:
-            return tensor.data_ptr()
+            address = tensor.data_ptr()
+            # Tensors of FakeTensorMode, and those whose memory was freed, are nowhere.
+            if address or not tensor.numel():
+                return address
+            raise TypeError(
+                f"a compiled kernel got {type(tensor).__name__} {list(tensor.shape)} without values"
+            )
         wanted = " or ".join(str(t) for t in self._types)
         raise TypeError(
             f"a compiled kernel takes {wanted} in a row on the CPU, and got {tensor.dtype} "

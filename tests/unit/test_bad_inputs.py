@@ -148,6 +148,45 @@ def test_a_tensor_dict_is_taken_as_torchrec_takes_it():
         module(features)
 
 
+def jagged(values, lengths, **weights):
+    return JaggedTensor(torch.tensor(values), lengths=torch.tensor(lengths), **weights)
+
+
+BAD_DICTS = {
+    "ids of the next feature": (
+        jagged([1, 2, 3], [1, 1]), r"length_per_key \[3, 1, 2\] .* \[2, 2, 2\]"
+    ),
+    "too few ids": (jagged([1], [1, 1]), "Sum of lengths must equal"),
+    "a plain tensor": (
+        torch.tensor([1, 2]), r"feature 'f' \(table 't', 'p'\) of the TensorDict is <class 'torch.T"
+    ),
+    "text": ("1 2", r"feature 'f' \(table 't', 'p'\) of the TensorDict is <class 'str'>"),
+    "float ids": (jagged([1.5, 2.5], [1, 1]), "are torch.float32"),
+}  # fmt: skip
+"""Of feature f; the others have two ids in two bags."""
+
+
+@pytest.mark.parametrize("fault", BAD_DICTS)
+def test_tensor_dicts_refused(fault):
+    """Plain TorchRec reads the next feature's ids where they fit together in all."""
+    own, says = BAD_DICTS[fault]
+    features = {"f": own, "g": jagged([1, 2], [1, 1]), "h": jagged([3, 4], [1, 1])}
+    if fault == "ids of the next feature":
+        features["g"] = jagged([1], [1, 1])
+    for module in (
+        CCEEmbeddingBagCollection(tables(SUM)), CCEEmbeddingCollection(SequenceNet.configs())
+    ):  # fmt: skip
+        with pytest.raises(ValueError, match=says):
+            module(TensorDict(features))
+
+
+def test_weights_of_tensor_dicts_are_refused():
+    features = {key: jagged([1, 2], [1, 1], weights=torch.ones(2)) for key in "fgh"}
+    module = CCEEmbeddingBagCollection(tables(SUM), is_weighted=True)
+    with pytest.raises(ValueError, match=r"'f' \(table 't', 'p'\).* no weights from a TensorDict"):
+        module(TensorDict(features))
+
+
 def test_other_inputs_are_refused_by_name():
     for wrong in ({"f": torch.zeros(1)}, torch.zeros(3), None):
         with pytest.raises(ValueError, match=r"'f' \(table 't', 'p'\).*; got <class"):

@@ -197,6 +197,13 @@ def test_the_gate_names_what_it_got():
     assert pointer.from_param(None) is None
     with pytest.raises(TypeError, match=r"torch.float32 .* got torch.float32 \[2\] .* on meta"):
         pointer.address(torch.zeros(2, device="meta"))
+    freed = torch.zeros(2)
+    freed.untyped_storage().resize_(0)
+    with FakeTensorMode():
+        fake = torch.zeros(2)
+    for nowhere in (freed, fake):  # a kernel would read from address 0
+        with pytest.raises(TypeError, match=r"Tensor \[2\] without values"):
+            pointer.address(nowhere)
     with pytest.raises(TypeError, match="takes a tensor here, and got 7"):
         pointer.from_param(7)
     rows = compiled.Pointer(torch.float32, by_row=True)
