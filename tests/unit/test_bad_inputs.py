@@ -100,13 +100,15 @@ def test_looked_up_right(case):
 
 
 @pytest.mark.usefixtures("form")
-@pytest.mark.parametrize("dtype", [torch.int8, torch.uint8, torch.int16], ids=str)
-def test_rows_of_a_bag_are_counted_in_no_short_type(dtype):
-    """100 ids are 200 rows, which int8 cannot count; int16 is the same on principle."""
+@pytest.mark.parametrize(
+    ("dtype", "ids"), [(torch.int8, 100), (torch.uint8, 200), (torch.int16, 20_000)], ids=str
+)
+def test_rows_of_a_bag_are_counted_in_no_short_type(dtype, ids):
+    """A bag has twice as many rows as ids, which the type of its lengths cannot count."""
     module = CCEEmbeddingBagCollection([tables(SUM)[0]])
     short, usual = (
         KeyedJaggedTensor(
-            ["f", "g"], torch.arange(103).remainder(40), lengths=torch.tensor([100, 0, 3, 0]).to(t)
+            ["f", "g"], torch.arange(ids + 3) % 40, lengths=torch.tensor([ids, 0, 3, 0]).to(t)
         )
         for t in (dtype, torch.int64)
     )
