@@ -39,7 +39,7 @@ from cce_torchrec.distributed.code_fetch import CodeFetch
 from cce_torchrec.distributed.context import CCEContext
 from cce_torchrec.distributed.frozen import frozen_tables, keep_frozen_apart, stop_training
 from cce_torchrec.distributed.id_partition import check_group
-from cce_torchrec.distributed.inference import outside_inference_mode
+from cce_torchrec.distributed.inference import outside_inference_mode, waited_in_inference_mode
 from cce_torchrec.distributed.input_dist import InputDistribution
 from cce_torchrec.distributed.optimizer_warnings import warn_of_optimizers
 from cce_torchrec.distributed.plan import physical_plan
@@ -235,15 +235,12 @@ class ShardedCCEEmbeddingBagCollection(
         inner = self.embedding_bag_collection
         with outside_inference_mode():
             rows = self._expand(ctx, input)
-            if not self._is_direct(ctx):
-                return self._assembled(ctx, inner.compute_and_output_dist(ctx, rows))
-            pooled = [look_up(own) for look_up, own in zip(self._lookups, rows, strict=True)]
-            return PooledNoWait(self._joined(ctx, pooled))
-
-    def _joined(self, ctx: CCEContext, pooled: list[torch.Tensor]) -> KeyedTensor:
-        """The logical output of all lookups', of a rank that is alone."""
-        values = pooled[0] if len(pooled) == 1 else torch.cat(pooled, dim=1)
-        return self.output.assemble(values, self._columns, ctx.divisor)
+            if self._is_direct(ctx):
+                pooled = [look_up(own) for look_up, own in zip(self._lookups, rows, strict=True)]
+                values = pooled[0] if len(pooled) == 1 else torch.cat(pooled, dim=1)
+                return PooledNoWait(self.output.assemble(values, self._columns, ctx.divisor))
+            sent = inner.compute_and_output_dist(ctx, rows)
+        return self._assembled(ctx, sent)
 
     def _is_direct(self, ctx: CCEContext) -> bool:
         """Whether the lookups' output is this rank's: alone in its group, it sends nothing."""
@@ -282,6 +279,8 @@ class ShardedCCEEmbeddingBagCollection(
     def _assembled(
         self, ctx: CCEContext, awaitable: LazyAwaitable[KeyedTensor]
     ) -> LazyAwaitable[KeyedTensor]:
+        if ctx.variable_batch_per_feature:
+            awaitable = waited_in_inference_mode(awaitable)
         awaitable.callbacks.append(
             lambda pooled: self.output.assemble(pooled.values(), self._columns, ctx.divisor)
         )
