@@ -161,11 +161,13 @@ class InputCheck:
                 "bags have them one after the other; give ids.flatten()"
             )
         weights = self._weights(features, given) if self._is_weighted else None
-        bags = (features.lengths_or_none(), features.offsets_or_none())
-        if bags == (None, None):
+        bags = [
+            t for t in (features.lengths_or_none(), features.offsets_or_none()) if t is not None
+        ]
+        if not bags:
             raise ValueError(f"features {self.named} have neither lengths nor offsets; give one")
         fits = ids.dtype in INDICES and ids.is_contiguous() and weights is given
-        if fits and all(t is None or _in_a_row(t) for t in bags):
+        if fits and all(_in_a_row(t) for t in bags):
             return features
         ids = ids.long() if ids.dtype in _SHORT else ids
         return remade(features, ids, weights, features.length_per_key_or_none())
