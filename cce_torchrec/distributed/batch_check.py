@@ -9,7 +9,12 @@ import torch.distributed as dist
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
 from cce_torchrec.collectives import add_up, backend_of
-from cce_torchrec.distributed.batch_form import NUMBERS, BatchForm, numbers_of
+from cce_torchrec.distributed.batch_form import (
+    NUMBERS,
+    BatchForm,
+    BatchRefusedError,
+    numbers_of,
+)
 from cce_torchrec.distributed.table_placement import TablePlacement
 from cce_torchrec.lookup.features import with_weights
 from cce_torchrec.lookup.inputs import InputCheck
@@ -50,13 +55,24 @@ class BatchCheck:
         """In which ids are sent; None where they stay, and before the first batch."""
 
     def __call__(self, features: KeyedJaggedTensor, *refusals: Refusal) -> KeyedJaggedTensor:
-        """`features`, if nothing and none of `refusals` refuses them."""
+        """`features`, if nothing and none of `refusals` refuses them.
+
+        Raises:
+            BatchRefusedError: a later batch was refused, of which other ranks have to be told.
+            ValueError: it was refused, and they know or need not.
+        """
         if not self._has_seen_batch:
             return self._first(features, refusals)
-        # Later batches cost no agreement: what one rank refuses the others wait for, as they do for
-        # any other error there.
-        checked = self._check(features, refusals, self.inputs)
-        return checked if self._form is None else self._form.of(checked, self.inputs.named)
+        if self._form is None:
+            return self._check(features, refusals, self.inputs)
+        try:
+            return self._form.of(self._check(features, refusals, self.inputs), self.inputs.named)
+        except ValueError as error:
+            # Later batches cost no agreement: the ranks that wait for this one's ids are told in
+            # their place. A message with a batch size per feature cannot say it.
+            if isinstance(features, KeyedJaggedTensor) and features.variable_stride_per_key():
+                raise
+            raise BatchRefusedError(str(error), self._form) from error
 
     def _first(self, features: KeyedJaggedTensor, refusals: Sequence[Refusal]) -> KeyedJaggedTensor:
         """The same of the first batch; collective where ids are sent."""
@@ -73,7 +89,7 @@ class BatchCheck:
 
         checked = add_up(told, work, self._group)
         ranks = dist.get_world_size(self._group)
-        form = BatchForm.agreed(told[:NUMBERS].tolist(), ranks, self.inputs.named)
+        form = BatchForm.agreed(told[:NUMBERS], ranks, self.inputs.named)
         self._form, self._has_seen_batch = form, True
         return form.of(checked, self.inputs.named)
 

@@ -1,4 +1,4 @@
-"""Batches that do not fit together under sharding: refused by name, the first on every rank."""
+"""Batches that do not fit together under sharding: refused by name, on every rank."""
 
 from __future__ import annotations
 
@@ -8,13 +8,18 @@ import pytest
 import torch
 from tensordict import TensorDict
 from torchrec import JaggedTensor, KeyedJaggedTensor
+from torchrec.distributed.train_pipeline import TrainPipelineSparseDist
 
 from cce_torchrec import CCEEmbeddingCollection
 from tests.support.bad_inputs import BAD, VARIABLE, WEIGHTED, made
 from tests.support.models import (
+    CPU,
     KEYS,
+    MEAN,
     ROWWISE,
     SUM,
+    Batch,
+    Loss,
     Model,
     SequenceNet,
     batch,
@@ -172,3 +177,53 @@ def test_a_batch_size_per_feature_on_some_ranks(rank, world_size):
     ):
         model(vbe_batch(rank, False) if rank else batch(rank, False))
     model(vbe_batch(rank, False)).wait()
+
+
+def cut_plain():
+    """A plain table cut by rows beside CCE tables that are whole."""
+    return shard(Model(collection(tables(SUM))), tables(SUM), "tw", row_wise=["p"])
+
+
+OTHER = "another rank has refused its batch|the batch of ranks .* could not be looked up"
+
+
+@on_ranks(2, 3)
+@pytest.mark.parametrize(
+    "make_model",
+    [pooled, partial(pooled, "cw"), partial(pooled, "rw"), cut_plain, in_sequence],
+    ids=["tw", "cw", "rw", "cut", "sequence"],
+)
+def test_a_later_batch_of_one_rank_is_refused_on_all(rank, world_size, make_model):
+    """Told in place of its ids, so that the ranks stay in step: those that go on do so together."""
+    model, usual = make_model(), typed(batch(rank, False), SHORT, LONG)
+    expected = flat(model(usual).wait())
+    for fault in SOME:
+        with pytest.raises(ValueError, match=BAD[fault][1] if rank == 1 else OTHER):
+            model(BAD[fault][0]() if rank == 1 else usual)
+        assert torch.equal(flat(model(usual).wait()), expected)
+
+
+@on_ranks(2)
+def test_a_later_batch_of_one_rank_is_refused_with_weights(rank, world_size):
+    model, usual = pooled(is_weighted=True), batch(rank, True)
+    expected = flat(model(usual).wait())
+    make, says = WEIGHTED["fewer weights"]
+    with pytest.raises(ValueError, match=says if rank == 0 else OTHER):
+        model(make() if rank == 0 else usual)
+    assert torch.equal(flat(model(usual).wait()), expected)
+
+
+@on_ranks(2)
+@pytest.mark.parametrize("kind", ["tw", "rw"])
+def test_a_later_batch_of_one_rank_is_refused_in_a_pipeline(rank, world_size, kind):
+    """Its ids are exchanged with those of other modules, and looked up a step later."""
+    model = shard(Loss(), tables(MEAN), kind)
+    optimizer = torch.optim.SGD(model.module.over.parameters(), lr=0.1)
+    pipeline = TrainPipelineSparseDist(model, optimizer, CPU)
+    make, says = BAD["a length beyond the values"]
+    batches = [Batch(batch(rank, False)) for _ in range(3)]
+    batches.append(Batch(make()) if rank == 0 else batches[0])
+    with pytest.raises(ValueError, match=says if rank == 0 else OTHER):
+        data = iter(batches)
+        while True:
+            pipeline.progress(data)
