@@ -48,12 +48,12 @@ class InputDistribution:
     def _send(
         self, ctx: CCEContext, features: KeyedJaggedTensor, check: BoundsCheck, again: bool
     ) -> Awaitable[Awaitable[KJTList]]:
+        self._open_contexts(ctx, features)
         if self.fetch is not None:
             rows, answered = self.fetch.replace(features, check)
             ctx.in_flight.fetched(features, answered)
             features = rows
         split = self.split(features)
-        self._open_contexts(ctx, features)
         sent = []
         for sharded, own in zip(self.inputs, split, strict=True):
             if sharded.before is not None:
@@ -84,7 +84,7 @@ class InputDistribution:
         )
 
     def _open_contexts(self, ctx: CCEContext, features: KeyedJaggedTensor) -> None:
-        """What lookups and outputs of `features`, those of before the network, will be told."""
+        """What lookups and outputs will be told of `features`, which are this rank's own."""
         variable = ctx.variable_batch_per_feature  # TorchRec asks for sizes only then
         sizes = features.stride_per_key() if variable else []
         bags = dict(zip(features.keys(), sizes, strict=False))
