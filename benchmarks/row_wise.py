@@ -85,7 +85,7 @@ class Contender:
             taken += clock.read()["optimizer"]
         self.taken.append(taken)
         self.sent = counted.bytes
-        fetch = self.model.module.collection._distribution.fetch
+        fetch = self.model.module.collection.distribution.fetch
         if fetch is not None:
             dist.barrier()
             counted.bytes = 0

@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 
+_CPU = torch.device("cpu")
 _OPERATORS = torch.library.Library("cce_torchrec", "DEF")
 
 
@@ -47,10 +48,10 @@ def loaded(folder: Path, functions: tuple[str, ...]) -> ctypes.CDLL:
 
 
 class Pointer:
-    """A tensor as C takes it: where its values are, which are of `types`, on the CPU, in a row.
+    """A tensor as kernels take it: where its values are, which are of `types`, in a row.
 
-    For the `argtypes` of a function, as `numpy.ctypeslib.ndpointer` is for arrays, and for
-    addresses in a struct.
+    For the `argtypes` of a C function, as `numpy.ctypeslib.ndpointer` is for arrays, and for
+    addresses in a struct, or in what Triton kernels are told of tables.
 
     Args:
         types: that the kernel reads.
@@ -61,18 +62,24 @@ class Pointer:
     def __init__(self, *types: torch.dtype, optional: bool = False, by_row: bool = False) -> None:
         self._types, self._optional, self._by_row = types, optional, by_row
 
-    def address(self, tensor: torch.Tensor) -> int:
-        """Where the values of `tensor` are.
+    def address(self, tensor: torch.Tensor, device: torch.device = _CPU) -> int:
+        """Where the values of `tensor` are, on the `device` of the kernel.
 
         Raises:
             TypeError: they are not as stated; a kernel would read or write other memory.
         """
         in_a_row = tensor.stride(-1) == 1 if self._by_row else tensor.is_contiguous()
-        if tensor.dtype in self._types and tensor.is_cpu and in_a_row:
-            return tensor.data_ptr()
+        if tensor.dtype in self._types and tensor.device == device and in_a_row:
+            address = tensor.data_ptr()
+            # Tensors of FakeTensorMode, and those whose memory was freed, are nowhere.
+            if address or not tensor.numel():
+                return address
+            raise TypeError(
+                f"a compiled kernel got {type(tensor).__name__} {list(tensor.shape)} without values"
+            )
         wanted = " or ".join(str(t) for t in self._types)
         raise TypeError(
-            f"a compiled kernel takes {wanted} in a row on the CPU, and got {tensor.dtype} "
+            f"a compiled kernel takes {wanted} in a row on {device}, and got {tensor.dtype} "
             f"{list(tensor.shape)} with strides {tensor.stride()} on {tensor.device}; convert the "
             "module or tensor back by .to(dtype)"
         )

@@ -104,7 +104,7 @@ class ChunkCodes(nn.Module):
         own = buffers_of(self)
         codes, seen = own["codes"], own["seen"]
         return (
-            None if codes is None else (codes.data_ptr(), codes.dtype, codes.shape),
+            None if codes is None else (codes.data_ptr(), codes.dtype, codes.shape, codes.stride()),
             None if seen is None or not self.training else seen.data_ptr(),
             self.num_clusterings,
         )

@@ -8,8 +8,15 @@ import torch
 import torch.distributed as dist
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
-from cce_torchrec.collectives import backend_of, together
+from cce_torchrec.collectives import add_up, backend_of
+from cce_torchrec.distributed.batch_form import (
+    NUMBERS,
+    BatchForm,
+    BatchRefusedError,
+    numbers_of,
+)
 from cce_torchrec.distributed.table_placement import TablePlacement
+from cce_torchrec.lookup.features import with_weights
 from cce_torchrec.lookup.inputs import InputCheck
 
 Refusal = Callable[[KeyedJaggedTensor], None]
@@ -44,23 +51,47 @@ class BatchCheck:
         self.ranks_agree = True
         """Whether ids are sent to other ranks, which then have to hear of a failure."""
         self._has_seen_batch = False
+        self._form: BatchForm | None = None
+        """In which ids are sent; None where they stay, and before the first batch."""
 
     def __call__(self, features: KeyedJaggedTensor, *refusals: Refusal) -> KeyedJaggedTensor:
-        """`features`, if nothing and none of `refusals` refuses them."""
-        if self._has_seen_batch:
+        """`features`, if nothing and none of `refusals` refuses them.
+
+        Raises:
+            BatchRefusedError: a later batch was refused, of which other ranks have to be told.
+            ValueError: it was refused, and they know or need not.
+        """
+        if not self._has_seen_batch:
+            return self._first(features, refusals)
+        if self._form is None:
             return self._check(features, refusals, self.inputs)
-        # Later batches cost no agreement: what one rank refuses the others wait for, as they do for
-        # any other error there.
-        checked = together(
-            self._check,
-            features,
-            refusals,
-            self.inputs.first,
-            device=self._device,
-            group=self._group if self.ranks_agree else None,
-        )
-        self._has_seen_batch = True
-        return checked
+        try:
+            return self._form.of(self._check(features, refusals, self.inputs), self.inputs.named)
+        except ValueError as error:
+            # Later batches cost no agreement: the ranks that wait for this one's ids are told in
+            # their place. A message with a batch size per feature cannot say it.
+            if isinstance(features, KeyedJaggedTensor) and features.variable_stride_per_key():
+                raise
+            raise BatchRefusedError(str(error), self._form) from error
+
+    def _first(self, features: KeyedJaggedTensor, refusals: Sequence[Refusal]) -> KeyedJaggedTensor:
+        """The same of the first batch; collective where ids are sent."""
+        if self._group is None or not self.ranks_agree:
+            checked = self._check(features, refusals, self.inputs.first)
+            self._has_seen_batch = True
+            return checked
+        told = torch.zeros(NUMBERS + 1, dtype=torch.float32, device=self._device)
+
+        def work() -> KeyedJaggedTensor:
+            checked = self._check(features, refusals, self.inputs.first)
+            told[:NUMBERS] = told.new_tensor(numbers_of(checked))
+            return checked
+
+        checked = add_up(told, work, self._group)
+        ranks = dist.get_world_size(self._group)
+        form = BatchForm.agreed(told[:NUMBERS], ranks, self.inputs.named)
+        self._form, self._has_seen_batch = form, True
+        return form.of(checked, self.inputs.named)
 
     def _check(
         self,
@@ -73,7 +104,11 @@ class BatchCheck:
         checked = check(features)
         if checked.variable_stride_per_key():
             self.check_variable_batch()
-        return checked
+        weights = checked.weights_or_none()
+        if weights is None or weights.dtype == torch.float32:
+            return checked
+        # As FBGEMM reads them; the type is one that other ranks' batches have.
+        return with_weights(checked, weights.float())
 
     def check_variable_batch(self) -> None:
         """Refuses a batch size per feature where TorchRec or FBGEMM cannot take one.

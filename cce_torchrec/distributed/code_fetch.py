@@ -117,6 +117,14 @@ class CodeFetch(Expansion):
             rows = KeyedJaggedTensor.concat([select_slots(features, self._others), rows])
         return rows, self._answered
 
+    def refuse(self, refused: Exception) -> None:
+        """Raises `refused`, and an error on the ranks that wait for what this one asks for.
+
+        Raises:
+            Exception: `refused`.
+        """
+        self._exchange_counts([], refused)
+
     def _write_rows(self, work: list[Work], check: BoundsCheck) -> None:
         """Rows of the ids of every table, after one exchange for all of them."""
         failure: Exception | None = None

@@ -8,6 +8,7 @@ import torch
 from torchrec.distributed.embedding_sharding import EmbeddingShardingContext
 from torchrec.distributed.embeddingbag import EmbeddingBagCollectionContext
 
+from cce_torchrec.distributed.batch_form import BatchRefusedError
 from cce_torchrec.distributed.batch_in_flight import BatchInFlight
 
 
@@ -20,6 +21,8 @@ class CCEContext(EmbeddingBagCollectionContext):
     )
     """One per lookup; TorchRec's type allows None, which no input distribution here puts in."""
     in_flight: BatchInFlight = field(kw_only=True)
+    refusals: list[BatchRefusedError] = field(default_factory=list, kw_only=True)
+    """Why this rank has refused the batch; raised where the others hear of it."""
 
     def record_stream(self, stream: torch.Stream) -> None:
         """Keeps the tensors alive for the work that `stream` has been given."""

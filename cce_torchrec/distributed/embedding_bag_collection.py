@@ -33,13 +33,14 @@ from torchrec.sparse.jagged_tensor import KeyedJaggedTensor, KeyedTensor
 from cce_torchrec.codes.chunk_codes import local_codes
 from cce_torchrec.distributed.alone import PooledNoWait, is_alone
 from cce_torchrec.distributed.batch_check import BatchCheck
+from cce_torchrec.distributed.batch_form import BatchRefusedError
 from cce_torchrec.distributed.batch_in_flight import BatchInFlight, CacheResets
 from cce_torchrec.distributed.caches import forget_prefetched
 from cce_torchrec.distributed.code_fetch import CodeFetch
 from cce_torchrec.distributed.context import CCEContext
 from cce_torchrec.distributed.frozen import frozen_tables, keep_frozen_apart, stop_training
 from cce_torchrec.distributed.id_partition import check_group
-from cce_torchrec.distributed.inference import outside_inference_mode
+from cce_torchrec.distributed.inference import outside_inference_mode, waited_in_inference_mode
 from cce_torchrec.distributed.input_dist import InputDistribution
 from cce_torchrec.distributed.optimizer_warnings import warn_of_optimizers
 from cce_torchrec.distributed.plan import physical_plan
@@ -121,9 +122,8 @@ class ShardedCCEEmbeddingBagCollection(
         self._codes_state = state = CodesState(
             self.codes, self.tables, placement, rank, device, env.process_group
         )
-        self.register_state_dict_post_hook(
-            partial(state.save)
-        )  # torch marks hooks; methods it cannot
+        # torch marks hooks, and methods it cannot.
+        self.register_state_dict_post_hook(partial(state.save))
         self.register_load_state_dict_pre_hook(state.load)
         self.register_load_state_dict_pre_hook(_overtake_pending)
         self.embedding_bag_collection: ShardedEmbeddingBagCollection = ebc_sharder.shard(
@@ -157,7 +157,7 @@ class ShardedCCEEmbeddingBagCollection(
         for sharded, lookup in zip(self.inputs, self._lookups, strict=True):
             if sharded.expansion is not None and device.type == "cuda":
                 sharded.expansion.narrow = narrow.take_over(torchrec_kernels(lookup))
-        self._distribution = InputDistribution(
+        self.distribution = InputDistribution(
             self.inputs,
             CodeFetch.from_partitions(
                 self.tables, self.codes, self.id_partitions, self.process_group
@@ -180,25 +180,27 @@ class ShardedCCEEmbeddingBagCollection(
         the codebooks.
 
         Raises:
-            ValueError: a missing feature, missing weights or inverse indices, lengths, offsets or
-                batch sizes that do not fit, or a batch size per feature where a table is
-                data-parallel. Of the first batch on every rank, of later ones where it is so.
+            ValueError: what `BatchCheck` does not take; of the first batch at once on every rank,
+                of later ones where they are looked up, as messages tell the others.
         """
-        return self.distribute(ctx, self.checked(features))
+        try:
+            return self.distribute(ctx, self.checked(features))
+        except BatchRefusedError as refused:
+            return self.distribution.refuse(ctx, refused, self.bounds_check)
 
     def distribute(
         self, ctx: CCEContext, features: KeyedJaggedTensor
     ) -> Awaitable[Awaitable[KJTList]]:
         """`input_dist` of features that are checked."""
         with torch.no_grad():
-            return self._distribution(ctx, self._prepared(ctx, features), self.bounds_check)
+            return self.distribution(ctx, self._prepared(ctx, features), self.bounds_check)
 
     def _prepared(self, ctx: CCEContext, features: KeyedJaggedTensor) -> KeyedJaggedTensor:
         """`features`, with what the output will need of them in `ctx`."""
         ctx.divisor = self.output.divisor(features)
         ctx.variable_batch_per_feature = features.variable_stride_per_key()
         if ctx.variable_batch_per_feature:
-            ctx.inverse_indices = self._distribution.inverse_indices(*features.inverse_indices())
+            ctx.inverse_indices = self.distribution.inverse_indices(*features.inverse_indices())
         return features
 
     def forward(self, *input: Any, **kwargs: Any) -> LazyAwaitable[KeyedTensor]:
@@ -208,14 +210,15 @@ class ShardedCCEEmbeddingBagCollection(
 
     def _arrived(self, ctx: CCEContext, features: KeyedJaggedTensor) -> KJTList:
         """What this rank looks up of every rank's `features`."""
+        if not (self._alone and self.distribution.fetch is None):
+            # First the numbers of ids, then the ids: pipelines do other work in between.
+            return self.input_dist(ctx, features).wait().wait()
         features = self.checked(features)
         with torch.no_grad():
             features = self._prepared(ctx, features)
-            if self._distribution.fetch is None and self._is_direct(ctx):
-                return KJTList(self._distribution.split(features))
-            sent = self._distribution(ctx, features, self.bounds_check)
-        # First the numbers of ids, then the ids: pipelines do other work in between.
-        return sent.wait().wait()
+            if self._is_direct(ctx):
+                return KJTList(self.distribution.split(features))
+            return self.distribution(ctx, features, self.bounds_check).wait().wait()
 
     def compute(self, ctx: CCEContext, dist_input: KJTList) -> list[torch.Tensor]:
         """Expands the received ids against the local codes and looks the rows up."""
@@ -235,24 +238,20 @@ class ShardedCCEEmbeddingBagCollection(
         inner = self.embedding_bag_collection
         with outside_inference_mode():
             rows = self._expand(ctx, input)
-            if not self._is_direct(ctx):
-                return self._assembled(ctx, inner.compute_and_output_dist(ctx, rows))
-            pooled = [look_up(own) for look_up, own in zip(self._lookups, rows, strict=True)]
-            return PooledNoWait(self._joined(ctx, pooled))
-
-    def _joined(self, ctx: CCEContext, pooled: list[torch.Tensor]) -> KeyedTensor:
-        """The logical output of all lookups', of a rank that is alone."""
-        values = pooled[0] if len(pooled) == 1 else torch.cat(pooled, dim=1)
-        return self.output.assemble(values, self._columns, ctx.divisor)
+            if self._is_direct(ctx):
+                pooled = [look_up(own) for look_up, own in zip(self._lookups, rows, strict=True)]
+                values = pooled[0] if len(pooled) == 1 else torch.cat(pooled, dim=1)
+                return PooledNoWait(self.output.assemble(values, self._columns, ctx.divisor))
+            sent = inner.compute_and_output_dist(ctx, rows)
+        return self._assembled(ctx, sent)
 
     def _is_direct(self, ctx: CCEContext) -> bool:
         """Whether the lookups' output is this rank's: alone in its group, it sends nothing."""
         # What TorchRec does between the two for other jobs takes the host longer than the lookup.
         inner = self.embedding_bag_collection
         watched = inner.post_lookup_tracker_fn or inner.post_odist_tracker_fn
-        stashed = MemoryStashingManager.is_enabled()
-        variable = ctx.variable_batch_per_feature
-        return self._alone and not (watched or stashed or variable)
+        watched = watched or MemoryStashingManager.is_enabled()
+        return self._alone and not (watched or ctx.variable_batch_per_feature)
 
     def prefetch(  # type: ignore[override]  # pipelines always give a context, by name
         self,
@@ -274,14 +273,16 @@ class ShardedCCEEmbeddingBagCollection(
         return ctx.in_flight.current_rows(
             dist_input,
             self.bounds_check,
-            distribute_again=partial(self._distribution.again, ctx),
-            expand=partial(self._distribution.expand, ctx),
+            distribute_again=partial(self.distribution.again, ctx),
+            expand=partial(self.distribution.expand, ctx),
             forget_prefetched=partial(forget_prefetched, self._lookups),
         )
 
     def _assembled(
         self, ctx: CCEContext, awaitable: LazyAwaitable[KeyedTensor]
     ) -> LazyAwaitable[KeyedTensor]:
+        if ctx.variable_batch_per_feature:
+            awaitable = waited_in_inference_mode(awaitable)
         awaitable.callbacks.append(
             lambda pooled: self.output.assemble(pooled.values(), self._columns, ctx.divisor)
         )

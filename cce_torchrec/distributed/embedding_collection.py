@@ -30,6 +30,7 @@ from torchrec.distributed.utils import append_prefix
 from torchrec.modules.embedding_configs import BaseEmbeddingConfig
 from torchrec.sparse.jagged_tensor import JaggedTensor, KeyedJaggedTensor
 
+from cce_torchrec.distributed.batch_form import BatchRefusedError
 from cce_torchrec.distributed.context import CCEContext
 from cce_torchrec.distributed.embedding_bag_sharder import CCEEmbeddingBagCollectionSharder
 from cce_torchrec.distributed.id_partition import is_row_wise
@@ -138,7 +139,11 @@ class ShardedCCEEmbeddingCollection(
             ValueError: a missing feature, a batch size per feature, or lengths and offsets that do
                 not fit.
         """
-        features = self.bags.checked(features, check_one_batch_size)
+        try:
+            features = self.bags.checked(features, check_one_batch_size)
+        except BatchRefusedError as refused:
+            ctx.features = KeyedJaggedTensor.empty(device=self.bags.device)
+            return self.bags.distribution.refuse(ctx, refused, self.bags.bounds_check)
         ctx.features = features
         awaitable = self.bags.distribute(ctx, features)
         # Only now: ids are sent with one batch size, and embeddings return one an id, by TorchRec's
@@ -152,7 +157,7 @@ class ShardedCCEEmbeddingCollection(
 
     def compute(self, ctx: SequenceContext, dist_input: KJTList) -> list[torch.Tensor]:
         """Looks up every received id by itself."""
-        return self.bags.compute(ctx, _each_by_itself(ctx, dist_input))
+        return self.bags.compute(ctx, self._each_by_itself(ctx, dist_input))
 
     def prefetch(  # type: ignore[override]  # pipelines always give a context, by name
         self,
@@ -162,7 +167,17 @@ class ShardedCCEEmbeddingCollection(
         ctx: SequenceContext,
     ) -> None:
         """Brings the codebook rows of a batch into the caches of kernels that have some (CUDA)."""
-        self.bags.prefetch(_each_by_itself(ctx, dist_input), forward_stream, ctx=ctx)
+        self.bags.prefetch(self._each_by_itself(ctx, dist_input), forward_stream, ctx=ctx)
+
+    def _each_by_itself(self, ctx: SequenceContext, dist_input: KJTList) -> KJTList:
+        """The received ids, in bags of one."""
+        self.bags.distribution.check_arrived(ctx, dist_input)
+        return KJTList(
+            [
+                bags_of_one(features, context.batch_size_per_rank)
+                for features, context in zip(dist_input, ctx.sharding_contexts, strict=True)
+            ]
+        )
 
     def output_dist(
         self, ctx: SequenceContext, output: list[torch.Tensor]
@@ -206,14 +221,6 @@ class ShardedCCEEmbeddingCollection(
     def unsharded_module_type(self) -> type[CCEEmbeddingCollection]:
         """The module this one replaces."""
         return CCEEmbeddingCollection
-
-
-def _each_by_itself(ctx: SequenceContext, dist_input: KJTList) -> KJTList:
-    """The received ids, in bags of one."""
-    each = []
-    for features, context in zip(dist_input, ctx.sharding_contexts, strict=True):
-        each.append(bags_of_one(features, context.batch_size_per_rank))
-    return KJTList(each)
 
 
 class CCEEmbeddingCollectionSharder(BaseEmbeddingSharder[CCEEmbeddingCollection]):

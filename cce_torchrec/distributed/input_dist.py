@@ -10,6 +10,7 @@ from torchrec.distributed.embedding_types import KJTList
 from torchrec.distributed.types import Awaitable
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
+from cce_torchrec.distributed.batch_form import BatchRefusedError, check_arrived
 from cce_torchrec.distributed.code_fetch import CodeFetch
 from cce_torchrec.distributed.context import CCEContext
 from cce_torchrec.distributed.sharding_input import ShardingInput
@@ -47,14 +48,46 @@ class InputDistribution:
     def _send(
         self, ctx: CCEContext, features: KeyedJaggedTensor, check: BoundsCheck, again: bool
     ) -> Awaitable[Awaitable[KJTList]]:
-        variable = ctx.variable_batch_per_feature  # TorchRec asks for sizes only then
-        sizes = features.stride_per_key() if variable else []
-        bags = dict(zip(features.keys(), sizes, strict=False))
+        self._open_contexts(ctx, features)
         if self.fetch is not None:
             rows, answered = self.fetch.replace(features, check)
             ctx.in_flight.fetched(features, answered)
             features = rows
         split = self.split(features)
+        sent = []
+        for sharded, own in zip(self.inputs, split, strict=True):
+            if sharded.before is not None:
+                own = sharded.before(own, check)
+            sent.append(sharded.redistribute(own) if again else sharded.dist(own))
+        return KJTListSplitsAwaitable(sent, ctx)
+
+    def refuse(
+        self, ctx: CCEContext, refused: BatchRefusedError, check: BoundsCheck
+    ) -> Awaitable[Awaitable[KJTList]]:
+        """Sends, in place of a batch, that there is none; `check_arrived` raises by it.
+
+        Raises:
+            BatchRefusedError: at once, where ROW_WISE tables need to ask for codes before.
+        """
+        if self.fetch is not None:
+            self.fetch.refuse(refused)
+        ctx.refusals.append(refused)
+        sent = []
+        for sharded in self.inputs:
+            keys = [slot.feature for slot in sharded.slots]
+            # Plain tables that are cut by rows sort ids by them on the way, and get none.
+            own = refused.form.refusal(keys, ids=int(sharded.before is None))
+            sent.append(own if sharded.before is None else sharded.before(own, check))
+        self._open_contexts(ctx, sent[0])
+        return KJTListSplitsAwaitable(
+            [sharded.dist(own) for sharded, own in zip(self.inputs, sent, strict=True)], ctx
+        )
+
+    def _open_contexts(self, ctx: CCEContext, features: KeyedJaggedTensor) -> None:
+        """What lookups and outputs will be told of `features`, which are this rank's own."""
+        variable = ctx.variable_batch_per_feature  # TorchRec asks for sizes only then
+        sizes = features.stride_per_key() if variable else []
+        bags = dict(zip(features.keys(), sizes, strict=False))
         # Ids that are sent tell their number on arrival; those of a rank alone are not sent.
         alone = self._world_size == 1 and not variable
         ctx.sharding_contexts = [
@@ -67,12 +100,6 @@ class InputDistribution:
             )
             for sharded in self.inputs
         ]
-        sent = []
-        for sharded, own in zip(self.inputs, split, strict=True):
-            if sharded.before is not None:
-                own = sharded.before(own, check)
-            sent.append(sharded.redistribute(own) if again else sharded.dist(own))
-        return KJTListSplitsAwaitable(sent, ctx)
 
     def split(self, features: KeyedJaggedTensor) -> list[KeyedJaggedTensor]:
         """The slots of every sharding."""
@@ -82,7 +109,12 @@ class InputDistribution:
         return ordered.split([len(sharded.slots) for sharded in self.inputs])
 
     def expand(self, ctx: CCEContext, received: KJTList, check: BoundsCheck) -> KJTList:
-        """Codebook rows of the ids that this rank has received."""
+        """Codebook rows of the ids that this rank has received.
+
+        Raises:
+            ValueError: this rank or another has refused the batch.
+        """
+        self.check_arrived(ctx, received)
         rows = [
             ids if sharded.expansion is None else sharded.expansion(ids, check)
             for sharded, ids in zip(self.inputs, received, strict=True)
@@ -91,6 +123,18 @@ class InputDistribution:
             for context, own in zip(ctx.sharding_contexts, rows, strict=True):
                 context.batch_size_per_rank_per_feature = _batch_sizes(own, self._world_size)
         return KJTList(rows)
+
+    def check_arrived(self, ctx: CCEContext, received: KJTList) -> None:
+        """Raises what this rank has refused its batch for, or that another one has.
+
+        Raises:
+            ValueError: a batch was refused.
+        """
+        for refused in ctx.refusals:
+            raise refused
+        for sharded, ids in zip(self.inputs, received, strict=True):
+            if not sharded.stays and sharded.expansion is not None:
+                check_arrived(ids)
 
     def inverse_indices(
         self, names: list[str], inverse: torch.Tensor

@@ -10,11 +10,14 @@ from typing import TYPE_CHECKING
 import torch
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
+from cce_torchrec import compiled
 from cce_torchrec.gpu.usable import usable
 
 if TYPE_CHECKING:  # Triton may not be installed
     from cce_torchrec.lookup.triton_expand import Bags
 
+_CODES = compiled.Pointer(torch.uint8, torch.int16, torch.int32)
+_BITS = compiled.Pointer(torch.uint8)
 _NO_POSITION = torch.iinfo(torch.int64).max
 
 
@@ -76,7 +79,9 @@ class DeviceTables:
             codes, slot = table.codes, len(table_of)
             # Codes go by their address: their types differ, and one launch takes all tables.
             width = -1 if table.plain else 0 if codes is None else codes.element_size()
-            address, columns = (0, 0) if codes is None else (codes.data_ptr(), codes.shape[1])
+            address, columns = 0, 0
+            if codes is not None:
+                address, columns = _CODES.address(codes, device), codes.shape[1]
             rows.append(
                 [
                     table.num_embeddings,
@@ -91,7 +96,7 @@ class DeviceTables:
                     len(chunks),
                     int(table.raw_id_key is not None),
                     table.raw_id_key or 0,
-                    0 if table.seen is None else table.seen.data_ptr(),
+                    0 if table.seen is None else _BITS.address(table.seen, device),
                     table.copies,
                 ]
             )

@@ -13,14 +13,14 @@ from collections.abc import Sequence
 
 import torch
 from tensordict import TensorDict
-from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
+from torchrec.sparse.jagged_tensor import JaggedTensor, KeyedJaggedTensor
 from torchrec.sparse.jagged_tensor_validator import validate_keyed_jagged_tensor
 from torchrec.sparse.tensor_dict import maybe_td_to_kjt
 
 from cce_torchrec.lookup.bags import count_bags
+from cce_torchrec.lookup.features import INDICES, remade
 from cce_torchrec.table import TableFeature
 
-_INDICES = (torch.int32, torch.int64)
 _SHORT = (torch.int16, torch.uint8, torch.int8, torch.bool)
 """Integers that TorchRec's unsharded collections look up too; gloo sends not all of them."""
 
@@ -84,13 +84,34 @@ class InputCheck:
             return features
         if not isinstance(features, TensorDict):
             raise ValueError(
-                f"features {self._named(self._features)} are looked up by a KeyedJaggedTensor or a "
+                f"features {self.named} are looked up by a KeyedJaggedTensor or a "
                 f"TensorDict of JaggedTensors; got {type(features)}"
             )
         # What the collection reads alone, as a TensorDict may have dense features too.
         keys = [str(key) for key in features.keys() if key in self._features]  # noqa: SIM118  # it iterates over examples
         self._check_keys(keys)
-        return maybe_td_to_kjt(features, keys)
+        given = {key: features[key] for key in keys}
+        for key, own in given.items():
+            nested = isinstance(own, torch.Tensor) and own.is_nested
+            if not isinstance(own, JaggedTensor) and not nested:
+                raise ValueError(
+                    f"feature {self._named([key])} of the TensorDict is {type(own)}; give a "
+                    "JaggedTensor, or torch.nested.nested_tensor(..., layout=torch.jagged)"
+                )
+        if self.needs_weights:
+            raise ValueError(
+                f"features {self.named}: the collection was made with is_weighted=True, and "
+                "TorchRec takes no weights from a TensorDict; give "
+                "KeyedJaggedTensor.from_jt_dict(...) with them"
+            )
+        made = maybe_td_to_kjt(features, keys)
+        # Their values stand in a row, where only lengths would tell whose an id is.
+        return remade(made, made.values(), None, [len(own.values()) for own in given.values()])
+
+    @property
+    def named(self) -> str:
+        """The features that the collection reads, each with its tables."""
+        return self._named(self._features)
 
     def _named(self, features: Sequence[str] | frozenset[str]) -> str:
         """`features`, each with the tables that read it."""
@@ -129,20 +150,24 @@ class InputCheck:
     def _in_types(self, features: KeyedJaggedTensor) -> KeyedJaggedTensor:
         """`features` with ids, weights and bags in types and strides that lookups take."""
         ids, given = features.values(), features.weights_or_none()
-        if ids.dtype not in _INDICES and ids.dtype not in _SHORT:
+        if ids.dtype not in INDICES and ids.dtype not in _SHORT:
             raise ValueError(
-                f"ids of features {self._named(self._features)} are {ids.dtype}, and lookups take "
+                f"ids of features {self.named} are {ids.dtype}, and lookups take "
                 "integers; convert them by ids.long()"
             )
         if ids.dim() != 1:
             raise ValueError(
-                f"ids of features {self._named(self._features)} have shape {list(ids.shape)}, and "
+                f"ids of features {self.named} have shape {list(ids.shape)}, and "
                 "bags have them one after the other; give ids.flatten()"
             )
         weights = self._weights(features, given) if self._is_weighted else None
-        bags = (features.lengths_or_none(), features.offsets_or_none())
-        fits = ids.dtype in _INDICES and ids.is_contiguous() and weights is given
-        if fits and all(t is None or _in_a_row(t) for t in bags):
+        bags = [
+            t for t in (features.lengths_or_none(), features.offsets_or_none()) if t is not None
+        ]
+        if not bags:
+            raise ValueError(f"features {self.named} have neither lengths nor offsets; give one")
+        fits = ids.dtype in INDICES and ids.is_contiguous() and weights is given
+        if fits and all(_in_a_row(t) for t in bags):
             return features
         ids = ids.long() if ids.dtype in _SHORT else ids
         return remade(features, ids, weights, features.length_per_key_or_none())
@@ -155,18 +180,18 @@ class InputCheck:
             if not self.needs_weights:
                 return None
             raise ValueError(
-                f"features {self._named(self._features)}: the collection was made with "
+                f"features {self.named}: the collection was made with "
                 "is_weighted=True, but the KeyedJaggedTensor has no weights"
             )
         if weights.shape != ids.shape or weights.device != ids.device:
             raise ValueError(
-                f"weights of features {self._named(self._features)} have shape "
+                f"weights of features {self.named} have shape "
                 f"{list(weights.shape)} on {weights.device}, and ids {list(ids.shape)} on "
                 f"{ids.device}; give a weight for each id"
             )
         if not weights.is_floating_point():
             raise ValueError(
-                f"weights of features {self._named(self._features)} are {weights.dtype}, which "
+                f"weights of features {self.named} are {weights.dtype}, which "
                 "sharded lookups would leave out; convert them by weights.float()"
             )
         return weights
@@ -219,8 +244,8 @@ class InputCheck:
         known = features.length_per_key_or_none()
         if known is not None and list(known) != per_key:
             raise ValueError(
-                f"length_per_key {known} of features {features.keys()} is not what their lengths "
-                f"add up to, {per_key}; leave it out"
+                f"length_per_key {list(known)} of features {features.keys()} is not what their "
+                f"lengths add up to, {per_key}; leave it out, or give each feature its own ids"
             )
         _check_starts(features, per_key)
         self._check_inverse_indices(features)
@@ -249,7 +274,7 @@ class InputCheck:
         if inverse is None:
             return
         names, bags = inverse
-        if bags.dim() != 2 or len(bags) != len(names) or bags.dtype not in _INDICES:
+        if bags.dim() != 2 or len(bags) != len(names) or bags.dtype not in INDICES:
             raise ValueError(
                 f"inverse_indices of features {names} are {bags.dtype} {list(bags.shape)}; give "
                 "int64 [features, batch size]"
@@ -266,7 +291,7 @@ class InputCheck:
 
 def _in_a_row(bags: torch.Tensor) -> bool:
     """Whether kernels can read `bags` as they are."""
-    return bags.dtype in _INDICES and bags.dim() == 1 and bags.is_contiguous()
+    return bags.dtype in INDICES and bags.dim() == 1 and bags.is_contiguous()
 
 
 def _check_total(features: KeyedJaggedTensor, per_key: Sequence[int]) -> None:
@@ -289,35 +314,3 @@ def _check_starts(features: KeyedJaggedTensor, per_key: Sequence[int]) -> None:
             f"offset_per_key {starts} of features {features.keys()} does not follow from ids per "
             f"feature {list(per_key)}; leave out both"
         )
-
-
-def remade(
-    features: KeyedJaggedTensor,
-    ids: torch.Tensor,
-    weights: torch.Tensor | None,
-    per_key: list[int] | None,
-) -> KeyedJaggedTensor:
-    """`features` with other ids, weights and `length_per_key`, all of its tensors contiguous."""
-    variable, lengths = features.variable_stride_per_key(), features.lengths().reshape(-1)
-    if lengths.dtype not in _INDICES:
-        lengths = lengths.long()  # rows of a bag are counted in it, of which an id has several
-    return KeyedJaggedTensor(
-        keys=features.keys(),
-        values=ids.contiguous(),
-        weights=None if weights is None else weights.contiguous(),
-        lengths=lengths.contiguous(),
-        stride=None if variable else features.stride(),
-        stride_per_key_per_rank=features.stride_per_key_per_rank() if variable else None,
-        length_per_key=per_key,
-        inverse_indices=features.inverse_indices_or_none(),
-    )
-
-
-def without_weights(features: KeyedJaggedTensor) -> KeyedJaggedTensor:
-    """`features` without its weights, sharing everything else."""
-    return features if features.weights_or_none() is None else with_weights(features, None)
-
-
-def with_weights(features: KeyedJaggedTensor, weights: torch.Tensor | None) -> KeyedJaggedTensor:
-    """`features` with other weights, sharing everything else."""
-    return remade(features, features.values(), weights, features.length_per_key_or_none())

@@ -24,7 +24,8 @@ from cce_torchrec.codes.helper_rows import check_helper_rows, save_helper_rows
 from cce_torchrec.config import CodebookInit, is_cce
 from cce_torchrec.lookup.bounds import BoundsCheck
 from cce_torchrec.lookup.expansion import Expansion
-from cce_torchrec.lookup.inputs import InputCheck, with_weights, without_weights
+from cce_torchrec.lookup.features import with_weights, without_weights
+from cce_torchrec.lookup.inputs import InputCheck
 from cce_torchrec.lookup.output import LogicalOutput, divides_by_length, tensor_of
 from cce_torchrec.lookup.pending import PendingLookup
 from cce_torchrec.lookup.table_lookup import TableLookup

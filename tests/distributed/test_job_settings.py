@@ -18,6 +18,7 @@ from tests.support.models import (
     collection,
     shard,
     tables,
+    vbe_batch,
     with_optimizer,
 )
 from tests.support.ranks import on_ranks
@@ -112,6 +113,17 @@ def test_inference_mode(rank, world_size, kind):
         assert torch.equal(model(made).wait().values(), expected)
     model(features).wait().values().sum().backward()
     assert not torch.equal(model(features).wait().values(), expected)
+
+
+@on_ranks(1, 2)
+@pytest.mark.parametrize("kind", ["tw", "cw"])
+def test_inference_mode_of_a_batch_size_per_feature(rank, world_size, kind):
+    model = shard(Model(collection(tables(SUM))), tables(SUM), kind)
+    features = vbe_batch(rank, False)
+    with torch.no_grad():
+        expected = model(features).wait().values()
+    with torch.inference_mode():
+        assert torch.equal(model(features).wait().values(), expected)
 
 
 @on_ranks(1, 2)

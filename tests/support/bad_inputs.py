@@ -63,6 +63,10 @@ BAD = {
         lambda: made(values=batch(0, False).values()[:-1]),
         rf"Sum of lengths must equal the number of values, but got {TOTAL} and {TOTAL - 1}",
     ),
+    "neither lengths nor offsets": (
+        lambda: made(lengths=None),
+        r"'f' \(table 't', 'p'\), .* have neither lengths nor offsets",
+    ),
     "no values": (
         lambda: made(values=torch.zeros(0, dtype=torch.int64)),
         "Sum of lengths must equal the number of values",

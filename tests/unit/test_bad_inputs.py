@@ -100,13 +100,15 @@ def test_looked_up_right(case):
 
 
 @pytest.mark.usefixtures("form")
-@pytest.mark.parametrize("dtype", [torch.int8, torch.uint8, torch.int16], ids=str)
-def test_rows_of_a_bag_are_counted_in_no_short_type(dtype):
-    """100 ids are 200 rows, which int8 cannot count; int16 is the same on principle."""
+@pytest.mark.parametrize(
+    ("dtype", "ids"), [(torch.int8, 100), (torch.uint8, 200), (torch.int16, 20_000)], ids=str
+)
+def test_rows_of_a_bag_are_counted_in_no_short_type(dtype, ids):
+    """A bag has twice as many rows as ids, which the type of its lengths cannot count."""
     module = CCEEmbeddingBagCollection([tables(SUM)[0]])
     short, usual = (
         KeyedJaggedTensor(
-            ["f", "g"], torch.arange(103).remainder(40), lengths=torch.tensor([100, 0, 3, 0]).to(t)
+            ["f", "g"], torch.arange(ids + 3) % 40, lengths=torch.tensor([ids, 0, 3, 0]).to(t)
         )
         for t in (dtype, torch.int64)
     )
@@ -146,6 +148,45 @@ def test_a_tensor_dict_is_taken_as_torchrec_takes_it():
     del features["f"]
     with pytest.raises(ValueError, match=r"lacks features 'f' \(table 't'\), 'f' \(table 'p'\)"):
         module(features)
+
+
+def jagged(values, lengths, **weights):
+    return JaggedTensor(torch.tensor(values), lengths=torch.tensor(lengths), **weights)
+
+
+BAD_DICTS = {
+    "ids of the next feature": (
+        jagged([1, 2, 3], [1, 1]), r"length_per_key \[3, 1, 2\] .* \[2, 2, 2\]"
+    ),
+    "too few ids": (jagged([1], [1, 1]), "Sum of lengths must equal"),
+    "a plain tensor": (
+        torch.tensor([1, 2]), r"feature 'f' \(table 't', 'p'\) of the TensorDict is <class 'torch.T"
+    ),
+    "text": ("1 2", r"feature 'f' \(table 't', 'p'\) of the TensorDict is <class 'str'>"),
+    "float ids": (jagged([1.5, 2.5], [1, 1]), "are torch.float32"),
+}  # fmt: skip
+"""Of feature f; the others have two ids in two bags."""
+
+
+@pytest.mark.parametrize("fault", BAD_DICTS)
+def test_tensor_dicts_refused(fault):
+    """Plain TorchRec reads the next feature's ids where they fit together in all."""
+    own, says = BAD_DICTS[fault]
+    features = {"f": own, "g": jagged([1, 2], [1, 1]), "h": jagged([3, 4], [1, 1])}
+    if fault == "ids of the next feature":
+        features["g"] = jagged([1], [1, 1])
+    for module in (
+        CCEEmbeddingBagCollection(tables(SUM)), CCEEmbeddingCollection(SequenceNet.configs())
+    ):  # fmt: skip
+        with pytest.raises(ValueError, match=says):
+            module(TensorDict(features))
+
+
+def test_weights_of_tensor_dicts_are_refused():
+    features = {key: jagged([1, 2], [1, 1], weights=torch.ones(2)) for key in "fgh"}
+    module = CCEEmbeddingBagCollection(tables(SUM), is_weighted=True)
+    with pytest.raises(ValueError, match=r"'f' \(table 't', 'p'\).* no weights from a TensorDict"):
+        module(TensorDict(features))
 
 
 def test_other_inputs_are_refused_by_name():

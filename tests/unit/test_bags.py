@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 
 from cce_torchrec.lookup import native
 from cce_torchrec.lookup.bags import count_bags
@@ -34,3 +35,9 @@ def test_counts(form, dtype, lengths, sizes, expected):
 def test_sums_of_absurd_lengths_wrap_and_their_bounds_do_not(form):
     sums, low, high = count_bags(torch.tensor([2**62, 2**62, 2**62, 2**62]), [4])
     assert (sums, low, high) == ([0], 2**62, 2**62)
+
+
+def test_fake_lengths_are_not_read(form):
+    """The compiled form would read from address 0."""
+    with FakeTensorMode(), pytest.raises(DataDependentOutputException):
+        count_bags(torch.zeros(4, dtype=torch.int64), [2, 2])

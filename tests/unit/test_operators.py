@@ -9,7 +9,7 @@ from torch.utils._pytree import tree_map_only
 
 from cce_torchrec import compiled
 from cce_torchrec.kmeans import native as kmeans
-from cce_torchrec.lookup import backward, native  # noqa: F401  # which registers its own
+from cce_torchrec.lookup import backward, device, native  # noqa: F401  # which registers its own
 
 pytestmark = pytest.mark.skipif(
     not (native.available() and kmeans.available()), reason="built without a C++ compiler"
@@ -197,8 +197,34 @@ def test_the_gate_names_what_it_got():
     assert pointer.from_param(None) is None
     with pytest.raises(TypeError, match=r"torch.float32 .* got torch.float32 \[2\] .* on meta"):
         pointer.address(torch.zeros(2, device="meta"))
+    freed = torch.zeros(2)
+    freed.untyped_storage().resize_(0)
+    with FakeTensorMode():
+        fake = torch.zeros(2)
+    for nowhere in (freed, fake):  # a kernel would read from address 0
+        with pytest.raises(TypeError, match=r"Tensor \[2\] without values"):
+            pointer.address(nowhere)
     with pytest.raises(TypeError, match="takes a tensor here, and got 7"):
         pointer.from_param(7)
     rows = compiled.Pointer(torch.float32, by_row=True)
     values = torch.zeros(3, 8)
     assert rows.address(values[:, 4:]) == values.data_ptr() + 16
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_codes_that_gpu_kernels_read_pass_the_gate(change):
+    """They too go by their address."""
+    codes = torch.zeros(4, 2, dtype=torch.uint8)
+    bits = torch.zeros(4, dtype=torch.uint8)
+    for wrong in (
+        {"codes": CHANGES[change](codes)},
+        {"codes": codes, "seen": CHANGES[change](bits)},
+    ):
+        table = device.Table(num_embeddings=4, num_features=1, num_rows=2, **wrong)
+        with pytest.raises(
+            TypeError, match=r"a compiled kernel takes torch.uint8.* on cpu, and got"
+        ):
+            device.DeviceTables([table], torch.device("cpu"))
+    table = device.Table(num_embeddings=4, num_features=1, num_rows=2, codes=codes)
+    with pytest.raises(TypeError, match=r"on cuda:0, and got torch.uint8 .* on cpu"):
+        device.DeviceTables([table], torch.device("cuda", 0))
