@@ -1,0 +1,56 @@
+"""Runs checks in which Triton interprets kernels; `Beside` (tests/conftest.py) starts it.
+
+Triton reads TRITON_INTERPRET once, when it is imported. So this process has that and what checks
+import, and forks itself for each: it takes seconds to import all anew. On its standard input are
+lines of JSON, [arguments of Python, file for what is said]; it answers with the exit status.
+"""
+
+import json
+import os
+import runpy
+import sys
+import traceback
+
+import fbgemm_gpu  # noqa: F401
+import pytest  # noqa: F401
+import torchrec.distributed  # noqa: F401
+import triton.experimental.gluon  # noqa: F401
+
+import cce_torchrec.clustering
+import cce_torchrec.distributed.sharders  # noqa: F401
+
+
+def run(arguments, output):
+    """Exit status of `python ARGUMENTS` (-c CODE or -m MODULE and its options) in this process."""
+    said = os.open(output, os.O_WRONLY | os.O_CREAT)
+    for number in (sys.stdout.fileno(), sys.stderr.fileno()):
+        os.dup2(said, number)
+    kind, what, *options = arguments
+    sys.argv = [kind, *options]
+    try:
+        if kind == "-c":
+            exec(what, {"__name__": "__main__"})
+        else:
+            runpy.run_module(what, run_name="__main__", alter_sys=True)
+    except SystemExit as end:
+        return int(end.code or 0)
+    except BaseException:
+        traceback.print_exc()
+        return 1
+    return 0
+
+
+def main():
+    for line in sys.stdin:
+        child = os.fork()
+        if not child:
+            status = run(*json.loads(line))
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(status)
+        _, status = os.waitpid(child, 0)
+        print(os.waitstatus_to_exitcode(status), flush=True)
+
+
+if __name__ == "__main__":
+    main()
