@@ -118,10 +118,13 @@ class ShardedCCEEmbeddingBagCollection(
         compressed = [table.name for table in self.tables if table.cce is not None]
         self.pending = PendingLookups(compressed, self._every_codes)
         """Lookups of training whose backward pass is still to come."""
-        self._codes_state = CodesState(
+        self._codes_state = state = CodesState(
             self.codes, self.tables, placement, rank, device, env.process_group
         )
-        self._register_state_hooks()
+        # As a partial: torch marks hooks, which it cannot do to methods.
+        self.register_state_dict_post_hook(partial(state.save))
+        self.register_load_state_dict_pre_hook(state.load)
+        self.register_load_state_dict_pre_hook(_overtake_pending)
         self.embedding_bag_collection: ShardedEmbeddingBagCollection = ebc_sharder.shard(
             module.embedding_bag_collection,
             physical_plan(self.embedding_bag_configs(), params, device),
@@ -130,13 +133,6 @@ class ShardedCCEEmbeddingBagCollection(
             module_fqn=append_prefix(module_fqn or "", "embedding_bag_collection"),
         )
         self._prepare_lookups(device)
-        stop_training(self._lookups, self.frozen)
-
-    def _register_state_hooks(self) -> None:
-        # As a partial: torch marks hooks, which it cannot do to methods.
-        self.register_state_dict_post_hook(partial(self._codes_state.save))
-        self.register_load_state_dict_pre_hook(self._codes_state.load)
-        self.register_load_state_dict_pre_hook(_overtake_pending)
 
     def _prepare_lookups(self, device: torch.device) -> None:
         """What is between the input, TorchRec's lookups, and the output."""
@@ -172,6 +168,7 @@ class ShardedCCEEmbeddingBagCollection(
         stays = all(sharded.stays for sharded in self.inputs)
         self.checked.ranks_agree = not stays
         self._alone = is_alone(self._env, inner) and stays
+        stop_training(self._lookups, self.frozen)
 
     def input_dist(  # type: ignore[override]  # TorchRec's own modules narrow *input likewise
         self, ctx: CCEContext, features: KeyedJaggedTensor

@@ -6,34 +6,12 @@ from functools import partial
 
 import pytest
 import torch
-from tensordict import TensorDict
-from torchrec import JaggedTensor, KeyedJaggedTensor
+from torchrec import KeyedJaggedTensor
 
-from cce_torchrec import CCEEmbeddingCollection
-from tests.support.bad_inputs import BAD, VARIABLE, WEIGHTED, made
-from tests.support.models import (
-    KEYS,
-    ROWWISE,
-    SUM,
-    Model,
-    SequenceNet,
-    batch,
-    collection,
-    shard,
-    tables,
-    with_optimizer,
-)
+from tests.support.bad_inputs import BAD, VARIABLE, WEIGHTED, made, tensor_dict
+from tests.support.models import KEYS, SUM, batch, sharded_sequences, sharded_tables
 from tests.support.ranks import on_ranks
 from tests.support.twins import Pair, flat
-
-
-def pooled(kind="tw", **options):
-    return shard(Model(collection(tables(SUM), **options)), tables(SUM), kind)
-
-
-def in_sequence():
-    configs = SequenceNet.configs()
-    return shard(Model(with_optimizer(CCEEmbeddingCollection(configs), ROWWISE)), configs, "tw")
 
 
 def refused(model, says, bad, usual, rank):
@@ -49,7 +27,7 @@ def refused(model, says, bad, usual, rank):
 @pytest.mark.parametrize("fault", BAD | VARIABLE)
 def test_refused(rank, world_size, fault):
     make, says = (BAD | VARIABLE)[fault]
-    refused(pooled(), says, make(), batch(rank, False), rank)
+    refused(sharded_tables(), says, make(), batch(rank, False), rank)
 
 
 # The same check for every plan and collection: some faults show that it is there.
@@ -57,7 +35,9 @@ SOME = ["a length beyond the values", "offsets that do not rise", "a feature twi
 
 
 @on_ranks(2)
-@pytest.mark.parametrize("make_model", [partial(pooled, "rw"), in_sequence], ids=["rw", "sequence"])
+@pytest.mark.parametrize(
+    "make_model", [partial(sharded_tables, "rw"), sharded_sequences], ids=["rw", "sequence"]
+)
 @pytest.mark.parametrize("fault", SOME)
 def test_refused_elsewhere(rank, world_size, fault, make_model):
     make, says = BAD[fault]
@@ -68,7 +48,7 @@ def test_refused_elsewhere(rank, world_size, fault, make_model):
 @pytest.mark.parametrize("fault", WEIGHTED)
 def test_weights_refused(rank, world_size, fault):
     make, says = WEIGHTED[fault]
-    refused(pooled(is_weighted=True), says, make(), batch(rank, True), rank)
+    refused(sharded_tables(is_weighted=True), says, make(), batch(rank, True), rank)
 
 
 @on_ranks(1, 2)
@@ -78,7 +58,7 @@ def test_values_beyond_the_last_bag(rank, world_size):
     beyond = KeyedJaggedTensor(
         KEYS, torch.cat([usual.values(), torch.tensor([7, -1])]), lengths=usual.lengths()
     )
-    for model in (pooled(), in_sequence()):
+    for model in (sharded_tables(), sharded_sequences()):
         with pytest.raises(ValueError, match="Sum of lengths must equal the number of values"):
             model(beyond)
         expected = flat(model(usual).wait())
@@ -98,11 +78,5 @@ def test_short_ids_and_tensor_dicts(rank, world_size, kind):
         out = pair.model(made(values=ids.to(dtype))).wait().values()
         torch.testing.assert_close(out, expected, rtol=1e-5, atol=1e-6)
     kjt = batch(rank, False)
-    features = TensorDict(
-        {
-            key: JaggedTensor(own.values(), lengths=own.lengths())
-            for key, own in kjt.to_dict().items()
-        }
-    )
-    out = pair.model(features).wait().values()
+    out = pair.model(tensor_dict(kjt)).wait().values()
     torch.testing.assert_close(out, pair.module(kjt).values(), rtol=1e-5, atol=1e-6)
