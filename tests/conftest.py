@@ -2,7 +2,8 @@
 
 A module names them in `BESIDE`, arguments of Python by name, and has a test with the parameter
 `beside_name` for each. They run where Triton interprets kernels (tests/support/interpreting.py),
-in time that nothing else wants.
+in time that nothing else wants. Where xdist runs the tests, each of its workers starts those of a
+module when it comes there, and the longest files go first, so that no worker is left with one.
 """
 
 import contextlib
@@ -20,14 +21,19 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 BY_XDIST = "PYTEST_XDIST_WORKER" in os.environ
+LONGEST = (
+    "test_desk", "test_inputs", "test_train", "test_triton", "test_checkpoint", "test_gpu_benchmark",
+)  # fmt: skip
+"""Files that take more than a minute, the longest first."""
 
 
 class Beside:
     """The checks: how each ended, and what it said."""
 
     def __init__(self):
-        # Of several processes of tests, each has one beside it.
-        self._pool = ThreadPoolExecutor(max_workers=1 if BY_XDIST else 2)
+        # A worker of xdist has nothing else to do than to wait for them.
+        workers, self._command = (1, []) if BY_XDIST else (2, ["nice", "-n", "19"])
+        self._pool = ThreadPoolExecutor(max_workers=workers)
         self._own = threading.local()
         self._ends, self._processes = {}, []
 
@@ -39,7 +45,7 @@ class Beside:
         """The process in which the checks of this thread run, one after the other."""
         if not hasattr(self._own, "process"):
             self._own.process = subprocess.Popen(
-                ["nice", "-n", "19", sys.executable, "-m", "tests.support.interpreting"],
+                [*self._command, sys.executable, "-m", "tests.support.interpreting"],
                 cwd=ROOT,
                 env={**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"},
                 stdin=subprocess.PIPE,
@@ -72,9 +78,13 @@ class Beside:
 BESIDE = Beside()
 
 
+def pytest_collection_modifyitems(items):
+    if BY_XDIST:
+        places = {name: place for place, name in enumerate(LONGEST)}
+        items.sort(key=lambda item: places.get(item.path.stem, len(places)))
+
+
 def pytest_collection_finish(session):
-    # Where tests run in several processes, each has collected all of them: the one that comes to
-    # the module starts its checks.
     if session.config.option.collectonly or BY_XDIST:
         return
     for item in session.items:
