@@ -63,25 +63,21 @@ def cluster(
         tolerance: see `cce_torchrec.kmeans.kmeans`.
         samples_per_centroid: ids per cluster that K-means sees; by default all distinct pairs, or
             200 where those do not fit `memory_limit`.
-        memory_limit: bytes beside the model per rank. By default on a CPU 1 GiB or a tenth of the
-            rank's codes, whichever is larger; on a GPU half of what is free, of the rank that
-            has least: give a limit where runs have to be repeated bit for bit.
+        memory_limit: bytes beside the model per rank; by default 1 GiB on a CPU, or a tenth of its
+            codes if that is more, and on a GPU half of what is free on the fullest.
         weights: how much each id counts in K-means: per table name int64 [num_embeddings], or
             "seen": 1 if it was looked up in training since the last clustering, else 0 (tables
             with `track_seen`). All ids get new codes.
-        metric: per table name [num_chunks, s, s], symmetric and positive semi-definite: K-means
-            measures (x - y)^T A (x - y). The second moment of the loss gradient with respect to
-            the chunk gives the Fisher metric.
+        metric: per table name A [num_chunks, s, s], symmetric, for (x - y)^T A (x - y) >= 0.
         optimizer: that of unsharded and data-parallel tables, whose state then follows.
         tables: names of the tables to cluster, alone or as `collection.table`; by default all.
         process_group: the ranks that share the tables.
 
     Raises:
         ValueError: on every rank, naming table, chunk and rank: weights that are not finite, a
-            data-parallel table that is not in `optimizer` or differs between ranks, unusable
-            options, a model without CCE tables, a name in `tables` of none or of a frozen one, more
-            memory needed than the limit, lookups that wait for their backward pass, ranks that did
-            not make the call (where CPUs have gloo).
+            data-parallel table that is not in `optimizer` or differs between ranks, bad options, no
+            CCE tables, a name in `tables` of none or of a frozen one, too little memory, lookups
+            that wait for their backward pass, absent ranks (where CPUs have gloo).
     """
     options = Options(
         iterations=iterations,
