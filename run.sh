@@ -43,8 +43,9 @@ run_tests() {
   echo "== ruff"; ruff check . && ruff format --check .
   echo "== mypy"; mypy
   echo "== docs"; NO_MKDOCS_2_WARNING=1 mkdocs build --strict -q -d build/site
-  # Two at once: most tests have one process busy, those of several ranks wait for each other.
-  echo "== pytest"; python -m pytest -q -n 2 --dist loadfile "$@"
+  # Two at once: most tests have one process busy, those of several ranks wait for each other. In
+  # the order of tests/conftest.py; xdist's own would begin the files of few, long tests last.
+  echo "== pytest"; python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder "$@"
 }
 
 case "${1:-}" in

@@ -83,6 +83,11 @@ class ChunkShape:
     helper_rows: int
     dim: int
 
+    @property
+    def cells(self) -> int:
+        """Pairs of a main and a helper row, those that no id has too."""
+        return self.num_rows * self.helper_rows
+
 
 def budget(
     shape: ChunkShape,
@@ -97,30 +102,17 @@ def budget(
     The last quarter is for new codebooks that wait for other chunks. Where not even a sample
     fits, the budget says how much it takes.
     """
-    num_ids, dim = shape.num_ids, shape.dim
-    num_rows, helper_rows = shape.num_rows, shape.helper_rows
-    # Ids of equal code and hash are one point of K-means, weighted: the work stops growing with N.
-    cells = num_rows * helper_rows
-    pairs = min(num_ids, cells)
-    clusters = num_rows + helper_rows * finalize
+    num_ids, cells = shape.num_ids, shape.cells
+    clusters = shape.num_rows + shape.helper_rows * finalize
     code = code_dtype(clusters).itemsize
-    scores = score_table_bytes(num_rows, helper_rows, clusters)
-    score_bytes = scores if scores <= min(SCORE_BYTES, memory_limit // 4) else 0
-    if engine.device != "cpu":
-        score_bytes = 0  # tables of scores are the compiled kernels' alone
-    fixed = score_bytes + _book_bytes(clusters, helper_rows, dim, engine)
+    score_bytes = _score_bytes(shape, clusters, memory_limit, engine)
+    fixed = score_bytes + _book_bytes(clusters, shape.helper_rows, shape.dim, engine)
     room = 3 * memory_limit // 4
 
-    grid = 8 * cells * (1 + engine.weighted) + code * cells
-    by_pair = grid + 48 * pairs + _point_bytes(pairs, dim, engine) + fixed
+    by_pair = _table_bytes(shape, code, engine) + fixed
     # A table of all pairs is swept as a whole; beyond this, a list of those that occur is shorter.
-    pairs_repeat = cells <= max(2 * num_ids, 1 << 20)
-    if engine.on_gpu:
-        extra = _sklearn_bytes(pairs, dim, engine) + fixed
-        by_pair = extra + gpu_budget.by_cells(
-            num_ids=num_ids, cells=cells, dim=dim, code=code, weighted=engine.weighted
-        )
-        pairs_repeat = cells <= max(gpu_budget.CELLS_PER_ID * num_ids, 1 << 20)
+    cells_per_id = gpu_budget.CELLS_PER_ID if engine.on_gpu else 2
+    pairs_repeat = cells <= max(cells_per_id * num_ids, 1 << 20)
     if samples_per_centroid is None and pairs_repeat and by_pair <= room:
         return Budget(
             by_pair=True,
@@ -130,24 +122,15 @@ def budget(
             code_bytes=code * cells,
         )
 
-    def listed(ids: int) -> int:
-        if engine.on_gpu:
-            extra = _sklearn_bytes(ids, dim, engine) + fixed
-            return gpu_budget.by_list(ids, dim, engine.weighted) + extra
-        return (64 + 16 * engine.weighted) * ids + _point_bytes(ids, dim, engine) + fixed
-
     column = code * num_ids
-    working = listed(num_ids) + column
+    working = _list_bytes(num_ids, shape.dim, engine) + fixed + column
     # A sample is drawn only where the list of all ids would not fit, or as the caller says; one
     # that would be as large as the table is the table.
     samples = samples_per_centroid or SAMPLES_PER_CENTROID
     every = (samples_per_centroid is None and working <= room) or samples * clusters >= num_ids
     if not every:
-        working = listed(sample_room(num_ids, samples * clusters / num_ids))
-        if engine.on_gpu:
-            working = max(working, gpu_budget.by_id(num_ids, dim) + fixed)
-        else:
-            working += 100 * min(num_ids, assign_block(torch.device(engine.device), dim))
+        sampled = sample_room(num_ids, samples * clusters / num_ids)
+        working = _sample_bytes(shape, sampled, engine) + fixed
     return Budget(
         by_pair=False,
         samples_per_centroid=None if every else samples,
@@ -155,6 +138,45 @@ def budget(
         working_bytes=working,
         code_bytes=column,
     )
+
+
+def _score_bytes(shape: ChunkShape, clusters: int, memory_limit: int, engine: Engine) -> int:
+    """Of tables of scores, which are the compiled kernels' alone; 0 where they would not fit."""
+    scores = score_table_bytes(shape.num_rows, shape.helper_rows, clusters)
+    fits = scores <= min(SCORE_BYTES, memory_limit // 4)
+    return scores if fits and engine.device == "cpu" else 0
+
+
+def _table_bytes(shape: ChunkShape, code: int, engine: Engine) -> int:
+    """Where pairs are counted in a table over all k * k' of them."""
+    # Ids of equal code and hash are one point of K-means, weighted: the work stops growing with N.
+    pairs = min(shape.num_ids, shape.cells)
+    if engine.on_gpu:
+        return _sklearn_bytes(pairs, shape.dim, engine) + gpu_budget.by_cells(
+            num_ids=shape.num_ids,
+            cells=shape.cells,
+            dim=shape.dim,
+            code=code,
+            weighted=engine.weighted,
+        )
+    table = 8 * shape.cells * (1 + engine.weighted) + code * shape.cells
+    return table + 48 * pairs + _point_bytes(pairs, shape.dim, engine)
+
+
+def _list_bytes(ids: int, dim: int, engine: Engine) -> int:
+    """Where the pairs of `ids` are listed."""
+    if engine.on_gpu:
+        return _sklearn_bytes(ids, dim, engine) + gpu_budget.by_list(ids, dim, engine.weighted)
+    return (64 + 16 * engine.weighted) * ids + _point_bytes(ids, dim, engine)
+
+
+def _sample_bytes(shape: ChunkShape, sampled: int, engine: Engine) -> int:
+    """Where the pairs of `sampled` ids are listed, and all ids get their codes after that."""
+    listed = _list_bytes(sampled, shape.dim, engine)
+    if engine.on_gpu:
+        return max(listed, gpu_budget.by_id(shape.num_ids, shape.dim))
+    block = assign_block(torch.device(engine.device), shape.dim)
+    return listed + 100 * min(shape.num_ids, block)
 
 
 def _point_bytes(points: int, dim: int, engine: Engine) -> int:

@@ -53,43 +53,31 @@ def cluster(
     helper rows become mean residuals under it (Tsang and Ahle 2023, algorithm 3). Tables without
     learned codes or without a helper are left alone, and frozen ones are: those whose parameters
     require no gradient, or whose learning rate is 0. `report.left_alone` names them. If any chunk
-    of any rank fails, nothing is written anywhere. Ranks share the scoring of large chunks; small
-    ones are done by their owner. Codes never cross the network.
-
-    Memory beside the model is computed in advance and stays under a limit. New codes that do not
-    fit it until all chunks are solved are found once more when they are written, from centroids
-    that are final by then: that half is deterministic and repeats what has succeeded.
+    of any rank fails, nothing is written anywhere. More is in docs/clustering.md.
 
     Args:
         model: unsharded, or under DistributedModelParallel.
         iterations: Lloyd iterations.
         backend: see `cce_torchrec.kmeans.kmeans`.
-        init: "random" (a cold start, which trains best), "k-means++", or "main": a warm start
-            from the present main codebook.
+        init: "random" (trains best), "k-means++", or "main": a start from main as it is.
         tolerance: see `cce_torchrec.kmeans.kmeans`.
-        samples_per_centroid: ids per cluster that K-means sees, drawn by hash; by default all
-            distinct pairs, or 200 where those do not fit `memory_limit`.
-        memory_limit: bytes beside the model per rank. By default on a CPU 1 GiB or a tenth of the
-            rank's codes, whichever is larger; on a GPU half of what is free, of the rank that
-            has least. Whether all pairs are seen then depends on what else is on the GPU: give a
-            limit where runs have to be repeated bit for bit.
+        samples_per_centroid: ids per cluster that K-means sees; by default all distinct pairs, or
+            200 where those do not fit `memory_limit`.
+        memory_limit: bytes beside the model per rank; by default 1 GiB on a CPU, or a tenth of its
+            codes if that is more, and on a GPU half of what is free on the fullest.
         weights: how much each id counts in K-means: per table name int64 [num_embeddings], or
-            "seen": ids that were looked up in training since the last clustering count once,
-            others not (tables with `track_seen`). All ids get new codes.
-        metric: per table name [num_chunks, s, s], symmetric and positive semi-definite: K-means
-            measures (x - y)^T A (x - y). With the second moment of the loss gradient with respect
-            to the chunk this is the Fisher metric: errors that the loss feels count.
-        optimizer: the optimizer of unsharded and data-parallel tables, whose state then follows;
-            data-parallel tables are refused without it.
+            "seen": 1 if it was looked up in training since the last clustering, else 0 (tables
+            with `track_seen`). All ids get new codes.
+        metric: per table name A [num_chunks, s, s], symmetric, for (x - y)^T A (x - y) >= 0.
+        optimizer: that of unsharded and data-parallel tables, whose state then follows.
         tables: names of the tables to cluster, alone or as `collection.table`; by default all.
         process_group: the ranks that share the tables.
 
     Raises:
         ValueError: on every rank, naming table, chunk and rank: weights that are not finite, a
-            data-parallel table that is not in `optimizer` or differs between ranks, unusable
-            options, a model without CCE tables, a name in `tables` of none or of a frozen one, more
-            memory needed than the limit, lookups that wait for their backward pass, ranks that did
-            not make the call (where CPUs have gloo).
+            data-parallel table that is not in `optimizer` or differs between ranks, bad options, no
+            CCE tables, a name in `tables` of none or of a frozen one, too little memory, lookups
+            that wait for their backward pass, absent ranks (where CPUs have gloo).
     """
     options = Options(
         iterations=iterations,

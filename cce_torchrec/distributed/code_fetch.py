@@ -180,6 +180,7 @@ class CodeFetch(Expansion):
 
         A rank that has failed says so in its counts: the others wait for them.
         """
+        # Not by `collectives.add_up`, which sends a number of its own: a collective more a batch.
         ranks, tables = dist.get_world_size(self._group), len(self._row_wise)
         device = self._row_wise[0].codes.clusterings.device
         counts = torch.full((ranks, tables), _FAILED, device=device)

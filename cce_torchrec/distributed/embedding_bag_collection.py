@@ -134,7 +134,6 @@ class ShardedCCEEmbeddingBagCollection(
             module_fqn=append_prefix(module_fqn or "", "embedding_bag_collection"),
         )
         self._prepare_lookups(device)
-        stop_training(self._lookups, self.frozen)
 
     def _prepare_lookups(self, device: torch.device) -> None:
         """What is between the input, TorchRec's lookups, and the output."""
@@ -170,6 +169,7 @@ class ShardedCCEEmbeddingBagCollection(
         stays = all(sharded.stays for sharded in self.inputs)
         self.checked.ranks_agree = not stays
         self._alone = is_alone(self._env, inner) and stays
+        stop_training(self._lookups, self.frozen)
 
     def input_dist(  # type: ignore[override]  # TorchRec's own modules narrow *input likewise
         self, ctx: CCEContext, features: KeyedJaggedTensor

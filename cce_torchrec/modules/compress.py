@@ -116,11 +116,7 @@ def compress_model(
     """
     refuse_none(tables)
     ratio = _checked_ratio(compression, num_rows, table_bytes, num_chunks)
-    found = [
-        (path, module)
-        for path, module in model.named_modules()
-        if type(module) is EmbeddingBagCollection
-    ]
+    found = [(p, m) for p, m in model.named_modules() if type(m) is EmbeddingBagCollection]
     sequences = _sequences(model)
     chosen = _choose(model, found, [config.name for _, config in sequences], tables, min_bytes)
     picked = [c for path, m in found for c in m.embedding_bag_configs() if (path, c.name) in chosen]

@@ -13,8 +13,7 @@ PIPELINES = ("auto", "sparse-dist", "prefetch", "none")
 DEFAULT_SPLIT_SEED = 20231211
 
 
-def parse(argv: list[str] | None = None) -> argparse.Namespace:
-    """The options of `python -m cce_torchrec.train`."""
+def _parser() -> argparse.ArgumentParser:
     purpose = "Train DLRM or GMF with full or compressed tables."
     parser = argparse.ArgumentParser(prog="cce_torchrec.train", description=purpose)
 
@@ -63,6 +62,12 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
         help="the same as --pipeline none: the plain loop",
     )
     add("--timeout", type=float, default=600.0, help="seconds until a rank gives up on others")
+    return parser
+
+
+def parse(argv: list[str] | None = None) -> argparse.Namespace:
+    """The options of `python -m cce_torchrec.train`."""
+    parser = _parser()
     args = parser.parse_args(argv)
     if args.batch_size is None:
         args.batch_size = 4096 if args.model == "gmf" else 256

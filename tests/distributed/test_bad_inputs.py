@@ -6,40 +6,28 @@ from functools import partial
 
 import pytest
 import torch
-from tensordict import TensorDict
-from torchrec import JaggedTensor, KeyedJaggedTensor
+from torchrec import KeyedJaggedTensor
 from torchrec.distributed.train_pipeline import TrainPipelineSparseDist
 
-from cce_torchrec import CCEEmbeddingCollection
-from tests.support.bad_inputs import BAD, VARIABLE, WEIGHTED, made
+from tests.support.bad_inputs import BAD, VARIABLE, WEIGHTED, made, tensor_dict
 from tests.support.models import (
     CPU,
     KEYS,
     MEAN,
-    ROWWISE,
     SUM,
     Batch,
     Loss,
     Model,
-    SequenceNet,
     batch,
     collection,
     shard,
+    sharded_sequences,
+    sharded_tables,
     tables,
     vbe_batch,
-    with_optimizer,
 )
 from tests.support.ranks import on_ranks
 from tests.support.twins import Pair, flat
-
-
-def pooled(kind="tw", **options):
-    return shard(Model(collection(tables(SUM), **options)), tables(SUM), kind)
-
-
-def in_sequence():
-    configs = SequenceNet.configs()
-    return shard(Model(with_optimizer(CCEEmbeddingCollection(configs), ROWWISE)), configs, "tw")
 
 
 def refused(model, says, bad, usual, rank):
@@ -55,7 +43,7 @@ def refused(model, says, bad, usual, rank):
 @pytest.mark.parametrize("fault", BAD | VARIABLE)
 def test_refused(rank, world_size, fault):
     make, says = (BAD | VARIABLE)[fault]
-    refused(pooled(), says, make(), batch(rank, False), rank)
+    refused(sharded_tables(), says, make(), batch(rank, False), rank)
 
 
 # The same check for every plan and collection: some faults show that it is there.
@@ -63,7 +51,9 @@ SOME = ["a length beyond the values", "offsets that do not rise", "a feature twi
 
 
 @on_ranks(2)
-@pytest.mark.parametrize("make_model", [partial(pooled, "rw"), in_sequence], ids=["rw", "sequence"])
+@pytest.mark.parametrize(
+    "make_model", [partial(sharded_tables, "rw"), sharded_sequences], ids=["rw", "sequence"]
+)
 @pytest.mark.parametrize("fault", SOME)
 def test_refused_elsewhere(rank, world_size, fault, make_model):
     make, says = BAD[fault]
@@ -74,7 +64,7 @@ def test_refused_elsewhere(rank, world_size, fault, make_model):
 @pytest.mark.parametrize("fault", WEIGHTED)
 def test_weights_refused(rank, world_size, fault):
     make, says = WEIGHTED[fault]
-    refused(pooled(is_weighted=True), says, make(), batch(rank, True), rank)
+    refused(sharded_tables(is_weighted=True), says, make(), batch(rank, True), rank)
 
 
 @on_ranks(1, 2)
@@ -84,7 +74,7 @@ def test_values_beyond_the_last_bag(rank, world_size):
     beyond = KeyedJaggedTensor(
         KEYS, torch.cat([usual.values(), torch.tensor([7, -1])]), lengths=usual.lengths()
     )
-    for model in (pooled(), in_sequence()):
+    for model in (sharded_tables(), sharded_sequences()):
         with pytest.raises(ValueError, match="Sum of lengths must equal the number of values"):
             model(beyond)
         expected = flat(model(usual).wait())
@@ -104,13 +94,7 @@ def test_short_ids_and_tensor_dicts(rank, world_size, kind):
         out = pair.model(made(values=ids.to(dtype))).wait().values()
         torch.testing.assert_close(out, expected, rtol=1e-5, atol=1e-6)
     kjt = batch(rank, False)
-    features = TensorDict(
-        {
-            key: JaggedTensor(own.values(), lengths=own.lengths())
-            for key, own in kjt.to_dict().items()
-        }
-    )
-    out = pair.model(features).wait().values()
+    out = pair.model(tensor_dict(kjt)).wait().values()
     torch.testing.assert_close(out, pair.module(kjt).values(), rtol=1e-5, atol=1e-6)
 
 
@@ -159,7 +143,7 @@ def test_ranks_with_other_weights(rank, world_size, weights):
 
 @on_ranks(2)
 def test_ids_beyond_the_first_type(rank, world_size):
-    model = pooled()
+    model = sharded_tables()
     model(typed(batch(rank, False), SHORT, LONG)).wait()
     ids = batch(rank, False).values().clone()
     ids[0] = 2**31
@@ -171,7 +155,7 @@ def test_ids_beyond_the_first_type(rank, world_size):
 
 @on_ranks(2)
 def test_a_batch_size_per_feature_on_some_ranks(rank, world_size):
-    model = pooled()
+    model = sharded_tables()
     with pytest.raises(
         ValueError, match=r"1 of 2 ranks have a batch size per feature for features"
     ):
@@ -190,7 +174,13 @@ OTHER = "another rank has refused its batch|the batch of ranks .* could not be l
 @on_ranks(2, 3)
 @pytest.mark.parametrize(
     "make_model",
-    [pooled, partial(pooled, "cw"), partial(pooled, "rw"), cut_plain, in_sequence],
+    [
+        sharded_tables,
+        partial(sharded_tables, "cw"),
+        partial(sharded_tables, "rw"),
+        cut_plain,
+        sharded_sequences,
+    ],
     ids=["tw", "cw", "rw", "cut", "sequence"],
 )
 def test_a_later_batch_of_one_rank_is_refused_on_all(rank, world_size, make_model):
@@ -205,7 +195,7 @@ def test_a_later_batch_of_one_rank_is_refused_on_all(rank, world_size, make_mode
 
 @on_ranks(2)
 def test_a_later_batch_of_one_rank_is_refused_with_weights(rank, world_size):
-    model, usual = pooled(is_weighted=True), batch(rank, True)
+    model, usual = sharded_tables(is_weighted=True), batch(rank, True)
     expected = flat(model(usual).wait())
     make, says = WEIGHTED["fewer weights"]
     with pytest.raises(ValueError, match=says if rank == 0 else OTHER):

@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import hashlib
 from unittest import mock
 
 import pytest
 import torch
-import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torchrec.modules.embedding_configs import EmbeddingBagConfig, PoolingType
 
 from cce_torchrec import CCEEmbeddingBagConfig
 from cce_torchrec.clustering import cluster, finalize
 from cce_torchrec.clustering import plan as plans
-from cce_torchrec.clustering.local_chunks import fused_rows
+from tests.support.clustering import fill, state_digests
 from tests.support.models import MEAN, Model, batch, collection, shard
 from tests.support.ranks import on_ranks
 from tests.support.twins import compare, copy_state, train
@@ -54,11 +52,7 @@ def digests(rank, world_size, plan_kind, share_from):
     """Of codes, codebooks and optimizer state after a clustering and finalize."""
     model = build(plan_kind)
     sharded = model.module.collection
-    for name, (weight, state) in sorted(fused_rows(sharded).items()):
-        g = torch.Generator().manual_seed(sum(map(ord, name)))
-        weight.copy_(torch.randn(weight.shape, generator=g))
-        for value in state.values():
-            value.copy_(torch.rand(value.shape, generator=g))
+    fill(sharded)
     with mock.patch.object(plans, "SHARE_FROM", share_from):
         cluster(model)
         report = finalize(model)
@@ -66,17 +60,7 @@ def digests(rank, world_size, plan_kind, share_from):
         "_dmp_wrapped_module.collection.t",
         "_dmp_wrapped_module.collection.u",
     }
-    local = {}
-    for name, (weight, state) in fused_rows(sharded).items():
-        data = [weight, *state.values()]
-        local[name] = hashlib.sha256(b"".join(v.numpy().tobytes() for v in data)).hexdigest()
-    for name, part in sharded.codes.items():
-        for i, chunk in enumerate(part.chunks):
-            column = part.codes[:, i].contiguous().numpy()
-            local[f"{name}@{chunk}"] = hashlib.sha256(column.tobytes()).hexdigest()
-    gathered = [None] * world_size
-    dist.all_gather_object(gathered, local)
-    return {k: v for part in gathered for k, v in part.items()}
+    return state_digests(sharded)
 
 
 @pytest.fixture(scope="module")

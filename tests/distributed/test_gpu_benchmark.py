@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import sys
 
 import pytest
 import torch
@@ -12,7 +13,9 @@ from benchmarks import gpu
 from benchmarks.gpu_parts import train
 from benchmarks.gpu_parts.page import page
 from benchmarks.gpu_parts.part import Part
+from cce_torchrec.train.__main__ import main
 from tests.support.ranks import run_ranks
+from tests.support.torchrun import forked
 
 CPU = torch.device("cpu")
 GOAL_KEYS = {"what", "figure", "unit", "goal", "aim", "at_least", "met"}
@@ -55,7 +58,14 @@ def test_parts_find_a_figure_for_every_goal(tmp_path):
     assert all(goal["figure"] == 0 for goal in found["sums"]["goals"]), "not the same bytes"
 
 
+def program(command, **settings):
+    """A process is forked in place of the interpreter that `subprocess.run` would start."""
+    assert command[:3] == [sys.executable, "-m", "cce_torchrec.train"]
+    return forked(1, main, *command[3:])
+
+
 def test_a_run_of_the_training_program_and_its_resumption(tmp_path, monkeypatch):
+    monkeypatch.setattr(train.subprocess, "run", program)
     timed = train._examples
     monkeypatch.setattr(train, "_examples", lambda part, folder, ways: timed(part, folder, {}))
     part = Part("train", CPU, True, tmp_path / "train.json")

@@ -7,20 +7,8 @@ import contextlib
 import pytest
 import torch
 
-from cce_torchrec import CCEEmbeddingCollection
 from cce_torchrec.clustering import cluster
-from tests.support.models import (
-    ROWWISE,
-    SUM,
-    Model,
-    SequenceNet,
-    batch,
-    collection,
-    shard,
-    tables,
-    vbe_batch,
-    with_optimizer,
-)
+from tests.support.models import batch, sharded_sequences, sharded_tables, vbe_batch
 from tests.support.ranks import on_ranks
 from tests.support.twins import flat
 
@@ -80,7 +68,7 @@ def test_trains_as_without(rank, world_size, setting, kind):
     models = []
     for _ in range(2):
         torch.manual_seed(0)
-        models.append(shard(Model(collection(tables(SUM))), tables(SUM), kind))
+        models.append(sharded_tables(kind))
     batches = [batch(10 * seed + rank, False) for seed in range(2)]
     expected = steps(models[0], batches)
     with SETTINGS[setting]():
@@ -94,7 +82,7 @@ def test_trains_as_without(rank, world_size, setting, kind):
 def test_a_model_that_is_built_so_trains(rank, world_size, setting):
     batches = [batch(seed, False) for seed in range(2)]
     with SETTINGS[setting]():
-        model = shard(Model(collection(tables(SUM), device="cpu")), tables(SUM), "tw")
+        model = sharded_tables(device="cpu")
         outputs = steps(model, batches)
     assert all(out.dtype == torch.float32 and out.isfinite().all() for out in outputs)
 
@@ -102,7 +90,7 @@ def test_a_model_that_is_built_so_trains(rank, world_size, setting):
 @on_ranks(1, 2)
 @pytest.mark.parametrize("kind", ["tw", "cw", "rw"])
 def test_inference_mode(rank, world_size, kind):
-    model = shard(Model(collection(tables(SUM))), tables(SUM), kind)
+    model = sharded_tables(kind)
     features = batch(rank, False)
     with torch.no_grad():
         expected = model(features).wait().values()
@@ -118,7 +106,7 @@ def test_inference_mode(rank, world_size, kind):
 @on_ranks(1, 2)
 @pytest.mark.parametrize("kind", ["tw", "cw"])
 def test_inference_mode_of_a_batch_size_per_feature(rank, world_size, kind):
-    model = shard(Model(collection(tables(SUM))), tables(SUM), kind)
+    model = sharded_tables(kind)
     features = vbe_batch(rank, False)
     with torch.no_grad():
         expected = model(features).wait().values()
@@ -128,8 +116,7 @@ def test_inference_mode_of_a_batch_size_per_feature(rank, world_size, kind):
 
 @on_ranks(1, 2)
 def test_inference_mode_of_sequences(rank, world_size):
-    configs = SequenceNet.configs()
-    model = shard(Model(with_optimizer(CCEEmbeddingCollection(configs), ROWWISE)), configs, "tw")
+    model = sharded_sequences()
     features = batch(rank, False)
     with torch.no_grad():
         expected = flat(model(features).wait())
@@ -142,7 +129,7 @@ def test_inference_mode_of_sequences(rank, world_size):
 def test_converted_modules_keep_their_tables(rank, world_size, conversion):
     """TorchRec's sharded tables stay in float32, whatever the module around them becomes."""
     torch.manual_seed(0)
-    models = [shard(Model(collection(tables(SUM))), tables(SUM), "tw") for _ in range(2)]
+    models = [sharded_tables() for _ in range(2)]
     models[1].module.load_state_dict(models[0].module.state_dict())
     getattr(models[1], conversion)()
     batches = [batch(seed, False) for seed in range(2)]
@@ -153,7 +140,7 @@ def test_converted_modules_keep_their_tables(rank, world_size, conversion):
 @on_ranks(1)
 def test_assigned_weights_are_refused(rank, world_size):
     """TorchRec's lookups would go on with those of before, without a word."""
-    model = shard(Model(collection(tables(SUM))), tables(SUM), "tw")
+    model = sharded_tables()
     state = model.module.state_dict()
     with pytest.raises(ValueError, match=r"tables \['t', 'p', 'u'\]: .*assign=True.*leave assign"):
         model.module.load_state_dict(state, assign=True)

@@ -14,7 +14,7 @@ from cce_torchrec.clustering import cluster
 from cce_torchrec.clustering.local_chunks import fused_rows, uncached
 from cce_torchrec.distributed.caches import bypassed, forget_prefetched
 from cce_torchrec.planning import make_plan
-from tests.support.models import CPU, MEAN, Batch, Loss, batch, shard_by, tables
+from tests.support.models import CPU, MEAN, Batch, Loss, batch, shard_by, step_outputs, tables
 from tests.support.ranks import on_ranks
 
 STEPS = 7
@@ -32,22 +32,9 @@ def build(kind):
 
 def run(kind, rank, pipeline_class):
     """Outputs of every step, and the tables at the end."""
-    model, optimizer = build(kind)
+    model, _ = build(kind)
     data = [Batch(batch(10 * step + rank, False)) for step in range(STEPS)]
-    outputs = []
-    pipeline = pipeline_class and pipeline_class(model, optimizer, CPU)
-    source = iter(data)
-    for step in range(STEPS):
-        if pipeline:
-            outputs.append(pipeline.progress(source))
-        else:
-            optimizer.zero_grad()
-            loss, out = model(data[step])
-            loss.backward()
-            optimizer.step()
-            outputs.append(out)
-        if step in (2, 4):
-            cluster(model)
+    outputs = step_outputs(model, data, pipeline_class, cluster_after=(2, 4))
     rows = {n: w.clone() for n, (w, _) in fused_rows(model.module.collection).items()}
     return outputs, rows
 

@@ -25,6 +25,7 @@ from tests.support.models import (
     batch,
     shard,
     shard_by,
+    step_outputs,
     vbe_batch,
     with_optimizer,
 )
@@ -132,28 +133,14 @@ class SequenceLoss(nn.Module):
 def test_pipelined_sequences(rank, world_size):
     """The sparse-dist pipeline equals the plain loop, a clustering step between included."""
     outputs = []
-    for pipelined in (False, True):
+    for pipeline in (None, TrainPipelineSparseDist):
         torch.manual_seed(0)
         model = SequenceLoss()
         plan = make_plan(model, model.collection.embedding_configs(), CPU, "cw")
         torch.manual_seed(1)
-        model = shard_by(plan, model)
-        dense = [p for name, p in model.named_parameters() if "over" in name]
-        optimizer = torch.optim.SGD(dense, lr=0.1)
         data = [Batch(batch(10 * step + rank, False)) for step in range(5)]
-        source, pipeline = iter(data), TrainPipelineSparseDist(model, optimizer, CPU)
-        for step in range(5):
-            if pipelined:
-                outputs.append(pipeline.progress(source))
-            else:
-                optimizer.zero_grad()
-                loss, out = model(data[step])
-                loss.backward()
-                optimizer.step()
-                outputs.append(out)
-            if step == 2:
-                cluster(model)
-    for plain, piped in zip(outputs[:5], outputs[5:], strict=True):
+        outputs.append(step_outputs(shard_by(plan, model), data, pipeline, cluster_after=[2]))
+    for plain, piped in zip(*outputs, strict=True):
         assert torch.equal(plain, piped)
 
 

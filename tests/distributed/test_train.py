@@ -12,8 +12,9 @@ import pytest
 
 from cce_torchrec.checkpoint import latest_checkpoint
 from cce_torchrec.checkpoint.location import location
+from cce_torchrec.train.__main__ import main
 from tests.support.s3 import make_bucket, needs_s3, s3_server
-from tests.support.torchrun import torchrun
+from tests.support.torchrun import forked, torchrun
 
 KEYS = {
     "val_log_loss", "val_auc", "best_val_log_loss", "best_val_auc", "parameters", "table_bytes",
@@ -42,9 +43,18 @@ print("threads at the end:", *threads, flush=True)
 """
 
 
-def train(out, *options, ranks=1, check=True, program=("-m", "cce_torchrec.train")):
-    usual = ("--epochs", "2", "--dataset", "synthetic", "--batch-size", "8192")
-    done = torchrun(ranks, *program, "--out", out, *usual, *options)
+def threads_at_the_end(argv):
+    sys.argv[1:] = argv
+    exec(THREADS_AT_THE_END, {})
+
+
+USUAL = ("--epochs", "2", "--dataset", "synthetic", "--batch-size", "8192")
+PROGRAM = ("-m", "cce_torchrec.train")
+
+
+def train(out, *options, ranks=1, check=True, start=forked, program=(main,)):
+    """A run with `options`; most need no torchrun, which starts as many interpreters more."""
+    done = start(ranks, *program, "--out", out, *USUAL, *options)
     if not check:
         return done
     assert done.returncode == 0, done.stderr[-3000:]
@@ -58,29 +68,33 @@ def train(out, *options, ranks=1, check=True, program=("-m", "cce_torchrec.train
 
 @pytest.mark.parametrize("plan", ["tw", "cw"])
 def test_cce_on_two_ranks(tmp_path, plan):
-    finalize = ["--finalize"] if plan == "cw" else []
-    summary = train(tmp_path, "--plan", plan, "--compression", "40", *finalize, ranks=2)
+    options = ["--plan", plan, "--compression", "40", "--clusterings", "4"]
+    if plan == "cw":
+        summary = train(tmp_path, *options, "--finalize", ranks=2)
+    else:
+        summary = train(tmp_path, *options, ranks=2, start=torchrun, program=PROGRAM)
     # 4 tables of 20,000 ids: 125 main and 375 helper rows of 16 floats, 4 one-byte codes an id,
     # of two bytes once main has 500 rows.
     assert summary["parameters"] == 4 * 500 * 16
-    assert summary["table_bytes"] == 4 * (500 * 16 * 4 + 20_000 * 4 * (2 if finalize else 1))
+    assert summary["table_bytes"] == 4 * (500 * 16 * 4 + 20_000 * 4 * (2 if plan == "cw" else 1))
     assert summary["clustering_seconds"] > 0
     assert summary["world_size"] == 2
 
 
 @pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="reads Linux's list of threads")
-@pytest.mark.parametrize(
-    "pipeline", [["--async-checkpoints", "--checkpoint-every", "20"], ["--no-pipeline"]]
-)  # the second one fails
-def test_no_thread_outlives_the_process_group(tmp_path, pipeline):
-    program = tmp_path / "program.py"
-    program.write_text(THREADS_AT_THE_END)
-    done = train(
-        tmp_path, "--clusterings", "1", *pipeline, ranks=2, check=False, program=[str(program)]
-    )
+@pytest.mark.parametrize("fails", [False, True])
+def test_no_thread_outlives_the_process_group(tmp_path, fails):
+    if fails:
+        options, how = ["--no-pipeline"], dict(program=[threads_at_the_end])
+    else:  # the interpreter ends too, which threads of gloo would abort
+        program = tmp_path / "program.py"
+        program.write_text(THREADS_AT_THE_END)
+        options = ["--async-checkpoints", "--checkpoint-every", "20"]
+        how = dict(start=torchrun, program=[program])
+    done = train(tmp_path, "--clusterings", "1", *options, ranks=2, check=False, **how)
     assert done.returncode == 0, done.stderr[-3000:]
     assert done.stdout.count("threads at the end:") == 2
-    assert done.stdout.count("error: failed on purpose") == 2 * (pipeline[-1] == "--no-pipeline")
+    assert done.stdout.count("error: failed on purpose") == 2 * fails
     assert "gloo" not in "".join(line for line in done.stdout.splitlines() if "threads" in line)
 
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import torch
-from torchrec import KeyedJaggedTensor
+from tensordict import TensorDict
+from torchrec import JaggedTensor, KeyedJaggedTensor
 
 from tests.support.models import KEYS, STRIDE, batch, vbe_batch
 
@@ -16,6 +17,12 @@ def made(seed=0, **changed):
     kjt = batch(seed, False)
     parts = dict(keys=KEYS, values=kjt.values(), lengths=kjt.lengths(), stride=STRIDE)
     return KeyedJaggedTensor(**parts | changed)
+
+
+def tensor_dict(kjt):
+    """The same batch as TorchRec takes it in place of a KeyedJaggedTensor."""
+    jagged = kjt.to_dict().items()
+    return TensorDict({k: JaggedTensor(own.values(), lengths=own.lengths()) for k, own in jagged})
 
 
 def lengths_with(**at):

@@ -12,7 +12,7 @@ import torch.distributed as dist
 from cce_torchrec.clustering import budget, cluster, plan
 from cce_torchrec.clustering.local_chunks import fused_rows
 from cce_torchrec.kmeans import backends, scan
-from tests.support.models import SUM, Model, collection, shard, tables
+from tests.support.models import sharded_tables
 
 WAYS = {
     "pairs": {},
@@ -54,20 +54,30 @@ def digest(*tensors):
 
 def build(plan_kind):
     """A model whose state no rank number enters, and its sharded collection."""
-    model = shard(Model(collection(tables(SUM))), tables(SUM), plan_kind)
-    sharded = model.module.collection
+    model = sharded_tables(plan_kind)
+    fill(model.module.collection)
+    return model, model.module.collection
+
+
+def fill(sharded):
+    """Codebooks and optimizer state that depend on their names alone."""
     for name, (weight, state) in sorted(fused_rows(sharded).items()):
         g = torch.Generator().manual_seed(sum(map(ord, name)))
         weight.copy_(torch.randn(weight.shape, generator=g))
         for value in state.values():
             value.copy_(torch.rand(value.shape, generator=g))
-    return model, sharded
 
 
 def digests(model, sharded, **options):
-    """Of codebooks, optimizer state and codes of all chunks after two steps."""
+    """Of all state after two steps, and what the last of them told."""
     for _ in range(2):
         report = cluster(model, **options)
+    numbers = [(c.objective_after, c.changed) for c in report.chunks]
+    return state_digests(sharded) | {"report": numbers}
+
+
+def state_digests(sharded):
+    """Of codebooks, optimizer state and codes of all chunks of all ranks."""
     local = {
         name: digest(weight, *state.values())
         for name, (weight, state) in fused_rows(sharded).items()
@@ -77,5 +87,4 @@ def digests(model, sharded, **options):
             local[f"{name}@{chunk}"] = digest(part.codes[:, i])
     everyone = [None] * dist.get_world_size()
     dist.all_gather_object(everyone, local)
-    numbers = [(c.objective_after, c.changed) for c in report.chunks]
-    return {k: v for part in everyone for k, v in part.items()} | {"report": numbers}
+    return {k: v for part in everyone for k, v in part.items()}

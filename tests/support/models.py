@@ -14,6 +14,7 @@ from torchrec.optim.apply_optimizer_in_backward import apply_optimizer_in_backwa
 from torchrec.streamable import Pipelineable
 
 from cce_torchrec import CCEEmbeddingBagCollection, CCEEmbeddingBagConfig, CCEEmbeddingCollection
+from cce_torchrec.clustering import cluster
 from cce_torchrec.distributed.sharders import get_default_sharders
 from cce_torchrec.planning import make_plan
 
@@ -46,12 +47,12 @@ def tables(pooling):
     ]  # fmt: skip
 
 
-def batch(seed, weighted):
+def batch(seed, weighted, keys=KEYS):
     g = torch.Generator().manual_seed(seed)
-    lengths = torch.randint(0, 4, (len(KEYS) * STRIDE,), generator=g)
+    lengths = torch.randint(0, 4, (len(keys) * STRIDE,), generator=g)
     total = int(lengths.sum())
     return KeyedJaggedTensor(
-        keys=KEYS,
+        keys=keys,
         values=torch.randint(0, 40, (total,), generator=g),
         lengths=lengths,
         weights=torch.rand(total, generator=g) if weighted else None,
@@ -196,3 +197,37 @@ def shard_by(plan, model, sharders=None):
 def shard(model, configs, kind="auto", **options):
     """`model` under DistributedModelParallel, by the plan that `make_plan` makes of `kind`."""
     return shard_by(make_plan(model, configs, CPU, kind, **options), model)
+
+
+def sharded_tables(kind="tw", **options):
+    """`tables` that are summed, alone in a model; `options` of the collection."""
+    return shard(Model(collection(tables(SUM), **options)), tables(SUM), kind)
+
+
+def sharded_sequences():
+    """The tables of `SequenceNet`, alone in a model."""
+    configs = SequenceNet.configs()
+    return shard(Model(with_optimizer(CCEEmbeddingCollection(configs), ROWWISE)), configs, "tw")
+
+
+def step_outputs(model, data, pipeline_class=None, cluster_after=()):
+    """What each training step gives, by a pipeline or by the plain loop.
+
+    After the steps in `cluster_after` there is a clustering step.
+    """
+    dense = [p for name, p in model.named_parameters() if "over" in name]
+    optimizer = torch.optim.SGD(dense, lr=0.1)
+    pipeline = pipeline_class and pipeline_class(model, optimizer, CPU)
+    source, outputs = iter(data), []
+    for step, features in enumerate(data):
+        if pipeline:
+            outputs.append(pipeline.progress(source))
+        else:
+            optimizer.zero_grad()
+            loss, out = model(features)
+            loss.backward()
+            optimizer.step()
+            outputs.append(out)
+        if step in cluster_after:
+            cluster(model)
+    return outputs

@@ -11,13 +11,14 @@ import traceback
 from collections.abc import Callable
 from datetime import timedelta
 from multiprocessing.connection import Connection, wait
+from multiprocessing.context import BaseContext
 
 import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-PRELOAD = ["torchrec.distributed", "cce_torchrec.clustering", "cce_torchrec.planning"]
+PRELOAD = ["torchrec.distributed", "cce_torchrec.planning", "cce_torchrec.train.run"]
 LIMIT = 240.0
 """Seconds that a check may take. A collective that waits for a rank raises after 60."""
 GRACE = 5.0
@@ -35,13 +36,27 @@ def free_port() -> int:
         return s.getsockname()[1]
 
 
+def environment_of(rank: int, world_size: int, port: int) -> dict[str, str]:
+    """What torchrun sets for a rank."""
+    numbers = {"RANK": rank, "LOCAL_RANK": rank, "MASTER_PORT": port}
+    numbers |= dict.fromkeys(("WORLD_SIZE", "LOCAL_WORLD_SIZE"), world_size)
+    return {"MASTER_ADDR": "127.0.0.1", **{name: str(n) for name, n in numbers.items()}}
+
+
+def rank_context() -> BaseContext:
+    """Of processes that are forked from a server, which has imported torch once.
+
+    It runs no threads.
+    """
+    context = mp.get_context("forkserver")
+    context.set_forkserver_preload(PRELOAD)
+    return context
+
+
 def _serve(rank: int, world_size: int, port: int, pipe: Connection) -> None:
     """A rank's life: it runs the checks that come through the pipe until that is closed."""
     torch.set_num_threads(1)
-    os.environ.update(
-        MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), RANK=str(rank), LOCAL_RANK=str(rank),
-        WORLD_SIZE=str(world_size), LOCAL_WORLD_SIZE=str(world_size),
-    )  # fmt: skip
+    os.environ.update(environment_of(rank, world_size, port))
     dist.init_process_group("gloo", timeout=timedelta(seconds=60))
     while True:
         try:
@@ -63,9 +78,7 @@ class Ranks:
     """Processes with a gloo group among them, which run one check after the other."""
 
     def __init__(self, world_size: int) -> None:
-        # Ranks are forked from a server that has imported torch once, and runs no threads.
-        context = mp.get_context("forkserver")
-        context.set_forkserver_preload(PRELOAD)
+        context = rank_context()
         self._processes, self._pipes = [], []
         port = free_port()
         for rank in range(world_size):

@@ -2,13 +2,20 @@
 
 import pytest
 import torch
-from tensordict import TensorDict
-from torchrec import JaggedTensor, KeyedJaggedTensor
+from torchrec import KeyedJaggedTensor
 from torchrec.modules.embedding_modules import EmbeddingBagCollection
 
 from cce_torchrec import CCEEmbeddingBagCollection, CCEEmbeddingCollection
 from cce_torchrec.lookup import expansion, native
-from tests.support.bad_inputs import BAD, TOTAL, VARIABLE, WEIGHTED, lengths_with, made
+from tests.support.bad_inputs import (
+    BAD,
+    TOTAL,
+    VARIABLE,
+    WEIGHTED,
+    lengths_with,
+    made,
+    tensor_dict,
+)
 from tests.support.models import KEYS, STRIDE, SUM, SequenceNet, batch, tables, vbe_batch
 
 
@@ -127,12 +134,7 @@ def test_rows_beyond_int32_are_counted_in_int64(monkeypatch):
 
 def test_a_tensor_dict_is_taken_as_torchrec_takes_it():
     kjt = batch(0, False)
-    features = TensorDict(
-        {
-            key: JaggedTensor(own.values(), lengths=own.lengths())
-            for key, own in kjt.to_dict().items()
-        }
-    )
+    features = tensor_dict(kjt)
     configs = tables(SUM)
     plain = EmbeddingBagCollection(tables=configs[1:2])
     ours = CCEEmbeddingBagCollection(configs[1:2])

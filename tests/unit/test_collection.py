@@ -2,34 +2,28 @@
 
 import copy
 import itertools
+from dataclasses import replace
 
 import pytest
 import torch
 from fbgemm_gpu.split_table_batched_embeddings_ops_common import BoundsCheckMode
 from torchrec import EmbeddingBagCollection, KeyedJaggedTensor
-from torchrec.modules.embedding_configs import DataType, EmbeddingBagConfig, PoolingType
+from torchrec.modules.embedding_configs import DataType, EmbeddingBagConfig
 
 from cce_torchrec import CCEEmbeddingBagCollection, CCEEmbeddingBagConfig
 from cce_torchrec.codes.hashing import helper_hash
 from cce_torchrec.codes.storage import pack, widen
-
-SUM, MEAN = PoolingType.SUM, PoolingType.MEAN
+from tests.support import models
+from tests.support.models import MEAN, SUM
 
 
 def tables(pooling=SUM):
+    """Those of other tests, one of them without helper rows, and one without learned codes."""
+    wide, plain, many = models.tables(pooling)
     return [
-        CCEEmbeddingBagConfig(
-            name="t", num_embeddings=300, embedding_dim=16, feature_names=["f", "g"], num_rows=5,
-            pooling=pooling,
-        ),
-        EmbeddingBagConfig(
-            name="p", num_embeddings=40, embedding_dim=8, feature_names=["h", "f"],
-            pooling=pooling,
-        ),
-        CCEEmbeddingBagConfig(
-            name="u", num_embeddings=50, embedding_dim=8, feature_names=["h"], num_rows=300,
-            num_chunks=2, num_helper_rows=0, pooling=pooling,
-        ),
+        wide,
+        replace(plain, pooling=pooling),
+        replace(many, num_helper_rows=0),
         CCEEmbeddingBagConfig(
             name="ce", num_embeddings=50, embedding_dim=16, feature_names=["k"], num_rows=7,
             num_helper_rows=0, learned_codes=False, pooling=pooling,
@@ -37,19 +31,9 @@ def tables(pooling=SUM):
     ]  # fmt: skip
 
 
-def batch(weighted=False, stride=6, seed=0):
+def batch(weighted=False):
     """Ids that suit every table; some bags are empty, one feature is not configured."""
-    generator = torch.Generator().manual_seed(seed)
-    keys = ["k", "g", "unused", "h", "f"]
-    lengths = torch.randint(0, 4, (len(keys) * stride,), generator=generator)
-    total = int(lengths.sum())
-    return KeyedJaggedTensor(
-        keys=keys,
-        values=torch.randint(0, 40, (total,), generator=generator),
-        lengths=lengths,
-        weights=torch.rand(total, generator=generator) if weighted else None,
-        stride=stride,
-    )
+    return models.batch(0, weighted, keys=["k", "g", "unused", "h", "f"])
 
 
 def embedding(module, config, id_):
