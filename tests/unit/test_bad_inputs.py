@@ -2,7 +2,8 @@
 
 import pytest
 import torch
-from torchrec import KeyedJaggedTensor
+from tensordict import TensorDict
+from torchrec import JaggedTensor, KeyedJaggedTensor
 from torchrec.modules.embedding_modules import EmbeddingBagCollection
 
 from cce_torchrec import CCEEmbeddingBagCollection, CCEEmbeddingCollection
