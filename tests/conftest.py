@@ -85,14 +85,17 @@ def pytest_collection_modifyitems(items):
         items.sort(key=lambda item: places.get(item.path.stem, len(places)))
 
 
-def pytest_collection_finish(session):
-    if session.config.option.collectonly or BY_XDIST:
-        return
-    for item in session.items:
+def start(items):
+    for item in items:
         checks = getattr(item.module, "BESIDE", {})
         name = getattr(item, "callspec", None) and item.callspec.params.get("beside_name")
         if name in checks and not any(mark.args[0] for mark in item.iter_markers("skipif")):
             BESIDE.start(name, checks[name])
+
+
+def pytest_collection_finish(session):
+    if not session.config.option.collectonly and not BY_XDIST:
+        start(session.items)
 
 
 def pytest_sessionfinish():
@@ -101,9 +104,8 @@ def pytest_sessionfinish():
 
 @pytest.fixture
 def beside(request):
-    """The checks of all modules."""
-    for name, arguments in request.module.BESIDE.items():
-        BESIDE.start(name, arguments)
+    """The checks of all modules; those of the test's own have been started."""
+    start(item for item in request.session.items if item.module is request.module)
     return BESIDE
 
 
