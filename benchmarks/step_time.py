@@ -92,9 +92,11 @@ def breakdown(
     else:
         pooled = sharded.embedding_bag_collection.compute(context, rows)
     clock.mark("lookup")
-    joined = sharded._joined if direct else sharded.output_dist
-    out = joined(context, pooled)
-    out = (out if direct else out.wait()).values()
+    if direct:
+        joined = pooled[0] if len(pooled) == 1 else torch.cat(pooled, dim=1)
+        out = sharded.output.assemble(joined, sharded._columns, context.divisor).values()
+    else:
+        out = sharded.output_dist(context, pooled).wait().values()
     clock.mark("output_dist")
     out.backward(torch.ones_like(out) if gradient is None else gradient)
     clock.mark("backward")
