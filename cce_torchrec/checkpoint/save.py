@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import json
+import logging
 import re
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -27,6 +29,8 @@ from cce_torchrec.clustering.replicas import share_seen
 from cce_torchrec.clustering.schedule import ClusteringSchedule
 from cce_torchrec.collectives import Ranks, agree
 from cce_torchrec.versions import installed_versions
+
+logger = logging.getLogger(__name__)
 
 
 @overload
@@ -96,6 +100,7 @@ def save_checkpoint(
     if not re.fullmatch(r"\w*", pin):
         raise ValueError(f"pin {pin!r} is part of a folder's name; use letters, digits and _")
     finish_pending()
+    began = time.perf_counter()
     ranks = Ranks(process_group)
     where, _ = agree(lambda: (location(folder), None), ranks.group)
     share_seen(model)  # before `agree`, as it is collective itself
@@ -124,7 +129,7 @@ def save_checkpoint(
         versions=installed_versions(),
         files={},
     )
-    job = _Job(where, manifest, keep, pin, writer, random_state())
+    job = _Job(where, manifest, keep, pin, writer, random_state(), began)
     return job.write(ranks) if blocking else PendingCheckpoint(job.write, ranks)
 
 
@@ -138,6 +143,8 @@ class _Job:
     pin: str
     writer: TensorWriter
     random: dict[str, Any]
+    began: float
+    """When the call was made, by `time.perf_counter`."""
 
     def write(self, ranks: Ranks) -> Path:
         """Writes this rank's files and, once all ranks have, makes them the latest checkpoint."""
@@ -146,7 +153,11 @@ class _Job:
             written = ranks.agree(lambda: self._write(checkpoint, ranks.rank))
             files = {name: found for part in written for name, found in part.items()}
             manifest = replace(self.manifest, files=files)
-            return ranks.first(lambda: folders.commit(checkpoint, manifest, self.keep))
+            path = ranks.first(lambda: folders.commit(checkpoint, manifest, self.keep))
+            if ranks.rank == 0:
+                seconds = time.perf_counter() - self.began
+                logger.info("saved %s: %s in %.2f s", path, manifest.summary, seconds)
+            return path
         except ValueError:
             # Every rank has stopped writing by now. The next save tries again if this fails too.
             if ranks.rank == 0:

@@ -11,6 +11,7 @@ from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 from cce_torchrec.collectives import backend_of, together
 from cce_torchrec.distributed.table_placement import TablePlacement
 from cce_torchrec.lookup.inputs import InputCheck
+from cce_torchrec.spans import span
 
 Refusal = Callable[[KeyedJaggedTensor], None]
 """Raises ValueError for what a caller cannot take."""
@@ -68,9 +69,10 @@ class BatchCheck:
         refusals: Sequence[Refusal],
         check: Callable[[KeyedJaggedTensor], KeyedJaggedTensor],
     ) -> KeyedJaggedTensor:
-        for refuse in refusals:
-            refuse(features)
-        checked = check(features)
+        with span("input_check"):
+            for refuse in refusals:
+                refuse(features)
+            checked = check(features)
         if checked.variable_stride_per_key():
             self.check_variable_batch()
         return checked

@@ -53,6 +53,7 @@ from cce_torchrec.lookup.inputs import InputCheck
 from cce_torchrec.lookup.pending import PendingLookups
 from cce_torchrec.modules.embedding_bag_collection import CCEEmbeddingBagCollection
 from cce_torchrec.modules.quantization import PassedOver
+from cce_torchrec.spans import span
 from cce_torchrec.table import tables_of
 from cce_torchrec.torchrec_internals import (
     fused_kernels,
@@ -190,7 +191,7 @@ class ShardedCCEEmbeddingBagCollection(
         self, ctx: CCEContext, features: KeyedJaggedTensor
     ) -> Awaitable[Awaitable[KJTList]]:
         """`input_dist` of features that are checked."""
-        with torch.no_grad():
+        with torch.no_grad(), span("input_dist"):
             return self._distribution(ctx, self._prepared(ctx, features), self.bounds_check)
 
     def _prepared(self, ctx: CCEContext, features: KeyedJaggedTensor) -> KeyedJaggedTensor:
@@ -209,7 +210,7 @@ class ShardedCCEEmbeddingBagCollection(
     def _arrived(self, ctx: CCEContext, features: KeyedJaggedTensor) -> KJTList:
         """What this rank looks up of every rank's `features`."""
         features = self.checked(features)
-        with torch.no_grad():
+        with torch.no_grad(), span("input_dist"):
             features = self._prepared(ctx, features)
             if self._distribution.fetch is None and self._is_direct(ctx):
                 return KJTList(self._distribution.split(features))
@@ -220,13 +221,16 @@ class ShardedCCEEmbeddingBagCollection(
     def compute(self, ctx: CCEContext, dist_input: KJTList) -> list[torch.Tensor]:
         """Expands the received ids against the local codes and looks the rows up."""
         with outside_inference_mode():
-            return self.embedding_bag_collection.compute(ctx, self._expand(ctx, dist_input))
+            rows = self._expand(ctx, dist_input)
+            with span("lookup"):
+                return self.embedding_bag_collection.compute(ctx, rows)
 
     def output_dist(
         self, ctx: CCEContext, output: list[torch.Tensor]
     ) -> LazyAwaitable[KeyedTensor]:
         """Sends pooled chunks back and puts them into logical order."""
-        return self._assembled(ctx, self.embedding_bag_collection.output_dist(ctx, output))
+        with span("output_dist"):
+            return self._assembled(ctx, self.embedding_bag_collection.output_dist(ctx, output))
 
     def compute_and_output_dist(
         self, ctx: CCEContext, input: KJTList
@@ -236,14 +240,12 @@ class ShardedCCEEmbeddingBagCollection(
         with outside_inference_mode():
             rows = self._expand(ctx, input)
             if not self._is_direct(ctx):
-                return self._assembled(ctx, inner.compute_and_output_dist(ctx, rows))
-            pooled = [look_up(own) for look_up, own in zip(self._lookups, rows, strict=True)]
-            return PooledNoWait(self._joined(ctx, pooled))
-
-    def _joined(self, ctx: CCEContext, pooled: list[torch.Tensor]) -> KeyedTensor:
-        """The logical output of all lookups', of a rank that is alone."""
-        values = pooled[0] if len(pooled) == 1 else torch.cat(pooled, dim=1)
-        return self.output.assemble(values, self._columns, ctx.divisor)
+                with span("lookup and output_dist"):
+                    return self._assembled(ctx, inner.compute_and_output_dist(ctx, rows))
+            with span("lookup"):
+                pooled = [look_up(own) for look_up, own in zip(self._lookups, rows, strict=True)]
+            values = pooled[0] if len(pooled) == 1 else torch.cat(pooled, dim=1)
+            return PooledNoWait(self._in_order(ctx, values))
 
     def _is_direct(self, ctx: CCEContext) -> bool:
         """Whether the lookups' output is this rank's: alone in its group, it sends nothing."""
@@ -271,21 +273,24 @@ class ShardedCCEEmbeddingBagCollection(
     def _expand(self, ctx: CCEContext, dist_input: KJTList) -> KJTList:
         """Codebook rows of what arrived, by the codes as they are now."""
         self._codes_state.take_written()
-        return ctx.in_flight.current_rows(
-            dist_input,
-            self.bounds_check,
-            distribute_again=partial(self._distribution.again, ctx),
-            expand=partial(self._distribution.expand, ctx),
-            forget_prefetched=partial(forget_prefetched, self._lookups),
-        )
+        with span("expand"):
+            return ctx.in_flight.current_rows(
+                dist_input,
+                self.bounds_check,
+                distribute_again=partial(self._distribution.again, ctx),
+                expand=partial(self._distribution.expand, ctx),
+                forget_prefetched=partial(forget_prefetched, self._lookups),
+            )
 
     def _assembled(
         self, ctx: CCEContext, awaitable: LazyAwaitable[KeyedTensor]
     ) -> LazyAwaitable[KeyedTensor]:
-        awaitable.callbacks.append(
-            lambda pooled: self.output.assemble(pooled.values(), self._columns, ctx.divisor)
-        )
+        awaitable.callbacks.append(lambda pooled: self._in_order(ctx, pooled.values()))
         return awaitable
+
+    def _in_order(self, ctx: CCEContext, pooled: torch.Tensor) -> KeyedTensor:
+        with span("output"):
+            return self.output.assemble(pooled, self._columns, ctx.divisor)
 
     def create_context(self) -> CCEContext:
         """A fresh context for one batch."""

@@ -15,6 +15,7 @@ from cce_torchrec.distributed.context import CCEContext
 from cce_torchrec.distributed.sharding_input import ShardingInput
 from cce_torchrec.lookup.bounds import BoundsCheck
 from cce_torchrec.modules.embedding_bag_collection import select_slots
+from cce_torchrec.spans import span
 
 
 class InputDistribution:
@@ -51,7 +52,8 @@ class InputDistribution:
         sizes = features.stride_per_key() if variable else []
         bags = dict(zip(features.keys(), sizes, strict=False))
         if self.fetch is not None:
-            rows, answered = self.fetch.replace(features, check)
+            with span("code_fetch"):
+                rows, answered = self.fetch.replace(features, check)
             ctx.in_flight.fetched(features, answered)
             features = rows
         split = self.split(features)

@@ -63,8 +63,8 @@ def digests(rank, world_size, plan_kind, share_from):
         cluster(model)
         report = finalize(model)
     assert {c.table for c in report.chunks} == {
-        "_dmp_wrapped_module.collection.t",
-        "_dmp_wrapped_module.collection.u",
+        "collection.t",
+        "collection.u",
     }
     local = {}
     for name, (weight, state) in fused_rows(sharded).items():
