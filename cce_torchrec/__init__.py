@@ -19,7 +19,8 @@ if TYPE_CHECKING:  # what `__getattr__` finds, for type checkers and editors
         finalize,
     )
     from cce_torchrec.config import CCEEmbeddingBagConfig
-    from cce_torchrec.distributed.process_group import end_process_group
+    from cce_torchrec.data import even_batches
+    from cce_torchrec.distributed.process_group import end_process_group, start_process_group
     from cce_torchrec.distributed.sharders import get_default_sharders
     from cce_torchrec.modules.compress import compress_model
     from cce_torchrec.modules.embedding_bag_collection import CCEEmbeddingBagCollection
@@ -32,7 +33,8 @@ _MODULES = {
     "modules.embedding_collection": ["CCEEmbeddingCollection"],
     "modules.compress": ["compress_model"],
     "distributed.sharders": ["get_default_sharders"],
-    "distributed.process_group": ["end_process_group"],
+    "distributed.process_group": ["end_process_group", "start_process_group"],
+    "data": ["even_batches"],
     "planning": ["make_plan", "plan_report", "tables_for_memory"],
     "clustering": ["ChunkReport", "ClusteringReport", "ClusteringSchedule", "cluster", "finalize"],
     "checkpoint": ["LoadReport", "load_checkpoint", "save_checkpoint"],
@@ -50,12 +52,14 @@ __all__ = [
     "cluster",
     "compress_model",
     "end_process_group",
+    "even_batches",
     "finalize",
     "get_default_sharders",
     "load_checkpoint",
     "make_plan",
     "plan_report",
     "save_checkpoint",
+    "start_process_group",
     "tables_for_memory",
 ]
 

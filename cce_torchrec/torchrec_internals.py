@@ -103,6 +103,14 @@ def set_fp32_precision(backend: str, operation: str, precision: str) -> None:
     torch._C._set_fp32_precision_setter(backend, operation, precision)
 
 
+def profiler_enabled() -> bool:
+    """Whether torch.profiler, or an older profiler of torch, records this thread.
+
+    Without it, ranges would have to be made in every step, for nobody as a rule.
+    """
+    return torch.autograd._profiler_enabled()
+
+
 # --- Optimizers ----------------------------------------------------------------------------------
 
 

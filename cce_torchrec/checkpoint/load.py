@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -98,6 +99,7 @@ def load_checkpoint(
     Raises:
         ValueError: on every rank, naming file or table, both values and the remedy.
     """
+    began = time.perf_counter()
     ranks = Ranks(process_group)
     rates = "model" if tables is not None else learning_rates
 
@@ -126,6 +128,8 @@ def load_checkpoint(
     ranks.agree(lambda: job.take_over(random))
     report = job.report(sorted(dropped))
     if ranks.rank == 0:
+        seconds = time.perf_counter() - began
+        logger.info("loaded %s: %s in %.2f s", path, manifest.summary, seconds)
         for line in report.dropped:
             logger.warning("%s: %s", path, line)
     return report

@@ -121,6 +121,12 @@ class Manifest:
     """All that belong to the checkpoint but the manifest, by name."""
     format: int = FORMAT
 
+    @property
+    def summary(self) -> str:
+        """What the checkpoint has, in numbers, as the log has it."""
+        size = sum(Fingerprint(*one).size for one in self.files.values())
+        return f"step {self.step}, {len(self.tables)} tables, {size:,} bytes"
+
     def to_json(self) -> dict[str, Any]:
         """The manifest as JSON has it."""
         schedule = self.schedule

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import logging
 import operator
 import re
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -29,6 +31,8 @@ from cce_torchrec.clustering.replicas import share_seen
 from cce_torchrec.clustering.schedule import ClusteringSchedule
 from cce_torchrec.collectives import Ranks, same_task
 from cce_torchrec.versions import installed_versions
+
+logger = logging.getLogger(__name__)
 
 
 @overload
@@ -94,6 +98,7 @@ def save_checkpoint(
         ValueError: on every rank, if anything failed on any; the folder's latest checkpoint is
             then what it was.
     """
+    began = time.perf_counter()
     ranks = Ranks(process_group)
 
     def asked() -> tuple[_Target, tuple[int | str, ...]]:
@@ -114,7 +119,7 @@ def save_checkpoint(
         versions=installed_versions(),
         files={},
     )
-    job = _Job(target, manifest, writer, random_state())
+    job = _Job(target, manifest, writer, random_state(), began)
     return job.write(ranks) if blocking else PendingCheckpoint(job.write, ranks)
 
 
@@ -146,6 +151,8 @@ class _Job:
     manifest: Manifest
     writer: TensorWriter
     random: dict[str, Any]
+    began: float
+    """When the call was made, by `time.perf_counter`."""
 
     def write(self, ranks: Ranks) -> Path:
         """Writes this rank's files and, once all ranks have, makes them the latest checkpoint."""
@@ -155,7 +162,11 @@ class _Job:
             written = ranks.agree(lambda: self._write(checkpoint, ranks.rank))
             files = {name: found for part in written for name, found in part.items()}
             manifest = replace(self.manifest, files=files)
-            return ranks.first(lambda: folders.commit(checkpoint, manifest, to.keep))
+            path = ranks.first(lambda: folders.commit(checkpoint, manifest, to.keep))
+            if ranks.rank == 0:
+                seconds = time.perf_counter() - self.began
+                logger.info("saved %s: %s in %.2f s", path, manifest.summary, seconds)
+            return path
         except ValueError:
             # Every rank has stopped writing by now. The next save tries again if this fails too.
             if ranks.rank == 0:

@@ -8,10 +8,12 @@ from collections.abc import Collection, Iterable, Sequence
 
 import torch
 from torch import nn
+from torchrec.distributed.utils import append_prefix
 
+from cce_torchrec.clustering.collections import Collection as CCECollection
+from cce_torchrec.clustering.collections import cce_collections
 from cce_torchrec.config import CCEEmbeddingBagConfig
 from cce_torchrec.distributed.embedding_bag_collection import ShardedCCEEmbeddingBagCollection
-from cce_torchrec.modules.embedding_bag_collection import CCEEmbeddingBagCollection
 from cce_torchrec.table import called, logical_table, named, refuse_none
 from cce_torchrec.torchrec_internals import fused_groups, lookups_of, optimizers_in_backward
 
@@ -24,11 +26,10 @@ _NO_RATE = "frozen: its learning rate is 0 (a schedule may have ended there)"
 def fixed_tables(model: nn.Module) -> dict[str, str]:
     """Every CCE table of `model` by its path, with why its codes cannot be learned, or ""."""
     out = {}
-    for path, module in model.named_modules():
-        if isinstance(module, CCEEmbeddingBagCollection | ShardedCCEEmbeddingBagCollection):
-            for table in module.tables:
-                if table.cce is not None:
-                    out[f"{path}.{table.name}" if path else table.name] = _why_fixed(table.cce)
+    for path, module in cce_collections(model):
+        for table in module.tables:
+            if table.cce is not None:
+                out[append_prefix(path, table.name)] = _why_fixed(table.cce)
     return out
 
 
@@ -39,7 +40,7 @@ def _why_fixed(config: CCEEmbeddingBagConfig) -> str:
 
 
 def frozen_chunks(
-    module: CCEEmbeddingBagCollection | ShardedCCEEmbeddingBagCollection,
+    module: CCECollection,
     optimizer: torch.optim.Optimizer | None,
 ) -> dict[str, str]:
     """Why each physical table of `module` that is here and not trained is frozen.

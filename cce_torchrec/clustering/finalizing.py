@@ -7,12 +7,12 @@ from collections.abc import Collection, Mapping
 import torch
 import torch.distributed as dist
 from torch import nn
+from torchrec.distributed.utils import append_prefix
 
+from cce_torchrec.clustering.collections import cce_collections
 from cce_torchrec.clustering.options import Options
 from cce_torchrec.clustering.report import ClusteringReport
 from cce_torchrec.clustering.step import run
-from cce_torchrec.distributed.embedding_bag_collection import ShardedCCEEmbeddingBagCollection
-from cce_torchrec.modules.embedding_bag_collection import CCEEmbeddingBagCollection
 
 
 def finalize(
@@ -57,10 +57,8 @@ def finalize(
     )
     report, paths = run(model, options, optimizer, process_group)
     # On every rank, also where other ranks alone hold a table's chunks: all describe it alike.
-    for path, module in model.named_modules():
-        if isinstance(module, CCEEmbeddingBagCollection | ShardedCCEEmbeddingBagCollection):
-            prefix = f"{path}." if path else ""
-            for table in module.tables:
-                if prefix + table.name in paths:
-                    table.finalize()
+    for path, module in cce_collections(model):
+        for table in module.tables:
+            if append_prefix(path, table.name) in paths:
+                table.finalize()
     return report

@@ -8,11 +8,13 @@ from contextlib import ExitStack, contextmanager
 import torch
 import torch.distributed as dist
 from torch import nn
+from torchrec.distributed.utils import append_prefix
 
 from cce_torchrec.clustering import replicas
 from cce_torchrec.clustering.choice import frozen_chunks, is_wanted
 from cce_torchrec.clustering.chunk_group import ALONE, ChunkGroup
 from cce_torchrec.clustering.chunk_state import ChunkState
+from cce_torchrec.clustering.collections import cce_collections
 from cce_torchrec.clustering.options import Options
 from cce_torchrec.codes.chunk_codes import ChunkCodes
 from cce_torchrec.distributed.caches import bypassed
@@ -33,19 +35,17 @@ def local_chunks(
     Raises:
         ValueError: a table whose parameters `optimizer` lacks; see `replicas.check_optimizer`.
     """
-    for path, module in model.named_modules():
+    for path, module in cce_collections(model):
         copies: dict[str, dist.ProcessGroup] = {}
         if isinstance(module, ShardedCCEEmbeddingBagCollection):
             rows, own = fused_rows(module, optimizer), module.current_codes()
             copies = module.replica_groups()
-        elif isinstance(module, CCEEmbeddingBagCollection):
-            rows, own = unsharded_rows(module, optimizer), module.codes
         else:
-            continue
+            rows, own = unsharded_rows(module, optimizer), module.codes
         frozen = frozen_chunks(module, optimizer)
         for name, codes in own.items():
             assert isinstance(codes, ChunkCodes)
-            whole = f"{path}.{name}" if path else name
+            whole = append_prefix(path, name)
             can_learn = codes.codes is not None and codes.config.helper_rows > 0
             if not (can_learn and is_wanted(whole, options.tables)):
                 continue

@@ -14,7 +14,7 @@ class ChunkReport:
     """What the clustering step did to one chunk."""
 
     table: str
-    """Path of the table's collection in the model, and the table's name."""
+    """`collection.table`, as in checkpoints: the path in the model inside its wrappers."""
     chunk: int
     ids: int
     objective_before: float
@@ -38,6 +38,23 @@ class ClusteringReport:
     """Most bytes beside the model on this rank, as computed before the step."""
     left_alone: dict[str, str] = field(default_factory=dict)
     """Why each CCE table that was not clustered was not, by its path: frozen ones, for one."""
+
+    def __str__(self) -> str:
+        """The report in a line, as the log has it."""
+        parts = [
+            f"{len({chunk.table for chunk in self.chunks})} tables, {len(self.chunks)} chunks in "
+            f"{self.seconds:.2f} s"
+        ]
+        if self.chunks:
+            before = sum(chunk.objective_before for chunk in self.chunks)
+            after = sum(chunk.objective_after for chunk in self.chunks)
+            changed = sum(chunk.changed * chunk.ids for chunk in self.chunks)
+            parts += [
+                f"objective {before:.6g} before, {after:.6g} after",
+                f"{changed / sum(chunk.ids for chunk in self.chunks):.1%} of codes changed",
+                f"{sum(chunk.empty_clusters for chunk in self.chunks)} empty clusters",
+            ]
+        return ", ".join([*parts, f"{len(self.left_alone)} tables left alone"])
 
 
 def report_of(key: ChunkKey, state: ChunkState, update: ChunkUpdate, seconds: float) -> ChunkReport:

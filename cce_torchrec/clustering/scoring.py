@@ -11,6 +11,7 @@ from cce_torchrec.kmeans.ieee import ieee_float32
 from cce_torchrec.kmeans.lloyd import KMeansResult, kmeans
 from cce_torchrec.kmeans.points import PairPoints, metric_root
 from cce_torchrec.kmeans.scan import assign
+from cce_torchrec.spans import span
 
 
 class Scoring:
@@ -24,17 +25,18 @@ class Scoring:
     def kmeans(self, points: PairPoints, scorers: ChunkGroup) -> KMeansResult:
         """Clusters `points`; every rank of `scorers` calls it."""
         task, options = self._task, self._options
-        return kmeans(
-            points,
-            task.num_clusters,
-            options.iterations,
-            backend=options.backend,
-            init=points.codebooks()[0] if options.init == "main" else options.init,
-            tolerance=options.tolerance,
-            metric=self._metric,
-            process_group=scorers.group,
-            score_bytes=task.budget.score_bytes,
-        )
+        with span(f"{task.span}, k-means"):
+            return kmeans(
+                points,
+                task.num_clusters,
+                options.iterations,
+                backend=options.backend,
+                init=points.codebooks()[0] if options.init == "main" else options.init,
+                tolerance=options.tolerance,
+                metric=self._metric,
+                process_group=scorers.group,
+                score_bytes=task.budget.score_bytes,
+            )
 
     def _in_metric_space(self, points: PairPoints) -> PairPoints:
         """`points` in the space of the metric."""

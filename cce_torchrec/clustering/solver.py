@@ -17,6 +17,7 @@ from cce_torchrec.clustering.pair_batch import PairBatch, codebooks_only, of_all
 from cce_torchrec.clustering.pairs import ChunkPairs, find_pairs
 from cce_torchrec.clustering.scoring import Scoring
 from cce_torchrec.clustering.task import Task
+from cce_torchrec.spans import span
 
 Parts = Iterable[NewCodes]
 """New codes, found as they are asked for."""
@@ -62,7 +63,8 @@ class ChunkSolver:
         if keep_codes:
             # K-means ends with an assignment to its final centroids: nothing is scored again.
             nearest = result.assignment if self._task.sees_all_ids else None
-            self._relabel(pairs, update, nearest, update.codes.append)
+            with span(f"{self._task.span}, codes"):
+                self._relabel(pairs, update, nearest, update.codes.append)
         return update
 
     def write_codes(self, update: ChunkUpdate) -> None:
@@ -91,7 +93,8 @@ class ChunkSolver:
             weights = state.holders.together(lambda: options.weights_of(state))
             return find_pairs(state, budget, weights)
 
-        return self._found(find)
+        with span(f"{self._task.span}, pairs"):
+            return self._found(find)
 
     def _found(self, find: Callable[[], ChunkPairs]) -> ChunkPairs:
         # ROW_WISE: a call of all scorers itself, which leaves the same points on each.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Collection, Hashable, Iterable, Mapping
 from dataclasses import dataclass, replace
@@ -29,6 +30,9 @@ from cce_torchrec.collectives import agree, check_backend, gather, meet, ranks_o
 from cce_torchrec.distributed.embedding_bag_collection import ShardedCCEEmbeddingBagCollection
 from cce_torchrec.gpu.usable import usable
 from cce_torchrec.kmeans.backends import make_backend
+from cce_torchrec.spans import span
+
+logger = logging.getLogger(__name__)
 
 
 def cluster(
@@ -104,7 +108,10 @@ def run(
     group = ranks_of_call(process_group)
     meet(group)
     with uncached(model):
-        return _run(model, options, optimizer, group, began)
+        report, paths = _run(model, options, optimizer, group, began)
+    if group is None or dist.get_rank(group) == 0:
+        logger.info("%s: %s", "finalize" if options.finalize else "cluster", report)
+    return report, paths
 
 
 def _run(
@@ -118,7 +125,8 @@ def _run(
     free = free if options.memory_limit is None else None
     if free is not None:
         options = replace(options, memory_limit=free)
-    states, by_rank = agree(lambda: _prepared(model, options, optimizer, group), group)
+    with span("cluster, prepare"):
+        states, by_rank = agree(lambda: _prepared(model, options, optimizer, group), group)
     left = _check_agreement(by_rank, options)
     states = [(path, state) for path, state in states if path not in left]
     mine = {(path, state.chunk): state for path, state in states}

@@ -44,6 +44,11 @@ class Task:
         return f"table {self.table!r}, chunk {self.chunk}"
 
     @property
+    def span(self) -> str:
+        """The chunk's part of a profile, to which phases are added."""
+        return f"cluster {self.path}, chunk {self.chunk}"
+
+    @property
     def codebook_shape(self) -> tuple[int, int]:
         """Rows of main and helper together, and their width."""
         return self.shape.num_rows + self.shape.helper_rows, self.shape.dim

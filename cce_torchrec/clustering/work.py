@@ -20,6 +20,7 @@ from cce_torchrec.clustering.task import ChunkKey
 from cce_torchrec.codes.chunk_codes import ChunkCodes
 from cce_torchrec.codes.storage import converted
 from cce_torchrec.collectives import agree, gather, reason
+from cce_torchrec.spans import span
 
 Done = dict[ChunkKey, tuple[ChunkUpdate, float]]
 """Updates of the chunks that this rank has, and their seconds."""
@@ -57,11 +58,12 @@ class Work:
         def solve(key: ChunkKey) -> None:
             started, keep = time.perf_counter(), key in self.kept
             try:
-                if key in self.mine:
-                    update = self._solver(key).solve(keep)
-                    done[key] = (update, time.perf_counter() - started)
-                else:
-                    self._helper(key).solve(keep)
+                with span(f"{self.plan.tasks[key].span}, solve"):
+                    if key in self.mine:
+                        update = self._solver(key).solve(keep)
+                        done[key] = (update, time.perf_counter() - started)
+                    else:
+                        self._helper(key).solve(keep)
             except Exception as error:
                 raise ValueError(f"{self.plan.tasks[key].name}: {reason(error)}") from error
 
@@ -85,13 +87,8 @@ class Work:
         failures: list[str] = []
         for key in [*self.plan.alone, *self.plan.common, *self.plan.row_wise]:
             try:
-                if key in self.mine:
-                    update, _ = done[key]
-                    if key not in self.kept:
-                        self._solver(key).write_codes(update)
-                    self.mine[key].commit(update)
-                elif key not in self.kept:
-                    self._helper(key).write_codes()
+                with span(f"{self.plan.tasks[key].span}, write"):
+                    self._write(key, done)
             except Exception as error:
                 failures.append(f"{self.plan.tasks[key].name}: {reason(error)}")
         everyone = [failure for found in gather(failures, self.group) for failure in found]
@@ -100,6 +97,15 @@ class Work:
                 f"clustering failed while it was writing ({'; '.join(dict.fromkeys(everyone))}); "
                 "some chunks are new, others old: restore the last checkpoint"
             )
+
+    def _write(self, key: ChunkKey, done: Done) -> None:
+        if key in self.mine:
+            update, _ = done[key]
+            if key not in self.kept:
+                self._solver(key).write_codes(update)
+            self.mine[key].commit(update)
+        elif key not in self.kept:
+            self._helper(key).write_codes()
 
 
 @contextmanager

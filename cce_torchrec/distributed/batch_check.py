@@ -18,6 +18,7 @@ from cce_torchrec.distributed.batch_form import (
 from cce_torchrec.distributed.table_placement import TablePlacement
 from cce_torchrec.lookup.features import with_weights
 from cce_torchrec.lookup.inputs import InputCheck
+from cce_torchrec.spans import span
 
 Refusal = Callable[[KeyedJaggedTensor], None]
 """Raises ValueError for what a caller cannot take."""
@@ -99,9 +100,10 @@ class BatchCheck:
         refusals: Sequence[Refusal],
         check: Callable[[KeyedJaggedTensor], KeyedJaggedTensor],
     ) -> KeyedJaggedTensor:
-        for refuse in refusals:
-            refuse(features)
-        checked = check(features)
+        with span("input_check"):
+            for refuse in refusals:
+                refuse(features)
+            checked = check(features)
         if checked.variable_stride_per_key():
             self.check_variable_batch()
         weights = checked.weights_or_none()

@@ -54,6 +54,7 @@ from cce_torchrec.lookup.inputs import InputCheck
 from cce_torchrec.lookup.pending import PendingLookups
 from cce_torchrec.modules.embedding_bag_collection import CCEEmbeddingBagCollection
 from cce_torchrec.modules.quantization import PassedOver
+from cce_torchrec.spans import span
 from cce_torchrec.table import tables_of
 from cce_torchrec.torchrec_internals import (
     fused_kernels,
@@ -156,13 +157,10 @@ class ShardedCCEEmbeddingBagCollection(
         for sharded, lookup in zip(self.inputs, self._lookups, strict=True):
             if sharded.expansion is not None and device.type == "cuda":
                 sharded.expansion.narrow = narrow.take_over(torchrec_kernels(lookup))
-        self.distribution = InputDistribution(
-            self.inputs,
-            CodeFetch.from_partitions(
-                self.tables, self.codes, self.id_partitions, self.process_group
-            ),
-            self._env.world_size,
+        fetch = CodeFetch.from_partitions(
+            self.tables, self.codes, self.id_partitions, self.process_group
         )
+        self.distribution = InputDistribution(self.inputs, fetch, self._env.world_size)
         # Where train pipelines look for what to fuse. Not `redistribute`, which has to stay as it
         # is: see ShardingInput.
         self._input_dists += [sharded.dist for sharded in self.inputs]
@@ -192,7 +190,7 @@ class ShardedCCEEmbeddingBagCollection(
         self, ctx: CCEContext, features: KeyedJaggedTensor
     ) -> Awaitable[Awaitable[KJTList]]:
         """`input_dist` of features that are checked."""
-        with torch.no_grad():
+        with torch.no_grad(), span("input_dist"):
             return self.distribution(ctx, self._prepared(ctx, features), self.bounds_check)
 
     def _prepared(self, ctx: CCEContext, features: KeyedJaggedTensor) -> KeyedJaggedTensor:
@@ -214,7 +212,7 @@ class ShardedCCEEmbeddingBagCollection(
             # First the numbers of ids, then the ids: pipelines do other work in between.
             return self.input_dist(ctx, features).wait().wait()
         features = self.checked(features)
-        with torch.no_grad():
+        with torch.no_grad(), span("input_dist"):
             features = self._prepared(ctx, features)
             if self._is_direct(ctx):
                 return KJTList(self.distribution.split(features))
@@ -223,26 +221,30 @@ class ShardedCCEEmbeddingBagCollection(
     def compute(self, ctx: CCEContext, dist_input: KJTList) -> list[torch.Tensor]:
         """Expands the received ids against the local codes and looks the rows up."""
         with outside_inference_mode():
-            return self.embedding_bag_collection.compute(ctx, self._expand(ctx, dist_input))
+            rows = self._expand(ctx, dist_input)
+            with span("lookup"):
+                return self.embedding_bag_collection.compute(ctx, rows)
 
     def output_dist(
         self, ctx: CCEContext, output: list[torch.Tensor]
     ) -> LazyAwaitable[KeyedTensor]:
         """Sends pooled chunks back and puts them into logical order."""
-        return self._assembled(ctx, self.embedding_bag_collection.output_dist(ctx, output))
+        with span("output_dist"):
+            return self._assembled(ctx, self.embedding_bag_collection.output_dist(ctx, output))
 
     def compute_and_output_dist(
         self, ctx: CCEContext, input: KJTList
     ) -> LazyAwaitable[KeyedTensor]:
         """`compute` and `output_dist` in one, as the train pipelines call it."""
-        inner = self.embedding_bag_collection
         with outside_inference_mode():
             rows = self._expand(ctx, input)
             if self._is_direct(ctx):
-                pooled = [look_up(own) for look_up, own in zip(self._lookups, rows, strict=True)]
+                with span("lookup"):
+                    pooled = [look(own) for look, own in zip(self._lookups, rows, strict=True)]
                 values = pooled[0] if len(pooled) == 1 else torch.cat(pooled, dim=1)
-                return PooledNoWait(self.output.assemble(values, self._columns, ctx.divisor))
-            sent = inner.compute_and_output_dist(ctx, rows)
+                return PooledNoWait(self._in_order(ctx, values))
+            with span("lookup and output_dist"):
+                sent = self.embedding_bag_collection.compute_and_output_dist(ctx, rows)
         return self._assembled(ctx, sent)
 
     def _is_direct(self, ctx: CCEContext) -> bool:
@@ -270,23 +272,26 @@ class ShardedCCEEmbeddingBagCollection(
     def _expand(self, ctx: CCEContext, dist_input: KJTList) -> KJTList:
         """Codebook rows of what arrived, by the codes as they are now."""
         self._codes_state.take_written()
-        return ctx.in_flight.current_rows(
-            dist_input,
-            self.bounds_check,
-            distribute_again=partial(self.distribution.again, ctx),
-            expand=partial(self.distribution.expand, ctx),
-            forget_prefetched=partial(forget_prefetched, self._lookups),
-        )
+        with span("expand"):
+            return ctx.in_flight.current_rows(
+                dist_input,
+                self.bounds_check,
+                distribute_again=partial(self.distribution.again, ctx),
+                expand=partial(self.distribution.expand, ctx),
+                forget_prefetched=partial(forget_prefetched, self._lookups),
+            )
 
     def _assembled(
         self, ctx: CCEContext, awaitable: LazyAwaitable[KeyedTensor]
     ) -> LazyAwaitable[KeyedTensor]:
         if ctx.variable_batch_per_feature:
             awaitable = waited_in_inference_mode(awaitable)
-        awaitable.callbacks.append(
-            lambda pooled: self.output.assemble(pooled.values(), self._columns, ctx.divisor)
-        )
+        awaitable.callbacks.append(lambda pooled: self._in_order(ctx, pooled.values()))
         return awaitable
+
+    def _in_order(self, ctx: CCEContext, pooled: torch.Tensor) -> KeyedTensor:
+        with span("output"):
+            return self.output.assemble(pooled, self._columns, ctx.divisor)
 
     def create_context(self) -> CCEContext:
         """A fresh context for one batch."""

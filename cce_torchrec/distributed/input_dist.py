@@ -16,6 +16,7 @@ from cce_torchrec.distributed.context import CCEContext
 from cce_torchrec.distributed.sharding_input import ShardingInput
 from cce_torchrec.lookup.bounds import BoundsCheck
 from cce_torchrec.modules.embedding_bag_collection import select_slots
+from cce_torchrec.spans import span
 
 
 class InputDistribution:
@@ -50,7 +51,8 @@ class InputDistribution:
     ) -> Awaitable[Awaitable[KJTList]]:
         self._open_contexts(ctx, features)
         if self.fetch is not None:
-            rows, answered = self.fetch.replace(features, check)
+            with span("code_fetch"):
+                rows, answered = self.fetch.replace(features, check)
             ctx.in_flight.fetched(features, answered)
             features = rows
         split = self.split(features)

@@ -21,6 +21,7 @@ from fbgemm_gpu.split_table_batched_embeddings_ops_training import (
 
 from cce_torchrec import compiled
 from cce_torchrec.lookup import native
+from cce_torchrec.spans import span
 from cce_torchrec.torchrec_internals import become
 
 MAX_BYTES = 4 << 20
@@ -241,5 +242,6 @@ class _Lookup(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[None, ...]:
         """Trains; there is nothing to pass on."""
-        ctx.module.update(grad, *ctx.rates, *ctx.saved_tensors)
+        with span("backward"):
+            ctx.module.update(grad, *ctx.rates, *ctx.saved_tensors)
         return (None,) * len(ctx.needs_input_grad)

@@ -63,9 +63,13 @@ class WithLoss(nn.Module):
         self.logits = logits
 
     def forward(self, batch: Batch) -> tuple[torch.Tensor, tuple[torch.Tensor, torch.Tensor]]:
-        """Mean binary cross-entropy, to be trained on, then detached outputs."""
+        """Mean binary cross-entropy (0 of no example), to be trained on, then detached outputs."""
         logits = self.logits(batch.dense, batch.ids)
-        loss = nn.functional.binary_cross_entropy_with_logits(logits, batch.labels)
+        # A rank's share of a small batch may be empty, and a mean of nothing is no number.
+        reduction = "mean" if len(batch.labels) else "sum"
+        loss = nn.functional.binary_cross_entropy_with_logits(
+            logits, batch.labels, reduction=reduction
+        )
         return loss, (loss.detach(), logits.detach())
 
 

@@ -7,9 +7,8 @@ import os
 from datetime import timedelta
 
 import torch
-import torch.distributed as dist
 
-from cce_torchrec.distributed.process_group import end_process_group
+from cce_torchrec.distributed.process_group import end_process_group, start_process_group
 from cce_torchrec.train.trainer import Trainer
 
 
@@ -32,7 +31,7 @@ def _start_ranks(timeout: timedelta) -> torch.device:
     if torch.cuda.is_available():
         device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
         torch.cuda.set_device(device)
-        dist.init_process_group("nccl", timeout=timeout)
+        start_process_group("nccl", timeout)
         return device
-    dist.init_process_group("gloo", timeout=timeout)
+    start_process_group("gloo", timeout)
     return torch.device("cpu")

@@ -20,7 +20,7 @@ from cce_torchrec.checkpoint.folder import read_manifest
 from cce_torchrec.checkpoint.location import location
 from cce_torchrec.checkpoint.pending import finish_pending
 from cce_torchrec.clustering import ClusteringSchedule, cluster, finalize
-from cce_torchrec.collectives import Ranks, gather
+from cce_torchrec.collectives import Ranks, agree, gather
 from cce_torchrec.config import is_cce
 from cce_torchrec.metrics import auc, log_loss
 from cce_torchrec.train import options, pipelines
@@ -44,7 +44,7 @@ class Trainer:
                 "an example or more"
             )
         self.pipeline = pipelines.chosen(args.pipeline, device, self.world_size)
-        self.dataset = data.load(args.dataset, args.data, args.model, args.split_seed)
+        self.dataset = _same_data(args)
         rows = options.rows_per_table(args, self.dataset)
         options.set_defaults(args, self.dataset, rows)
         args.out = location(args.out)
@@ -249,6 +249,26 @@ class Trainer:
         self.loss.fill_(losses[self.rank])
         if self.rank == 0:
             print(f"resumed after step {self.step} from {report.path}", flush=True)
+
+
+def _same_data(args: argparse.Namespace) -> data.Dataset:
+    """The data set, of which every rank has read the same: each step takes a part of it on each.
+
+    Raises:
+        ValueError: on every rank, if reading failed on any, or numbers of rows differ.
+    """
+
+    def read() -> tuple[data.Dataset, int]:
+        dataset = data.load(args.dataset, args.data, args.model, args.split_seed)
+        return dataset, len(dataset.train)
+
+    dataset, rows = agree(read, dist.group.WORLD)
+    if len(set(rows)) > 1:
+        raise ValueError(
+            f"--data {args.data}: ranks 0 to {len(rows) - 1} have read {rows} rows to train on, "
+            "and would take different numbers of steps; give all ranks the same file"
+        )
+    return dataset
 
 
 def _latest(checkpoints: Path) -> Path | None:

@@ -57,8 +57,8 @@ def digests(rank, world_size, plan_kind, share_from):
         cluster(model)
         report = finalize(model)
     assert {c.table for c in report.chunks} == {
-        "_dmp_wrapped_module.collection.t",
-        "_dmp_wrapped_module.collection.u",
+        "collection.t",
+        "collection.u",
     }
     return state_digests(sharded)
 

@@ -8,7 +8,7 @@ import cce_torchrec
 ROOT = Path(cce_torchrec.__file__).parent
 LAYERS = [
     {"collectives", "compiled", "gpu", "torchrec_internals", "versions"},
-    {"config"},
+    {"config", "spans"},
     {"optimizer_state", "table"},
     {"codes"},
     {"lookup"},

@@ -1,5 +1,8 @@
 """Which pipeline the training program takes, and what it does for a GPU, with stand-ins."""
 
+import re
+from types import SimpleNamespace
+
 import pytest
 import torch
 from torchrec.distributed.train_pipeline import (
@@ -112,3 +115,37 @@ def test_batches_for_a_gpu_are_pinned_and_copied_without_waiting(device, monkeyp
     assert len(pinned) == (2 if device == GPU else 0)
     if device == GPU:
         assert all(batch is twin for (batch, _, _), twin in zip(copied, pinned, strict=True))
+
+
+@pytest.mark.parametrize("rows", [[100, 90], [0, 5, 5], [7, 8]])
+def test_ranks_that_have_read_unequal_data_are_refused(rows, monkeypatch):
+    monkeypatch.setattr("cce_torchrec.train.trainer.agree", lambda work, _: (work()[0], rows))
+    monkeypatch.setattr(data, "load", lambda *_: SimpleNamespace(train=range(rows[0])))
+    monkeypatch.setattr("torch.distributed.get_rank", lambda: 0)
+    monkeypatch.setattr("torch.distributed.get_world_size", lambda: len(rows))
+    with pytest.raises(ValueError, match=re.escape(f"have read {rows} rows to train on")):
+        Trainer(options.parse(["--dataset", "ml-1m", "--data", "folder"]), CPU)
+
+
+class Scaled(torch.nn.Module):
+    """A model of one weight."""
+
+    def __init__(self, weight):
+        super().__init__()
+        self.weights = [weight]
+
+    def forward(self, dense, ids):
+        return dense[:, 0] * self.weights[0]
+
+
+@pytest.mark.parametrize("examples", [0, 1, 3])
+def test_the_loss_of_a_share_without_examples_is_zero(examples):
+    """So that its gradient leaves the other ranks' as it is; the mean of nothing would be NaN."""
+    weight = torch.ones(1, requires_grad=True)
+    model = job.WithLoss(Scaled(weight))
+    dense, labels = torch.arange(float(examples)).view(-1, 1), torch.ones(examples)
+    loss, _ = model(Batch(dense, SimpleNamespace(), labels))
+    loss.backward()
+    logits = dense[:, 0]
+    expected = sum(float(torch.log1p(torch.exp(-x))) for x in logits) / max(1, examples)
+    assert float(loss.detach()) == pytest.approx(expected) and weight.grad.isfinite().all()
