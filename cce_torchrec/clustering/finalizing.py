@@ -11,6 +11,7 @@ from torch import nn
 from cce_torchrec.clustering.options import Options
 from cce_torchrec.clustering.report import ClusteringReport
 from cce_torchrec.clustering.step import run
+from cce_torchrec.codes.chunk_codes import local_codes
 from cce_torchrec.distributed.embedding_bag_collection import ShardedCCEEmbeddingBagCollection
 from cce_torchrec.modules.embedding_bag_collection import CCEEmbeddingBagCollection
 
@@ -63,4 +64,6 @@ def finalize(
             for table in module.tables:
                 if prefix + table.name in paths:
                     table.finalize()
+            for name in module.codes:
+                local_codes(module.codes, name).count_helper_rows()
     return report

@@ -29,6 +29,7 @@ from cce_torchrec.lookup.output import LogicalOutput, divides_by_length, tensor_
 from cce_torchrec.lookup.pending import PendingLookup
 from cce_torchrec.lookup.table_lookup import TableLookup
 from cce_torchrec.modules.quantization import ChecksNames
+from cce_torchrec.modules.table_modules import TableModules
 from cce_torchrec.table import physical_feature, physical_table, tables_of
 
 logger = logging.getLogger(__name__)
@@ -43,7 +44,8 @@ class CCEEmbeddingBagCollection(ChecksNames, EmbeddingBagCollectionInterface):
 
     Args:
         tables: CCE and plain tables, in the order of the output.
-        device: where codebooks and codes live; "meta" is supported.
+        device: where codebooks and codes live, "meta" too; None is torch's default device, that of
+            `with torch.device(...)` included.
         is_weighted: pool by the KJT's per-sample weights. MEAN is then sum(w * x) / L.
         bounds_check_mode: what happens to an id outside [0, num_embeddings): FATAL raises,
             WARNING (the default) and IGNORE read id 0, as FBGEMM does; NONE does not look.
@@ -65,7 +67,7 @@ class CCEEmbeddingBagCollection(ChecksNames, EmbeddingBagCollectionInterface):
         self.tables = tables_of(tables)
         """As they are now; `embedding_bag_configs` reads their configurations."""
         self._is_weighted = is_weighted
-        self._device = torch.device(device if device is not None else "cpu")
+        self._device = torch.device(device if device is not None else torch.get_default_device())
         self.bounds_check_mode = bounds_check_mode
         self.bounds_check = BoundsCheck(bounds_check_mode)
         physical = [p for config in tables for p in physical_configs(config, is_weighted)]
@@ -142,6 +144,11 @@ class CCEEmbeddingBagCollection(ChecksNames, EmbeddingBagCollectionInterface):
     def is_weighted(self) -> bool:
         """Whether bags are pooled by per-sample weights."""
         return self._is_weighted
+
+    @property
+    def embedding_bags(self) -> TableModules:
+        """The modules with the weights, by name: of plain tables, and of the chunks of CCE ones."""
+        return TableModules(self.tables, self.embedding_bag_collection.embedding_bags)
 
     @property
     def device(self) -> torch.device:

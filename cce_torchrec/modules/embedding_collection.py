@@ -23,6 +23,7 @@ from torchrec.sparse.jagged_tensor import JaggedTensor, KeyedJaggedTensor
 from cce_torchrec.config import CCEEmbeddingBagConfig, is_cce
 from cce_torchrec.lookup.output import LogicalOutput
 from cce_torchrec.modules.embedding_bag_collection import CCEEmbeddingBagCollection, select_slots
+from cce_torchrec.modules.table_modules import TableModules
 
 
 class CCEEmbeddingCollection(EmbeddingCollectionInterface):
@@ -33,7 +34,7 @@ class CCEEmbeddingCollection(EmbeddingCollectionInterface):
 
     Args:
         tables: CCE tables (their pooling is not read) and plain `EmbeddingConfig`s.
-        device: where codebooks and codes live; "meta" is supported.
+        device: see `CCEEmbeddingBagCollection`.
         need_indices: return the ids as the weights of each JaggedTensor.
         bounds_check_mode: see `CCEEmbeddingBagCollection`.
 
@@ -101,6 +102,11 @@ class CCEEmbeddingCollection(EmbeddingCollectionInterface):
         """Keys of the output, by table."""
         names = iter(self.bags.output.names)
         return [[next(names) for _ in config.feature_names] for config in self._configs]
+
+    @property
+    def embeddings(self) -> TableModules:
+        """The modules with the weights, by name; see `CCEEmbeddingBagCollection.embedding_bags`."""
+        return self.bags.embedding_bags
 
     @property
     def device(self) -> torch.device:
