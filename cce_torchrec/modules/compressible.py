@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -114,12 +114,12 @@ def full_bytes(config: BaseEmbeddingConfig) -> int:
     return config.num_embeddings * config.embedding_dim * itemsize
 
 
-def weights_of(module: nn.Module) -> Mapping[str, nn.Module]:
+def weights_of(module: nn.Module) -> nn.ModuleDict:
     """The modules that hold the weights of a collection, by table, or by chunk ("user#0")."""
     if isinstance(module, CCEEmbeddingBagCollection | EmbeddingBagCollection):
-        return dict(module.embedding_bags.items())
+        return module.embedding_bags
     assert isinstance(module, CCEEmbeddingCollection | EmbeddingCollection)
-    return dict(module.embeddings.items())
+    return module.embeddings
 
 
 def remade(module: nn.Module, tables: Sequence[BaseEmbeddingConfig]) -> nn.Module:

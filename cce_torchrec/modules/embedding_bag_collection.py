@@ -74,6 +74,8 @@ class CCEEmbeddingBagCollection(ChecksNames, EmbeddingBagCollectionInterface):
         self.embedding_bag_collection = EmbeddingBagCollection(
             tables=physical, device=self._device, is_weighted=is_weighted
         )
+        inner = self.embedding_bag_collection
+        inner.embedding_bags = TableModules(self.tables, inner.embedding_bags)
         self.codes = nn.ModuleDict(
             {
                 table.name: ChunkCodes(table, range(len(table.chunks)), self._device)
@@ -146,9 +148,9 @@ class CCEEmbeddingBagCollection(ChecksNames, EmbeddingBagCollectionInterface):
         return self._is_weighted
 
     @property
-    def embedding_bags(self) -> TableModules:
+    def embedding_bags(self) -> nn.ModuleDict:
         """The modules with the weights, by name: of plain tables, and of the chunks of CCE ones."""
-        return TableModules(self.tables, self.embedding_bag_collection.embedding_bags)
+        return self.embedding_bag_collection.embedding_bags
 
     @property
     def device(self) -> torch.device:

@@ -11,6 +11,7 @@ from dataclasses import fields
 
 import torch
 from fbgemm_gpu.split_table_batched_embeddings_ops_common import BoundsCheckMode
+from torch import nn
 from torchrec.modules.embedding_configs import (
     BaseEmbeddingConfig,
     EmbeddingBagConfig,
@@ -23,7 +24,6 @@ from torchrec.sparse.jagged_tensor import JaggedTensor, KeyedJaggedTensor
 from cce_torchrec.config import CCEEmbeddingBagConfig, is_cce
 from cce_torchrec.lookup.output import LogicalOutput
 from cce_torchrec.modules.embedding_bag_collection import CCEEmbeddingBagCollection, select_slots
-from cce_torchrec.modules.table_modules import TableModules
 
 
 class CCEEmbeddingCollection(EmbeddingCollectionInterface):
@@ -104,7 +104,7 @@ class CCEEmbeddingCollection(EmbeddingCollectionInterface):
         return [[next(names) for _ in config.feature_names] for config in self._configs]
 
     @property
-    def embeddings(self) -> TableModules:
+    def embeddings(self) -> nn.ModuleDict:
         """The modules with the weights, by name; see `CCEEmbeddingBagCollection.embedding_bags`."""
         return self.bags.embedding_bags
 

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Sequence
 
 from torch import nn
 
 from cce_torchrec.table import Table, physical_table
 
 
-class TableModules(Mapping[str, nn.Module]):
+class TableModules(nn.ModuleDict):
     """The modules of plain tables under their names, of CCE tables those of chunks ("user#0").
 
     No tensor [num_embeddings, embedding_dim] of a CCE table exists, so there is no module of its
@@ -21,24 +21,20 @@ class TableModules(Mapping[str, nn.Module]):
     """
 
     def __init__(self, tables: Sequence[Table], modules: nn.ModuleDict) -> None:
-        self._tables, self._modules = tables, modules
+        super().__init__(dict(modules.items()))
+        self._tables = tables
 
-    def __getitem__(self, name: str) -> nn.Module:
+    def __getitem__(self, key: str) -> nn.Module:
+        """The module called `key`.
+
+        Raises:
+            KeyError: of a CCE table it names the modules of the chunks.
+        """
         for table in self._tables:
-            if table.cce is not None and table.name == name:
-                chunks = [physical_table(name, chunk) for chunk in range(table.cce.num_chunks)]
+            if table.cce is not None and table.name == key:
+                chunks = [physical_table(key, chunk) for chunk in range(table.cce.num_chunks)]
                 raise KeyError(
-                    f"table {name!r} is compressed, and has no weight of {table.cce.num_embeddings}"
-                    f" rows; the codebooks of its chunks are {chunks}"
+                    f"table {key!r} is compressed, and has no weight of {table.cce.num_embeddings} "
+                    f"rows; the codebooks of its chunks are {chunks}"
                 )
-        return self._modules[name]
-
-    # Of a mapping, which would take any error of a look-up for "is not in it".
-    def __contains__(self, name: object) -> bool:
-        return isinstance(name, str) and name in self._modules
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._modules)
-
-    def __len__(self) -> int:
-        return len(self._modules)
+        return super().__getitem__(key)

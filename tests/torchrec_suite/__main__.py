@@ -48,7 +48,6 @@ GROUPS = {
     ],
     "sequences": [
         "distributed/tests/test_sequence_model_parallel.py",
-        "distributed/composable/tests/test_embedding.py",
     ],
     "pipelines": [
         "distributed/train_pipeline/tests/test_train_pipelines.py",

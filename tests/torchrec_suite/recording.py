@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from typing import Any
 
 import pytest
@@ -23,6 +24,7 @@ def record(test: str, outcome: str, example: dict[str, Any] | None = None) -> No
     if example is not None:
         _WITH_EXAMPLES.add(test)
         name += "[" + ", ".join(f"{key}={value}" for key, value in example.items()) + "]"
+    name = re.sub(r" at 0x[0-9a-f]+", "", name)  # of functions, and of one process alone
     line = json.dumps({"test": name, "outcome": outcome})
     with open(os.environ["CCE_SUITE_RECORD"], "a") as file:
         file.write(line + "\n")

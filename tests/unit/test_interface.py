@@ -67,6 +67,10 @@ def test_a_forward_pass_on_meta_has_the_shape(kind):
     assert out.keys() == expected.keys()
 
 
+def one_id_each():
+    return KeyedJaggedTensor(["f", "g", "h"], torch.tensor([3, 4, 5]), lengths=torch.ones(3).int())
+
+
 def test_modules_are_those_with_the_weights():
     made = CCEEmbeddingBagCollection(tables(SUM))
     names = [*(f"t#{j}" for j in range(4)), "p", "u#0", "u#1"]
@@ -74,13 +78,21 @@ def test_modules_are_those_with_the_weights():
     weights = {bag.weight.data_ptr() for bag in made.embedding_bags.values()}
     assert weights == {parameter.data_ptr() for parameter in made.parameters()}
     assert made.embedding_bags["p"].weight.shape == (40, 8)
+    assert len(list(made.embedding_bags.parameters())) == len(names)
+
+
+def test_a_module_that_is_put_in_is_looked_up():
+    made = CCEEmbeddingBagCollection(tables(SUM))
+    made.embedding_bags["p"] = torch.nn.EmbeddingBag.from_pretrained(
+        torch.ones(40, 8), mode="sum", include_last_offset=True
+    )
+    assert torch.equal(made(one_id_each())["h@p"], torch.ones(1, 8))
 
 
 def test_a_weight_that_is_put_in_is_looked_up():
     made = CCEEmbeddingBagCollection(tables(SUM))
     made.embedding_bags["p"].weight = torch.nn.Parameter(torch.ones(40, 8))
-    kjt = KeyedJaggedTensor(["f", "g", "h"], torch.tensor([3, 4, 5]), lengths=torch.ones(3).int())
-    assert torch.equal(made(kjt)["h@p"], torch.ones(1, 8))
+    assert torch.equal(made(one_id_each())["h@p"], torch.ones(1, 8))
 
 
 def test_sequences_have_modules_too():
