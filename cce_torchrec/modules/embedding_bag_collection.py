@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import fields
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from fbgemm_gpu.split_table_batched_embeddings_ops_common import BoundsCheckMode
 from torch import nn
 from torchrec.distributed.types import ShardedModule
-from torchrec.modules.embedding_configs import EmbeddingBagConfig, PoolingType
+from torchrec.modules.embedding_configs import (
+    BaseEmbeddingConfig,
+    EmbeddingBagConfig,
+    PoolingType,
+)
 from torchrec.modules.embedding_modules import (
     EmbeddingBagCollection,
     EmbeddingBagCollectionInterface,
@@ -34,6 +39,8 @@ from cce_torchrec.table import physical_feature, physical_table, tables_of
 
 logger = logging.getLogger(__name__)
 
+Config = TypeVar("Config", bound=BaseEmbeddingConfig)
+
 
 class CCEEmbeddingBagCollection(ChecksNames, EmbeddingBagCollectionInterface):
     """Pooled embeddings of CCE and plain tables, as `EmbeddingBagCollection` returns them.
@@ -51,7 +58,7 @@ class CCEEmbeddingBagCollection(ChecksNames, EmbeddingBagCollectionInterface):
             WARNING (the default) and IGNORE read id 0, as FBGEMM does; NONE does not look.
 
     Raises:
-        ValueError: duplicate table names, a table without features, unsupported pooling.
+        ValueError: duplicate table names, a feature twice in a table, unsupported pooling.
     """
 
     def __init__(
@@ -62,6 +69,7 @@ class CCEEmbeddingBagCollection(ChecksNames, EmbeddingBagCollectionInterface):
         bounds_check_mode: BoundsCheckMode = BoundsCheckMode.WARNING,
     ) -> None:
         super().__init__()
+        tables = with_features(tables)
         _check_tables(tables)
         _warn_of_larger(tables)
         self.tables = tables_of(tables)
@@ -237,6 +245,17 @@ def _warn_of_larger(tables: Sequence[EmbeddingBagConfig]) -> None:
             )
 
 
+def with_features(tables: Sequence[Config]) -> list[Config]:
+    """`tables`; one without feature_names is read by a feature of its name, as in TorchRec."""
+    out = []
+    for config in tables:
+        if not config.feature_names:
+            config = copy.copy(config)  # TorchRec writes into the caller's
+            config.feature_names = [config.name]
+        out.append(config)
+    return out
+
+
 def _check_tables(tables: Sequence[EmbeddingBagConfig]) -> None:
     for name, count in Counter(config.name for config in tables).items():
         if count > 1:
@@ -246,8 +265,6 @@ def _check_tables(tables: Sequence[EmbeddingBagConfig]) -> None:
             raise ValueError(
                 f"table {config.name!r}: '#' marks the chunks of CCE tables; rename it"
             )
-        if not config.feature_names:
-            raise ValueError(f"table {config.name!r} has no feature_names; nothing would read it")
         if len(set(config.feature_names)) < len(config.feature_names):
             raise ValueError(f"table {config.name!r} names a feature twice: {config.feature_names}")
         if config.pooling not in (PoolingType.SUM, PoolingType.MEAN):

@@ -23,7 +23,11 @@ from torchrec.sparse.jagged_tensor import JaggedTensor, KeyedJaggedTensor
 
 from cce_torchrec.config import CCEEmbeddingBagConfig, is_cce
 from cce_torchrec.lookup.output import LogicalOutput
-from cce_torchrec.modules.embedding_bag_collection import CCEEmbeddingBagCollection, select_slots
+from cce_torchrec.modules.embedding_bag_collection import (
+    CCEEmbeddingBagCollection,
+    select_slots,
+    with_features,
+)
 
 
 class CCEEmbeddingCollection(EmbeddingCollectionInterface):
@@ -50,6 +54,7 @@ class CCEEmbeddingCollection(EmbeddingCollectionInterface):
         bounds_check_mode: BoundsCheckMode = BoundsCheckMode.WARNING,
     ) -> None:
         super().__init__()
+        tables = with_features(tables)
         dims = {table.name: table.embedding_dim for table in tables}
         if len(set(dims.values())) != 1:
             raise ValueError(

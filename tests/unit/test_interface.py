@@ -4,7 +4,12 @@ import copy
 
 import pytest
 import torch
-from torchrec import EmbeddingBagCollection, KeyedJaggedTensor
+from torchrec import (
+    EmbeddingBagCollection,
+    EmbeddingBagConfig,
+    EmbeddingConfig,
+    KeyedJaggedTensor,
+)
 
 from cce_torchrec import (
     CCEEmbeddingBagCollection,
@@ -65,6 +70,23 @@ def test_a_forward_pass_on_meta_has_the_shape(kind):
     expected = on_cpu(kjt)
     assert out.values().is_meta and out.values().shape == expected.values().shape
     assert out.keys() == expected.keys()
+
+
+@pytest.mark.parametrize("features", [[], None])
+@pytest.mark.parametrize("kind", ["CCE", "plain", "sequences", "a plain sequence"])
+def test_a_table_without_features_is_read_by_one_of_its_name(kind, features):
+    shape = dict(name="x", num_embeddings=9, embedding_dim=8, feature_names=features)
+    compressed = CCEEmbeddingBagConfig(num_rows=2, num_chunks=1, **shape)
+    config, make = {
+        "CCE": (compressed, CCEEmbeddingBagCollection),
+        "plain": (EmbeddingBagConfig(**shape), CCEEmbeddingBagCollection),
+        "sequences": (compressed, CCEEmbeddingCollection),
+        "a plain sequence": (EmbeddingConfig(**shape), CCEEmbeddingCollection),
+    }[kind]
+    made = make([config])
+    kjt = KeyedJaggedTensor(["x"], torch.tensor([3, 4]), lengths=torch.tensor([2]))
+    assert set(made(kjt).keys()) == {"x"}
+    assert config.feature_names == features  # the caller's stays as it was
 
 
 def one_id_each():
