@@ -101,7 +101,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--examples", type=int, default=4, help="a test at most; 0 is all")
     parser.add_argument("--example-seconds", type=int, default=120, help="each at most")
     parser.add_argument("--file-seconds", type=int, default=3600, help="each at most")
-    parser.add_argument("--json", type=Path, help="where the table is written")
+    parser.add_argument("--json", type=Path, help="where the table is written, or added to")
     return parser.parse_args()
 
 
@@ -165,11 +165,12 @@ def main() -> int:
             groups[name].add(outcomes(options, file, False), outcomes(options, file, True))
     print(table(groups))
     if options.json:
+        earlier = json.loads(options.json.read_text()) if options.json.exists() else {}
         report = {
             "device": device_name(torch.device("cpu")),
             "versions": {"torch": torch.__version__, "torchrec": torchrec.__version__},
             "examples": options.examples,
-            "groups": {name: asdict(found) for name, found in groups.items()},
+            "groups": earlier.get("groups", {}) | {n: asdict(g) for n, g in groups.items()},
         }
         options.json.write_text(json.dumps(report, indent=1) + "\n")
     return int(any(found.unexplained for found in groups.values()))
