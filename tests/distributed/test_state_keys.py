@@ -1,9 +1,11 @@
-"""The keys of a sharded model's state dict are its parameters and buffers, as in TorchRec."""
+"""What a sharded model has in common with TorchRec's: state-dict keys, features by default."""
 
 import pytest
+import torch
 import torch.distributed as dist
+from torchrec import KeyedJaggedTensor
 
-from cce_torchrec import finalize
+from cce_torchrec import CCEEmbeddingBagConfig, finalize
 from cce_torchrec.distributed.embedding_collection import CCEEmbeddingCollectionSharder
 from tests.support.models import SUM, Model, Net, SequenceNet, collection, shard, tables
 from tests.support.ranks import on_ranks
@@ -45,3 +47,13 @@ def test_with_dense_layers(rank, world_size, net):
 
 def test_the_sharder_of_sequences_takes_what_torchrecs_does():
     assert CCEEmbeddingCollectionSharder({}, None, use_index_dedup=True).fused_params == {}
+
+
+@on_ranks(1)
+def test_a_table_without_features_is_planned_and_sharded(rank, world_size):
+    configs = [
+        CCEEmbeddingBagConfig(name="x", num_embeddings=9, embedding_dim=8, num_rows=2, num_chunks=2)
+    ]
+    sharded = shard(Model(collection(configs)), configs, "tw")
+    kjt = KeyedJaggedTensor(["x"], torch.tensor([3, 4]), lengths=torch.tensor([2]))
+    assert sharded(kjt)["x"].shape == (1, 8)
