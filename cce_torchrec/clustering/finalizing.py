@@ -13,6 +13,7 @@ from cce_torchrec.clustering.collections import cce_collections
 from cce_torchrec.clustering.options import Options
 from cce_torchrec.clustering.report import ClusteringReport
 from cce_torchrec.clustering.step import run
+from cce_torchrec.codes.chunk_codes import local_codes
 
 
 def finalize(
@@ -61,4 +62,6 @@ def finalize(
         for table in module.tables:
             if append_prefix(path, table.name) in paths:
                 table.finalize()
+        for name in module.codes:
+            local_codes(module.codes, name).count_helper_rows()
     return report

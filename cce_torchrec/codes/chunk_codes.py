@@ -26,7 +26,8 @@ class ChunkCodes(nn.Module):
     """Codes and hashes of some chunks of one CCE table, of all its ids or a block of them.
 
     Buffers: `codes` [len(ids), len(chunks)] (absent where codes are not learned), `clusterings`,
-    an int64 scalar from which the helper's hash follows, and with `track_seen` the bits `seen`.
+    an int64 scalar from which the helper's hash follows, with `track_seen` the bits `seen`, and the
+    int64 scalar `num_helper_rows`, which is saved and compared by helper_rows.py.
     """
 
     def __init__(
@@ -47,6 +48,9 @@ class ChunkCodes(nn.Module):
         codes = hashed_codes(config, chunks, device, ids) if config.learned_codes else None
         self.register_buffer("codes", codes)
         self.register_buffer("clusterings", torch.zeros((), dtype=torch.int64, device=device))
+        # Not persistent, as a load compares it with the table and never takes it over.
+        helper = torch.tensor(config.helper_rows, dtype=torch.int64, device=device)
+        self.register_buffer("num_helper_rows", helper, persistent=False)
         self.seen: torch.Tensor | None
         bits = no_seen_ids(len(self.ids), device) if config.track_seen else None
         self.register_buffer("seen", bits)
@@ -83,6 +87,10 @@ class ChunkCodes(nn.Module):
         """Sets the number of clusterings, and so the helper's hash."""
         self.clusterings.fill_(rounds)
 
+    def count_helper_rows(self) -> None:
+        """Has the buffer `num_helper_rows` say what the table's configuration does."""
+        self.get_buffer("num_helper_rows").fill_(self.config.helper_rows)
+
     def set_codes(self, codes: torch.Tensor) -> None:
         """Takes `codes` [len(ids), len(chunks)] for its own."""
         self.codes = codes
@@ -114,6 +122,7 @@ class ChunkCodes(nn.Module):
         if self.codes is not None:
             self.codes.copy_(hashed_codes(self.config, self.chunks, self.codes.device, self.ids))
         self.set_clusterings(0)
+        self.count_helper_rows()
         if self.seen is not None:
             self.seen.zero_()
 

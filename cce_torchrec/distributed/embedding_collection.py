@@ -224,12 +224,18 @@ class ShardedCCEEmbeddingCollection(
 
 
 class CCEEmbeddingCollectionSharder(BaseEmbeddingSharder[CCEEmbeddingCollection]):
-    """Shards `CCEEmbeddingCollection` table-wise or column-wise, by plans of logical tables."""
+    """Shards `CCEEmbeddingCollection` table-wise or column-wise, by plans of logical tables.
+
+    Args:
+        use_index_dedup: as TorchRec's sharder takes it, and without effect: ids travel as they
+            come, and the embeddings are the same.
+    """
 
     def __init__(
         self,
         fused_params: dict[str, Any] | None = None,
         qcomm_codecs_registry: dict[str, QuantizedCommCodecs] | None = None,
+        use_index_dedup: bool = False,
     ) -> None:
         super().__init__(fused_params=fused_params, qcomm_codecs_registry=qcomm_codecs_registry)
         self._bags = CCEEmbeddingBagCollectionSharder(fused_params, qcomm_codecs_registry)

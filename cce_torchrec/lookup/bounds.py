@@ -44,7 +44,7 @@ class BoundsCheck:
         Raises:
             ValueError: in FATAL mode, naming table, feature and the first bad value.
         """
-        if self.mode == BoundsCheckMode.NONE or ids.numel() == 0:
+        if self.mode == BoundsCheckMode.NONE or ids.numel() == 0 or ids.is_meta:
             return ids
         invalid = (ids < 0) | (ids >= num_embeddings)
         if self.mode == BoundsCheckMode.WARNING and ids.is_cuda:

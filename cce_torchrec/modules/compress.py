@@ -10,21 +10,16 @@ from functools import partial
 import torch
 import torch.distributed as dist
 from torch import nn
-from torchrec.modules.embedding_configs import (
-    BaseEmbeddingConfig,
-    EmbeddingBagConfig,
-    data_type_to_dtype,
-)
-from torchrec.modules.embedding_modules import EmbeddingBagCollection, EmbeddingCollection
+from torchrec.modules.embedding_configs import BaseEmbeddingConfig, EmbeddingBagConfig
 
 from cce_torchrec.config import CCEEmbeddingBagConfig, is_cce
-from cce_torchrec.modules.embedding_bag_collection import CCEEmbeddingBagCollection
+from cce_torchrec.modules.compressible import Found, collections_of, full_bytes, remade
 from cce_torchrec.table import refuse_none
 from cce_torchrec.torchrec_internals import optimizers_in_backward
 
 logger = logging.getLogger(__name__)
 
-_SEQUENCE = "in an EmbeddingCollection, which stays: build a CCEEmbeddingCollection in its place"
+_ALREADY = "compressed already"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,7 +27,7 @@ class CompressedTable:
     """What `compress_model` did to one table."""
 
     collection: str
-    """Path of its collection in the model."""
+    """Path in the model of its collection, or of the module that it is an attribute of."""
     name: str
     num_embeddings: int
     full_bytes: int
@@ -42,7 +37,7 @@ class CompressedTable:
     num_helper_rows: int
     num_chunks: int
     reason: str
-    """Why the table stayed full; empty where it was compressed."""
+    """Why the table stayed as it was; empty where it was compressed."""
 
 
 @dataclass(frozen=True)
@@ -93,73 +88,55 @@ def compress_model(
     seed: int = 0,
     verbose: bool = True,
 ) -> CompressionReport:
-    """Replaces, in place, every EmbeddingBagCollection of `model` that has tables to compress.
+    """Replaces, in place, every collection of `model` that has tables to compress.
 
-    Call it before optimizers are applied and the model is sharded. Compressed tables start fresh,
-    others keep their weights; those that would not shrink stay full, and the report says why. So
-    do all of an EmbeddingCollection.
+    These are TorchRec's EmbeddingBagCollections and EmbeddingCollections, and those that an earlier
+    call has made, whose plain tables may be compressed as well. Call it before optimizers are
+    applied and the model is sharded. Tables that are compressed now start fresh, others keep their
+    weights and codes. Whatever stays as it is, is in the report with the reason.
 
     Args:
         tables: names of the tables to compress; None compresses all of at least `min_bytes`.
         min_bytes: bytes from which a table is compressed if none are named.
         compression: full over compressed parameters of each table. One of the three budgets.
         num_rows: main rows of each table, with 3 times as many helper rows.
-        table_bytes: bytes for all compressed tables together, codes counted; one compression
+        table_bytes: bytes for all tables that this call compresses, codes counted; one compression
             ratio is found for all of them.
         num_chunks: most chunks of a table; fewer where embedding_dim asks for it.
         seed: of the hashes.
         verbose: print the report too, on the first rank.
 
     Raises:
-        ValueError: not one positive budget, unknown table names, no table chosen, `table_bytes` too
-            few for the codes, an optimizer applied already, or a model that is a collection itself.
+        ValueError: not one positive budget, unknown table names, tables of modules that are left
+            alone, no table chosen where none is compressed already, `table_bytes` too few for the
+            codes, an optimizer applied already, or a model that is a collection itself.
     """
     refuse_none(tables)
     ratio = _checked_ratio(compression, num_rows, table_bytes, num_chunks)
-    found = [(p, m) for p, m in model.named_modules() if type(m) is EmbeddingBagCollection]
-    sequences = _sequences(model)
-    chosen = _choose(model, found, [config.name for _, config in sequences], tables, min_bytes)
-    picked = [c for path, m in found for c in m.embedding_bag_configs() if (path, c.name) in chosen]
+    found = collections_of(model)
+    chosen = _choose(model, found, tables, min_bytes)
     if table_bytes is not None:
-        ratio = _ratio_for(picked, table_bytes, num_chunks, seed)
+        ratio = _ratio_for(list(chosen.values()), table_bytes, num_chunks, seed)
     made: list[CompressedTable] = []
     replacements: dict[nn.Module, nn.Module] = {}
-    for path, module in found:
-        new: list[EmbeddingBagConfig] = []
-        for config in module.embedding_bag_configs():
-            table, reason = config, "not chosen"
-            if (path, config.name) in chosen:
+    for at in found:
+        new = []
+        for config in at.configs:
+            table, reason = config, at.reason or (_ALREADY if is_cce(config) else "not chosen")
+            if (at.path, config.name) in chosen:
                 table, reason = compressed(config, ratio, num_rows, num_chunks, seed)
             new.append(table)
-            made.append(_describe(path, config, table, reason))
-        if any(is_cce(table) for table in new):
-            replacements[module] = _replacement(path, module, new)
+            made.append(_describe(at.path, config, table, reason))
+        if any(table is not config for table, config in zip(new, at.configs, strict=True)):
+            replacements[at.module] = _replacement(at, new)
     _replace(model, replacements)
-    report = _report(made, sequences)
+    report = CompressionReport(made)
+    if not replacements:
+        reasons = {f"{table.collection}.{table.name}": table.reason for table in made}
+        logger.warning("nothing was compressed, every table stays as it is: %s", reasons)
     if verbose and not (dist.is_initialized() and dist.get_rank()):
         print(report)
     return report
-
-
-def _report(
-    made: list[CompressedTable], sequences: list[tuple[str, BaseEmbeddingConfig]]
-) -> CompressionReport:
-    """The report of all tables; says so where none of them was compressed."""
-    made = made + [_describe(path, config, config, _SEQUENCE) for path, config in sequences]
-    if not any(table.num_rows for table in made):
-        reasons = {f"{table.collection}.{table.name}": table.reason for table in made}
-        logger.warning("nothing was compressed, every table stays full: %s", reasons)
-    return CompressionReport(made)
-
-
-def _sequences(model: nn.Module) -> list[tuple[str, BaseEmbeddingConfig]]:
-    """Path of the collection and configuration of each table of TorchRec's EmbeddingCollections."""
-    return [
-        (path, config)
-        for path, module in model.named_modules()
-        if type(module) is EmbeddingCollection
-        for config in module.embedding_configs()
-    ]
 
 
 def _checked_ratio(
@@ -185,48 +162,51 @@ def _replace(model: nn.Module, replacements: dict[nn.Module, nn.Module]) -> None
             setattr(model.get_submodule(parent), name, replacements[module])
 
 
-def full_bytes(config: BaseEmbeddingConfig) -> int:
-    """Bytes of the weights of a plain table."""
-    itemsize = data_type_to_dtype(config.data_type).itemsize
-    return config.num_embeddings * config.embedding_dim * itemsize
-
-
 def _choose(
-    model: nn.Module,
-    found: list[tuple[str, EmbeddingBagCollection]],
-    sequences: list[str],
-    tables: Sequence[str] | None,
-    min_bytes: int,
-) -> set[tuple[str, str]]:
-    """Path of the collection and name of each table to compress.
+    model: nn.Module, found: list[Found], tables: Sequence[str] | None, min_bytes: int
+) -> dict[tuple[str, str], BaseEmbeddingConfig]:
+    """The tables to compress, by path of the collection and name; those that are, are left out.
 
     Raises:
         ValueError: unknown names, none at all, or a collection that cannot be replaced.
     """
-    every = {(path, c.name): c for path, module in found for c in module.embedding_bag_configs()}
-    unknown = sorted(set(tables or ()) - {name for _, name in every})
-    for name in unknown:
-        if name in sequences:
-            raise ValueError(f"table {name!r} is {_SEQUENCE}")
-    if unknown:
-        raise ValueError(f"no tables {unknown}; the model has {sorted({n for _, n in every})}")
+    every = {(at.path, c.name): c for at in found for c in at.configs if not at.reason}
+    left = {c.name: at for at in found for c in at.configs if at.reason}
+    _refuse_unknown(set(tables or ()), {name for _, name in every}, left)
+    plain = {key: config for key, config in every.items() if not is_cce(config)}
     chosen = {
-        key
-        for key, config in every.items()
+        key: config
+        for key, config in plain.items()
         if (full_bytes(config) >= min_bytes if tables is None else key[1] in tables)
     }
-    if not chosen:
+    # Where some are compressed already, a second call may well find no more.
+    if not chosen and len(plain) == len(every):
+        stay = "".join(f"; table {name!r} stays: {at.reason}" for name, at in left.items())
         raise ValueError(
-            f"nothing to compress: no EmbeddingBagCollection inside {type(model).__name__} has "
-            f"a table of {min_bytes} bytes or more; lower min_bytes or name tables"
-            + (f"; tables {sequences} are {_SEQUENCE}" if sequences else "")
+            f"nothing to compress: no EmbeddingBagCollection or EmbeddingCollection inside "
+            f"{type(model).__name__} has a table of {min_bytes} bytes or more; lower min_bytes or "
+            f"name tables{stay}"
         )
+    _refuse_itself(model, chosen)
+    return chosen
+
+
+def _refuse_unknown(asked: set[str], names: set[str], left: dict[str, Found]) -> None:
+    """Raises for tables that are asked for and cannot be compressed, or that there are not."""
+    for name in sorted(asked - names):
+        if name in left:
+            raise ValueError(f"table {name!r} of {left[name].path!r} stays: {left[name].reason}")
+    if asked - names:
+        raise ValueError(f"no tables {sorted(asked - names)}; the model has {sorted(names)}")
+
+
+def _refuse_itself(model: nn.Module, chosen: dict[tuple[str, str], BaseEmbeddingConfig]) -> None:
+    """Raises where the model itself would have to be replaced."""
     if any(path == "" for path, _ in chosen):
         raise ValueError(
-            "the model is an EmbeddingBagCollection itself, which cannot be replaced in place; "
-            "build a CCEEmbeddingBagCollection, or wrap it in a module"
+            f"the model is an {type(model).__name__} itself, which cannot be replaced in place; "
+            "build its CCE form, or wrap it in a module"
         )
-    return chosen
 
 
 def _chunks(dim: int, most: int) -> int:
@@ -235,17 +215,22 @@ def _chunks(dim: int, most: int) -> int:
 
 
 def compressed(
-    config: EmbeddingBagConfig, ratio: float, num_rows: int | None, num_chunks: int, seed: int
-) -> tuple[EmbeddingBagConfig, str]:
+    config: BaseEmbeddingConfig, ratio: float, num_rows: int | None, num_chunks: int, seed: int
+) -> tuple[BaseEmbeddingConfig, str]:
     """The CCE form of `config`, or `config` itself and why it stays."""
     chunks = _chunks(config.embedding_dim, num_chunks)
     if not chunks:
         return config, f"embedding_dim {config.embedding_dim} is not a multiple of 4"
-    kept = {field.name: getattr(config, field.name) for field in fields(EmbeddingBagConfig)}
+    names = {field.name for field in fields(EmbeddingBagConfig)}
+    kept = {f.name: getattr(config, f.name) for f in fields(config) if f.name in names}
     kept |= {"num_chunks": chunks, "seed": seed}
     if _is_default_init(config):
         # As a custom one, it would leave the helper rows at zero (CodebookInit).
         kept["init_fn"] = None
+    try:
+        CCEEmbeddingBagConfig(num_rows=1, **kept)
+    except ValueError as error:  # a data type or an option that CCE tables do not have
+        return config, str(error)
     if num_rows is not None:
         made = CCEEmbeddingBagConfig(num_rows=num_rows, **kept)
     else:
@@ -256,7 +241,7 @@ def compressed(
     return made, ""
 
 
-def _is_default_init(config: EmbeddingBagConfig) -> bool:
+def _is_default_init(config: BaseEmbeddingConfig) -> bool:
     """Whether `init_fn` is what TorchRec fills in: uniform between the config's bounds."""
     low, high = config.get_weight_init_min(), config.get_weight_init_max()
     return (
@@ -266,14 +251,16 @@ def _is_default_init(config: EmbeddingBagConfig) -> bool:
     )
 
 
-def _ratio_for(configs: list[EmbeddingBagConfig], budget: int, num_chunks: int, seed: int) -> float:
+def _ratio_for(
+    configs: list[BaseEmbeddingConfig], budget: int, num_chunks: int, seed: int
+) -> float:
     """The least compression ratio at which the tables fit `budget` bytes."""
 
     def total(ratio: float) -> int:
         tables = [compressed(c, ratio, None, num_chunks, seed)[0] for c in configs]
         return sum(t.table_bytes if is_cce(t) else full_bytes(t) for t in tables)
 
-    low, high = 1.0, float(max(c.num_embeddings for c in configs))
+    low, high = 1.0, float(max((c.num_embeddings for c in configs), default=1))
     if total(high) > budget:
         raise ValueError(
             f"table_bytes {budget} does not hold the codes of {len(configs)} tables and two rows "
@@ -304,19 +291,14 @@ def _describe(
     )
 
 
-def _replacement(
-    path: str, module: EmbeddingBagCollection, tables: list[EmbeddingBagConfig]
-) -> CCEEmbeddingBagCollection:
-    if any(optimizers_in_backward(p) for p in module.parameters()):
+def _replacement(at: Found, tables: list[BaseEmbeddingConfig]) -> nn.Module:
+    """The CCE collection of `tables` for the one that was found.
+
+    Raises:
+        ValueError: an optimizer was applied in backward already.
+    """
+    if any(optimizers_in_backward(p) for p in at.module.parameters()):
         raise ValueError(
-            f"{path}: an optimizer was applied in backward already; call compress_model first"
+            f"{at.path}: an optimizer was applied in backward already; call compress_model first"
         )
-    made = CCEEmbeddingBagCollection(tables, device=module.device, is_weighted=module.is_weighted())
-    if module.device.type != "meta":
-        with torch.no_grad():
-            for table in tables:
-                if not is_cce(table):
-                    own = made.embedding_bag_collection.embedding_bags[table.name]
-                    given = module.embedding_bags[table.name].weight
-                    own.weight.copy_(given).requires_grad_(given.requires_grad)
-    return made.train(module.training)
+    return remade(at.module, tables)

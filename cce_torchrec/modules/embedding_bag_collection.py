@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import fields
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from fbgemm_gpu.split_table_batched_embeddings_ops_common import BoundsCheckMode
 from torch import nn
 from torchrec.distributed.types import ShardedModule
-from torchrec.modules.embedding_configs import EmbeddingBagConfig, PoolingType
+from torchrec.modules.embedding_configs import (
+    BaseEmbeddingConfig,
+    EmbeddingBagConfig,
+    PoolingType,
+)
 from torchrec.modules.embedding_modules import (
     EmbeddingBagCollection,
     EmbeddingBagCollectionInterface,
@@ -30,9 +35,12 @@ from cce_torchrec.lookup.output import LogicalOutput, divides_by_length, tensor_
 from cce_torchrec.lookup.pending import PendingLookup
 from cce_torchrec.lookup.table_lookup import TableLookup
 from cce_torchrec.modules.quantization import ChecksNames
+from cce_torchrec.modules.table_modules import TableModules
 from cce_torchrec.table import physical_feature, physical_table, tables_of
 
 logger = logging.getLogger(__name__)
+
+Config = TypeVar("Config", bound=BaseEmbeddingConfig)
 
 
 class CCEEmbeddingBagCollection(ChecksNames, EmbeddingBagCollectionInterface):
@@ -44,13 +52,14 @@ class CCEEmbeddingBagCollection(ChecksNames, EmbeddingBagCollectionInterface):
 
     Args:
         tables: CCE and plain tables, in the order of the output.
-        device: where codebooks and codes live; "meta" is supported.
+        device: where codebooks and codes live, "meta" too; None is torch's default device, that of
+            `with torch.device(...)` included.
         is_weighted: pool by the KJT's per-sample weights. MEAN is then sum(w * x) / L.
         bounds_check_mode: what happens to an id outside [0, num_embeddings): FATAL raises,
             WARNING (the default) and IGNORE read id 0, as FBGEMM does; NONE does not look.
 
     Raises:
-        ValueError: duplicate table names, a table without features, unsupported pooling.
+        ValueError: duplicate table names, a feature twice in a table, unsupported pooling.
     """
 
     def __init__(
@@ -61,18 +70,21 @@ class CCEEmbeddingBagCollection(ChecksNames, EmbeddingBagCollectionInterface):
         bounds_check_mode: BoundsCheckMode = BoundsCheckMode.WARNING,
     ) -> None:
         super().__init__()
+        tables = with_features(tables)
         _check_tables(tables)
         _warn_of_larger(tables)
         self.tables = tables_of(tables)
         """As they are now; `embedding_bag_configs` reads their configurations."""
         self._is_weighted = is_weighted
-        self._device = torch.device(device if device is not None else "cpu")
+        self._device = torch.device(device if device is not None else torch.get_default_device())
         self.bounds_check_mode = bounds_check_mode
         self.bounds_check = BoundsCheck(bounds_check_mode)
         physical = [p for config in tables for p in physical_configs(config, is_weighted)]
         self.embedding_bag_collection = EmbeddingBagCollection(
             tables=physical, device=self._device, is_weighted=is_weighted
         )
+        inner = self.embedding_bag_collection
+        inner.embedding_bags = TableModules(self.tables, inner.embedding_bags)
         self.codes = nn.ModuleDict(
             {
                 table.name: ChunkCodes(table, range(len(table.chunks)), self._device)
@@ -143,6 +155,11 @@ class CCEEmbeddingBagCollection(ChecksNames, EmbeddingBagCollectionInterface):
     def is_weighted(self) -> bool:
         """Whether bags are pooled by per-sample weights."""
         return self._is_weighted
+
+    @property
+    def embedding_bags(self) -> nn.ModuleDict:
+        """The modules with the weights, by name: of plain tables, and of the chunks of CCE ones."""
+        return self.embedding_bag_collection.embedding_bags
 
     @property
     def device(self) -> torch.device:
@@ -229,6 +246,17 @@ def _warn_of_larger(tables: Sequence[EmbeddingBagConfig]) -> None:
             )
 
 
+def with_features(tables: Sequence[Config]) -> list[Config]:
+    """`tables`; one without feature_names is read by a feature of its name, as in TorchRec."""
+    out = []
+    for config in tables:
+        if not config.feature_names:
+            config = copy.copy(config)  # TorchRec writes into the caller's
+            config.feature_names = [config.name]
+        out.append(config)
+    return out
+
+
 def _check_tables(tables: Sequence[EmbeddingBagConfig]) -> None:
     for name, count in Counter(config.name for config in tables).items():
         if count > 1:
@@ -238,8 +266,6 @@ def _check_tables(tables: Sequence[EmbeddingBagConfig]) -> None:
             raise ValueError(
                 f"table {config.name!r}: '#' marks the chunks of CCE tables; rename it"
             )
-        if not config.feature_names:
-            raise ValueError(f"table {config.name!r} has no feature_names; nothing would read it")
         if len(set(config.feature_names)) < len(config.feature_names):
             raise ValueError(f"table {config.name!r} names a feature twice: {config.feature_names}")
         if config.pooling not in (PoolingType.SUM, PoolingType.MEAN):

@@ -11,6 +11,7 @@ from dataclasses import fields
 
 import torch
 from fbgemm_gpu.split_table_batched_embeddings_ops_common import BoundsCheckMode
+from torch import nn
 from torchrec.modules.embedding_configs import (
     BaseEmbeddingConfig,
     EmbeddingBagConfig,
@@ -22,7 +23,11 @@ from torchrec.sparse.jagged_tensor import JaggedTensor, KeyedJaggedTensor
 
 from cce_torchrec.config import CCEEmbeddingBagConfig, is_cce
 from cce_torchrec.lookup.output import LogicalOutput
-from cce_torchrec.modules.embedding_bag_collection import CCEEmbeddingBagCollection, select_slots
+from cce_torchrec.modules.embedding_bag_collection import (
+    CCEEmbeddingBagCollection,
+    select_slots,
+    with_features,
+)
 
 
 class CCEEmbeddingCollection(EmbeddingCollectionInterface):
@@ -33,7 +38,7 @@ class CCEEmbeddingCollection(EmbeddingCollectionInterface):
 
     Args:
         tables: CCE tables (their pooling is not read) and plain `EmbeddingConfig`s.
-        device: where codebooks and codes live; "meta" is supported.
+        device: see `CCEEmbeddingBagCollection`.
         need_indices: return the ids as the weights of each JaggedTensor.
         bounds_check_mode: see `CCEEmbeddingBagCollection`.
 
@@ -49,6 +54,7 @@ class CCEEmbeddingCollection(EmbeddingCollectionInterface):
         bounds_check_mode: BoundsCheckMode = BoundsCheckMode.WARNING,
     ) -> None:
         super().__init__()
+        tables = with_features(tables)
         dims = {table.name: table.embedding_dim for table in tables}
         if len(set(dims.values())) != 1:
             raise ValueError(
@@ -101,6 +107,11 @@ class CCEEmbeddingCollection(EmbeddingCollectionInterface):
         """Keys of the output, by table."""
         names = iter(self.bags.output.names)
         return [[next(names) for _ in config.feature_names] for config in self._configs]
+
+    @property
+    def embeddings(self) -> nn.ModuleDict:
+        """The modules with the weights, by name; see `CCEEmbeddingBagCollection.embedding_bags`."""
+        return self.bags.embedding_bags
 
     @property
     def device(self) -> torch.device:

@@ -14,7 +14,8 @@ from torchrec.optim.apply_optimizer_in_backward import apply_optimizer_in_backwa
 
 from cce_torchrec.config import is_cce
 from cce_torchrec.distributed.sharders import get_default_sharders
-from cce_torchrec.modules.compress import compressed, full_bytes
+from cce_torchrec.modules.compress import compressed
+from cce_torchrec.modules.compressible import full_bytes
 from cce_torchrec.modules.embedding_bag_collection import CCEEmbeddingBagCollection
 from cce_torchrec.planning.planner import make_planner
 

@@ -96,7 +96,7 @@ def _constraints(
         compute_kernels=kernels,
         min_partition=table.chunk_dim,  # a shard of columns is of whole chunks
         # The estimate of time counts the rows that are read: main and helper for each id.
-        pooling_factors=[float(table.rows_per_id)] * len(table.feature_names),
+        pooling_factors=[float(table.rows_per_id)] * len(table.feature_names or [table.name]),
     )
 
 

@@ -33,7 +33,8 @@ def configs():
 
 def allocated(sharded):
     """Bytes of weights, optimizer state, codes and bits on this rank."""
-    tensors = [v for k, v in sharded.codes.named_buffers() if not k.endswith("clusterings")]
+    numbers = ("clusterings", "num_helper_rows")
+    tensors = [v for k, v in sharded.codes.named_buffers() if not k.endswith(numbers)]
     for lookup in sharded.embedding_bag_collection._lookups:
         for kernel in lookup._emb_modules:
             tbe = kernel.emb_module

@@ -5,12 +5,36 @@ from functools import partial
 import pytest
 import torch
 from torch import nn
-from torchrec import EmbeddingBagCollection, EmbeddingBagConfig, KeyedJaggedTensor
+from torchrec import (
+    EmbeddingBagCollection,
+    EmbeddingBagConfig,
+    EmbeddingCollection,
+    EmbeddingConfig,
+    KeyedJaggedTensor,
+)
 from torchrec.models.dlrm import DLRM
 from torchrec.modules.embedding_configs import PoolingType
+from torchrec.modules.embedding_tower import EmbeddingTower
+from torchrec.modules.fused_embedding_modules import FusedEmbeddingBagCollection
+from torchrec.modules.itep_embedding_modules import ITEPEmbeddingBagCollection
+from torchrec.modules.itep_modules import GenericITEPModule
+from torchrec.modules.mc_embedding_modules import ManagedCollisionEmbeddingBagCollection
+from torchrec.modules.mc_modules import (
+    DistanceLFU_EvictionPolicy,
+    ManagedCollisionCollection,
+    MCHManagedCollisionModule,
+)
 from torchrec.optim.apply_optimizer_in_backward import apply_optimizer_in_backward
 
-from cce_torchrec import CCEEmbeddingBagCollection, CCEEmbeddingBagConfig, compress_model
+from cce_torchrec import (
+    CCEEmbeddingBagCollection,
+    CCEEmbeddingBagConfig,
+    CCEEmbeddingCollection,
+    cluster,
+    compress_model,
+    finalize,
+)
+from cce_torchrec.config import is_cce
 
 SIZES = {"user": 50_000, "item": 20_000, "country": 200}
 
@@ -144,3 +168,165 @@ def test_the_report_is_printed_and_has_paths(capsys):
     compress_model(Wrapped(), compression=50, verbose=False)
     assert not capsys.readouterr().out
     assert report.tables[0].collection == "dlrm.sparse_arch.embedding_bag_collection"
+
+
+class Subclass(EmbeddingBagCollection):
+    pass
+
+
+class SequenceSubclass(EmbeddingCollection):
+    pass
+
+
+def bag_config(**kwargs):
+    return EmbeddingBagConfig(
+        name="other", num_embeddings=5000, embedding_dim=8, feature_names=["f_other"], **kwargs
+    )
+
+
+def sequence_config(name="other", size=5000):
+    return EmbeddingConfig(
+        name=name, num_embeddings=size, embedding_dim=8, feature_names=[f"f_{name}"]
+    )
+
+
+def managed():
+    config = bag_config()
+    collisions = ManagedCollisionCollection(
+        {
+            "other": MCHManagedCollisionModule(
+                zch_size=5000,
+                device=torch.device("cpu"),
+                eviction_policy=DistanceLFU_EvictionPolicy(),
+                eviction_interval=10,
+            )
+        },
+        [config],
+    )
+    collection = EmbeddingBagCollection(tables=[config])
+    return ManagedCollisionEmbeddingBagCollection(collection, collisions)
+
+
+def pruned():
+    return ITEPEmbeddingBagCollection(
+        EmbeddingBagCollection(tables=[bag_config()]), GenericITEPModule({"other": 5000}, {})
+    )
+
+
+LEFT_ALONE = {
+    "a subclass": (lambda: Subclass(tables=[bag_config()]), "Subclass may do more"),
+    "a subclass of sequences": (
+        lambda: SequenceSubclass(tables=[sequence_config()]),
+        "SequenceSubclass may do more",
+    ),
+    "a fused collection": (
+        lambda: FusedEmbeddingBagCollection([bag_config()], torch.optim.SGD, {"lr": 0.1}),
+        "FusedEmbeddingBagCollection may do more",
+    ),
+    "managed collision": (managed, "managed collision rewrites rows"),
+    "pruning in training": (pruned, "in-training pruning takes rows"),
+    "a tower": (
+        lambda: EmbeddingTower(EmbeddingBagCollection(tables=[bag_config()]), nn.Identity()),
+        "an embedding tower",
+    ),
+    "an embedding of torch": (lambda: nn.Embedding(5000, 8), "an nn.Embedding of its own"),
+    "bags of torch": (lambda: nn.EmbeddingBag(5000, 8), "an nn.EmbeddingBag of its own"),
+    "an option": (
+        lambda: EmbeddingBagCollection(tables=[bag_config(need_pos=True)]),
+        "need_pos=True has no meaning",
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", LEFT_ALONE)
+def test_what_is_left_alone_is_in_the_report_with_the_reason(kind):
+    make, reason = LEFT_ALONE[kind]
+    model = dlrm()
+    model.other = make()
+    before = model.other
+    report = compress_model(model, compression=50, min_bytes=100_000, verbose=False)
+    assert model.other is before
+    last = report.tables[-1]
+    assert last.name == "other" and reason in last.reason and not last.num_rows
+    assert last.bytes == last.full_bytes == 5000 * 8 * 4
+    assert sum(table.num_rows > 0 for table in report.tables) == 2  # user and item
+
+
+def test_a_named_table_that_would_be_left_alone_is_refused():
+    model = dlrm()
+    model.side = Subclass(tables=[bag_config()])
+    with pytest.raises(ValueError, match="table 'other' of 'side' stays: Subclass may do more"):
+        compress_model(model, compression=50, tables=["user", "other"])
+    assert type(model.sparse_arch.embedding_bag_collection) is EmbeddingBagCollection
+
+
+def sequences():
+    return EmbeddingCollection(
+        tables=[sequence_config("click", 50_000), sequence_config("kind", 30)], need_indices=True
+    )
+
+
+def test_sequences_are_compressed():
+    model = nn.ModuleDict({"sequences": sequences(), "pooled": dlrm()})
+    kind = model["sequences"].embeddings["kind"].weight.clone()
+    report = compress_model(model, compression=50, verbose=False)
+    made = model["sequences"]
+    assert isinstance(made, CCEEmbeddingCollection) and made.need_indices()
+    assert [t.name for t in report.tables if t.num_rows] == ["click", "user", "item"]
+    features = KeyedJaggedTensor(
+        keys=["f_click", "f_kind"],
+        values=torch.tensor([49_999, 3, 29]),
+        lengths=torch.tensor([2, 0, 0, 1]),
+    )
+    out = made(features)
+    assert out["f_click"].values().shape == (2, 8)
+    assert torch.equal(out["f_kind"].values(), kind[[29]])
+    assert out["f_kind"].weights().tolist() == [29]
+
+
+def test_one_byte_budget_holds_bags_and_sequences():
+    model = nn.ModuleDict({"sequences": sequences(), "pooled": dlrm()})
+    report = compress_model(model, table_bytes=1_000_000, verbose=False)
+    used = sum(t.bytes for t in report.tables if t.num_rows)
+    assert 900_000 <= used <= 1_000_000
+
+
+def test_a_second_call_compresses_more_and_keeps_what_is_compressed():
+    model = dlrm()
+    compress_model(model, compression=50, tables=["user"], verbose=False)
+    cluster(model)
+    before = model.sparse_arch(batch()[1])
+    report = compress_model(model, compression=50, tables=["item"], verbose=False)
+    reasons = {table.name: table.reason for table in report.tables}
+    assert reasons == {"user": "compressed already", "item": "", "country": "not chosen"}
+    configs = model.sparse_arch.embedding_bag_collection.embedding_bag_configs()
+    assert [is_cce(config) for config in configs] == [True, True, False]
+    after = model.sparse_arch(batch()[1])
+    assert torch.equal(after[:, 0], before[:, 0]) and torch.equal(after[:, 2], before[:, 2])
+    assert not torch.equal(after[:, 1], before[:, 1])
+
+
+def test_a_second_call_keeps_a_finalized_table():
+    model = nn.ModuleDict({"sequences": sequences(), "pooled": dlrm()})
+    compress_model(model, compression=50, tables=["click"], verbose=False)
+    finalize(model)
+    made = model["sequences"]
+    compress_model(model, compression=50, tables=["kind", "user"], num_chunks=1, verbose=False)
+    click = model["sequences"].embedding_configs()[0]
+    assert click.num_helper_rows == 0
+    ids = KeyedJaggedTensor(
+        keys=["f_click", "f_kind"], values=torch.arange(99), lengths=torch.tensor([99, 0])
+    )
+    found = model["sequences"](ids)["f_click"].values()
+    assert torch.equal(found, made(ids)["f_click"].values())
+
+
+@pytest.mark.parametrize("tables", [None, ["user", "item"]])
+def test_the_same_call_again_changes_nothing_and_says_so(tables, caplog):
+    model = dlrm()
+    compress_model(model, compression=50, tables=tables, verbose=False)
+    before = list(model.modules())
+    report = compress_model(model, compression=50, tables=tables, verbose=False)
+    assert all(a is b for a, b in zip(before, model.modules(), strict=True))
+    assert [table.reason for table in report.tables[:2]] == ["compressed already"] * 2
+    assert "nothing was compressed" in caplog.text

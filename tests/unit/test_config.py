@@ -85,8 +85,6 @@ def test_bad_fields(kwargs, message):
 def test_bad_collections():
     with pytest.raises(ValueError, match="table 'user' is configured 2 times"):
         CCEEmbeddingBagCollection(tables=[config(), config()])
-    with pytest.raises(ValueError, match="has no feature_names"):
-        CCEEmbeddingBagCollection(tables=[config(feature_names=[])])
     plain = EmbeddingBagConfig(name="a#b", num_embeddings=3, embedding_dim=4, feature_names=["f"])
     with pytest.raises(ValueError, match="'#' marks the chunks"):
         CCEEmbeddingBagCollection(tables=[plain])

@@ -1,0 +1,64 @@
+"""Why a test of TorchRec's that passes with its own collections does not with CCE ones.
+
+docs/adopt.md has the same reasons, and no test is left alone without one of them.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Difference:
+    """One reason.
+
+    Args:
+        title: in a few words, as docs/adopt.md has it.
+        outcome: pattern of what the test ends with.
+        test: pattern of the tests that it is for.
+    """
+
+    title: str
+    outcome: str
+    test: str = ""
+
+    def explains(self, test: str, outcome: str) -> bool:
+        """Whether it is the reason of `outcome` of `test`."""
+        return bool(re.search(self.test, test) and re.search(self.outcome, outcome))
+
+
+EXCEPTIONS = [
+    Difference(
+        "TABLE_ROW_WISE and GRID_SHARD are refused",
+        "sharding_type '(table_row_wise|grid_shard)' is not for the tables of a CCE collection",
+    ),
+    Difference("sequences are not ROW_WISE", "sequence embeddings cannot be ROW_WISE"),
+    Difference("sequences are not DATA_PARALLEL", "sequence embeddings cannot be data-parallel"),
+    Difference(
+        "torch.fx and TorchScript do not take unsharded CCE collections",
+        "class 'torch.fx.proxy.Proxy'|Unknown type annotation: 'list.Table.'",
+    ),
+    Difference(
+        "a compressed table has no weight [num_embeddings, embedding_dim]",
+        r"""KeyError: "table '\w+' is compressed|Missing key\(s\) in state_dict: "codes\.""",
+    ),
+    Difference(
+        "a table is a tensor a chunk, and its codes",
+        "AssertionError: 1 != ",
+        "test_load_state_dict_cw_multiple_shards",
+    ),
+    Difference(
+        "Private functions of TorchRec's sharded collection are not there",
+        "does not have the attribute '_initialize_torch_state'",
+    ),
+    Difference(
+        "every batch is checked, and none is said to be",
+        "no logs of level INFO or higher triggered on torchrec.distributed.embeddingbag",
+    ),
+]
+
+
+def reason(test: str, outcome: str) -> str:
+    """The title of the exception that explains `outcome`, empty where none does."""
+    return next((each.title for each in EXCEPTIONS if each.explains(test, outcome)), "")

@@ -1,0 +1,127 @@
+"""What TorchRec's tests get for TorchRec's classes: CCE collections of identity configurations."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import fields
+from functools import partial
+from typing import Any
+
+import torch
+from torchrec.distributed import model_parallel
+from torchrec.modules.embedding_configs import (
+    BaseEmbeddingConfig,
+    EmbeddingBagConfig,
+    EmbeddingConfig,
+)
+
+from cce_torchrec.codes import chunk_codes
+from cce_torchrec.codes.storage import pack
+from cce_torchrec.config import CCEEmbeddingBagConfig, code_dtype
+from cce_torchrec.distributed.embedding_bag_collection import ShardedCCEEmbeddingBagCollection
+from cce_torchrec.distributed.embedding_bag_sharder import CCEEmbeddingBagCollectionSharder
+from cce_torchrec.distributed.embedding_collection import (
+    CCEEmbeddingCollectionSharder,
+    ShardedCCEEmbeddingCollection,
+)
+from cce_torchrec.distributed.feature_processed import FeatureProcessedSharder
+from cce_torchrec.distributed.sharders import get_default_sharders
+from cce_torchrec.modules.embedding_bag_collection import CCEEmbeddingBagCollection
+from cce_torchrec.modules.embedding_collection import CCEEmbeddingCollection
+
+__all__ = [
+    "EmbeddingBagCollection",
+    "EmbeddingBagCollectionSharder",
+    "EmbeddingCollection",
+    "EmbeddingCollectionSharder",
+    "FeatureProcessedEmbeddingBagCollectionSharder",
+    "ShardedEmbeddingBagCollection",
+    "ShardedEmbeddingCollection",
+    "get_default_sharders",
+]
+
+CHUNK_DIM = 4
+"""Width of a chunk, so that every cut by columns which FBGEMM can read is between two."""
+
+
+def identity_codes(
+    config: CCEEmbeddingBagConfig,
+    chunks: Sequence[int],
+    device: torch.device,
+    ids: range | None = None,
+) -> torch.Tensor:
+    """Codes that are the ids, in the place of `hashed_codes`."""
+    ids = range(config.num_embeddings) if ids is None else ids
+    rows = torch.arange(ids.start, ids.stop).unsqueeze(1).expand(-1, len(chunks))
+    return pack(rows.contiguous(), code_dtype(config.num_rows)).to(device)
+
+
+chunk_codes.hashed_codes = identity_codes
+# For tests that leave the sharders to DistributedModelParallel.
+model_parallel.get_default_sharders = get_default_sharders
+
+
+def identity(config: BaseEmbeddingConfig) -> BaseEmbeddingConfig:
+    """The CCE table that equals `config`; `config` itself where there is none of its shape."""
+    if isinstance(config, CCEEmbeddingBagConfig) or config.embedding_dim % CHUNK_DIM:
+        return config
+    names = {field.name for field in fields(EmbeddingBagConfig)}
+    kept = {f.name: getattr(config, f.name) for f in fields(config) if f.name in names}
+    # TorchRec fills in a default, which would be taken for one of the user's.
+    if isinstance(config.init_fn, partial) and config.init_fn.func is torch.nn.init.uniform_:
+        kept["init_fn"] = None
+    return CCEEmbeddingBagConfig(
+        num_rows=config.num_embeddings,
+        num_helper_rows=0,
+        num_chunks=config.embedding_dim // CHUNK_DIM,
+        **kept,
+    )
+
+
+class _StandsFor(type):
+    """Makes collections of the exact class that sharders look for."""
+
+    made: type
+
+    def __instancecheck__(cls, instance: Any) -> bool:
+        return isinstance(instance, cls.made)
+
+    def __subclasscheck__(cls, subclass: type) -> bool:
+        return issubclass(subclass, cls.made)
+
+
+class EmbeddingBagCollection(metaclass=_StandsFor):
+    """Called as TorchRec's, makes a CCEEmbeddingBagCollection of identity configurations."""
+
+    made = CCEEmbeddingBagCollection
+
+    def __new__(
+        cls,
+        tables: list[EmbeddingBagConfig],
+        is_weighted: bool = False,
+        device: torch.device | None = None,
+    ) -> Any:
+        """The collection."""
+        return cls.made([identity(table) for table in tables], device, is_weighted)
+
+
+class EmbeddingCollection(metaclass=_StandsFor):
+    """Called as TorchRec's, makes a CCEEmbeddingCollection of identity configurations."""
+
+    made = CCEEmbeddingCollection
+
+    def __new__(
+        cls,
+        tables: list[EmbeddingConfig],
+        device: torch.device | None = None,
+        need_indices: bool = False,
+    ) -> Any:
+        """The collection."""
+        return cls.made([identity(table) for table in tables], device, need_indices)
+
+
+EmbeddingBagCollectionSharder = CCEEmbeddingBagCollectionSharder
+EmbeddingCollectionSharder = CCEEmbeddingCollectionSharder
+FeatureProcessedEmbeddingBagCollectionSharder = FeatureProcessedSharder
+ShardedEmbeddingBagCollection = ShardedCCEEmbeddingBagCollection
+ShardedEmbeddingCollection = ShardedCCEEmbeddingCollection
