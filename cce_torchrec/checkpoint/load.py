@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import BytesStorageMetadata, Metadata
 
 from cce_torchrec.checkpoint import folder as folders
+from cce_torchrec.checkpoint.finalized import finalized_as
 from cce_torchrec.checkpoint.format_2 import Format2Plans, Format2Reader
 from cce_torchrec.checkpoint.grow import Growth
 from cce_torchrec.checkpoint.location import location
@@ -63,6 +64,8 @@ class LoadReport:
     """What the checkpoint has and could not be carried over, or the model has and did not get."""
     learning_rates: str
     """Whose learning rates the model has now, "checkpoint" or "model"; see `load_checkpoint`."""
+    finalized: list[str] = field(default_factory=list)
+    """Tables that became finalized, as they are so in the checkpoint and were not in the model."""
 
 
 def load_checkpoint(
@@ -80,7 +83,8 @@ def load_checkpoint(
     A collective call. Everything is checked on every rank before anything is written: a file
     that is missing, short or changed, tables of another shape or seed, codes on one side only.
     Optimizer state moves with its parameter where both sides use the same optimizer; otherwise
-    the report and the log name it. Random state returns at the same number of ranks.
+    the report and the log name it. Random state returns at the same number of ranks. Tables that
+    are finalized in the checkpoint, and not in the model, become finalized.
 
     Args:
         folder: of the job, whose latest checkpoint is loaded, or of one checkpoint; a local path or
@@ -115,7 +119,17 @@ def load_checkpoint(
     # Each file is checked by one rank: by all, each byte would be read as often as there are ranks.
     names = sorted(manifest.files)[ranks.rank :: ranks.size]
     ranks.agree(lambda: folders.verify(path, {name: manifest.files[name] for name in names}))
-    job = ranks.each(lambda: _Load(path, manifest, model, optimizers, tables, grow, rates))
+    with finalized_as(model, manifest.tables, tables, ranks) as finalized:
+        job = ranks.each(lambda: _Load(path, manifest, model, optimizers, tables, grow, rates))
+        report = _loaded(job, ranks, finalized)
+    if ranks.rank == 0:
+        for line in report.dropped:
+            logger.warning("%s: %s", path, line)
+    return report
+
+
+def _loaded(job: _Load, ranks: Ranks, finalized: list[str]) -> LoadReport:
+    """Goes through the stages of a load on all ranks together; what was taken over."""
     metadata = ranks.each(job.metadata)
     keys = {key for part in ranks.agree(job.keys) for key in part}
     ranks.agree(lambda: job.check(metadata, keys))
@@ -124,11 +138,7 @@ def load_checkpoint(
     random = ranks.each(lambda: job.random_state(ranks))
     ranks.agree(lambda: job.read(ranks.group))
     ranks.agree(lambda: job.take_over(random))
-    report = job.report(sorted(dropped))
-    if ranks.rank == 0:
-        for line in report.dropped:
-            logger.warning("%s: %s", path, line)
-    return report
+    return job.report(sorted(dropped), finalized)
 
 
 class _Load:
@@ -293,7 +303,7 @@ class _Load:
         if random:  # not read where only some tables are
             set_random_state(random)
 
-    def report(self, dropped: list[str]) -> LoadReport:
+    def report(self, dropped: list[str], finalized: list[str]) -> LoadReport:
         """What was taken over."""
         return LoadReport(
             path=self.path,
@@ -303,6 +313,7 @@ class _Load:
             world_size=self.manifest.world_size,
             tables=sorted(self._tables if self._wanted is None else self._wanted),
             dropped=dropped,
+            finalized=finalized,
             learning_rates=self._learning_rates,
         )
 

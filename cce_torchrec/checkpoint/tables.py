@@ -126,7 +126,31 @@ def _differences(saved: TableRecord, current: TableRecord, may_grow: bool) -> li
     ]
     if may_grow and current.num_embeddings > saved.num_embeddings:
         differing.remove("num_embeddings")
-    return [_difference(name, saved, current) for name in differing]
+    budgets = _budgets(saved, current)
+    if budgets:  # one difference, of which both numbers of rows tell a part
+        differing = [name for name in differing if name not in ("num_rows", "num_helper_rows")]
+    return budgets + [_difference(name, saved, current) for name in differing]
+
+
+def _budgets(saved: TableRecord, current: TableRecord) -> list[str]:
+    """What differs where one side is finalized, and has its rows in main alone."""
+    if not (isinstance(saved, CCETableRecord) and isinstance(current, CCETableRecord)):
+        return []
+    here, helper = current.num_rows, current.num_helper_rows
+    there, saved_helper = saved.num_rows, saved.num_helper_rows
+    if not saved_helper and helper and there != here + helper:
+        return [
+            f"the checkpoint has it finalized, with num_rows {there}, and the model has num_rows "
+            f"{here} and num_helper_rows {helper}, which are {here + helper} once finalized; "
+            f"configure the table as it was saved: the two make up {there}"
+        ]
+    if not helper and saved_helper and there + saved_helper == here:
+        return [
+            f"the model has it finalized, with num_rows {here}, and the checkpoint has num_rows "
+            f"{there} and num_helper_rows {saved_helper}; build the model anew, as it was before "
+            "`finalize`"
+        ]
+    return []
 
 
 def _difference(field: str, saved: TableRecord, current: TableRecord) -> str:
@@ -136,16 +160,15 @@ def _difference(field: str, saved: TableRecord, current: TableRecord) -> str:
     if field == "learned_codes":
         lacks = "model" if before else "checkpoint"
         return f"the {lacks} has no codes, the other side has; {remedy}"
-    if field == "num_rows" and _is_finalized(saved, current):
-        remedy += ", by config.finalized()"
     if field == "num_embeddings" and isinstance(current, CCETableRecord) and now > before:
         remedy += f", or pass grow=[{current.name!r}]: new ids then start from their hash"
     return f"{field} is {before} in the checkpoint, {now} in the model; {remedy}"
 
 
-def _is_finalized(saved: TableRecord, current: TableRecord) -> bool:
+def is_finalized(saved: TableRecord, current: TableRecord) -> bool:
     """Whether main has in `saved` the rows that main and helper have in `current`."""
     if not (isinstance(saved, CCETableRecord) and isinstance(current, CCETableRecord)):
         return False
+    learned = saved.learned_codes and current.learned_codes and current.num_helper_rows > 0
     rows = current.num_rows + current.num_helper_rows
-    return (saved.num_rows, saved.num_helper_rows) == (rows, 0)
+    return learned and (saved.num_rows, saved.num_helper_rows) == (rows, 0)
