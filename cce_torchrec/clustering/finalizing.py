@@ -11,6 +11,7 @@ from torch import nn
 from cce_torchrec.clustering.options import Options
 from cce_torchrec.clustering.report import ClusteringReport
 from cce_torchrec.clustering.step import run
+from cce_torchrec.codes.chunk_codes import codes_of
 from cce_torchrec.distributed.embedding_bag_collection import ShardedCCEEmbeddingBagCollection
 from cce_torchrec.modules.embedding_bag_collection import CCEEmbeddingBagCollection
 
@@ -63,4 +64,6 @@ def finalize(
             for table in module.tables:
                 if prefix + table.name in paths:
                     table.finalize()
+                    if (codes := codes_of(module.codes, table.name)) is not None:
+                        codes.get_buffer("num_helper_rows").zero_()
     return report

@@ -26,7 +26,8 @@ class ChunkCodes(nn.Module):
     """Codes and hashes of some chunks of one CCE table, of all its ids or a block of them.
 
     Buffers: `codes` [len(ids), len(chunks)] (absent where codes are not learned), `clusterings`,
-    an int64 scalar from which the helper's hash follows, and with `track_seen` the bits `seen`.
+    an int64 scalar from which the helper's hash follows, `num_helper_rows`, another, and
+    with `track_seen` the bits `seen`.
     """
 
     def __init__(
@@ -50,6 +51,9 @@ class ChunkCodes(nn.Module):
         self.seen: torch.Tensor | None
         bits = no_seen_ids(len(self.ids), device) if config.track_seen else None
         self.register_buffer("seen", bits)
+        # By which a load tells main from helper rows: codebooks have both in one tensor.
+        helper = torch.tensor(config.helper_rows, device=device)
+        self.register_buffer("num_helper_rows", helper)
         self._counted: tuple[Written, int] | None = None
         self._hashes: dict[tuple[int, torch.device], torch.Tensor] = {}
 
@@ -114,6 +118,7 @@ class ChunkCodes(nn.Module):
         if self.codes is not None:
             self.codes.copy_(hashed_codes(self.config, self.chunks, self.codes.device, self.ids))
         self.set_clusterings(0)
+        self.get_buffer("num_helper_rows").fill_(self.config.helper_rows)
         if self.seen is not None:
             self.seen.zero_()
 
