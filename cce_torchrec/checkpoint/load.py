@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +38,7 @@ from cce_torchrec.checkpoint.parameter_state import (
 )
 from cce_torchrec.checkpoint.pending import finish_pending
 from cce_torchrec.checkpoint.random_state import check_random_state, set_random_state
+from cce_torchrec.checkpoint.renamed import renamed_weights
 from cce_torchrec.checkpoint.save import model_state
 from cce_torchrec.checkpoint.tables import choose_tables, describe_tables, match_tables, table_of
 from cce_torchrec.checkpoint.tensor_files import LoadPlans, TensorReader
@@ -109,9 +110,11 @@ def load_checkpoint(
         choice = _Choice(tables=tables, grow=grow, strict=strict, learning_rates=rates)
         job = ranks.each(lambda: _Load(path, manifest, model, optimizers, choice))
         report = _loaded(job, ranks, finalized)
-    if ranks.rank == 0:
-        for line in report.dropped:
-            logger.warning("%s: %s", path, line)
+    if ranks.rank == 0 and report.dropped:
+        # One line: a load for evaluation has no optimizers, and drops the state of every parameter.
+        first, more = report.dropped[:3], len(report.dropped) - 3
+        rest = f"; and {more} more, which report.dropped has" if more > 0 else ""
+        logger.warning("%s: not taken over: %s%s", path, "; ".join(first), rest)
     return report
 
 
@@ -150,7 +153,7 @@ class _Load:
         optimizers: Sequence[torch.optim.Optimizer],
         choice: _Choice,
     ) -> None:
-        self.path, self.manifest, self.model = path, manifest, model
+        self.path, self.model = path, model
         self._learning_rates, self._strict = choice.learning_rates, choice.strict
         current, tables = describe_tables(model), choice.tables
         # Both sides' own, so that state of a table that the model lacks is known to be one's.
@@ -168,8 +171,11 @@ class _Load:
         self.states = {n: s for n, s in states.items() if self._chosen(f"model.{n}")}
         self._made: list[tuple[ParameterState, State]] = []
         """Tensors that optimizers have not made yet."""
+        names = renamed_weights(manifest.tables.values(), current, set(map(_name, self._whole)))
+        of_model = {names.get(name, name): one for name, one in manifest.optimizers.items()}
+        self.manifest = replace(manifest, optimizers=of_model)
         kind = TensorReader if manifest.format == FORMAT else Format2Reader
-        self._reader = kind(path, manifest.files)
+        self._reader = kind(path, manifest.files, names)
         self._plans = LoadPlans() if manifest.format == FORMAT else Format2Plans()
 
     def _chosen(self, key: str) -> bool:

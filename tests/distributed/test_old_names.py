@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torchrec.modules.embedding_configs import EmbeddingBagConfig, EmbeddingConfig
 from torchrec.modules.embedding_modules import EmbeddingBagCollection, EmbeddingCollection
 
 from cce_torchrec import CCEEmbeddingBagCollection, CCEEmbeddingBagConfig, CCEEmbeddingCollection
+from cce_torchrec.checkpoint import load_checkpoint, save_checkpoint
 from tests.support.jobs import build
-from tests.support.models import Model, Net, SequenceNet
+from tests.support.models import ROWWISE, SUM, Model, Net, SequenceNet, batch, with_optimizer
 from tests.support.ranks import on_ranks
 
 P = EmbeddingBagConfig(name="p", num_embeddings=40, embedding_dim=8, feature_names=["h", "f"])
@@ -86,3 +89,24 @@ def test_keys_are_parameters_and_buffers():
         model = kind([compressed])
         named = {name for name, _ in (*model.named_parameters(), *model.named_buffers())}
         assert set(model.state_dict()) == named
+
+
+@on_ranks(2)
+@pytest.mark.parametrize("kind", ["tw", "rw", "unsharded"])
+def test_a_checkpoint_of_torchrecs_collections(rank, world_size, kind, tmp_path):
+    """Into the plain table of ours with its optimizer state, and back."""
+    configs = [replace(P, pooling=SUM)]
+    old = with_optimizer(Model(EmbeddingBagCollection(tables=configs)), ROWWISE)
+    old(batch(1, False)).values().square().sum().backward()
+    save_checkpoint(tmp_path / "old", old, step=1)
+    model, _ = build(kind, 3)
+    report = load_checkpoint(tmp_path / "old", model, tables=["p"])
+    assert (report.tables, report.dropped) == (["collection.p"], [])
+    assert load_checkpoint(tmp_path / "old", model, strict=False).tables == ["collection.p"]
+    save_checkpoint(tmp_path / "new", model, step=2)
+    back = with_optimizer(Model(EmbeddingBagCollection(tables=configs)), ROWWISE)
+    report = load_checkpoint(tmp_path / "new", back, tables=["p"])
+    assert report.dropped == []
+    for one in (old, back):
+        one(batch(2, False)).values().square().sum().backward()
+    assert torch.equal(old.state_dict()[OLD], back.state_dict()[OLD])

@@ -159,3 +159,14 @@ def test_growth_that_shrinks_is_refused(table, tmp_path):
     there = 300 if table == "t" else 40
     with pytest.raises(ValueError, match=f"num_embeddings is {there} in the checkpoint, 30 in"):
         load_checkpoint(tmp_path, other, grow=[table])
+
+
+def test_a_load_for_evaluation_gives_one_warning(tmp_path, caplog):
+    """Of the state of all optimizers, which the model does not have."""
+    model, dense = build("unsharded", 0)
+    step(model, dense, 1)
+    save_checkpoint(tmp_path, model, step=1, optimizers=[dense])
+    with caplog.at_level("WARNING", logger="cce_torchrec"):
+        report = load_checkpoint(tmp_path, Net(Net.configs()))
+    (warning,) = [r.getMessage() for r in caplog.records if r.name.startswith("cce_torchrec")]
+    assert len(report.dropped) == 9 and "and 6 more, which report.dropped has" in warning
