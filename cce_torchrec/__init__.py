@@ -10,7 +10,14 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:  # what `__getattr__` finds, for type checkers and editors
-    from cce_torchrec.checkpoint import LoadReport, load_checkpoint, save_checkpoint
+    from cce_torchrec.checkpoint import (  # fmt: skip
+        CheckpointInfo,
+        LoadReport,
+        checkpoint_info,
+        latest_checkpoint,
+        load_checkpoint,
+        save_checkpoint,
+    )
     from cce_torchrec.clustering import (  # fmt: skip
         ChunkReport,
         ClusteringReport,
@@ -37,7 +44,14 @@ _MODULES = {
     "data": ["even_batches"],
     "planning": ["make_plan", "plan_report", "tables_for_memory"],
     "clustering": ["ChunkReport", "ClusteringReport", "ClusteringSchedule", "cluster", "finalize"],
-    "checkpoint": ["LoadReport", "load_checkpoint", "save_checkpoint"],
+    "checkpoint": [
+        "CheckpointInfo",
+        "LoadReport",
+        "checkpoint_info",
+        "latest_checkpoint",
+        "load_checkpoint",
+        "save_checkpoint",
+    ],
 }
 _MODULE_OF = {name: module for module, names in _MODULES.items() for name in names}
 
@@ -45,16 +59,19 @@ __all__ = [
     "CCEEmbeddingBagCollection",
     "CCEEmbeddingBagConfig",
     "CCEEmbeddingCollection",
+    "CheckpointInfo",
     "ChunkReport",
     "ClusteringReport",
     "ClusteringSchedule",
     "LoadReport",
+    "checkpoint_info",
     "cluster",
     "compress_model",
     "end_process_group",
     "even_batches",
     "finalize",
     "get_default_sharders",
+    "latest_checkpoint",
     "load_checkpoint",
     "make_plan",
     "plan_report",

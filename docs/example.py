@@ -102,7 +102,7 @@ def main(folder: str) -> None:
         loss_of(model(features), labels).backward()  # steps the tables too
         dense.step()
         if schedule.due(step):  # collective, as is saving: on every rank
-            finalize(model) if step == max(schedule.steps) else cluster(model)
+            finalize(model) if schedule.is_last(step, STEPS) else cluster(model)
     save_checkpoint(folder, model, step=STEPS, optimizers=[dense], schedule=schedule)
 
     features, labels = batch(8192, device)

@@ -17,6 +17,7 @@ from torch.distributed.checkpoint.metadata import Metadata
 from torch.distributed.checkpoint.planner import ReadItem
 
 from cce_torchrec.checkpoint.manifest import Fingerprint
+from cce_torchrec.checkpoint.renamed import with_names
 
 INDEX = ".metadata"
 _METADATA = "torch.distributed.checkpoint.metadata"
@@ -71,13 +72,16 @@ class Format2Reader(FileSystemReader):
     Args:
         checkpoint: its folder.
         files: those that the manifest names.
+        weights: what the model calls weights that have another name in the checkpoint.
     """
 
-    def __init__(self, checkpoint: Path, files: dict[str, Fingerprint]) -> None:
+    def __init__(
+        self, checkpoint: Path, files: dict[str, Fingerprint], weights: dict[str, str]
+    ) -> None:
         super().__init__(checkpoint)
         # torch makes a local path of that of an object store.
         self.path = self._checkpoint = checkpoint
-        self._files = files
+        self._files, self._weights = files, weights
 
     def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
         """The metadata of the checkpoint.
@@ -95,4 +99,4 @@ class Format2Reader(FileSystemReader):
                     raise ValueError(f"the manifest has no file {one.relative_path!r}")
         except Exception as error:  # a damaged pickle raises whatever comes
             raise ValueError(f"{file} is damaged ({error}); load another checkpoint") from error
-        return metadata
+        return with_names(metadata, self._weights)

@@ -1,16 +1,20 @@
-"""More ids than the checkpoint has: saved codes for the old ones, the hash for the new."""
+"""More ids than the checkpoint has.
+
+Of CCE tables the old ids have their saved codes, and the new ones their hash. Of plain tables the
+old rows are saved ones, and the new rows and their optimizer state stay as the model has them.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import nn
 
-from cce_torchrec.checkpoint.manifest import TableRecord
-from cce_torchrec.checkpoint.tables import configs_of, unwrapped
+from cce_torchrec.checkpoint.manifest import CCETableRecord, OptimizerRecord, TableRecord
+from cce_torchrec.checkpoint.tables import configs_of, table_of, unwrapped
 from cce_torchrec.codes.storage import fill_hashed
 from cce_torchrec.config import CCEEmbeddingBagConfig
 from cce_torchrec.torchrec_internals import (
@@ -43,9 +47,14 @@ class Growth:
         grow: set[str],
     ) -> None:
         self._grown: list[_GrownTable] = []
+        self._current = current
+        self._plain: dict[str, int] = {}
+        """Rows that plain tables have in the checkpoint."""
         for name in sorted(grow & set(saved)):
             table, num_ids = current[name], saved[name].num_embeddings
-            if table.num_embeddings > num_ids:
+            if not isinstance(table, CCETableRecord):
+                self._plain[name] = num_ids
+            elif table.num_embeddings > num_ids:
                 configs = configs_of(unwrapped(model).get_submodule(table.collection))
                 config = next(c for c in configs if c.name == table.name)
                 path = filter(None, ("model", table.collection, "codes", table.name))
@@ -63,7 +72,38 @@ class Growth:
                 out[codes] = self._codes(state[codes], table.config, table.saved_ids)
             if seen in state:
                 out[seen] = self._seen(state[seen], table.saved_ids)
+        for key in state if self._plain else ():
+            out[key] = self.kept(key.removeprefix("model."), out[key])
         return out
+
+    def kept(self, name: str, value: Any) -> Any:
+        """The rows of a plain table that the checkpoint has, of `value` of its parameter `name`.
+
+        Others are as they are: step counts, for one, and all that is of no table that grew.
+        """
+        table = table_of(name, self._current) or ""
+        if table not in self._plain or not hasattr(value, "size"):
+            return value
+        old, size = self._plain[table], value.size()
+        if not len(size) or size[0] != self._current[table].num_embeddings:
+            return value
+        if not isinstance(value, ShardedTensor):
+            return value[:old]  # a view, as nothing else is to be written
+
+        def part(shard: Shard) -> torch.Tensor:
+            first = shard.metadata.shard_offsets[0]
+            return shard.tensor[: max(old - first, 0)]
+
+        return _shorter(value, old, part)
+
+    def record(self, name: str, record: OptimizerRecord) -> OptimizerRecord:
+        """The optimizer of the parameter `name` with the shapes of a table that has grown."""
+        table = table_of(name, self._current) or "" if self._plain else ""
+        if table not in self._plain:
+            return record
+        old, now = self._plain[table], self._current[table].num_embeddings
+        state = {k: [now, *v[1:]] if v[:1] == [old] else v for k, v in record.state.items()}
+        return replace(record, state=state)
 
     def finish(self) -> None:
         """Fills what grew, once the targets were read."""

@@ -6,7 +6,7 @@ import json
 import logging
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +15,13 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import nn
 from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.metadata import BytesStorageMetadata, Metadata
+from torch.distributed.checkpoint.metadata import Metadata
 
 from cce_torchrec.checkpoint import folder as folders
+from cce_torchrec.checkpoint.finalized import finalized_as
 from cce_torchrec.checkpoint.format_2 import Format2Plans, Format2Reader
 from cce_torchrec.checkpoint.grow import Growth
+from cce_torchrec.checkpoint.load_report import LoadReport
 from cce_torchrec.checkpoint.location import location
 from cce_torchrec.checkpoint.manifest import (
     FORMAT,
@@ -27,6 +29,7 @@ from cce_torchrec.checkpoint.manifest import (
     Manifest,
     OptimizerRecord,
 )
+from cce_torchrec.checkpoint.matching import Matching, match_state
 from cce_torchrec.checkpoint.optimizers import optimizer_states
 from cce_torchrec.checkpoint.parameter_state import (
     ParameterState,
@@ -36,34 +39,16 @@ from cce_torchrec.checkpoint.parameter_state import (
 )
 from cce_torchrec.checkpoint.pending import finish_pending
 from cce_torchrec.checkpoint.random_state import check_random_state, set_random_state
+from cce_torchrec.checkpoint.renamed import renamed_weights
 from cce_torchrec.checkpoint.save import model_state
-from cce_torchrec.checkpoint.tables import choose_tables, compare_tables, describe_tables, table_of
+from cce_torchrec.checkpoint.tables import choose_tables, describe_tables, match_tables, table_of
 from cce_torchrec.checkpoint.tensor_files import LoadPlans, TensorReader
-from cce_torchrec.clustering.schedule import ClusteringSchedule
 from cce_torchrec.collectives import Ranks, reason, same_task
 from cce_torchrec.table import refuse_none
 
 logger = logging.getLogger(__name__)
 
 LEARNING_RATES = ("checkpoint", "model")
-
-
-@dataclass(frozen=True)
-class LoadReport:
-    """What `load_checkpoint` took over; the same on every rank."""
-
-    path: Path
-    step: int
-    schedule: ClusteringSchedule | None
-    extra: dict[str, Any] | None
-    world_size: int
-    """Ranks that saved it."""
-    tables: list[str]
-    """Tables that were loaded, as `collection.table`."""
-    dropped: list[str]
-    """What the checkpoint has and could not be carried over, or the model has and did not get."""
-    learning_rates: str
-    """Whose learning rates the model has now, "checkpoint" or "model"; see `load_checkpoint`."""
 
 
 def load_checkpoint(
@@ -73,6 +58,7 @@ def load_checkpoint(
     optimizers: Sequence[torch.optim.Optimizer] = (),
     tables: Sequence[str] | None = None,
     grow: Sequence[str] = (),
+    strict: bool = True,
     learning_rates: str = "checkpoint",
     process_group: dist.ProcessGroup | None = None,
 ) -> LoadReport:
@@ -81,7 +67,8 @@ def load_checkpoint(
     A collective call. Everything is checked on every rank before anything is written: a file
     that is missing, short or changed, tables of another shape or seed, codes on one side only.
     Optimizer state moves with its parameter where both sides use the same optimizer; otherwise
-    the report and the log name it. Random state returns at the same number of ranks.
+    the report and the log name it. Random state returns at the same number of ranks. Tables that
+    are finalized in the checkpoint, and not in the model, become finalized.
 
     Args:
         folder: of the job, whose latest checkpoint is loaded, or of one checkpoint; a local path or
@@ -90,8 +77,12 @@ def load_checkpoint(
         optimizers: those that the user steps, as in `save_checkpoint`.
         tables: load these tables only (codebooks, codes, optimizer state), by name or as
             `collection.table`; nothing else of the model changes, nor random state and settings.
-        grow: CCE tables that may have more ids in the model than in the checkpoint; the new ids
-            start from their hash.
+        grow: tables that may have more ids in the model than in the checkpoint. The new ids of a
+            CCE table start from their hash; the new rows of a plain one, and the state of
+            its optimizer for them, stay as the model has them.
+        strict: False loads what matches, and leaves the rest of the model as it is: tables and
+            parameters that one side lacks or whose shapes differ, which the report lists. Tables
+            with more ids than in the checkpoint grow without being named.
         learning_rates: "model" keeps those that the model and `optimizers` have, and how far their
             warm-up is, for fine-tuning at another rate; everything else of the optimizers is taken
             from the checkpoint. With `tables` they are always kept.
@@ -109,30 +100,51 @@ def load_checkpoint(
             raise ValueError(f"learning_rates {learning_rates!r}: choose one of {LEARNING_RATES}")
         # In one order, as each rank has its own of a set.
         chosen = None if tables is None else tuple(sorted(tables))
-        return location(folder), (chosen, tuple(sorted(grow)), learning_rates)
+        return location(folder), (chosen, tuple(sorted(grow)), strict, learning_rates)
 
-    where = same_task(asked, "tables, grow, learning_rates", ranks.group)
+    where = same_task(asked, "tables, grow, strict, learning_rates", ranks.group)
     path = ranks.first(lambda: folders.find(where))
     manifest = ranks.agree(lambda: folders.read_manifest(path))[0]
     # Each file is checked by one rank: by all, each byte would be read as often as there are ranks.
     names = sorted(manifest.files)[ranks.rank :: ranks.size]
     ranks.agree(lambda: folders.verify(path, {name: manifest.files[name] for name in names}))
-    job = ranks.each(lambda: _Load(path, manifest, model, optimizers, tables, grow, rates))
+    with finalized_as(model, manifest.tables, tables, ranks) as finalized:
+        choice = _Choice(tables=tables, grow=grow, strict=strict, learning_rates=rates)
+        job = ranks.each(lambda: _Load(path, manifest, model, optimizers, choice))
+        report = _loaded(job, ranks, finalized)
+    if ranks.rank == 0:
+        seconds = time.perf_counter() - began
+        logger.info("loaded %s: %s in %.2f s", path, manifest.summary, seconds)
+    if ranks.rank == 0 and report.dropped:
+        # One line: a load for evaluation has no optimizers, and drops the state of every parameter.
+        first, more = report.dropped[:3], len(report.dropped) - 3
+        rest = f"; and {more} more, which report.dropped has" if more > 0 else ""
+        logger.warning("%s: not taken over: %s%s", path, "; ".join(first), rest)
+    return report
+
+
+def _loaded(job: _Load, ranks: Ranks, finalized: list[str]) -> LoadReport:
+    """Goes through the stages of a load on all ranks together; what was taken over."""
     metadata = ranks.each(job.metadata)
     keys = {key for part in ranks.agree(job.keys) for key in part}
-    ranks.agree(lambda: job.check(metadata, keys))
+    job.matching.add(ranks.agree(lambda: job.check(metadata, keys)))
+    ranks.each(job.leave_out)
     owned = {name for part in ranks.agree(lambda: list(job.states)) for name in part}
     dropped = {d for part in ranks.agree(lambda: job.prepare(owned, ranks)) for d in part}
     random = ranks.each(lambda: job.random_state(ranks))
     ranks.agree(lambda: job.read(ranks.group))
     ranks.agree(lambda: job.take_over(random))
-    report = job.report(sorted(dropped))
-    if ranks.rank == 0:
-        seconds = time.perf_counter() - began
-        logger.info("loaded %s: %s in %.2f s", path, manifest.summary, seconds)
-        for line in report.dropped:
-            logger.warning("%s: %s", path, line)
-    return report
+    return job.report(sorted(dropped), finalized)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Choice:
+    """What a caller wants of a checkpoint, by the names of `load_checkpoint`."""
+
+    tables: Sequence[str] | None
+    grow: Sequence[str]
+    strict: bool
+    learning_rates: str
 
 
 class _Load:
@@ -144,31 +156,42 @@ class _Load:
         manifest: Manifest,
         model: nn.Module,
         optimizers: Sequence[torch.optim.Optimizer],
-        tables: Sequence[str] | None,
-        grow: Sequence[str],
-        learning_rates: str,
+        choice: _Choice,
     ) -> None:
-        self.path, self.manifest, self.model = path, manifest, model
-        self._learning_rates = learning_rates
-        self._tables = describe_tables(model)
+        self.path, self.model = path, model
+        self._learning_rates, self._strict = choice.learning_rates, choice.strict
+        current, tables = describe_tables(model), choice.tables
+        # Both sides' own, so that state of a table that the model lacks is known to be one's.
+        self._tables = manifest.tables | current
         refuse_none(tables)
-        self._wanted = None if tables is None else choose_tables(tables, self._tables, "tables")
-        growing = choose_tables(grow, self._tables, "grow")
-        compare_tables(manifest.tables, self._tables, self._wanted, growing)
+        self._wanted = None if tables is None else choose_tables(tables, current, "tables")
+        growing = choose_tables(choice.grow, current, "grow")
+        self.matching = match_tables(
+            manifest.tables, current, self._wanted, growing, strict=choice.strict
+        )
         self._whole = {key: v for key, v in model_state(model).items() if self._chosen(key)}
-        self._growth = Growth(model, self._tables, manifest.tables, growing)
+        self._growth = Growth(model, current, manifest.tables, self.matching.grown)
         self._state = self._growth.targets(self._whole)
         states = optimizer_states(model, optimizers)
         self.states = {n: s for n, s in states.items() if self._chosen(f"model.{n}")}
         self._made: list[tuple[ParameterState, State]] = []
         """Tensors that optimizers have not made yet."""
+        names = renamed_weights(manifest.tables.values(), current, set(map(_name, self._whole)))
+        of_model = {names.get(name, name): one for name, one in manifest.optimizers.items()}
+        self.manifest = replace(manifest, optimizers=of_model)
         kind = TensorReader if manifest.format == FORMAT else Format2Reader
-        self._reader = kind(path, manifest.files)
+        self._reader = kind(path, manifest.files, names)
         self._plans = LoadPlans() if manifest.format == FORMAT else Format2Plans()
 
     def _chosen(self, key: str) -> bool:
-        name = key.removeprefix("model.")
-        return self._wanted is None or table_of(name, self._tables) in self._wanted
+        table = table_of(key.removeprefix("model."), self._tables)
+        if table in self.matching.left_out:
+            return False
+        return self._wanted is None or table in self._wanted
+
+    def _called(self, key: str) -> str:
+        """The table that the state `key` is of, or its name in the model's state dict."""
+        return table_of(_name(key), self._tables) or _name(key)
 
     def metadata(self) -> Metadata:
         """What the checkpoint says of its tensors."""
@@ -178,28 +201,31 @@ class _Load:
         """Names of the model's state on this rank."""
         return list(self._state)
 
-    def check(self, metadata: Metadata, everywhere: set[str]) -> None:
-        """Compares names and shapes of all state with the checkpoint's."""
+    def check(self, metadata: Metadata, everywhere: set[str]) -> Matching:
+        """Compares names and shapes of all state with the checkpoint's.
+
+        Raises:
+            ValueError: something differs, unless what matches is wanted.
+        """
         stored = {
             key: value for key, value in metadata.state_dict_metadata.items()
             if key.startswith("model.") and self._chosen(key)
         }  # fmt: skip
-        missing, unknown = sorted(everywhere - set(stored)), sorted(set(stored) - everywhere)
-        if missing or unknown:
-            raise ValueError(
-                f"{self.path}: the model has {_named(missing)} that the checkpoint lacks, and the "
-                f"checkpoint has {_named(unknown)} that the model lacks; pass tables=[...] to "
-                "load some tables only"
-            )
-        for key, value in self._state.items():
-            kept = stored[key]
-            there = "an object" if isinstance(kept, BytesStorageMetadata) else list(kept.size)
-            here = list(value.size()) if hasattr(value, "size") else "an object"
-            if there != here:
-                raise ValueError(
-                    f"{key.removeprefix('model.')}: shape {there} in the checkpoint, {here} in the "
-                    "model; configure it as it was saved"
-                )
+        try:
+            return match_state(stored, self._state, everywhere, self._called, strict=self._strict)
+        except ValueError as error:
+            raise ValueError(f"{self.path}: {error}") from error
+
+    def leave_out(self) -> None:
+        """Takes what does not match out of what is read.
+
+        Raises:
+            ValueError: nothing is left.
+        """
+        self.matching.refuse_nothing(self.path)
+        for key in [key for key in self._state if self._called(key) in self.matching.left_out]:
+            del self._state[key]
+            del self._whole[key]
 
     def prepare(self, owned: set[str], ranks: Ranks) -> list[str]:
         """Adds the optimizer state that can be carried over; names what cannot."""
@@ -209,7 +235,9 @@ class _Load:
             # Where other ranks have the parameter, they carry its state over or name it.
             if not self._chosen(f"model.{name}") or (name in owned and name not in self.states):
                 continue
-            record = saved.get(name, NO_OPTIMIZER)
+            if name in self.matching.left_out:  # as its parameter is, which the report says
+                continue
+            record = self._growth.record(name, saved.get(name, NO_OPTIMIZER))
             state = self.states.get(name, ParameterState())
             if state.is_schedule and self._learning_rates == "model":
                 continue
@@ -235,7 +263,7 @@ class _Load:
         self._made.append((state, made))
         for key, value in (state.tensors | made).items():
             if key in record.state:
-                self._state[f"optimizer.{name}.{key}"] = value
+                self._state[f"optimizer.{name}.{key}"] = self._growth.kept(name, value)
 
     def _restored(self) -> list[tuple[str, OptimizerRecord, ParameterState]]:
         """Name, record and state of each parameter whose optimizer is restored; none of parts."""
@@ -245,12 +273,14 @@ class _Load:
         found = [
             (name, self.manifest.optimizers.get(name, NO_OPTIMIZER), state)
             for name, state in self.states.items()
+            if name not in self.matching.left_out
         ]
         rates = self._learning_rates == "checkpoint"
         return [
             (name, record, state)
             for name, record, state in found
-            if dropped_state(record, state) is None and (rates or not state.is_schedule)
+            if dropped_state(self._growth.record(name, record), state) is None
+            and (rates or not state.is_schedule)
         ]
 
     def random_state(self, ranks: Ranks) -> dict[str, Any]:
@@ -283,13 +313,14 @@ class _Load:
     def take_over(self, random: dict[str, Any]) -> None:
         """Hands everything that was read to the model, its optimizers and the process."""
         self._growth.finish()
-        loaded = {key.removeprefix("model."): value for key, value in self._whole.items()}
+        loaded = {_name(key): value for key, value in self._whole.items()}
         for key in loaded:
             read = self._state[f"model.{key}"]
             if not isinstance(read, torch.Tensor) and not hasattr(read, "local_shards"):
                 loaded[key] = read  # extra state of a module is replaced, not written into
         # Parts of a model lack the keys of the rest, and `check` has compared those that count.
-        self.model.load_state_dict(loaded, strict=self._wanted is None)
+        every = self._wanted is None and not self.matching.left_out
+        self.model.load_state_dict(loaded, strict=every)
         for state, made in self._made:
             state.create(made)
         for _, record, state in self._restored():
@@ -297,7 +328,7 @@ class _Load:
         if random:  # not read where only some tables are
             set_random_state(random)
 
-    def report(self, dropped: list[str]) -> LoadReport:
+    def report(self, dropped: list[str], finalized: list[str]) -> LoadReport:
         """What was taken over."""
         return LoadReport(
             path=self.path,
@@ -305,13 +336,18 @@ class _Load:
             schedule=self.manifest.schedule,
             extra=self.manifest.extra,
             world_size=self.manifest.world_size,
-            tables=sorted(self._tables if self._wanted is None else self._wanted),
+            tables=sorted(self.matching.loaded & self._tables.keys()),
             dropped=dropped,
+            finalized=finalized,
+            loaded=sorted(self.matching.loaded),
+            grown=sorted(self.matching.grown),
+            new=sorted(self.matching.new),
+            missing=sorted(self.matching.missing),
+            conflicts=dict(sorted(self.matching.conflicts.items())),
             learning_rates=self._learning_rates,
         )
 
 
-def _named(keys: list[str]) -> str:
-    shown = ", ".join(key.removeprefix("model.") for key in keys[:3])
-    more = f" and {len(keys) - 3} more" if len(keys) > 3 else ""
-    return f"[{shown}{more}]"
+def _name(key: str) -> str:
+    """A name in the model's state dict, of that in the checkpoint."""
+    return key.removeprefix("model.")

@@ -102,7 +102,7 @@ class TorchState(ParameterState):
         )
 
     def unmade(self, record: OptimizerRecord) -> State:
-        """Empty; on the CPU where the optimizer counts its steps there."""
+        """Zeros; on the CPU where the optimizer counts its steps there."""
         # The rule of torch's own load_state_dict, by the flags that the optimizer will have.
         flags = {**self.groups[0], **record.settings}
         steps_on_gpu = flags.get("capturable") or flags.get("fused")
@@ -111,7 +111,8 @@ class TorchState(ParameterState):
             on_cpu = key == "step" and not steps_on_gpu
             dtype = getattr(torch, record.dtypes.get(key, "float32"))
             device = torch.device("cpu") if on_cpu else self.parameter.device
-            out[key] = torch.empty(record.state[key], dtype=dtype, device=device)
+            # Of a table that grew, the checkpoint fills the old rows alone.
+            out[key] = torch.zeros(record.state[key], dtype=dtype, device=device)
         return out
 
     def create(self, made: State) -> None:

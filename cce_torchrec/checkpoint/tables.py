@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import fields
+from dataclasses import fields, replace
 from typing import Any
 
 from torch import nn
 from torchrec.distributed import DistributedModelParallel
 
 from cce_torchrec.checkpoint.manifest import CCETableRecord, TableRecord
+from cce_torchrec.checkpoint.matching import Matching
 from cce_torchrec.config import is_cce
 from cce_torchrec.table import named
 
@@ -77,46 +78,74 @@ def choose_tables(names: Sequence[str], tables: dict[str, TableRecord], argument
     return named(names, tables, argument)
 
 
-def compare_tables(
+def match_tables(
     saved: dict[str, TableRecord],
     current: dict[str, TableRecord],
     wanted: set[str] | None,
     grow: set[str],
-) -> None:
-    """Refuses a checkpoint whose tables do not fit the model's.
+    *,
+    strict: bool,
+) -> Matching:
+    """Which tables of a checkpoint are loaded into which of the model's, and which are not.
 
     Args:
         saved: the checkpoint's.
         current: the model's.
         wanted: the tables that are loaded; None is all, and then both sides have the same.
         grow: tables that may have more ids in the model than in the checkpoint.
+        strict: refuse what does not match; otherwise every table may grow.
 
     Raises:
         ValueError: naming each table, what the checkpoint has and what the model has.
     """
-    wrong: list[str] = []
+    out, wrong = Matching(), []
     remedy = "tables=[...] names it" if wanted else "pass tables=[...] to load some of them"
+    remedy += ", or strict=False to load what matches"
     for name in sorted((set(saved) | set(current)) if wanted is None else wanted):
         if name not in saved:
+            out.new.add(name)
             wrong.append(
                 f"table {name!r}: the model has it, the checkpoint has {sorted(saved)}; {remedy}"
             )
         elif name not in current:
+            out.missing.add(name)
             wrong.append(
                 f"table {name!r}: the checkpoint has it, the model has {sorted(current)}; {remedy}"
             )
         else:
-            found = _differences(saved[name], current[name], name in grow)
+            may_grow = name in grow or (not strict and _can_grow(saved[name], current[name]))
+            found = _differences(saved[name], current[name], may_grow)
             wrong += [f"table {name!r}: {difference}" for difference in found]
-    if wrong:
+            if found:
+                out.conflicts[name] = _conflict(saved[name], current[name])
+            elif current[name].num_embeddings > saved[name].num_embeddings:
+                out.grown.add(name)
+    if wrong and strict:
         raise ValueError("; ".join(wrong))
+    return out
+
+
+def _can_grow(saved: TableRecord, current: TableRecord) -> bool:
+    hashed = isinstance(current, CCETableRecord) and current.hash_ids
+    return current.num_embeddings > saved.num_embeddings and not hashed
+
+
+def _conflict(saved: TableRecord, current: TableRecord) -> str:
+    """Both shapes, and what else differs."""
+    there, here = ([one.num_embeddings, one.embedding_dim] for one in (saved, current))
+    told = [f"shape {there} in the checkpoint, {here} in the model"]
+    if saved.kind != current.kind:
+        return f"{told[0]}; a {saved.kind} table in the checkpoint, a {current.kind} one here"
+    for one in fields(current):
+        before, now = getattr(saved, one.name), getattr(current, one.name)
+        if before != now and one.name not in ("num_embeddings", "embedding_dim"):
+            told.append(f"{one.name} {before} in the checkpoint, {now} in the model")
+    return "; ".join(told)
 
 
 def _differences(saved: TableRecord, current: TableRecord, may_grow: bool) -> list[str]:
     if saved.kind != current.kind:
         return [f"the checkpoint has a {saved.kind} table, the model a {current.kind} one"]
-    if may_grow and not isinstance(current, CCETableRecord):
-        return ["grow needs a CCE table, whose new ids start from their hash; it is plain"]
     if may_grow and isinstance(current, CCETableRecord) and current.hash_ids:
         return ["grow needs ids that stay; with hash_ids a larger table renumbers all raw ids"]
     differing = [
@@ -126,7 +155,31 @@ def _differences(saved: TableRecord, current: TableRecord, may_grow: bool) -> li
     ]
     if may_grow and current.num_embeddings > saved.num_embeddings:
         differing.remove("num_embeddings")
-    return [_difference(name, saved, current) for name in differing]
+    budgets = _budgets(saved, current)
+    if budgets:  # one difference, of which both numbers of rows tell a part
+        differing = [name for name in differing if name not in ("num_rows", "num_helper_rows")]
+    return budgets + [_difference(name, saved, current) for name in differing]
+
+
+def _budgets(saved: TableRecord, current: TableRecord) -> list[str]:
+    """What differs where one side is finalized, and has its rows in main alone."""
+    if not (isinstance(saved, CCETableRecord) and isinstance(current, CCETableRecord)):
+        return []
+    here, helper = current.num_rows, current.num_helper_rows
+    there, saved_helper = saved.num_rows, saved.num_helper_rows
+    if not saved_helper and helper and there != here + helper:
+        return [
+            f"the checkpoint has it finalized, with num_rows {there}, and the model has num_rows "
+            f"{here} and num_helper_rows {helper}, which are {here + helper} once finalized; "
+            f"configure the table as it was saved: the two make up {there}"
+        ]
+    if not helper and saved_helper and there + saved_helper == here:
+        return [
+            f"the model has it finalized, with num_rows {here}, and the checkpoint has num_rows "
+            f"{there} and num_helper_rows {saved_helper}; build the model anew, as it was before "
+            "`finalize`"
+        ]
+    return []
 
 
 def _difference(field: str, saved: TableRecord, current: TableRecord) -> str:
@@ -136,16 +189,21 @@ def _difference(field: str, saved: TableRecord, current: TableRecord) -> str:
     if field == "learned_codes":
         lacks = "model" if before else "checkpoint"
         return f"the {lacks} has no codes, the other side has; {remedy}"
-    if field == "num_rows" and _is_finalized(saved, current):
-        remedy += ", by config.finalized()"
-    if field == "num_embeddings" and isinstance(current, CCETableRecord) and now > before:
-        remedy += f", or pass grow=[{current.name!r}]: new ids then start from their hash"
+    if field == "num_embeddings" and now > before:
+        new = "ids then start from their hash" if saved.kind == "CCE" else "rows stay as they are"
+        remedy += f", or pass grow=[{current.name!r}]: new {new}"
     return f"{field} is {before} in the checkpoint, {now} in the model; {remedy}"
 
 
-def _is_finalized(saved: TableRecord, current: TableRecord) -> bool:
+def is_finalized(saved: TableRecord, current: TableRecord) -> bool:
     """Whether main has in `saved` the rows that main and helper have in `current`."""
     if not (isinstance(saved, CCETableRecord) and isinstance(current, CCETableRecord)):
         return False
+    if not (current.learned_codes and current.num_helper_rows):
+        return False
+    if not (saved.num_embeddings == current.num_embeddings or _can_grow(saved, current)):
+        return False
     rows = current.num_rows + current.num_helper_rows
-    return (saved.num_rows, saved.num_helper_rows) == (rows, 0)
+    ids = current.num_embeddings
+    # All else has to agree: a table that is not loaded stays as it is.
+    return replace(saved, num_embeddings=ids) == replace(current, num_rows=rows, num_helper_rows=0)

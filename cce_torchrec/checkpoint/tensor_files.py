@@ -35,6 +35,7 @@ from torch.futures import Future
 from cce_torchrec.checkpoint.location import write, write_whole
 from cce_torchrec.checkpoint.manifest import Fingerprint
 from cce_torchrec.checkpoint.plain import plain
+from cce_torchrec.checkpoint.renamed import with_names
 from cce_torchrec.checkpoint.tensor_index import DTYPES, INDEX, Place, read_index
 
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
@@ -191,10 +192,13 @@ class TensorReader(StorageReader):
     Args:
         checkpoint: its folder.
         files: those that the manifest names; others are not opened.
+        weights: what the model calls weights that have another name in the checkpoint.
     """
 
-    def __init__(self, checkpoint: Path, files: dict[str, Fingerprint]) -> None:
-        self._checkpoint, self._files = checkpoint, files
+    def __init__(
+        self, checkpoint: Path, files: dict[str, Fingerprint], weights: dict[str, str]
+    ) -> None:
+        self._checkpoint, self._files, self._weights = checkpoint, files, weights
         self._metadata = Metadata({})
 
     def reset(self, checkpoint_id: Any = None) -> None:
@@ -211,7 +215,7 @@ class TensorReader(StorageReader):
         Raises:
             ValueError: naming the tensor of which the index says what cannot be.
         """
-        return read_index(self._checkpoint, self._files)
+        return with_names(read_index(self._checkpoint, self._files), self._weights)
 
     def set_up_storage_reader(
         self, metadata: Metadata, is_coordinator: bool, *args: Any, **kwargs: Any

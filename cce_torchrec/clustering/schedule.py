@@ -24,6 +24,17 @@ class ClusteringSchedule:
         """Whether to cluster after step `step`."""
         return step in self.steps or (self.interval > 0 and step % self.interval == 0)
 
+    def is_last(self, step: int, total_steps: int) -> bool:
+        """Whether the clustering after step `step` is the last of a run of `total_steps` steps.
+
+        `finalize` takes the place of `cluster` there. It is False where none is due after `step`,
+        so a schedule that never clusters has no last one.
+        """
+        if not (self.due(step) and step <= total_steps):
+            return False
+        latest = total_steps - total_steps % self.interval if self.interval else 0
+        return step == max([latest, *(one for one in self.steps if one <= total_steps)])
+
     @classmethod
     def evenly(
         cls, total_steps: int, clusterings: int = 18, until: float = 0.9

@@ -48,12 +48,12 @@ class ChunkCodes(nn.Module):
         codes = hashed_codes(config, chunks, device, ids) if config.learned_codes else None
         self.register_buffer("codes", codes)
         self.register_buffer("clusterings", torch.zeros((), dtype=torch.int64, device=device))
-        # Not persistent, as a load compares it with the table and never takes it over.
-        helper = torch.tensor(config.helper_rows, dtype=torch.int64, device=device)
-        self.register_buffer("num_helper_rows", helper, persistent=False)
         self.seen: torch.Tensor | None
         bits = no_seen_ids(len(self.ids), device) if config.track_seen else None
         self.register_buffer("seen", bits)
+        # By which a load tells main from helper rows: codebooks have both in one tensor.
+        helper = torch.tensor(config.helper_rows, dtype=torch.int64, device=device)
+        self.register_buffer("num_helper_rows", helper)
         self._counted: tuple[Written, int] | None = None
         self._hashes: dict[tuple[int, torch.device], torch.Tensor] = {}
 

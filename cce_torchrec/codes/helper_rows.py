@@ -7,7 +7,7 @@ numbers of all tables, whatever chunks it holds, and before anything is written.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Container, Iterable, Iterator
 from typing import Any
 
 import torch
@@ -33,18 +33,30 @@ def save_helper_rows(
 
 
 def check_helper_rows(
-    configs: Iterable[EmbeddingBagConfig], state: dict[str, Any], prefix: str, missing: list[str]
+    configs: Iterable[EmbeddingBagConfig],
+    state: dict[str, Any],
+    prefix: str,
+    held: Container[str],
+    missing: list[str],
 ) -> None:
-    """Takes the numbers out of `state`; those that are not there become `missing` keys.
+    """Compares the numbers in `state` with the tables.
+
+    Args:
+        configs: the tables of a collection.
+        state: what is about to be loaded.
+        prefix: of the collection's keys in it.
+        held: tables that have the buffer on this rank. The numbers of others are taken out, as
+            torch would call them unexpected; those that are not there become `missing` keys.
+        missing: keys that torch will miss.
 
     Raises:
         ValueError: a table whose rows are divided otherwise, naming it and both numbers.
     """
     for key, config in _keys(configs, prefix):
-        # Taken out: no buffer has this name, and torch would call it unexpected.
-        found = state.pop(key, None)
+        here = config.name in held
+        found = state.get(key) if here else state.pop(key, None)
         if found is None:
-            missing.append(key)
+            missing += [] if here else [key]  # of its own buffers torch sees it itself
         elif not found.is_meta and int(found) != config.helper_rows:
             raise ValueError(
                 f"table {config.name!r}: the checkpoint has {int(found)} helper rows, the model "

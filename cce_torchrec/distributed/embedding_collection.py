@@ -41,6 +41,7 @@ from cce_torchrec.modules.embedding_collection import (
     bags_of_one,
     check_one_batch_size,
     sequences,
+    take_old_names_of_sequences,
     with_current_configs,
 )
 from cce_torchrec.torchrec_internals import (
@@ -126,6 +127,7 @@ class ShardedCCEEmbeddingCollection(
             module.bags, params, env, device, append_prefix(module_fqn or "", "bags")
         )
         self.bags.checked.check_variable_batch()  # every batch is one: embeddings return one an id
+        self.register_load_state_dict_pre_hook(take_old_names_of_sequences)
         self._lookups = lookups_of(self.bags)
         self._input_dists += input_dists(self.bags)
         self._has_uninitialized_input_dist = False

@@ -25,6 +25,7 @@ from cce_torchrec.codes.storage import code_dtype
 from cce_torchrec.config import CCEEmbeddingBagConfig
 from cce_torchrec.distributed.id_partition import IdPartition
 from cce_torchrec.distributed.table_placement import TablePlacement
+from cce_torchrec.modules.old_names import take_old_names
 from cce_torchrec.table import Table
 from cce_torchrec.torchrec_internals import (
     Shard,
@@ -181,7 +182,8 @@ class CodesState:
                 f"tables {[table.name for table in self._tables]}: sharded lookups do not take "
                 "weights from load_state_dict(assign=True); leave assign out, and they are copied"
             )
-        check_helper_rows(self._compressed, state, prefix, missing=rest[2])
+        take_old_names([table.config for table in self._tables], state, prefix)
+        check_helper_rows(self._compressed, state, prefix, held=set(self._codes), missing=rest[2])
         self._refuse_codes_of_others(state, prefix)
         for config in self._sharded_tables():
             key = codes_key(prefix, config.name)

@@ -34,6 +34,7 @@ from cce_torchrec.lookup.inputs import InputCheck
 from cce_torchrec.lookup.output import LogicalOutput, divides_by_length, tensor_of
 from cce_torchrec.lookup.pending import PendingLookup
 from cce_torchrec.lookup.table_lookup import TableLookup
+from cce_torchrec.modules.old_names import take_old_names
 from cce_torchrec.modules.quantization import ChecksNames
 from cce_torchrec.modules.table_modules import TableModules
 from cce_torchrec.table import physical_feature, physical_table, tables_of
@@ -188,7 +189,9 @@ def _save_helper_rows(
 def _check_helper_rows(
     module: CCEEmbeddingBagCollection, state: dict[str, Any], prefix: str, *rest: Any
 ) -> None:
-    check_helper_rows(module.embedding_bag_configs(), state, prefix, missing=rest[2])
+    configs = module.embedding_bag_configs()
+    take_old_names(configs, state, prefix)
+    check_helper_rows(configs, state, prefix, held=set(module.codes), missing=rest[2])
 
 
 def physical_configs(config: EmbeddingBagConfig, is_weighted: bool) -> list[EmbeddingBagConfig]:

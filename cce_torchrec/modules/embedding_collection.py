@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import fields
+from typing import Any
 
 import torch
 from fbgemm_gpu.split_table_batched_embeddings_ops_common import BoundsCheckMode
@@ -28,6 +29,7 @@ from cce_torchrec.modules.embedding_bag_collection import (
     select_slots,
     with_features,
 )
+from cce_torchrec.modules.old_names import take_old_names
 
 
 class CCEEmbeddingCollection(EmbeddingCollectionInterface):
@@ -66,6 +68,8 @@ class CCEEmbeddingCollection(EmbeddingCollectionInterface):
         self.bags = CCEEmbeddingBagCollection(
             [_with_bags(table) for table in tables], device, False, bounds_check_mode
         )
+
+        self.register_load_state_dict_pre_hook(take_old_names_of_sequences)
 
     def forward(self, features: KeyedJaggedTensor) -> dict[str, JaggedTensor]:
         """Embeddings of the ids of `features`; nothing of `features` is written to.
@@ -126,6 +130,14 @@ class CCEEmbeddingCollection(EmbeddingCollectionInterface):
     def reset_parameters(self) -> None:
         """Fresh codebooks, and codes back at their hash."""
         self.bags.reset_parameters()
+
+
+# A function, as torch marks the hooks that it is given, which methods do not allow.
+def take_old_names_of_sequences(
+    module: Any, state: dict[str, Any], prefix: str, *rest: Any
+) -> None:
+    """Renames what an `EmbeddingCollection` calls otherwise; `module` may be sharded."""
+    take_old_names(module.bags.embedding_bag_configs(), state, f"{prefix}bags.")
 
 
 def with_current_configs(

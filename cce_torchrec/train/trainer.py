@@ -12,16 +12,21 @@ from typing import TypeVar
 
 import torch
 import torch.distributed as dist
+from torchrec.modules.embedding_configs import EmbeddingBagConfig
 from tqdm import tqdm
 
 from cce_torchrec import data
-from cce_torchrec.checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint
-from cce_torchrec.checkpoint.folder import read_manifest
+from cce_torchrec.checkpoint import (
+    checkpoint_info,
+    latest_checkpoint,
+    load_checkpoint,
+    save_checkpoint,
+)
 from cce_torchrec.checkpoint.location import location
 from cce_torchrec.checkpoint.pending import finish_pending
 from cce_torchrec.clustering import ClusteringSchedule, cluster, finalize
 from cce_torchrec.collectives import Ranks, agree, gather
-from cce_torchrec.config import is_cce
+from cce_torchrec.distributed.embedding_bag_collection import ShardedCCEEmbeddingBagCollection
 from cce_torchrec.metrics import auc, log_loss
 from cce_torchrec.train import options, pipelines
 from cce_torchrec.train.job import Batch, build
@@ -52,12 +57,12 @@ class Trainer:
         # Here and not by load_checkpoint, whose errors name shapes of tables and no options.
         latest = _latest(self.checkpoints) if args.resume else None
         if latest is not None:
-            saved = read_manifest(latest).extra or {}
+            saved = checkpoint_info(latest).extra or {}
             options.check_same(saved.get("settings", {}), options.lasting(args), latest)
         torch.manual_seed(args.seed)
         # A dot product of embeddings near zero has no gradient; DLRM's dense part has its own.
         init_bound = args.embedding_dim**-0.5 if args.model == "gmf" else None
-        self.configs = tables(
+        configs = tables(
             self.dataset,
             method=args.method,
             dim=args.embedding_dim,
@@ -69,13 +74,10 @@ class Trainer:
         self.steps = max(1, len(self.dataset.train) // args.batch_size)
         """Optimizer steps per epoch."""
         self.schedule = ClusteringSchedule.evenly(self.steps * args.epochs, args.clusterings)
-        # The tables have other rows by then, and a checkpoint fits only those that it was saved of.
-        if args.finalize and args.resume and self._past_last_clustering():
-            self._finalize_configs()
         dense_features = self.dataset.train.dense.shape[1]
         self.model, self.optimizer = build(
             args,
-            self.configs,
+            configs,
             dense_features,
             device,
             self.rank,
@@ -106,7 +108,7 @@ class Trainer:
         examples = self.steps * min(args.batch_size, len(self.dataset.train)) * args.epochs
         _on_first_rank(
             lambda: self.records.write_summary(
-                args, self.configs, examples, self.world_size, str(self.device)
+                args, self._configs(), examples, self.world_size, str(self.device)
             )
         )
 
@@ -133,24 +135,20 @@ class Trainer:
                 self._save()
         bar.close()
 
+    def _configs(self) -> list[EmbeddingBagConfig]:
+        """The tables as they are now: finalized ones have other rows than they started with."""
+        return [
+            config
+            for module in self.model.modules()
+            if isinstance(module, ShardedCCEEmbeddingBagCollection)
+            for config in module.embedding_bag_configs()
+        ]
+
     def _cluster(self) -> None:
         limit = self.args.clustering_memory
-        if not (self.args.finalize and self.step == max(self.schedule.steps)):
-            self.records.clustered(cluster(self.model, memory_limit=limit))
-            return
-        self.records.clustered(finalize(self.model, memory_limit=limit))
-        self._finalize_configs()
-
-    def _past_last_clustering(self) -> bool:
-        """Whether the checkpoint to resume from was written after the model was finalized."""
-        latest, steps = _latest(self.checkpoints), self.schedule.steps
-        return bool(steps) and latest is not None and read_manifest(latest).step >= max(steps)
-
-    def _finalize_configs(self) -> None:
-        self.configs = [
-            config.finalized() if is_cce(config) and config.learned_codes else config
-            for config in self.configs
-        ]
+        last = self.schedule.is_last(self.step, self.steps * self.args.epochs)
+        clustered = finalize if self.args.finalize and last else cluster
+        self.records.clustered(clustered(self.model, memory_limit=limit))
 
     def _losses(self, epoch: int, done: int) -> Iterator[torch.Tensor]:
         """Trains on the batches of an epoch from the `done`-th on; yields after each step.

@@ -1,7 +1,6 @@
 """Tables of a checkpoint against those of a model."""
 
 import copy
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -9,10 +8,9 @@ from torch import nn
 
 from cce_torchrec import CCEEmbeddingBagCollection, CCEEmbeddingBagConfig
 from cce_torchrec.checkpoint import load_checkpoint, save_checkpoint
-from cce_torchrec.clustering import ClusteringSchedule, finalize
+from cce_torchrec.clustering import finalize
 from cce_torchrec.distributed.state_dict import CodesState, Part
 from cce_torchrec.distributed.table_placement import TablePlacement
-from cce_torchrec.train.trainer import Trainer
 
 
 def raw(**kwargs):
@@ -81,22 +79,10 @@ def test_finalized_state_loads_into_the_finalized_table_alone():
     raw().load_state_dict(state, strict=False)
 
 
-def test_a_finalized_checkpoint_names_its_configuration(tmp_path):
-    table = raw()
-    finalize(table)
-    save_checkpoint(tmp_path, table, step=1)
-    with pytest.raises(ValueError, match=r"num_rows is 20 in .*as it was saved, by config\.final"):
-        load_checkpoint(tmp_path, raw())
+def test_a_table_that_the_checkpoint_lacks_is_named(tmp_path):
+    save_checkpoint(tmp_path, raw(), step=1)
     with pytest.raises(ValueError, match=r"table 'u': the model has .*; tables=\[...\] names it"):
         load_checkpoint(tmp_path, raw(name="u"), tables=["u"])
-
-
-@pytest.mark.parametrize(("clusterings", "past"), [(0, False), (2, True), (5, False)])
-def test_a_run_is_finalized_from_its_last_clustering_on(tmp_path, clusterings, past):
-    save_checkpoint(tmp_path, raw(), step=3)
-    schedule = ClusteringSchedule(steps=frozenset(range(1, clusterings + 1)))
-    run = SimpleNamespace(checkpoints=tmp_path, schedule=schedule)
-    assert Trainer._past_last_clustering(run) is past
 
 
 def test_shards_name_the_device_that_holds_them(monkeypatch):
