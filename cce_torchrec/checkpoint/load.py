@@ -23,12 +23,7 @@ from cce_torchrec.checkpoint.format_2 import Format2Plans, Format2Reader
 from cce_torchrec.checkpoint.grow import Growth
 from cce_torchrec.checkpoint.load_report import LoadReport
 from cce_torchrec.checkpoint.location import location
-from cce_torchrec.checkpoint.manifest import (
-    FORMAT,
-    NO_OPTIMIZER,
-    Manifest,
-    OptimizerRecord,
-)
+from cce_torchrec.checkpoint.manifest import FORMAT, NO_OPTIMIZER, Manifest, OptimizerRecord
 from cce_torchrec.checkpoint.matching import Matching, match_state
 from cce_torchrec.checkpoint.optimizers import optimizer_states
 from cce_torchrec.checkpoint.parameter_state import (
