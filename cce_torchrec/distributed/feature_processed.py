@@ -7,7 +7,6 @@ weights with the rows, so their gradients are those of TorchRec's kernels.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
 
 import torch
 from torch import nn
@@ -36,15 +35,22 @@ class ShardedFeatureProcessedCCE(ShardedFeatureProcessedEmbeddingBagCollection):
 
 
 class FeatureProcessedSharder(FeatureProcessedEmbeddingBagCollectionSharder):
-    """TorchRec's sharder, which hands CCE collections to `CCEEmbeddingBagCollectionSharder`."""
+    """TorchRec's sharder, which hands CCE collections to `CCEEmbeddingBagCollectionSharder`.
+
+    Args:
+        ebc_sharder: that of CCE collections, where it is not one by default.
+        qcomm_codecs_registry: of the outputs of all collections.
+    """
 
     def __init__(
         self,
-        fused_params: dict[str, Any] | None = None,
+        ebc_sharder: CCEEmbeddingBagCollectionSharder | None = None,
         qcomm_codecs_registry: dict[str, QuantizedCommCodecs] | None = None,
     ) -> None:
         super().__init__(qcomm_codecs_registry=qcomm_codecs_registry)
-        self._cce_sharder = CCEEmbeddingBagCollectionSharder(fused_params, qcomm_codecs_registry)
+        self._cce_sharder = ebc_sharder or CCEEmbeddingBagCollectionSharder(
+            None, qcomm_codecs_registry
+        )
 
     def shard(
         self,

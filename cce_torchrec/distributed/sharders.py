@@ -17,10 +17,11 @@ def get_default_sharders(
     qcomm_codecs_registry: dict[str, QuantizedCommCodecs] | None = None,
 ) -> list[Any]:
     """TorchRec's default sharders, and ours for CCE collections."""
+    bags = CCEEmbeddingBagCollectionSharder(fused_params, qcomm_codecs_registry)
     ours: list[Any] = [
-        CCEEmbeddingBagCollectionSharder(fused_params, qcomm_codecs_registry),
+        bags,
         CCEEmbeddingCollectionSharder(fused_params, qcomm_codecs_registry),
-        FeatureProcessedSharder(fused_params, qcomm_codecs_registry),
+        FeatureProcessedSharder(bags, qcomm_codecs_registry),
     ]
     taken = {sharder.module_type for sharder in ours}
     return [*ours, *(s for s in torchrec_sharders() if s.module_type not in taken)]

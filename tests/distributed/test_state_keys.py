@@ -1,12 +1,18 @@
 """What a sharded model has in common with TorchRec's: state-dict keys, features by default."""
 
+from unittest import mock
+
 import pytest
 import torch
 import torch.distributed as dist
 from torchrec import KeyedJaggedTensor
+from torchrec.modules.feature_processor_ import PositionWeightedModule
+from torchrec.modules.fp_embedding_modules import FeatureProcessedEmbeddingBagCollection
 
 from cce_torchrec import CCEEmbeddingBagConfig, finalize
+from cce_torchrec.distributed.embedding_bag_sharder import CCEEmbeddingBagCollectionSharder
 from cce_torchrec.distributed.embedding_collection import CCEEmbeddingCollectionSharder
+from cce_torchrec.distributed.feature_processed import FeatureProcessedSharder
 from tests.support.models import SUM, Model, Net, SequenceNet, collection, shard, tables
 from tests.support.ranks import on_ranks
 
@@ -47,6 +53,16 @@ def test_with_dense_layers(rank, world_size, net):
 
 def test_the_sharder_of_sequences_takes_what_torchrecs_does():
     assert CCEEmbeddingCollectionSharder({}, None, use_index_dedup=True).fused_params == {}
+
+
+def test_the_sharder_of_feature_processors_takes_what_torchrecs_does():
+    bags = CCEEmbeddingBagCollectionSharder({"learning_rate": 0.5})
+    model = FeatureProcessedEmbeddingBagCollection(
+        collection(tables(SUM), is_weighted=True),
+        {name: PositionWeightedModule(3) for name in "fgh"},
+    )
+    with mock.patch.object(bags, "shardable_parameters", return_value={"asked": None}):
+        assert FeatureProcessedSharder(bags).shardable_parameters(model) == {"asked": None}
 
 
 @on_ranks(1)

@@ -41,7 +41,6 @@ GROUPS = {
         "distributed/tests/test_qcomms_embedding_modules.py",
         "distributed/tests/test_init_parameters.py",
         "distributed/tests/test_apply_optim_per_param.py",
-        "distributed/tests/test_dynamic_sharding.py",
         "distributed/composable/tests/test_ddp.py",
         "distributed/composable/tests/test_embeddingbag.py",
         "distributed/composable/tests/test_fused_optim.py",

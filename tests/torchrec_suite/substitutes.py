@@ -8,7 +8,8 @@ from functools import partial
 from typing import Any
 
 import torch
-from torchrec.distributed import model_parallel
+import torchrec.modules.embedding_modules as torchrec_modules
+from torchrec.distributed import model_parallel, sharding_plan
 from torchrec.modules.embedding_configs import (
     BaseEmbeddingConfig,
     EmbeddingBagConfig,
@@ -17,7 +18,7 @@ from torchrec.modules.embedding_configs import (
 
 from cce_torchrec.codes import chunk_codes
 from cce_torchrec.codes.storage import pack
-from cce_torchrec.config import CCEEmbeddingBagConfig, code_dtype
+from cce_torchrec.config import CCEEmbeddingBagConfig, code_dtype, is_cce
 from cce_torchrec.distributed.embedding_bag_collection import ShardedCCEEmbeddingBagCollection
 from cce_torchrec.distributed.embedding_bag_sharder import CCEEmbeddingBagCollectionSharder
 from cce_torchrec.distributed.embedding_collection import (
@@ -28,6 +29,7 @@ from cce_torchrec.distributed.feature_processed import FeatureProcessedSharder
 from cce_torchrec.distributed.sharders import get_default_sharders
 from cce_torchrec.modules.embedding_bag_collection import CCEEmbeddingBagCollection
 from cce_torchrec.modules.embedding_collection import CCEEmbeddingCollection
+from cce_torchrec.table import physical_table
 
 __all__ = [
     "EmbeddingBagCollection",
@@ -57,8 +59,9 @@ def identity_codes(
 
 
 chunk_codes.hashed_codes = identity_codes
-# For tests that leave the sharders to DistributedModelParallel.
+# For tests that leave the sharders to TorchRec.
 model_parallel.get_default_sharders = get_default_sharders
+sharding_plan.get_default_sharders = get_default_sharders
 
 
 def identity(config: BaseEmbeddingConfig) -> BaseEmbeddingConfig:
@@ -76,6 +79,28 @@ def identity(config: BaseEmbeddingConfig) -> BaseEmbeddingConfig:
         num_chunks=config.embedding_dim // CHUNK_DIM,
         **kept,
     )
+
+
+def with_weights_of(plain: Any, tables: Sequence[BaseEmbeddingConfig], made: Any) -> Any:
+    """The CCE collection `made` with the weights of a plain one, drawn as TorchRec does.
+
+    Args:
+        plain: TorchRec's collection of the same tables.
+        tables: their identity configurations.
+        made: a CCE collection of these.
+    """
+    given = plain.embedding_bags if hasattr(plain, "embedding_bags") else plain.embeddings
+    own = made.embedding_bags if hasattr(made, "embedding_bags") else made.embeddings
+    for table in tables:
+        if given[table.name].weight.is_meta:
+            continue
+        chunks = range(table.num_chunks) if is_cce(table) else ()
+        names = [physical_table(table.name, chunk) for chunk in chunks] or [table.name]
+        with torch.no_grad():
+            parts = given[table.name].weight.chunk(len(names), dim=1)
+            for name, part in zip(names, parts, strict=True):
+                own[name].weight.copy_(part)
+    return made
 
 
 class _StandsFor(type):
@@ -102,7 +127,10 @@ class EmbeddingBagCollection(metaclass=_StandsFor):
         device: torch.device | None = None,
     ) -> Any:
         """The collection."""
-        return cls.made([identity(table) for table in tables], device, is_weighted)
+        plain = torchrec_modules.EmbeddingBagCollection(tables, is_weighted, device)
+        configs = [identity(table) for table in tables]
+        with torch.random.fork_rng(devices=[]):
+            return with_weights_of(plain, configs, cls.made(configs, device, is_weighted))
 
 
 class EmbeddingCollection(metaclass=_StandsFor):
@@ -117,7 +145,10 @@ class EmbeddingCollection(metaclass=_StandsFor):
         need_indices: bool = False,
     ) -> Any:
         """The collection."""
-        return cls.made([identity(table) for table in tables], device, need_indices)
+        plain = torchrec_modules.EmbeddingCollection(tables, device, need_indices)
+        configs = [identity(table) for table in tables]
+        with torch.random.fork_rng(devices=[]):
+            return with_weights_of(plain, configs, cls.made(configs, device, need_indices))
 
 
 EmbeddingBagCollectionSharder = CCEEmbeddingBagCollectionSharder
