@@ -55,6 +55,14 @@ class Batch(Pipelineable):
         return Batch(self.dense.pin_memory(), self.ids.pin_memory(), self.labels.pin_memory())
 
 
+@torch.fx.wrap  # pipelines trace the model, and what depends on sizes is not to be looked into
+def mean_loss(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """Mean binary cross-entropy of logits and labels [B], both float32; 0 where B is 0."""
+    # A rank's share of a small batch may be empty, and a mean of nothing is no number.
+    reduction = "mean" if len(labels) else "sum"
+    return nn.functional.binary_cross_entropy_with_logits(logits, labels, reduction=reduction)
+
+
 class WithLoss(nn.Module):
     """(loss, (loss, logits)) of a batch, as TorchRec's pipelines expect it."""
 
@@ -65,11 +73,7 @@ class WithLoss(nn.Module):
     def forward(self, batch: Batch) -> tuple[torch.Tensor, tuple[torch.Tensor, torch.Tensor]]:
         """Mean binary cross-entropy (0 of no example), to be trained on, then detached outputs."""
         logits = self.logits(batch.dense, batch.ids)
-        # A rank's share of a small batch may be empty, and a mean of nothing is no number.
-        reduction = "mean" if len(batch.labels) else "sum"
-        loss = nn.functional.binary_cross_entropy_with_logits(
-            logits, batch.labels, reduction=reduction
-        )
+        loss = mean_loss(logits, batch.labels)
         return loss, (loss.detach(), logits.detach())
 
 

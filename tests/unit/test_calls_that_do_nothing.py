@@ -74,16 +74,6 @@ def bags(**kwargs):
     return EmbeddingBagCollection(tables=[EmbeddingBagConfig(**{**shape, **kwargs})])
 
 
-def test_compress_model_names_the_sequences_that_it_passes_over():
-    model = torch.nn.ModuleDict({"bags": bags(), "rows": sequence("item")})
-    report = compress_model(model, compression=50, verbose=False)
-    reasons = {t.name: t.reason for t in report.tables}
-    assert reasons["user"] == "" and "build a CCEEmbeddingCollection" in reasons["item"]
-    for given in (dict(tables=["item"]), dict(min_bytes=1 << 30)):
-        with pytest.raises(ValueError, match=r"item.*in an EmbeddingCollection, which stays"):
-            compress_model(model, compression=50, **given)
-
-
 @pytest.mark.parametrize(
     ("shape", "why"),
     [
