@@ -27,6 +27,8 @@ from cce_torchrec.collectives import from_first_rank
 from cce_torchrec.config import CCEEmbeddingBagConfig, is_cce
 from cce_torchrec.distributed.sharders import get_default_sharders
 from cce_torchrec.modules.embedding_bag_collection import CCEEmbeddingBagCollection
+from cce_torchrec.planning.columns import ColumnsAlike, worth_splitting
+from cce_torchrec.planning.proposer import proposers
 from cce_torchrec.planning.storage import CodeStorageEstimator
 from cce_torchrec.table import logical_table
 
@@ -75,22 +77,13 @@ def _reservation(dense_bytes: int) -> _Reservation:
 
 
 def _constraints(
-    table: EmbeddingBagConfig,
-    kind: str,
-    named: str | None,
-    topology: Topology,
-    kernels: list[str] | None,
+    table: EmbeddingBagConfig, kind: str, kernels: list[str] | None
 ) -> ParameterConstraints:
-    """Where one table may go; `named`: as the caller says of this one."""
-    if named == "dp":
+    """Where one table may go."""
+    if kind == "dp":
         return ParameterConstraints(sharding_types=[ShardingType.DATA_PARALLEL.value])
     if not is_cce(table):
-        return ParameterConstraints(sharding_types=_KINDS[named or "tw"], compute_kernels=kernels)
-    kind = named or kind
-    if kind == "rw" and not table.learned_codes:
-        kind = "tw"  # nothing of it grows with its ids
-    elif kind == "auto" and _too_large(table, topology):
-        kind = "rw"
+        return ParameterConstraints(sharding_types=_KINDS[kind], compute_kernels=kernels)
     return ParameterConstraints(
         sharding_types=_KINDS[kind],
         compute_kernels=kernels,
@@ -100,12 +93,30 @@ def _constraints(
     )
 
 
+def _room(topology: Topology) -> float:
+    """Bytes of a rank for tables."""
+    storage = topology.devices[0].storage
+    return (1 - _RESERVED) * (storage.hbm if topology.compute_device == "cuda" else storage.ddr)
+
+
 def _too_large(table: CCEEmbeddingBagConfig, topology: Topology) -> bool:
     """Whether some rank could not hold its codes if the chunks were spread."""
-    storage = topology.devices[0].storage
-    room = (1 - _RESERVED) * (storage.hbm if topology.compute_device == "cuda" else storage.ddr)
     chunks = -(-table.num_chunks // topology.world_size)
-    return table.code_bytes * chunks // table.num_chunks > room
+    return table.code_bytes * chunks // table.num_chunks > _room(topology)
+
+
+def _kinds(tables: Sequence[EmbeddingBagConfig], kind: str, topology: Topology) -> dict[str, str]:
+    """The kind that each table may be of, where the caller names none for it."""
+    out = {table.name: kind if is_cce(table) else "tw" for table in tables}
+    split = worth_splitting(tables, topology.world_size, _room(topology))
+    for table in filter(is_cce, tables):
+        if kind == "rw" and not table.learned_codes:
+            out[table.name] = "tw"  # nothing of it grows with its ids
+        elif kind == "auto" and _too_large(table, topology):
+            out[table.name] = "rw"
+        elif kind == "auto" and table.name not in split:
+            out[table.name] = "tw"
+    return out
 
 
 def _check_names(tables: Sequence[EmbeddingBagConfig], **given: Collection[str]) -> None:
@@ -165,9 +176,8 @@ def make_planner(
     topology = _topology(world_size, device, memory_bytes)
     named = dict.fromkeys(row_wise, "rw") | dict.fromkeys(data_parallel, "dp")
     kernels = None if unified_memory or device.type != "cuda" else _IN_DEVICE_MEMORY
-    constraints = {
-        t.name: _constraints(t, kind, named.get(t.name), topology, kernels) for t in tables
-    }
+    kinds = _kinds(tables, kind, topology) | named
+    constraints = {t.name: _constraints(t, kinds[t.name], kernels) for t in tables}
     per_rank = max(1, batch_size // world_size)
     return EmbeddingShardingPlanner(
         topology=topology,
@@ -177,11 +187,12 @@ def make_planner(
             batch_size=per_rank,
             constraints=constraints,
             estimator=[
-                EmbeddingPerfEstimator(topology=topology, constraints=constraints),
+                ColumnsAlike(EmbeddingPerfEstimator(topology=topology, constraints=constraints)),
                 EmbeddingStorageEstimator(topology=topology, constraints=constraints),
                 CodeStorageEstimator(topology, tables),  # last: it adds to what the others say
             ],
         ),
+        proposer=proposers(len(tables)),
         storage_reservation=_reservation(dense_bytes),
         constraints=constraints,
     )
