@@ -70,6 +70,7 @@ class BatchForm:
         ids, bags = features.values(), features.lengths()
         if ids.dtype == self.ids and bags.dtype == self.bags:
             return features
+        # This cast alone can lose something: all others widen.
         if self.ids == torch.int32 and ids.dtype == torch.int64 and ids.numel():
             low, high = (int(bound) for bound in ids.aminmax())
             if low < _SHORT.min or high > _SHORT.max:

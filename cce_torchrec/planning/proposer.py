@@ -94,6 +94,7 @@ class SplitProposer(Proposer):
         if perf_rating is not None:
             self._no_better = 0 if perf_rating < self._best else self._no_better + 1
             self._best = min(self._best, perf_rating)
+        # What does not fit needs room first, whatever its time is.
         order = self._order if partitionable else Order.LARGEST
         movable = [
             table
@@ -101,7 +102,7 @@ class SplitProposer(Proposer):
             if self._chosen[table] + 1 < len(self._options[table])
         ]
         if not movable or self._no_better == _PATIENCE:
-            self._chosen = {}
+            self._chosen = {}  # then `propose` gives None, by which planners know the end
             return
         for table in movable[: max(1, len(self._chosen) // _STEPS)]:
             self._chosen[table] += 1
