@@ -45,6 +45,12 @@ class CCEEmbeddingBagCollectionSharder(BaseEmbeddingSharder[CCEEmbeddingBagColle
         self._ebc_sharder = EmbeddingBagCollectionSharder(
             fused_params=fused_params, qcomm_codecs_registry=qcomm_codecs_registry
         )
+        self.offers_row_wise = False
+        """Whether planners on CPUs may cut tables by rows, which TorchRec offers on GPUs alone.
+
+        A planner takes what it is offered for all tables, and its estimate knows nothing of the
+        codes that are fetched. `make_planner` offers it for the tables that are to be cut.
+        """
 
     def shard(
         self,
@@ -85,9 +91,10 @@ class CCEEmbeddingBagCollectionSharder(BaseEmbeddingSharder[CCEEmbeddingBagColle
         return out
 
     def sharding_types(self, compute_device_type: str) -> list[str]:
-        """Those that place whole codebooks; ROW_WISE, which cuts codes only, on a CPU too."""
-        # TorchRec offers ROW_WISE on GPUs alone.
-        types = {*super().sharding_types(compute_device_type), ShardingType.ROW_WISE.value}
+        """Of those that TorchRec offers for its own collection, what places whole codebooks."""
+        types = super().sharding_types(compute_device_type)
+        if self.offers_row_wise:
+            types = [*types, ShardingType.ROW_WISE.value]
         return [kind for kind in SUPPORTED if kind in types]
 
     @property

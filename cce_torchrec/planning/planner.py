@@ -19,12 +19,13 @@ from torchrec.distributed.planner.shard_estimators import (
     EmbeddingStorageEstimator,
 )
 from torchrec.distributed.planner.storage_reservations import HeuristicalStorageReservation
-from torchrec.distributed.planner.types import ParameterConstraints
-from torchrec.distributed.types import ShardingPlan, ShardingType
+from torchrec.distributed.planner.types import ParameterConstraints, ShardingOption
+from torchrec.distributed.types import ModuleSharder, ShardingPlan, ShardingType
 from torchrec.modules.embedding_configs import EmbeddingBagConfig
 
 from cce_torchrec.collectives import from_first_rank
 from cce_torchrec.config import CCEEmbeddingBagConfig, is_cce
+from cce_torchrec.distributed.embedding_bag_sharder import CCEEmbeddingBagCollectionSharder
 from cce_torchrec.distributed.sharders import get_default_sharders
 from cce_torchrec.modules.embedding_bag_collection import CCEEmbeddingBagCollection
 from cce_torchrec.planning.columns import ColumnsAlike, worth_splitting
@@ -74,6 +75,24 @@ def _reservation(dense_bytes: int) -> _Reservation:
     with warnings.catch_warnings():  # that its guess of the dense size is wrong; we give ours
         warnings.simplefilter("ignore", FutureWarning)
         return _Reservation(percentage=_RESERVED, dense_tensor_estimate=dense_bytes)
+
+
+class _Enumerator(EmbeddingEnumerator):
+    """Offers ROW_WISE on CPUs too; which table may be cut is in the constraints."""
+
+    def enumerate(
+        self, module: nn.Module, sharders: list[ModuleSharder[nn.Module]]
+    ) -> list[ShardingOption]:
+        """The forms that each table of `module` may have."""
+        return super().enumerate(module, [_offering_row_wise(sharder) for sharder in sharders])
+
+
+def _offering_row_wise(sharder: Any) -> Any:
+    if not isinstance(sharder, CCEEmbeddingBagCollectionSharder):
+        return sharder
+    sharder = copy.copy(sharder)  # the caller's offers what it did, to planners without constraints
+    sharder.offers_row_wise = True
+    return sharder
 
 
 def _constraints(
@@ -182,7 +201,7 @@ def make_planner(
     return EmbeddingShardingPlanner(
         topology=topology,
         batch_size=per_rank,
-        enumerator=EmbeddingEnumerator(
+        enumerator=_Enumerator(
             topology=topology,
             batch_size=per_rank,
             constraints=constraints,
