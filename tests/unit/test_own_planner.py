@@ -10,11 +10,10 @@ from torch import nn
 from torchrec import EmbeddingBagCollection
 from torchrec.distributed.planner import EmbeddingShardingPlanner, Topology
 from torchrec.distributed.planner.types import ParameterConstraints
-from torchrec.distributed.sharding_plan import get_default_sharders
 from torchrec.modules.embedding_configs import EmbeddingBagConfig
 from torchrec.optim.apply_optimizer_in_backward import apply_optimizer_in_backward
 
-from cce_torchrec import CCEEmbeddingBagCollection, CCEEmbeddingBagConfig
+from cce_torchrec import CCEEmbeddingBagCollection, CCEEmbeddingBagConfig, get_default_sharders
 from cce_torchrec.planning import make_planner
 
 CPU = torch.device("cpu")
