@@ -2,6 +2,8 @@
 
     python -m tests.torchrec_suite --source TREE [--groups sequences ...] [--json FILE]
 
+TorchRec's tests want the package parameterized.
+
 Ends with 1 if a test passes with TorchRec's collections, fails with CCE ones, and no exception of
 exceptions.py says why.
 """
