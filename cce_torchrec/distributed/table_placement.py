@@ -41,7 +41,11 @@ class TablePlacement:
         """
         missing = [c.name for c in configs if c.name not in params]
         if missing:
-            raise ValueError(f"the plan has no entry for tables {missing}; it has {sorted(params)}")
+            raise ValueError(
+                f"the plan has no entry for tables {missing} of the collection; it has "
+                f"{sorted(params)}. Make the plan of the model as it is now, by make_plan or a "
+                "planner with sharders=cce_torchrec.get_default_sharders()"
+            )
         compressed = [c for c in configs if is_cce(c)]
         by_rows = {c.name for c in configs if is_row_wise(params[c.name])}
         data_parallel = {c.name for c in configs if is_data_parallel(params[c.name])}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Hashable, Sequence
 from typing import Any
 
 import torch
@@ -23,7 +23,7 @@ from torchrec.distributed.planner.types import ParameterConstraints, ShardingOpt
 from torchrec.distributed.types import ModuleSharder, ShardingPlan, ShardingType
 from torchrec.modules.embedding_configs import EmbeddingBagConfig
 
-from cce_torchrec.collectives import from_first_rank
+from cce_torchrec.collectives import from_first_rank, ranks_of_call, same_task
 from cce_torchrec.config import CCEEmbeddingBagConfig, is_cce
 from cce_torchrec.distributed.embedding_bag_sharder import CCEEmbeddingBagCollectionSharder
 from cce_torchrec.distributed.sharders import get_default_sharders
@@ -234,9 +234,36 @@ def make_plan(
     See `make_planner` for the arguments.
 
     Raises:
-        ValueError: a table of the model's CCE collections that is not in `tables`.
+        ValueError: on every rank, if a table of the model's CCE collections is not in `tables`,
+            arguments contradict each other, or those of one rank differ from another's.
         PlannerError: on every rank, if the tables do not fit.
     """
+    options: dict[str, Any] = {
+        "kind": kind,
+        "batch_size": batch_size,
+        "memory_bytes": memory_bytes,
+        "data_parallel": sorted(data_parallel),
+        "row_wise": sorted(row_wise),
+        "unified_memory": unified_memory,
+    }
+
+    def prepared() -> tuple[EmbeddingShardingPlanner, Hashable]:
+        _check_model(model, tables, {*data_parallel, *row_wise})
+        dense = max(1, 6 * _dense_bytes(model, tables))  # gradients and Adam's moments, with room
+        planner = make_planner(tables, dist.get_world_size(), device, dense_bytes=dense, **options)
+        shapes = [f"{t.name} [{t.num_embeddings}, {t.embedding_dim}]" for t in tables]
+        return planner, (device.type, str(options), str(shapes))
+
+    what = "device, options and tables of make_plan"
+    planner = same_task(prepared, what, ranks_of_call(None))
+    # TorchRec's collective_plan leaves the other ranks waiting where the first one fails.
+    return from_first_rank(lambda: planner.plan(model, get_default_sharders()))
+
+
+def _check_model(
+    model: nn.Module, tables: Sequence[EmbeddingBagConfig], named: Collection[str]
+) -> None:
+    """Refuses `tables` that leave some of the model out, and `named` ones that it has not."""
     names = {table.name for table in tables}
     collections = [m for m in model.modules() if isinstance(m, CCEEmbeddingBagCollection)]
     in_model = {t.name for collection in collections for t in collection.embedding_bag_configs()}
@@ -249,28 +276,19 @@ def make_plan(
     parts = {
         logical_table(part) for name, _ in model.named_parameters() for part in name.split(".")
     }
-    absent = sorted(({*data_parallel, *row_wise} & names) - parts)
+    absent = sorted({*named} & names - parts)
     if absent:
         raise ValueError(
             f"data_parallel or row_wise names {absent}, of which the model has no parameters; "
             "leave out what it does not have"
         )
-    dense = sum(
+
+
+def _dense_bytes(model: nn.Module, tables: Sequence[EmbeddingBagConfig]) -> int:
+    """Bytes of the parameters of `model` that are none of its `tables`."""
+    names = {table.name for table in tables}
+    return sum(
         parameter.numel() * parameter.element_size()
         for name, parameter in model.named_parameters()
         if not names & {logical_table(part) for part in name.split(".")}
     )
-    planner = make_planner(
-        tables,
-        dist.get_world_size(),
-        device,
-        kind,
-        batch_size=batch_size,
-        memory_bytes=memory_bytes,
-        dense_bytes=max(1, 6 * dense),  # gradients and Adam's moments, with room
-        data_parallel=data_parallel,
-        row_wise=row_wise,
-        unified_memory=unified_memory,
-    )
-    # TorchRec's collective_plan leaves the other ranks waiting where the first one fails.
-    return from_first_rank(lambda: planner.plan(model, get_default_sharders()))

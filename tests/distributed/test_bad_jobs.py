@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import time
 from functools import partial
 from unittest import mock
@@ -129,3 +130,40 @@ def test_sharders_of_torchrec_alone(rank, world_size):
 def test_tables_that_do_not_fit(rank, world_size):
     with pytest.raises(PlannerError):
         make_plan(usual(), tables(SUM), CPU, "cw", memory_bytes=10_000)
+
+
+@on_ranks(2)
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        ({"row_wise": ["t"], "data_parallel": ["t"]}, r"\['t'\] are in data_parallel and in row_w"),
+        ({"kind": "gs"}, r"unknown plan 'gs'; choose one of"),
+        ({"kind": "cw"}, r"disagree about \(device, options and tables of make_plan\).*'auto'"),
+        ({"batch_size": 64}, r"'batch_size': 512.*'batch_size': 64"),
+        ({"row_wise": ["x"]}, r"row_wise names \['x'\]"),
+    ],
+)
+def test_a_plan_by_options_of_one_rank(rank, world_size, options, says):
+    """Told to rank 1 alone, and refused on both."""
+    with pytest.raises(ValueError, match=says):
+        make_plan(usual(), tables(SUM), CPU, **(options if rank else {}))
+
+
+@on_ranks(2)
+def test_a_plan_by_tables_of_which_one_is_missing(rank, world_size):
+    with pytest.raises(ValueError, match=r"tables \['t'\] are in the model, but not among"):
+        make_plan(usual(), tables(SUM)[rank:], CPU)
+
+
+@on_ranks(2)
+@pytest.mark.parametrize("left_out", [["t"], ["p"], ["t", "u"]])
+def test_a_plan_that_leaves_tables_out(rank, world_size, left_out):
+    model = usual()
+    plan = make_plan(model, tables(SUM), CPU, "tw")
+    for table in left_out:
+        del plan.plan["collection"][table]
+    says = (
+        rf"no entry for tables {re.escape(str(left_out))} of the .* it has \[.*\. Make the plan of"
+    )
+    with pytest.raises(ValueError, match=says):
+        shard_by(plan, model)
