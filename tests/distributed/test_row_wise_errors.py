@@ -16,7 +16,11 @@ from torchrec.modules.embedding_configs import EmbeddingConfig, PoolingType
 from torchrec.modules.feature_processor_ import PositionWeightedModule
 from torchrec.modules.fp_embedding_modules import FeatureProcessedEmbeddingBagCollection
 
-from cce_torchrec import CCEEmbeddingBagConfig, CCEEmbeddingCollection
+from cce_torchrec import (
+    CCEEmbeddingBagCollection,
+    CCEEmbeddingBagConfig,
+    CCEEmbeddingCollection,
+)
 from cce_torchrec.checkpoint import load_checkpoint, save_checkpoint
 from cce_torchrec.clustering import cluster, pairs
 from cce_torchrec.clustering.id_passes import ChunkIds, NewCodes
@@ -151,7 +155,9 @@ def test_hashed_tables(rank, world_size):
     planner = EmbeddingShardingPlanner(
         constraints={"u": ParameterConstraints(sharding_types=["row_wise"])}
     )
-    plan = planner.collective_plan(model, get_default_sharders(), dist.group.WORLD)
+    sharders = get_default_sharders()
+    next(s for s in sharders if s.module_type is CCEEmbeddingBagCollection).offers_row_wise = True
+    plan = planner.collective_plan(model, sharders, dist.group.WORLD)
     report = plan_report(model, plan, world_size)
     model = shard_by(plan, model)
     sharded = model.module.collection
