@@ -28,7 +28,7 @@ if TYPE_CHECKING:  # what `__getattr__` finds, for type checkers and editors
     from cce_torchrec.config import CCEEmbeddingBagConfig
     from cce_torchrec.data import even_batches
     from cce_torchrec.distributed.process_group import end_process_group, start_process_group
-    from cce_torchrec.distributed.sharders import get_default_sharders
+    from cce_torchrec.distributed.sharders import get_default_sharders, register_sharders
     from cce_torchrec.modules.compress import compress_model
     from cce_torchrec.modules.embedding_bag_collection import CCEEmbeddingBagCollection
     from cce_torchrec.modules.embedding_collection import CCEEmbeddingCollection
@@ -39,7 +39,7 @@ _MODULES = {
     "modules.embedding_bag_collection": ["CCEEmbeddingBagCollection"],
     "modules.embedding_collection": ["CCEEmbeddingCollection"],
     "modules.compress": ["compress_model"],
-    "distributed.sharders": ["get_default_sharders"],
+    "distributed.sharders": ["get_default_sharders", "register_sharders"],
     "distributed.process_group": ["end_process_group", "start_process_group"],
     "data": ["even_batches"],
     "planning": ["make_plan", "plan_report", "tables_for_memory"],
@@ -75,6 +75,7 @@ __all__ = [
     "load_checkpoint",
     "make_plan",
     "plan_report",
+    "register_sharders",
     "save_checkpoint",
     "start_process_group",
     "tables_for_memory",

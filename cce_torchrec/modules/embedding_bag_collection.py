@@ -36,6 +36,7 @@ from cce_torchrec.lookup.pending import PendingLookup
 from cce_torchrec.lookup.table_lookup import TableLookup
 from cce_torchrec.modules.old_names import take_old_names
 from cce_torchrec.modules.quantization import ChecksNames
+from cce_torchrec.modules.sharder_hint import HOW_TO_SHARD, NamesItsSharder
 from cce_torchrec.modules.table_modules import TableModules
 from cce_torchrec.table import physical_feature, physical_table, tables_of
 
@@ -44,7 +45,9 @@ logger = logging.getLogger(__name__)
 Config = TypeVar("Config", bound=BaseEmbeddingConfig)
 
 
-class CCEEmbeddingBagCollection(ChecksNames, EmbeddingBagCollectionInterface):
+class CCEEmbeddingBagCollection(
+    ChecksNames, EmbeddingBagCollectionInterface, metaclass=NamesItsSharder
+):
     """Pooled embeddings of CCE and plain tables, as `EmbeddingBagCollection` returns them.
 
     Called with a KeyedJaggedTensor that holds (at least) the configured features, returns a
@@ -114,15 +117,27 @@ class CCEEmbeddingBagCollection(ChecksNames, EmbeddingBagCollectionInterface):
         return lookups
 
     def __setattr__(self, name: str, value: object) -> None:
-        # DistributedModelParallel without our sharders looks inside, and finds a TorchRec module.
-        if name == "embedding_bag_collection" and isinstance(value, ShardedModule):
+        self._refuse_sharded_inside(value)
+        super().__setattr__(name, value)  # type: ignore[arg-type]  # torch types modules alone
+
+    def add_module(self, name: str, module: nn.Module | None) -> None:
+        """As torch has it; refuses a sharded collection in the place of the chunks.
+
+        Raises:
+            ValueError: saying what to give TorchRec.
+        """
+        self._refuse_sharded_inside(module)
+        super().add_module(name, module)
+
+    def _refuse_sharded_inside(self, value: object) -> None:
+        # TorchRec without our sharders looks inside, and finds a module of its own: in
+        # DistributedModelParallel, which sets attributes, and in shard_modules, which adds modules.
+        if isinstance(value, ShardedModule):
             raise ValueError(
                 f"tables {[table.name for table in self.tables]}: the chunks inside a "
-                "CCEEmbeddingBagCollection were about to be sharded without their codes; give "
-                "DistributedModelParallel "
-                "sharders=cce_torchrec.distributed.sharders.get_default_sharders()"
+                "CCEEmbeddingBagCollection were about to be sharded without their codes; "
+                f"{HOW_TO_SHARD}"
             )
-        super().__setattr__(name, value)  # type: ignore[arg-type]  # torch types modules alone
 
     def forward(self, features: KeyedJaggedTensor) -> KeyedTensor:
         """Pooled embeddings of `features`; nothing of `features` is written to.

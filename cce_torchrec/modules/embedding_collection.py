@@ -30,9 +30,10 @@ from cce_torchrec.modules.embedding_bag_collection import (
     with_features,
 )
 from cce_torchrec.modules.old_names import take_old_names
+from cce_torchrec.modules.sharder_hint import NamesItsSharder
 
 
-class CCEEmbeddingCollection(EmbeddingCollectionInterface):
+class CCEEmbeddingCollection(EmbeddingCollectionInterface, metaclass=NamesItsSharder):
     """Embeddings of every id of CCE and plain tables, as `EmbeddingCollection` returns them.
 
     Called with a KeyedJaggedTensor, returns a dictionary from feature name (`feature@table` where

@@ -11,7 +11,6 @@ import pytest
 import torch
 import torch.distributed as dist
 from torchrec.distributed.planner.types import PlannerError
-from torchrec.distributed.sharding_plan import get_default_sharders as without_ours
 
 from cce_torchrec import collectives
 from cce_torchrec.checkpoint import load_checkpoint, save_checkpoint
@@ -114,16 +113,6 @@ def test_a_plan_of_more_ranks(rank, world_size):
     plan = make_planner(tables(SUM), 4, CPU, "cw").plan(model, get_default_sharders())
     with pytest.raises(ValueError, match=r"the plan puts it on rank 3, the job has 2 ranks"):
         shard_by(plan, model)
-
-
-@on_ranks(2)
-def test_sharders_of_torchrec_alone(rank, world_size):
-    model = usual()
-    plan = make_plan(model, tables(SUM), CPU, "cw")
-    with pytest.raises(KeyError, match="CCEEmbeddingBagCollection"):  # TorchRec's own
-        shard_by(plan, model, without_ours())
-    with pytest.raises(ValueError, match=r"sharded without their codes; give .* sharders="):
-        shard_by(None, model, without_ours())
 
 
 @on_ranks(2)

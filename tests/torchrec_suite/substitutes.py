@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 import torchrec.modules.embedding_modules as torchrec_modules
-from torchrec.distributed import model_parallel, sharding_plan
 from torchrec.modules.embedding_configs import (
     BaseEmbeddingConfig,
     EmbeddingBagConfig,
@@ -26,7 +25,7 @@ from cce_torchrec.distributed.embedding_collection import (
     ShardedCCEEmbeddingCollection,
 )
 from cce_torchrec.distributed.feature_processed import FeatureProcessedSharder
-from cce_torchrec.distributed.sharders import get_default_sharders
+from cce_torchrec.distributed.sharders import get_default_sharders, register_sharders
 from cce_torchrec.modules.embedding_bag_collection import CCEEmbeddingBagCollection
 from cce_torchrec.modules.embedding_collection import CCEEmbeddingCollection
 from cce_torchrec.table import physical_table
@@ -59,9 +58,7 @@ def identity_codes(
 
 
 chunk_codes.hashed_codes = identity_codes
-# For tests that leave the sharders to TorchRec.
-model_parallel.get_default_sharders = get_default_sharders
-sharding_plan.get_default_sharders = get_default_sharders
+register_sharders()  # for tests that leave the sharders to TorchRec
 
 
 def identity(config: BaseEmbeddingConfig) -> BaseEmbeddingConfig:
