@@ -34,6 +34,7 @@ from cce_torchrec.lookup.inputs import InputCheck
 from cce_torchrec.lookup.output import LogicalOutput, divides_by_length, tensor_of
 from cce_torchrec.lookup.pending import PendingLookup
 from cce_torchrec.lookup.table_lookup import TableLookup
+from cce_torchrec.modules.foreign_state import refuse_foreign_state
 from cce_torchrec.modules.old_names import take_old_names
 from cce_torchrec.modules.quantization import ChecksNames
 from cce_torchrec.modules.sharder_hint import HOW_TO_SHARD, NamesItsSharder
@@ -104,7 +105,7 @@ class CCEEmbeddingBagCollection(
         self.input_check = InputCheck(self.output.slots, is_weighted)
         self.expansion = Expansion(self._table_lookups(), self.output.slots, names)
         self.register_state_dict_post_hook(_save_helper_rows)
-        self.register_load_state_dict_pre_hook(_check_helper_rows)
+        self.register_load_state_dict_pre_hook(_check_state)
 
     def _table_lookups(self) -> list[TableLookup]:
         lookups, position = [], 0
@@ -201,11 +202,12 @@ def _save_helper_rows(
     save_helper_rows(module.embedding_bag_configs(), state, prefix)
 
 
-def _check_helper_rows(
+def _check_state(
     module: CCEEmbeddingBagCollection, state: dict[str, Any], prefix: str, *rest: Any
 ) -> None:
     configs = module.embedding_bag_configs()
     take_old_names(configs, state, prefix)
+    refuse_foreign_state(configs, state, prefix)
     check_helper_rows(configs, state, prefix, held=set(module.codes), missing=rest[2])
 
 
