@@ -66,6 +66,7 @@ def _refuse_shapes(
     for name, shape in expected.items():
         if name not in state:
             continue
+        # Of a ShardedTensor or DTensor it is the size of the whole, on every rank.
         found = list(state[name].size()) if isinstance(state[name], torch.Tensor) else []
         if found == shape:
             continue

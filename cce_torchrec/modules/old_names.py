@@ -68,6 +68,7 @@ def _tell_of_full_weight(
 ) -> None:
     for name in old_names(prefix, config.name):
         if name in state:
+            # No error: a state dict of before is what a job starts from when it adopts CCE.
             logger.warning(
                 "table %r: the state dict has its full weight (%r), which a compressed table "
                 "(num_rows=%d, num_chunks=%d) does not take; load_state_dict(strict=False) loads "
