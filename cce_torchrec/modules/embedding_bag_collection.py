@@ -39,6 +39,7 @@ from cce_torchrec.modules.old_names import take_old_names
 from cce_torchrec.modules.quantization import ChecksNames
 from cce_torchrec.modules.sharder_hint import HOW_TO_SHARD, NamesItsSharder
 from cce_torchrec.modules.table_modules import TableModules
+from cce_torchrec.spans import span
 from cce_torchrec.table import physical_feature, physical_table, tables_of
 
 logger = logging.getLogger(__name__)
@@ -147,14 +148,18 @@ class CCEEmbeddingBagCollection(
             ValueError: a missing feature, missing weights, lengths, offsets, batch sizes or inverse
                 indices that do not fit, or an id out of bounds in FATAL mode.
         """
-        features = self.input_check(features)
+        with span("input_check"):
+            features = self.input_check(features)
         divisor = self.output.divisor(features)
         slots = select_slots(features, [slot.feature for slot in self.output.slots])
         slots.length_per_key()  # TorchRec's own collection asks for it, and then the rows are known
-        rows = self.expansion(slots, self.bounds_check, features.inverse_indices_or_none())
-        pooled = self.embedding_bag_collection(rows)
+        with span("expand"):
+            rows = self.expansion(slots, self.bounds_check, features.inverse_indices_or_none())
+        with span("lookup"):
+            pooled = self.embedding_bag_collection(rows)
         self.refuse_late_gradients([pooled.values()])
-        return self.output.assemble(pooled.values(), self._columns, divisor)
+        with span("output"):
+            return self.output.assemble(pooled.values(), self._columns, divisor)
 
     def refuse_late_gradients(self, outputs: Iterable[torch.Tensor]) -> None:
         """Has the gradient of a lookup's `outputs` refused if codes change before it comes."""
