@@ -5,8 +5,8 @@ python -m benchmarks.plan_time [--quick] [--json FILE]
 Three contenders take turns, each in a process of its own that is ended after ten minutes, and the
 seconds are of its CPU: TorchRec's planner with its own search over plain tables; `make_planner`
 over the same plain tables, each whole on a rank, of which there is one plan to look at; and
-`make_planner` over CCE tables with `kind="auto"`. Jobs grow until TorchRec's planner is ended. The
-goal is at most twice the time of the plain tables for 400 tables on 8 ranks.
+`make_planner` over CCE tables with `kind="auto"`. The goal is at most twice the time of the plain
+tables for 400 tables on 8 ranks.
 """
 
 from __future__ import annotations
@@ -44,8 +44,10 @@ MEMORY = 1 << 40
 """Bytes of a rank: all tables fit, so that the search is for time alone."""
 REPEATS = 5
 """Plans of one process, of which the median counts; fewer where they take longer than 10 s."""
+LONG = 60
+"""Seconds from which on a planner has one turn."""
 LIMIT = 600
-"""Seconds after which a planner is ended."""
+"""Seconds after which a planner is ended, and not asked for larger jobs."""
 
 
 def tables(count: int, compressed: bool, most_ids: int = 10**7) -> list[EmbeddingBagConfig]:
@@ -112,20 +114,19 @@ def timed(contender: str, ranks: int, count: int, limit: float) -> dict[str, Any
     return found
 
 
-def measure(ranks: int, count: int, turns: int) -> dict[str, Any]:
-    """One job: the median seconds of each contender, and the ratios."""
-    out: dict[str, Any] = {"ranks": ranks, "tables": count}
-    rounds: dict[str, list[dict[str, Any] | None]] = {name: [] for name in CONTENDERS}
+def measure(ranks: int, count: int, turns: int, contenders: list[str]) -> dict[str, Any]:
+    """One job: what each of `contenders` found, with its median seconds; None if it was ended."""
+    rounds: dict[str, list[dict[str, Any] | None]] = {name: [] for name in contenders}
     for _ in range(turns):
-        for name in CONTENDERS:
-            if None not in rounds[name]:
-                rounds[name].append(timed(name, ranks, count, LIMIT))
+        for runs, name in zip(rounds.values(), contenders, strict=True):
+            if not runs or (runs[-1] is not None and runs[-1]["seconds"] < LONG):
+                runs.append(timed(name, ranks, count, LIMIT))
+    out: dict[str, Any] = {"ranks": ranks, "tables": count, **dict.fromkeys(CONTENDERS)}
     for name, runs in rounds.items():
         found = [run for run in runs if run is not None]
-        if len(found) < len(runs):
-            out[name] = None
-            continue
-        out[name] = {**found[0], "seconds": statistics.median(run["seconds"] for run in found)}
+        if len(found) == len(runs):
+            seconds = [run["seconds"] for run in found]
+            out[name] = {**found[0], "seconds": statistics.median(seconds), "turns": seconds}
     return out
 
 
@@ -149,18 +150,18 @@ def main() -> None:
     args = parser.parse_args()
     print(f"| ranks | tables | {' | '.join(CONTENDERS)} | CCE / plain |")
     print("| --- | --- | --- | --- | --- | --- |")
-    results = []
+    results: list[dict[str, Any]] = []
+    record = {
+        "device": device_name(CPU), "versions": installed_versions(), "turns": args.turns,
+        "repeats": REPEATS, "memory_bytes": MEMORY, "limit_seconds": LIMIT, "results": results,
+    }  # fmt: skip
+    left = CONTENDERS
     for ranks, count in [(2, 10)] if args.quick else JOBS:
-        results.append(measure(ranks, count, 1 if args.quick else args.turns))
+        results.append(measure(ranks, count, 1 if args.quick else args.turns, left))
         print(line(results[-1]), flush=True)
-        if results[-1]["TorchRec"] is None:
-            break
-    if args.json:
-        record = {
-            "device": device_name(CPU), "versions": installed_versions(), "turns": args.turns,
-            "repeats": REPEATS, "memory_bytes": MEMORY, "limit_seconds": LIMIT, "results": results,
-        }  # fmt: skip
-        args.json.write_text(json.dumps(record, indent=1) + "\n")
+        left = [name for name in left if results[-1][name] is not None]
+        if args.json:
+            args.json.write_text(json.dumps(record, indent=1) + "\n")
 
 
 if __name__ == "__main__":
