@@ -63,5 +63,5 @@ def finalize(
             if append_prefix(path, table.name) in paths:
                 table.finalize()
         for name in module.codes:
-            local_codes(module.codes, name).count_helper_rows()
+            local_codes(module.codes, name).follow_table()
     return report

@@ -100,23 +100,21 @@ def uncached(model: nn.Module) -> Iterator[None]:
     _wait_for_all_streams()
 
 
-def clear_gradients(model: nn.Module, clustered: Container[int]) -> None:
+def clear_gradients(model: nn.Module, clustered: Container[str]) -> None:
     """Zeroes what gradients of unsharded and data-parallel tables have added up.
 
     A job that accumulates them over several batches would step rows of other ids by them. Where
     the step comes after `optimizer.step()`, they have been used.
 
     Args:
-        clustered: ids (Python's) of the codes of the tables that were.
+        clustered: the tables that were, with the paths of their collections.
     """
-    for module in model.modules():
-        if not isinstance(module, CCEEmbeddingBagCollection | ShardedCCEEmbeddingBagCollection):
-            continue
+    for path, module in cce_collections(model):
         bags = module.embedding_bag_collection.embedding_bags
         for name, codes in module.codes.items():
             assert isinstance(codes, ChunkCodes)
             names = [physical_table(name, chunk) for chunk in codes.chunks]
-            for physical in names if id(codes) in clustered else []:
+            for physical in names if append_prefix(path, name) in clustered else []:
                 if physical in bags and bags[physical].weight.grad is not None:
                     bags[physical].weight.grad.zero_()
 

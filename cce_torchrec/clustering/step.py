@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Collection, Hashable, Iterable, Mapping
+from collections.abc import Collection, Container, Hashable, Mapping
 from dataclasses import dataclass, replace
 
 import torch
 import torch.distributed as dist
 from torch import nn
+from torchrec.distributed.utils import append_prefix
 
 from cce_torchrec.clustering import replicas
 from cce_torchrec.clustering.choice import fixed_tables, left_alone
 from cce_torchrec.clustering.chunk_state import ChunkState
+from cce_torchrec.clustering.collections import cce_collections
 from cce_torchrec.clustering.limits import least_free_share, memory
 from cce_torchrec.clustering.local_chunks import (
     check_no_lookup_pending,
@@ -26,6 +28,7 @@ from cce_torchrec.clustering.plan import Plan, task_of
 from cce_torchrec.clustering.report import ChunkReport, ClusteringReport, report_of
 from cce_torchrec.clustering.task import ChunkKey, Task
 from cce_torchrec.clustering.work import Done, Work, wider_codes
+from cce_torchrec.codes.chunk_codes import local_codes
 from cce_torchrec.collectives import agree, check_backend, gather, meet, ranks_of_call
 from cce_torchrec.distributed.embedding_bag_collection import ShardedCCEEmbeddingBagCollection
 from cce_torchrec.gpu.usable import usable
@@ -141,10 +144,11 @@ def _run(
     with wider_codes(states, group):
         done = work.solve()
     work.commit(done)
-    _begin_next_round(model, mine.values())
+    paths = {task.path for task in plan.tasks.values()}
+    _begin_next_round(model, paths)
     chunks = _reports(done, mine, group)
     report = ClusteringReport(chunks, time.perf_counter() - began, peak_bytes, left)
-    return report, {task.path for task in plan.tasks.values()}
+    return report, paths
 
 
 def _reports(
@@ -158,18 +162,19 @@ def _reports(
     return [everyone[key] for key in sorted(everyone)]
 
 
-def _begin_next_round(model: nn.Module, states: Iterable[ChunkState]) -> None:
-    """New hashes for the helper rows, no id seen yet, and lookups and gradients so far are old."""
-    clustered = {id(state.codes): state.codes for state in states}
+def _begin_next_round(model: nn.Module, clustered: Container[str]) -> None:
+    """New hashes for the helper rows, no id seen yet, and lookups and gradients so far are old.
+
+    Also of tables of which this rank has no chunk: a late gradient is refused on all ranks.
+    """
     clear_gradients(model, clustered)
-    for codes in clustered.values():
-        codes.set_clusterings(codes.num_clusterings + 1)  # and so another helper hash
-        if codes.seen is not None:
-            codes.seen.zero_()
-    # Also of collections of which this rank has nothing: a late gradient is refused on all ranks.
-    for module in model.modules():
-        if isinstance(module, ShardedCCEEmbeddingBagCollection):
-            module.pending.overtake()
+    for path, module in cce_collections(model):
+        for name in module.codes:
+            if append_prefix(path, name) in clustered:
+                codes = local_codes(module.codes, name)
+                codes.set_clusterings(codes.num_clusterings + 1)  # and so another helper hash
+                if codes.seen is not None:
+                    codes.seen.zero_()
 
 
 @dataclass(frozen=True)

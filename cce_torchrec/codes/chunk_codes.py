@@ -10,6 +10,7 @@ from torch import nn
 
 from cce_torchrec.codes.hashing import code_hash, hash_rows, helper_hash, helper_hashes
 from cce_torchrec.codes.storage import (
+    converted,
     hashed_codes,
     in_rows,
     in_whole_words,
@@ -17,13 +18,13 @@ from cce_torchrec.codes.storage import (
     read_codes,
 )
 from cce_torchrec.codes.written import Written
-from cce_torchrec.config import CCEEmbeddingBagConfig
+from cce_torchrec.config import CCEEmbeddingBagConfig, code_dtype
 from cce_torchrec.table import Table
 from cce_torchrec.torchrec_internals import buffers_of
 
 
 class ChunkCodes(nn.Module):
-    """Codes and hashes of some chunks of one CCE table, of all its ids or a block of them.
+    """Codes and hashes of some chunks of one CCE table, or none, of all its ids or a block of them.
 
     Buffers: `codes` [len(ids), len(chunks)] (absent where codes are not learned), `clusterings`,
     an int64 scalar from which the helper's hash follows, with `track_seen` the bits `seen`, and the
@@ -87,9 +88,13 @@ class ChunkCodes(nn.Module):
         """Sets the number of clusterings, and so the helper's hash."""
         self.clusterings.fill_(rounds)
 
-    def count_helper_rows(self) -> None:
-        """Has the buffer `num_helper_rows` say what the table's configuration does."""
+    def follow_table(self) -> None:
+        """Has the number of helper rows and the type of codes be as the table is configured now."""
         self.get_buffer("num_helper_rows").fill_(self.config.helper_rows)
+        dtype = code_dtype(self.config.num_rows)
+        # A step that finalizes widens the codes of chunks; what is left is a buffer of none.
+        if self.codes is not None and self.codes.dtype != dtype:
+            self.codes = converted(self.codes, dtype)
 
     def set_codes(self, codes: torch.Tensor) -> None:
         """Takes `codes` [len(ids), len(chunks)] for its own."""
@@ -122,7 +127,7 @@ class ChunkCodes(nn.Module):
         if self.codes is not None:
             self.codes.copy_(hashed_codes(self.config, self.chunks, self.codes.device, self.ids))
         self.set_clusterings(0)
-        self.count_helper_rows()
+        self.follow_table()
         if self.seen is not None:
             self.seen.zero_()
 
@@ -206,14 +211,14 @@ class ChunkCodes(nn.Module):
 
 
 def codes_of(codes: nn.ModuleDict, table: str) -> ChunkCodes | None:
-    """The codes of `table` in `codes`, None for a plain table or one of another rank."""
+    """The codes of `table` in `codes`, None for a plain table."""
     found = codes[table] if table in codes else None  # noqa: SIM401  # ModuleDict.get is untyped
     assert found is None or isinstance(found, ChunkCodes)
     return found
 
 
 def local_codes(codes: nn.ModuleDict, table: str) -> ChunkCodes:
-    """The codes of `table`, a CCE table of which this rank has some."""
+    """The codes of `table`, a CCE table."""
     found = codes[table]
     assert isinstance(found, ChunkCodes)
     return found

@@ -7,7 +7,7 @@ numbers of all tables, whatever chunks it holds, and before anything is written.
 
 from __future__ import annotations
 
-from collections.abc import Container, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
@@ -33,31 +33,16 @@ def save_helper_rows(
 
 
 def check_helper_rows(
-    configs: Iterable[EmbeddingBagConfig],
-    state: dict[str, Any],
-    prefix: str,
-    held: Container[str],
-    missing: list[str],
+    configs: Iterable[EmbeddingBagConfig], state: dict[str, Any], prefix: str
 ) -> None:
-    """Compares the numbers in `state` with the tables.
-
-    Args:
-        configs: the tables of a collection.
-        state: what is about to be loaded.
-        prefix: of the collection's keys in it.
-        held: tables that have the buffer on this rank. The numbers of others are taken out, as
-            torch would call them unexpected; those that are not there become `missing` keys.
-        missing: keys that torch will miss.
+    """Compares the numbers in `state`, which is about to be loaded, with the tables.
 
     Raises:
         ValueError: a table whose rows are divided otherwise, naming it and both numbers.
     """
     for key, config in _keys(configs, prefix):
-        here = config.name in held
-        found = state.get(key) if here else state.pop(key, None)
-        if found is None:
-            missing += [] if here else [key]  # of its own buffers torch sees it itself
-        elif not found.is_meta and int(found) != config.helper_rows:
+        found = state.get(key)
+        if found is not None and not found.is_meta and int(found) != config.helper_rows:
             raise ValueError(
                 f"table {config.name!r}: the checkpoint has {int(found)} helper rows, the model "
                 f"{config.helper_rows}; configure num_rows and num_helper_rows as it was saved, "

@@ -118,12 +118,7 @@ class BatchCheck:
         Raises:
             ValueError: naming the tables that are in the way.
         """
-        if self._device.type == "cpu" and self._frozen:
-            raise ValueError(
-                f"tables {sorted(self._frozen)} are frozen and others are not, and FBGEMM's CPU "
-                "kernels take sequences and a batch size per feature in one kernel only; freeze "
-                "all tables of the collection or none, or give the frozen ones a collection"
-            )
+        self.check_partly_frozen()
         why = "data-parallel, for which TorchRec has no"
         tables, by_rows = self._placement.data_parallel, self._placement.plain_row_wise
         if not tables and by_rows and backend_of(self._device, self._group) == "gloo":
@@ -132,4 +127,17 @@ class BatchCheck:
             raise ValueError(
                 f"tables {sorted(tables)} are {why} variable batch size per feature; plan them "
                 "table-wise or column-wise, or give every feature the same batch size"
+            )
+
+    def check_partly_frozen(self) -> None:
+        """Refuses kernels of more than one kind where FBGEMM takes a single one.
+
+        Raises:
+            ValueError: naming the frozen tables.
+        """
+        if self._device.type == "cpu" and self._frozen:
+            raise ValueError(
+                f"tables {sorted(self._frozen)} are frozen and others are not, and FBGEMM's CPU "
+                "kernels take sequences and a batch size per feature in one kernel only; freeze "
+                "all tables of the collection or none, or give the frozen ones a collection"
             )

@@ -101,6 +101,11 @@ class CodeFetch(Expansion):
         # A feature of several tables is sent once.
         return cls(lookups, slots, keys, others=list(dict.fromkeys(others)), group=group)
 
+    def rows_per_id(self, slot: TableFeature) -> int:
+        """Values that an id of `slot` arrives as: the rows of a ROW_WISE table, or itself."""
+        tables = (lookup.table for lookup in self._row_wise)
+        return next((table.rows_per_id for table in tables if table.name == slot.table), 1)
+
     def replace(
         self, features: KeyedJaggedTensor, check: BoundsCheck
     ) -> tuple[KeyedJaggedTensor, Answered]:

@@ -65,11 +65,6 @@ from cce_torchrec.torchrec_internals import (
 )
 
 
-def _overtake_pending(module: ShardedCCEEmbeddingBagCollection, *_: Any) -> None:
-    # On every rank, also one that has no codes: a gradient is refused on all of them.
-    module.pending.overtake()
-
-
 class ShardedCCEEmbeddingBagCollection(
     PassedOver, ShardedEmbeddingModule[KJTList, list[torch.Tensor], KeyedTensor, CCEContext]
 ):
@@ -114,6 +109,14 @@ class ShardedCCEEmbeddingBagCollection(
         warn_of_optimizers(module, params, ebc_sharder.fused_params or {}, self.frozen, device)
         # Plans name global ranks, also where a sharding group is a part of them (2D parallelism).
         rank = getattr(env, "global_rank", env.rank)
+        # In the unsharded module's order, which torchrec.distributed.shard compares.
+        self.embedding_bag_collection: ShardedEmbeddingBagCollection = ebc_sharder.shard(
+            module.embedding_bag_collection,
+            physical_plan(self.embedding_bag_configs(), params, device),
+            env=env,
+            device=device,
+            module_fqn=append_prefix(module_fqn or "", "embedding_bag_collection"),
+        )
         self.codes = placement.local_codes(self.tables, module.codes, rank, device)
         self._every_codes = [local_codes(self.codes, name) for name in self.codes]
         self._fetched_codes = [local_codes(self.codes, name) for name in self.id_partitions]
@@ -126,14 +129,6 @@ class ShardedCCEEmbeddingBagCollection(
         # torch marks hooks, and methods it cannot.
         self.register_state_dict_post_hook(partial(state.save))
         self.register_load_state_dict_pre_hook(state.load)
-        self.register_load_state_dict_pre_hook(_overtake_pending)
-        self.embedding_bag_collection: ShardedEmbeddingBagCollection = ebc_sharder.shard(
-            module.embedding_bag_collection,
-            physical_plan(self.embedding_bag_configs(), params, device),
-            env=env,
-            device=device,
-            module_fqn=append_prefix(module_fqn or "", "embedding_bag_collection"),
-        )
         self._prepare_lookups(device)
 
     def _prepare_lookups(self, device: torch.device) -> None:

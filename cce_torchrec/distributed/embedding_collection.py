@@ -30,15 +30,14 @@ from torchrec.distributed.utils import append_prefix
 from torchrec.modules.embedding_configs import BaseEmbeddingConfig
 from torchrec.sparse.jagged_tensor import JaggedTensor, KeyedJaggedTensor
 
+from cce_torchrec.config import is_cce
 from cce_torchrec.distributed.batch_form import BatchRefusedError
 from cce_torchrec.distributed.context import CCEContext
 from cce_torchrec.distributed.embedding_bag_sharder import CCEEmbeddingBagCollectionSharder
 from cce_torchrec.distributed.id_partition import is_row_wise
-from cce_torchrec.distributed.plan import is_data_parallel
 from cce_torchrec.lookup.output import LogicalOutput
 from cce_torchrec.modules.embedding_collection import (
     CCEEmbeddingCollection,
-    bags_of_one,
     check_one_batch_size,
     sequences,
     take_old_names_of_sequences,
@@ -109,24 +108,21 @@ class ShardedCCEEmbeddingCollection(
         module_fqn: str | None = None,
     ) -> None:
         super().__init__(qcomm_codecs_registry=bag_sharder.qcomm_codecs_registry)
-        replicated = [name for name, sharding in params.items() if is_data_parallel(sharding)]
-        if replicated:
-            raise ValueError(
-                f"tables {replicated}: sequence embeddings cannot be data-parallel, whose lookup "
-                "has no batch size per feature; plan them table-wise or column-wise"
-            )
-        by_rows = [name for name, sharding in params.items() if is_row_wise(sharding)]
+        self._configs = module.embedding_configs()
+        plain = [config.name for config in self._configs if not is_cce(config)]
+        by_rows = [name for name in plain if name in params and is_row_wise(params[name])]
         if by_rows:
             raise ValueError(
-                f"tables {by_rows}: sequence embeddings cannot be ROW_WISE, which pools rows of "
-                "several ranks; plan them table-wise or column-wise"
+                f"tables {by_rows}: plain tables of sequence embeddings cannot be ROW_WISE, where "
+                "TorchRec pools rows of several ranks; plan them table-wise, column-wise or "
+                "data-parallel"
             )
-        self._configs = module.embedding_configs()
         self._need_indices = module.need_indices()
         self.bags = bag_sharder.shard(
             module.bags, params, env, device, append_prefix(module_fqn or "", "bags")
         )
-        self.bags.checked.check_variable_batch()  # every batch is one: embeddings return one an id
+        self.bags.checked.check_partly_frozen()  # of batches alike, FBGEMM takes one kernel's only
+        self.bags.distribution.each_by_itself = True
         self.register_load_state_dict_pre_hook(take_old_names_of_sequences)
         self._lookups = lookups_of(self.bags)
         self._input_dists += input_dists(self.bags)
@@ -147,19 +143,11 @@ class ShardedCCEEmbeddingCollection(
             ctx.features = KeyedJaggedTensor.empty(device=self.bags.device)
             return self.bags.distribution.refuse(ctx, refused, self.bags.bounds_check)
         ctx.features = features
-        awaitable = self.bags.distribute(ctx, features)
-        # Only now: ids are sent with one batch size, and embeddings return one an id, by TorchRec's
-        # output distribution for a batch size per feature.
-        ctx.variable_batch_per_feature = True
-        ids = dict(zip(features.keys(), features.length_per_key(), strict=True))
-        for sharded, context in zip(self.bags.inputs, ctx.sharding_contexts, strict=True):
-            context.batch_size_per_feature_pre_a2a = [ids[s.feature] for s in sharded.looked_up]
-            context.variable_batch_per_feature = True
-        return awaitable
+        return self.bags.distribute(ctx, features)
 
     def compute(self, ctx: SequenceContext, dist_input: KJTList) -> list[torch.Tensor]:
         """Looks up every received id by itself."""
-        return self.bags.compute(ctx, self._each_by_itself(ctx, dist_input))
+        return self.bags.compute(ctx, dist_input)
 
     def prefetch(  # type: ignore[override]  # pipelines always give a context, by name
         self,
@@ -169,30 +157,25 @@ class ShardedCCEEmbeddingCollection(
         ctx: SequenceContext,
     ) -> None:
         """Brings the codebook rows of a batch into the caches of kernels that have some (CUDA)."""
-        self.bags.prefetch(self._each_by_itself(ctx, dist_input), forward_stream, ctx=ctx)
-
-    def _each_by_itself(self, ctx: SequenceContext, dist_input: KJTList) -> KJTList:
-        """The received ids, in bags of one."""
-        self.bags.distribution.check_arrived(ctx, dist_input)
-        return KJTList(
-            [
-                bags_of_one(features, context.batch_size_per_rank)
-                for features, context in zip(dist_input, ctx.sharding_contexts, strict=True)
-            ]
-        )
+        self.bags.prefetch(dist_input, forward_stream, ctx=ctx)
 
     def output_dist(
         self, ctx: SequenceContext, output: list[torch.Tensor]
     ) -> LazyAwaitable[Sequences]:
         """Sends embeddings back to the ranks that asked for them."""
         inner = self.bags.embedding_bag_collection
-        awaitables, ids = [], []
-        for dist, embeddings, context in zip(
-            output_dists(inner), output, ctx.sharding_contexts, strict=True
-        ):
-            awaitables.append(dist(embeddings, context))
-            ids += context.batch_size_per_feature_pre_a2a
+        awaitables: list[Awaitable[torch.Tensor]] = []
+        ids: list[int] = []
         names, dims = uncombined_features(inner)
+        for dist, embeddings, context, sharded in zip(
+            output_dists(inner), output, ctx.sharding_contexts, self.bags.inputs, strict=True
+        ):
+            own = context.batch_size_per_feature_pre_a2a
+            # TorchRec's form is one row a bag, and ours, of the other shardings too, is flat.
+            if sharded.replicated:
+                embeddings = _by_feature(embeddings, own, dims[len(ids) : len(ids) + len(own)])
+            awaitables.append(dist(embeddings, context))
+            ids += own
         return SequencesAwaitable(
             awaitables,
             names,
@@ -225,8 +208,16 @@ class ShardedCCEEmbeddingCollection(
         return CCEEmbeddingCollection
 
 
+def _by_feature(embeddings: torch.Tensor, ids: list[int], dims: list[int]) -> torch.Tensor:
+    """Those of each feature in turn, flat, of `embeddings` [ids and empty bags, sum of dims]."""
+    parts = zip(embeddings.split(dims, dim=1), ids, strict=True)
+    return torch.cat([part[:count].reshape(-1) for part, count in parts])
+
+
 class CCEEmbeddingCollectionSharder(BaseEmbeddingSharder[CCEEmbeddingCollection]):
-    """Shards `CCEEmbeddingCollection` table-wise or column-wise, by plans of logical tables.
+    """Shards `CCEEmbeddingCollection` by plans of logical tables; plain tables not ROW_WISE.
+
+    See `CCEEmbeddingBagCollectionSharder` for what each of the sharding types means.
 
     Args:
         use_index_dedup: as TorchRec's sharder takes it, and without effect: ids travel as they
@@ -241,6 +232,8 @@ class CCEEmbeddingCollectionSharder(BaseEmbeddingSharder[CCEEmbeddingCollection]
     ) -> None:
         super().__init__(fused_params=fused_params, qcomm_codecs_registry=qcomm_codecs_registry)
         self._bags = CCEEmbeddingBagCollectionSharder(fused_params, qcomm_codecs_registry)
+        self.offers_row_wise = False
+        """Whether planners may cut tables by rows; plain tables of sequences cannot be."""
 
     def shard(
         self,
@@ -259,10 +252,10 @@ class CCEEmbeddingCollectionSharder(BaseEmbeddingSharder[CCEEmbeddingCollection]
         return self._bags.shardable_parameters(module.bags)
 
     def sharding_types(self, compute_device_type: str) -> list[str]:
-        """Those that place whole chunks on one rank each."""
-        refused = (ShardingType.DATA_PARALLEL.value, ShardingType.ROW_WISE.value)
-        types = self._bags.sharding_types(compute_device_type)
-        return [kind for kind in types if kind not in refused]
+        """Those that all tables may have, and ROW_WISE where it is offered."""
+        types, by_rows = self._bags.sharding_types(compute_device_type), ShardingType.ROW_WISE.value
+        own = [kind for kind in types if kind != by_rows]
+        return [*own, by_rows] if self.offers_row_wise else own
 
     @property
     def module_type(self) -> type[CCEEmbeddingCollection]:

@@ -14,6 +14,7 @@ from cce_torchrec.distributed.batch_form import BatchRefusedError, check_arrived
 from cce_torchrec.distributed.code_fetch import CodeFetch
 from cce_torchrec.distributed.context import CCEContext
 from cce_torchrec.distributed.sharding_input import ShardingInput
+from cce_torchrec.lookup.bags import bags_of_one, bags_of_one_alike
 from cce_torchrec.lookup.bounds import BoundsCheck
 from cce_torchrec.modules.embedding_bag_collection import select_slots
 from cce_torchrec.spans import span
@@ -34,6 +35,8 @@ class InputDistribution:
         self.inputs, self.fetch = inputs, fetch
         self._world_size = world_size
         self._feature_order = [slot.feature for sharded in inputs for slot in sharded.slots]
+        self.each_by_itself = False
+        """Whether ids are looked up each by itself, and not pooled: embeddings return one an id."""
 
     def __call__(
         self, ctx: CCEContext, features: KeyedJaggedTensor, check: BoundsCheck
@@ -50,6 +53,7 @@ class InputDistribution:
         self, ctx: CCEContext, features: KeyedJaggedTensor, check: BoundsCheck, again: bool
     ) -> Awaitable[Awaitable[KJTList]]:
         self._open_contexts(ctx, features)
+        given = features
         if self.fetch is not None:
             with span("code_fetch"):
                 rows, answered = self.fetch.replace(features, check)
@@ -61,7 +65,21 @@ class InputDistribution:
             if sharded.before is not None:
                 own = sharded.before(own, check)
             sent.append(sharded.redistribute(own) if again else sharded.dist(own))
-        return KJTListSplitsAwaitable(sent, ctx)
+        awaitable = KJTListSplitsAwaitable(sent, ctx)
+        if self.each_by_itself:
+            self._return_each(ctx, given)
+        return awaitable
+
+    def _return_each(self, ctx: CCEContext, features: KeyedJaggedTensor) -> None:
+        """Has the output distribution send back an embedding for each id of `features`.
+
+        As for a batch size per feature; ids themselves are sent with one batch size for all.
+        """
+        ids = dict(zip(features.keys(), features.length_per_key(), strict=True))
+        ctx.variable_batch_per_feature = True
+        for sharded, context in zip(self.inputs, ctx.sharding_contexts, strict=True):
+            context.batch_size_per_feature_pre_a2a = [ids[s.feature] for s in sharded.looked_up]
+            context.variable_batch_per_feature = not sharded.replicated
 
     def refuse(
         self, ctx: CCEContext, refused: BatchRefusedError, check: BoundsCheck
@@ -87,7 +105,8 @@ class InputDistribution:
 
     def _open_contexts(self, ctx: CCEContext, features: KeyedJaggedTensor) -> None:
         """What lookups and outputs will be told of `features`, which are this rank's own."""
-        variable = ctx.variable_batch_per_feature  # TorchRec asks for sizes only then
+        # TorchRec asks for sizes only then.
+        variable = ctx.variable_batch_per_feature and not self.each_by_itself
         sizes = features.stride_per_key() if variable else []
         bags = dict(zip(features.keys(), sizes, strict=False))
         # Ids that are sent tell their number on arrival; those of a rank alone are not sent.
@@ -117,14 +136,29 @@ class InputDistribution:
             ValueError: this rank or another has refused the batch.
         """
         self.check_arrived(ctx, received)
+        if self.each_by_itself:
+            received = self._in_bags_of_one(ctx, received)
         rows = [
             ids if sharded.expansion is None else sharded.expansion(ids, check)
             for sharded, ids in zip(self.inputs, received, strict=True)
         ]
         if ctx.variable_batch_per_feature:
-            for context, own in zip(ctx.sharding_contexts, rows, strict=True):
-                context.batch_size_per_rank_per_feature = _batch_sizes(own, self._world_size)
+            for sharded, context, own in zip(self.inputs, ctx.sharding_contexts, rows, strict=True):
+                if not sharded.replicated:  # others are sent, and return
+                    context.batch_size_per_rank_per_feature = _batch_sizes(own, self._world_size)
         return KJTList(rows)
+
+    def _in_bags_of_one(self, ctx: CCEContext, received: KJTList) -> KJTList:
+        """What arrived, each id in a bag of its own; ids of ROW_WISE tables arrive as rows."""
+        out = []
+        for sharded, ids, context in zip(self.inputs, received, ctx.sharding_contexts, strict=True):
+            if sharded.replicated:
+                out.append(bags_of_one_alike(ids))
+                continue
+            slots = [] if sharded.expansion is None else sharded.expansion.slots
+            rows = [1 if self.fetch is None else self.fetch.rows_per_id(slot) for slot in slots]
+            out.append(bags_of_one(ids, context.batch_size_per_rank, rows))
+        return KJTList(out)
 
     def check_arrived(self, ctx: CCEContext, received: KJTList) -> None:
         """Raises what this rank has refused its batch for, or that another one has.

@@ -45,6 +45,8 @@ class ShardingInput:
     """What is done to the slots on the rank that has the batch."""
     stays: bool = False
     """Whether nothing is sent."""
+    replicated: bool = False
+    """Whether its tables are whole on every rank."""
 
 
 def sharding_inputs(
@@ -106,6 +108,7 @@ def _input(
         looked_up=[slot_of[name] for names in per_rank for name in names],
         expansion=Expansion(_table_lookups(tables, codes, names, slots, row_wise), slots, names),
         stays=stays,
+        replicated=data_parallel,
     )
 
 

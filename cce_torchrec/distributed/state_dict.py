@@ -19,7 +19,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from cce_torchrec.codes.chunk_codes import ChunkCodes, codes_of, local_codes
+from cce_torchrec.codes.chunk_codes import ChunkCodes, local_codes
 from cce_torchrec.codes.helper_rows import check_helper_rows, save_helper_rows
 from cce_torchrec.codes.storage import code_dtype
 from cce_torchrec.config import CCEEmbeddingBagConfig
@@ -157,7 +157,9 @@ class CodesState:
         self.take_written()
         for config in self._sharded_tables():
             state[codes_key(prefix, config.name)] = self._sharded(config)
-            if config.track_seen and config.name in self._partitions:
+            own = local_codes(self._codes, config.name)
+            # A plain tensor would be taken for a copy of what the owners have.
+            if config.track_seen and (config.name in self._partitions or not own.chunks):
                 state[_seen_key(prefix, config.name)] = self._sharded_seen(config)
         save_helper_rows(self._compressed, state, prefix)
 
@@ -170,7 +172,7 @@ class CodesState:
                 `assign=True`.
         """
         self.take_written()  # now, as later it would undo what is loaded
-        # `rest` begins with torch's local_metadata, strict and missing_keys.
+        # `rest` begins with torch's local_metadata.
         # Taken out: torch leaves it in the caller's state, and would assign in the next load too.
         if rest[0].pop("assign_to_params_buffers", False):
             # The parameters would be others, and the lookups go on with FBGEMM's own weights.
@@ -180,23 +182,22 @@ class CodesState:
             )
         take_old_names([table.config for table in self._tables], state, prefix)
         refuse_foreign_state(self._compressed, state, prefix)
-        check_helper_rows(self._compressed, state, prefix, held=set(self._codes), missing=rest[2])
+        check_helper_rows(self._compressed, state, prefix)
         for config in self._sharded_tables():
             key = codes_key(prefix, config.name)
             if key not in state:
-                if not self._own_parts(config):  # an owner misses its buffer itself
-                    rest[2].append(key)
                 continue
-            value, local = state[key], codes_of(self._codes, config.name)
+            value, local = state[key], local_codes(self._codes, config.name)
             parts = self._own_parts(config)
-            if local is None:  # torch would call the key unexpected
-                del state[key]
-                continue
-            # Without parts it has the codes of no id, as a rank of a ROW_WISE table may.
+            # Without parts it has the codes of no id.
             state[key] = _taken(config, value, parts, local) if parts else local.stored
             seen = _seen_key(prefix, config.name)
-            if local.seen is not None and config.name in self._partitions and seen in state:
+            if local.seen is None or seen not in state:
+                continue
+            if config.name in self._partitions:
                 state[seen] = _own_bits(state[seen], local.seen, first=local.ids.start)
+            elif not parts:
+                state[seen] = local.seen
 
     def _own_parts(self, config: CCEEmbeddingBagConfig) -> list[Part]:
         return [part for part in self._parts(config) if part.owner == self._rank]
@@ -221,9 +222,12 @@ class CodesState:
         return self._tensor(local, shards, [config.num_embeddings, config.num_chunks], dtype)
 
     def _sharded_seen(self, config: CCEEmbeddingBagConfig) -> ShardedTensor:
-        """The bits of all ids: of each block its own bytes, of the last one the spare as well."""
+        """The bits of all ids: of each block its own bytes, of the last one the spare as well.
+
+        Where other ranks have the chunks, all bits are the first one's.
+        """
         shards, local = [], []
-        parts = self._parts(config)
+        parts = self._parts(config) if config.name in self._partitions else self._parts(config)[:1]
         for part in parts:
             first = part.ids.start // 8
             last = part.ids.stop // 8 if part is not parts[-1] else config.seen_bytes

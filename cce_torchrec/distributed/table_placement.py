@@ -68,7 +68,11 @@ class TablePlacement:
     def local_codes(
         self, tables: Sequence[Table], codes: nn.ModuleDict, rank: int, device: torch.device
     ) -> nn.ModuleDict:
-        """Of the unsharded `codes`, those that `rank` looks up or answers for, by table."""
+        """Of the unsharded `codes`, those that `rank` looks up or answers for, by table.
+
+        Every rank has the buffers of every table, which are empty where others have its chunks:
+        names are the same on all ranks, and each counts the clusterings.
+        """
         local = nn.ModuleDict()
         for table in tables:
             name, whole = table.name, codes_of(codes, table.name)
@@ -81,6 +85,7 @@ class TablePlacement:
             # All chunks of a data-parallel table are here.
             owners = self.chunk_owners.get(name, [rank] * len(whole.chunks))
             chunks = [chunk for chunk, owner in enumerate(owners) if owner == rank]
-            if chunks:
-                local[name] = whole.select(table, chunks, device)
+            # Of no id, as bits of seen ids would take memory here for nothing.
+            ids = whole.ids if chunks else range(0)
+            local[name] = whole.select(table, chunks, device, ids)
         return local

@@ -28,7 +28,7 @@ class PendingLookup:
 
     Args:
         tables: names of the collection's CCE tables.
-        codes: of them, those that this rank has.
+        codes: of them; every rank has the buffers by which writes of codes are known.
         waits: whether its gradient is expected, and has not come yet.
     """
 
@@ -37,11 +37,6 @@ class PendingLookup:
     ) -> None:
         self._tables, self.waits = tables, waits
         self._written = Written([part.count for part in codes])
-        self._overtaken = False
-
-    def overtake(self) -> None:
-        """Codes change, maybe on other ranks alone."""
-        self._overtaken = True
 
     def __call__(self, gradient: torch.Tensor) -> None:
         """Called by autograd.
@@ -50,7 +45,7 @@ class PendingLookup:
             ValueError: codes were written since the lookup, naming the tables.
         """
         self.waits = False
-        if self._overtaken or not self._written.is_unchanged():
+        if not self._written.is_unchanged():
             raise ValueError(
                 f"tables {sorted(self._tables)}: the codes changed "
                 "between a lookup and its backward pass (by cluster, finalize, a load or another "
@@ -84,11 +79,6 @@ class PendingLookups:
         output.register_hook(hook)
         self._hooks.add(hook)
         return output
-
-    def overtake(self) -> None:
-        """Codes have changed: the gradients of all that are pending are refused."""
-        for hook in list(self._hooks):
-            hook.overtake()
 
     def check(self) -> None:
         """Refuses a clustering step, which would overtake them.

@@ -208,12 +208,12 @@ def _save_helper_rows(
 
 
 def _check_state(
-    module: CCEEmbeddingBagCollection, state: dict[str, Any], prefix: str, *rest: Any
+    module: CCEEmbeddingBagCollection, state: dict[str, Any], prefix: str, *_: Any
 ) -> None:
     configs = module.embedding_bag_configs()
     take_old_names(configs, state, prefix)
     refuse_foreign_state(configs, state, prefix)
-    check_helper_rows(configs, state, prefix, held=set(module.codes), missing=rest[2])
+    check_helper_rows(configs, state, prefix)
 
 
 def physical_configs(config: EmbeddingBagConfig, is_weighted: bool) -> list[EmbeddingBagConfig]:

@@ -23,6 +23,7 @@ from torchrec.modules.embedding_modules import EmbeddingCollectionInterface
 from torchrec.sparse.jagged_tensor import JaggedTensor, KeyedJaggedTensor
 
 from cce_torchrec.config import CCEEmbeddingBagConfig, is_cce
+from cce_torchrec.lookup.bags import bags_of_one
 from cce_torchrec.lookup.output import LogicalOutput
 from cce_torchrec.modules.embedding_bag_collection import (
     CCEEmbeddingBagCollection,
@@ -166,21 +167,6 @@ def check_one_batch_size(features: KeyedJaggedTensor) -> None:
             "sequence embeddings take one batch size for all features; a feature without ids in "
             "an example has length 0 there"
         )
-
-
-def bags_of_one(features: KeyedJaggedTensor, batch_sizes: list[int]) -> KeyedJaggedTensor:
-    """`features` with every id in a bag of its own; `batch_sizes` are by rank that it came from."""
-    lengths = features.lengths().view(len(features.keys()), sum(batch_sizes))
-    counts = torch.stack([part.sum(1) for part in lengths.split(batch_sizes, dim=1)], dim=1)
-    bags = counts.tolist()
-    # Values beyond the last bag would be bags as well.
-    ids = features.values()[: sum(map(sum, bags))]
-    return KeyedJaggedTensor(
-        keys=features.keys(),
-        values=ids,
-        lengths=torch.ones_like(ids, dtype=lengths.dtype),
-        stride_per_key_per_rank=bags,
-    )
 
 
 def sequences(

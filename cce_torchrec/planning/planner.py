@@ -26,6 +26,7 @@ from torchrec.modules.embedding_configs import EmbeddingBagConfig
 from cce_torchrec.collectives import from_first_rank, ranks_of_call, same_task
 from cce_torchrec.config import CCEEmbeddingBagConfig, is_cce
 from cce_torchrec.distributed.embedding_bag_sharder import CCEEmbeddingBagCollectionSharder
+from cce_torchrec.distributed.embedding_collection import CCEEmbeddingCollectionSharder
 from cce_torchrec.distributed.sharders import get_default_sharders
 from cce_torchrec.modules.embedding_bag_collection import CCEEmbeddingBagCollection
 from cce_torchrec.planning.columns import ColumnsAlike, worth_splitting
@@ -88,7 +89,7 @@ class _Enumerator(EmbeddingEnumerator):
 
 
 def _offering_row_wise(sharder: Any) -> Any:
-    if not isinstance(sharder, CCEEmbeddingBagCollectionSharder):
+    if not isinstance(sharder, CCEEmbeddingBagCollectionSharder | CCEEmbeddingCollectionSharder):
         return sharder
     sharder = copy.copy(sharder)  # the caller's offers what it did, to planners without constraints
     sharder.offers_row_wise = True

@@ -198,9 +198,9 @@ def test_more_ids(rank, world_size, kind, seen):
     model, _ = build(kind, 5, configs=configs(num_embeddings=500, track_seen=True))
     load_checkpoint(where, model, grow=["t"])
     module = model if kind == "unsharded" else model.module
-    if "t" not in module.collection.codes:
-        return
     own = module.collection.codes["t"]
+    if not own.chunks:
+        return
     fresh = hashed_codes(own.config, own.chunks, torch.device("cpu"))
     assert torch.equal(own.codes[300:], fresh[300:])
     assert not torch.equal(own.codes[:300], fresh[:300])

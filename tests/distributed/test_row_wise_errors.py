@@ -135,12 +135,12 @@ def test_a_group_that_lacks_codes(rank, world_size):
 
 
 @on_ranks(2)
-def test_sequences_are_refused(rank, world_size):
+def test_plain_tables_of_sequences_are_refused(rank, world_size):
     rows = [EmbeddingConfig(name="e", num_embeddings=50, embedding_dim=8, feature_names=["f"])]
     model = Model(CCEEmbeddingCollection(rows))
     plan = make_plan(model, rows, CPU)
     plan.plan["collection"]["e"].sharding_type = "row_wise"
-    with pytest.raises(ValueError, match=r"tables \['e'\]: sequence embeddings cannot be ROW_WISE"):
+    with pytest.raises(ValueError, match=r"tables \['e'\]: plain tables of .* ROW_WISE"):
         shard_by(plan, model)
 
 

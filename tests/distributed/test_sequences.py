@@ -11,7 +11,7 @@ from torchrec.distributed.train_pipeline import TrainPipelineSparseDist
 from torchrec.modules.embedding_configs import EmbeddingConfig
 
 from cce_torchrec import CCEEmbeddingBagConfig, CCEEmbeddingCollection
-from cce_torchrec.clustering import cluster
+from cce_torchrec.clustering import cluster, finalize
 from cce_torchrec.planning import make_plan
 from tests.support.models import (
     CPU,
@@ -75,6 +75,48 @@ def test_sequences_equal_unsharded(rank, world_size, kind):
         pair.model(vbe_batch(rank, False))
 
 
+@on_ranks(1, 2, 3)
+@pytest.mark.parametrize(
+    ("kind", "data_parallel"),
+    [("rw", ()), ("tw", ("t",)), ("cw", ("p",)), ("rw", ("u", "p")), ("tw", ("t", "p", "u"))],
+)
+def test_row_wise_and_data_parallel(rank, world_size, kind, data_parallel):
+    """Features of unequal numbers of ids, before and after a clustering step."""
+    pair = Pair(kind, data_parallel, SUM, False, make=made)
+    pair.check(batch)
+    assert pair.sharded.data_parallel == set(data_parallel)
+    assert bool(pair.sharded.id_partitions) == (kind == "rw")
+
+
+def without_ids(seed, weighted):
+    """Rank 0 has no id at all, the other has none of one feature."""
+    kjt = batch(seed, weighted)
+    lengths = kjt.lengths().view(len(KEYS), STRIDE).clone()
+    lengths[slice(None) if seed % 10 == 0 else 1] = 0  # ten times the step, and the rank
+    return KeyedJaggedTensor(KEYS, kjt.values()[: int(lengths.sum())], lengths=lengths.view(-1))
+
+
+@on_ranks(2)
+@pytest.mark.parametrize(("kind", "data_parallel"), [("rw", ()), ("tw", ("t", "p", "u"))])
+def test_ranks_without_ids(rank, world_size, kind, data_parallel):
+    pair = Pair(kind, data_parallel, SUM, False, make=made)
+    pair.copy()
+    pair.train(without_ids, (0, 1))
+    pair.compare(exact=False)
+
+
+@on_ranks(2)
+def test_row_wise_and_finalized(rank, world_size):
+    """An id is one row from then on, and arrives as one."""
+    pair = Pair("rw", (), SUM, False, make=made)
+    pair.copy()
+    finalize(pair.model)
+    finalize(pair.plain)
+    pair.compare(exact=True)
+    pair.train(batch, (0, 1))
+    pair.compare(exact=False)
+
+
 @on_ranks(1, 2)
 def test_bad_ids_read_id_0_and_are_counted(rank, world_size):
     """Ids out of bounds read id 0 and are counted by each owner; no feature may be missing."""
@@ -130,13 +172,14 @@ class SequenceLoss(nn.Module):
 
 
 @on_ranks(2)
-def test_pipelined_sequences(rank, world_size):
+@pytest.mark.parametrize("kind", ["cw", "rw"])
+def test_pipelined_sequences(rank, world_size, kind):
     """The sparse-dist pipeline equals the plain loop, a clustering step between included."""
     outputs = []
     for pipeline in (None, TrainPipelineSparseDist):
         torch.manual_seed(0)
         model = SequenceLoss()
-        plan = make_plan(model, model.collection.embedding_configs(), CPU, "cw")
+        plan = make_plan(model, model.collection.embedding_configs(), CPU, kind)
         torch.manual_seed(1)
         data = [Batch(batch(10 * step + rank, False)) for step in range(5)]
         outputs.append(step_outputs(shard_by(plan, model), data, pipeline, cluster_after=[2]))

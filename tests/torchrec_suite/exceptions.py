@@ -33,8 +33,10 @@ EXCEPTIONS = [
         "TABLE_ROW_WISE and GRID_SHARD are refused",
         "sharding_type '(table_row_wise|grid_shard)' is not for the tables of a CCE collection",
     ),
-    Difference("sequences are not ROW_WISE", "sequence embeddings cannot be ROW_WISE"),
-    Difference("sequences are not DATA_PARALLEL", "sequence embeddings cannot be data-parallel"),
+    Difference(
+        "plain tables of sequences are not ROW_WISE",
+        "plain tables of sequence embeddings cannot be ROW_WISE",
+    ),
     Difference(
         "torch.fx and TorchScript do not take unsharded CCE collections",
         "class 'torch.fx.proxy.Proxy'|Unknown type annotation: 'list.Table.'",
@@ -57,10 +59,6 @@ EXCEPTIONS = [
         "torch.export does not take CCE collections yet",
         "torch.export|GuardOnDataDependentSymNode",
         "export",
-    ),
-    Difference(
-        "a rank has the codes of the chunks that it holds",
-        "State dict keys are not the same|Composable distributed API implementations cannot modify",
     ),
     Difference(
         "inside, chunks are sharded TABLE_WISE whatever the plan of their table",
