@@ -23,11 +23,26 @@ CASES = [(plan, batch) for plan in PLANS]
 CASES += [(plan, vbe_batch) for plan in PLANS if plan not in WITHOUT_VBE]
 
 
-@on_ranks(1, 2, 3, 4)
+every_case = pytest.mark.parametrize(
+    ("plan", "make"), CASES, ids=[f"{plan}-{make.__name__}" for plan, make in CASES]
+)
+
+
+@on_ranks(1, 2)
 @pytest.mark.parametrize("weighted", [False, True], ids=["plain", "weighted"])
 @pytest.mark.parametrize("pooling", [SUM, MEAN], ids=["sum", "mean"])
-@pytest.mark.parametrize(("plan", "make"), CASES, ids=[f"{p}-{m.__name__}" for p, m in CASES])
+@every_case
 def test_sharded_equals_unsharded(rank, world_size, plan, make, pooling, weighted):
+    check(world_size, plan, make, pooling, weighted)
+
+
+@on_ranks(3, 4)
+@every_case
+def test_more_ranks(rank, world_size, plan, make):
+    check(world_size, plan, make, MEAN, weighted=True)
+
+
+def check(world_size, plan, make, pooling, weighted):
     kind, data_parallel = PLANS[plan]
     pair = Pair(kind, data_parallel, pooling, weighted)
     owners = [len(set(ranks)) for ranks in pair.sharded.chunk_owners.values()]
