@@ -19,6 +19,6 @@ def span(name: str) -> AbstractContextManager[object]:
         name: what is done in it: `expand`, `cluster: user, chunk 0, k-means`.
     """
     # torch's range takes microseconds also where nobody records it, and breaks a compiled graph.
-    if not profiler_enabled() or torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() or not profiler_enabled():
         return _NOTHING
     return record_function(f"## cce {name} ##")

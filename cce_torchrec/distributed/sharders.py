@@ -44,6 +44,7 @@ def register_sharders() -> None:
     is for the process, on every rank; a second call changes nothing. Sharders with `fused_params`
     or quantised communication are still given by `sharders=get_default_sharders(...)`.
     """
+    # TorchRec imports the function by name in four modules, and jobs do so in theirs.
     for module in list(sys.modules.values()):
         # Other things than modules may be in there, and this one keeps TorchRec's own.
         if isinstance(module, ModuleType) and module.__name__ != __name__:

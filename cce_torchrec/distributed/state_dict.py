@@ -25,6 +25,7 @@ from cce_torchrec.codes.storage import code_dtype
 from cce_torchrec.config import CCEEmbeddingBagConfig
 from cce_torchrec.distributed.id_partition import IdPartition
 from cce_torchrec.distributed.table_placement import TablePlacement
+from cce_torchrec.modules.foreign_state import codes_key, refuse_foreign_state
 from cce_torchrec.modules.old_names import take_old_names
 from cce_torchrec.table import Table
 from cce_torchrec.torchrec_internals import (
@@ -113,11 +114,6 @@ class _Copy:
         return self._codes() is not None
 
 
-def codes_key(prefix: str, table: str) -> str:
-    """Name of a table's codes in a state dict."""
-    return f"{prefix}codes.{table}.codes"
-
-
 class CodesState:
     """State-dict hooks of one sharded collection."""
 
@@ -183,8 +179,8 @@ class CodesState:
                 "weights from load_state_dict(assign=True); leave assign out, and they are copied"
             )
         take_old_names([table.config for table in self._tables], state, prefix)
+        refuse_foreign_state(self._compressed, state, prefix)
         check_helper_rows(self._compressed, state, prefix, held=set(self._codes), missing=rest[2])
-        self._refuse_codes_of_others(state, prefix)
         for config in self._sharded_tables():
             key = codes_key(prefix, config.name)
             if key not in state:
@@ -192,9 +188,6 @@ class CodesState:
                     rest[2].append(key)
                 continue
             value, local = state[key], codes_of(self._codes, config.name)
-            found = tuple(value.size()) if isinstance(value, torch.Tensor) else ()
-            if found != (config.num_embeddings, config.num_chunks):
-                raise ValueError(_mismatch(config, found))
             parts = self._own_parts(config)
             if local is None:  # torch would call the key unexpected
                 del state[key]
@@ -204,16 +197,6 @@ class CodesState:
             seen = _seen_key(prefix, config.name)
             if local.seen is not None and config.name in self._partitions and seen in state:
                 state[seen] = _own_bits(state[seen], local.seen, first=local.ids.start)
-
-    def _refuse_codes_of_others(self, state: dict[str, Any], prefix: str) -> None:
-        learned = {config.name for config in self._compressed if config.learned_codes}
-        for key in state:
-            table = key.removeprefix(f"{prefix}codes.").removesuffix(".codes")
-            if key == codes_key(prefix, table) and table not in learned:
-                raise ValueError(
-                    f"table {table!r}: the checkpoint has codes, the model has no learned codes "
-                    "for it; configure the table as it was saved"
-                )
 
     def _own_parts(self, config: CCEEmbeddingBagConfig) -> list[Part]:
         return [part for part in self._parts(config) if part.owner == self._rank]
@@ -318,11 +301,3 @@ def _own_bits(value: torch.Tensor, own: torch.Tensor, first: int) -> torch.Tenso
     for part in parts:
         out[: len(part)] = part
     return out
-
-
-def _mismatch(config: CCEEmbeddingBagConfig, found: tuple[int, ...]) -> str:
-    return (
-        f"table {config.name!r}: the checkpoint has codes {list(found)}, the model "
-        f"[{config.num_embeddings}, {config.num_chunks}] (num_embeddings, num_chunks); configure "
-        "the table as it was saved"
-    )

@@ -34,10 +34,12 @@ from cce_torchrec.lookup.inputs import InputCheck
 from cce_torchrec.lookup.output import LogicalOutput, divides_by_length, tensor_of
 from cce_torchrec.lookup.pending import PendingLookup
 from cce_torchrec.lookup.table_lookup import TableLookup
+from cce_torchrec.modules.foreign_state import refuse_foreign_state
 from cce_torchrec.modules.old_names import take_old_names
 from cce_torchrec.modules.quantization import ChecksNames
 from cce_torchrec.modules.sharder_hint import HOW_TO_SHARD, NamesItsSharder
 from cce_torchrec.modules.table_modules import TableModules
+from cce_torchrec.spans import span
 from cce_torchrec.table import physical_feature, physical_table, tables_of
 
 logger = logging.getLogger(__name__)
@@ -104,7 +106,7 @@ class CCEEmbeddingBagCollection(
         self.input_check = InputCheck(self.output.slots, is_weighted)
         self.expansion = Expansion(self._table_lookups(), self.output.slots, names)
         self.register_state_dict_post_hook(_save_helper_rows)
-        self.register_load_state_dict_pre_hook(_check_helper_rows)
+        self.register_load_state_dict_pre_hook(_check_state)
 
     def _table_lookups(self) -> list[TableLookup]:
         lookups, position = [], 0
@@ -146,14 +148,18 @@ class CCEEmbeddingBagCollection(
             ValueError: a missing feature, missing weights, lengths, offsets, batch sizes or inverse
                 indices that do not fit, or an id out of bounds in FATAL mode.
         """
-        features = self.input_check(features)
+        with span("input_check"):
+            features = self.input_check(features)
         divisor = self.output.divisor(features)
         slots = select_slots(features, [slot.feature for slot in self.output.slots])
         slots.length_per_key()  # TorchRec's own collection asks for it, and then the rows are known
-        rows = self.expansion(slots, self.bounds_check, features.inverse_indices_or_none())
-        pooled = self.embedding_bag_collection(rows)
+        with span("expand"):
+            rows = self.expansion(slots, self.bounds_check, features.inverse_indices_or_none())
+        with span("lookup"):
+            pooled = self.embedding_bag_collection(rows)
         self.refuse_late_gradients([pooled.values()])
-        return self.output.assemble(pooled.values(), self._columns, divisor)
+        with span("output"):
+            return self.output.assemble(pooled.values(), self._columns, divisor)
 
     def refuse_late_gradients(self, outputs: Iterable[torch.Tensor]) -> None:
         """Has the gradient of a lookup's `outputs` refused if codes change before it comes."""
@@ -201,11 +207,12 @@ def _save_helper_rows(
     save_helper_rows(module.embedding_bag_configs(), state, prefix)
 
 
-def _check_helper_rows(
+def _check_state(
     module: CCEEmbeddingBagCollection, state: dict[str, Any], prefix: str, *rest: Any
 ) -> None:
     configs = module.embedding_bag_configs()
     take_old_names(configs, state, prefix)
+    refuse_foreign_state(configs, state, prefix)
     check_helper_rows(configs, state, prefix, held=set(module.codes), missing=rest[2])
 
 

@@ -31,6 +31,7 @@ from cce_torchrec.modules.embedding_bag_collection import (
 )
 from cce_torchrec.modules.old_names import take_old_names
 from cce_torchrec.modules.sharder_hint import NamesItsSharder
+from cce_torchrec.spans import span
 
 
 class CCEEmbeddingCollection(EmbeddingCollectionInterface, metaclass=NamesItsSharder):
@@ -81,20 +82,24 @@ class CCEEmbeddingCollection(EmbeddingCollectionInterface, metaclass=NamesItsSha
         """
         output = self.bags.output
         check_one_batch_size(features)
-        features = self.bags.input_check(features)
+        with span("input_check"):
+            features = self.bags.input_check(features)
         slots = select_slots(features, [slot.feature for slot in output.slots])
         each = bags_of_one(slots, [slots.stride()])
         each.length_per_key()  # `to_dict` asks for it, and so the expansion knows it as well
-        rows = self.bags.expansion(each, self.bags.bounds_check).to_dict()
+        with span("expand"):
+            rows = self.bags.expansion(each, self.bags.bounds_check).to_dict()
         inner = self.bags.embedding_bag_collection
         vectors = {}
-        for config in inner.embedding_bag_configs():
-            for name in config.feature_names:
-                bag = inner.embedding_bags[config.name]
-                # float32 of tables of any type, as TorchRec's own collection gives them.
-                vectors[name] = bag(rows[name].values(), rows[name].offsets()).float()
+        with span("lookup"):
+            for config in inner.embedding_bag_configs():
+                for name in config.feature_names:
+                    bag = inner.embedding_bags[config.name]
+                    # float32 of tables of any type, as TorchRec's own collection gives them.
+                    vectors[name] = bag(rows[name].values(), rows[name].offsets()).float()
         self.bags.refuse_late_gradients(vectors.values())
-        return sequences(output, vectors, features, self._need_indices)
+        with span("output"):
+            return sequences(output, vectors, features, self._need_indices)
 
     def embedding_configs(self) -> list[BaseEmbeddingConfig]:
         """The tables as configured (or finalized), one entry per logical table."""

@@ -1,16 +1,20 @@
 """Names that TorchRec's own collections give to the tables that stay plain in one of ours.
 
-A state dict of a model from before its collections were replaced loads into those tables by it.
+A state dict of a model from before its collections were replaced loads into those tables by it,
+and the log names the tables that are compressed since.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import logging
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from torchrec.modules.embedding_configs import EmbeddingBagConfig
 
-from cce_torchrec.config import is_cce
+from cce_torchrec.config import CCEEmbeddingBagConfig, is_cce
+
+logger = logging.getLogger(__name__)
 
 _INNER = "embedding_bag_collection.embedding_bags."
 """Of the names in a collection of ours."""
@@ -46,6 +50,7 @@ def take_old_names(
     """
     for config in configs:
         if is_cce(config):
+            _tell_of_full_weight(config, state, prefix)
             continue
         own = new_name(prefix, config.name)
         found = [name for name in (own, *old_names(prefix, config.name)) if name in state]
@@ -56,3 +61,20 @@ def take_old_names(
             )
         if found and found[0] != own:
             state[own] = state.pop(found[0])
+
+
+def _tell_of_full_weight(
+    config: CCEEmbeddingBagConfig, state: Mapping[str, Any], prefix: str
+) -> None:
+    for name in old_names(prefix, config.name):
+        if name in state:
+            # No error: a state dict of before is what a job starts from when it adopts CCE.
+            logger.warning(
+                "table %r: the state dict has its full weight (%r), which a compressed table "
+                "(num_rows=%d, num_chunks=%d) does not take; load_state_dict(strict=False) loads "
+                "the rest, and the table stays as it is",
+                config.name,
+                name,
+                config.num_rows,
+                config.num_chunks,
+            )

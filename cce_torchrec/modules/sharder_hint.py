@@ -18,5 +18,6 @@ class NamesItsSharder(abc.ABCMeta):
     `torchrec.distributed.shard` in an assertion that prints it: TorchRec says nothing else there.
     """
 
+    # By the class of the class, as a KeyError prints its key, and nothing else of ours is asked.
     def __repr__(cls) -> str:
         return f"{super().__repr__()} (to shard it, {HOW_TO_SHARD})"

@@ -270,7 +270,7 @@ def test_a_state_dict_of_fewer_ids(rank, world_size):
     wider, _ = build("cw", 0, configs=configs(num_embeddings=301))
     state = wider.state_dict()
     state["collection.codes.t.codes"] = model.state_dict()["collection.codes.t.codes"]
-    with pytest.raises(ValueError, match=r"codes \[300, 4\], the model \[301, 4\]"):
+    with pytest.raises(ValueError, match=r"\[300, 4\] in .*codes', the model \[301, 4\]"):
         wider.load_state_dict(state)
 
 

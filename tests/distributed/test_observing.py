@@ -12,7 +12,14 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.profiler import ProfilerActivity, profile
 
-from cce_torchrec import cluster, finalize, load_checkpoint, save_checkpoint, spans
+from cce_torchrec import (
+    CCEEmbeddingCollection,
+    cluster,
+    finalize,
+    load_checkpoint,
+    save_checkpoint,
+    spans,
+)
 from cce_torchrec.checkpoint.tables import describe_tables
 from tests.support.models import (
     MEAN,
@@ -120,6 +127,18 @@ def test_a_profile_has_the_stages(rank, world_size, kind):
         assert {name.split(", ")[-1] for name in phases} == {
             "solve ##", "pairs ##", "k-means ##", "codes ##", "write ##"
         }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "unsharded",
+    [Model(collection(tables(MEAN))), Model(CCEEmbeddingCollection(SequenceNet.configs()))],
+)
+def test_a_profile_of_an_unsharded_model(unsharded):
+    with profile(activities=[ProfilerActivity.CPU]) as recorded:
+        unsharded(batch(0, False))
+    names = {event.key for event in recorded.key_averages()}
+    stages = ["input_check", "expand", "lookup", "output"]
+    assert {f"## cce {stage} ##" for stage in stages} <= names, sorted(names)
 
 
 @on_ranks(1, 2)
