@@ -28,8 +28,8 @@ from benchmarks.machine import device_name
 from cce_torchrec.checkpoint import latest_checkpoint
 from cce_torchrec.checkpoint.folder import MANIFEST
 from cce_torchrec.checkpoint.tensor_files import TensorWriter
+from cce_torchrec.clustering import schedule
 from cce_torchrec.train import __main__ as program
-from cce_torchrec.train import trainer
 from cce_torchrec.versions import installed_versions
 
 RANKS = 2
@@ -80,7 +80,7 @@ def job(rank: int, port: int, argv: list[str], out: Path, log: Path) -> None:
 
         return during
 
-    trainer.cluster = marked("clustering", trainer.cluster)
+    schedule.cluster = marked("clustering", schedule.cluster)
     # Not the whole of save_checkpoint, which plans for longer than it writes; and this is where a
     # thread writes, too.
     TensorWriter.write = marked("checkpoint", TensorWriter.write)

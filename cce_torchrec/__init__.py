@@ -13,6 +13,7 @@ if TYPE_CHECKING:  # what `__getattr__` finds, for type checkers and editors
     from cce_torchrec.checkpoint import (  # fmt: skip
         CheckpointInfo,
         LoadReport,
+        TrainingProgress,
         checkpoint_info,
         latest_checkpoint,
         load_checkpoint,
@@ -47,6 +48,7 @@ _MODULES = {
     "checkpoint": [
         "CheckpointInfo",
         "LoadReport",
+        "TrainingProgress",
         "checkpoint_info",
         "latest_checkpoint",
         "load_checkpoint",
@@ -64,6 +66,7 @@ __all__ = [
     "ClusteringReport",
     "ClusteringSchedule",
     "LoadReport",
+    "TrainingProgress",
     "checkpoint_info",
     "cluster",
     "compress_model",

@@ -9,12 +9,14 @@ from cce_torchrec.checkpoint.info import CheckpointInfo, checkpoint_info  # noqa
 from cce_torchrec.checkpoint.load import load_checkpoint  # noqa: E402
 from cce_torchrec.checkpoint.load_report import LoadReport  # noqa: E402
 from cce_torchrec.checkpoint.pending import PendingCheckpoint  # noqa: E402
+from cce_torchrec.checkpoint.progress import TrainingProgress  # noqa: E402
 from cce_torchrec.checkpoint.save import save_checkpoint  # noqa: E402
 
 __all__ = [
     "CheckpointInfo",
     "LoadReport",
     "PendingCheckpoint",
+    "TrainingProgress",
     "checkpoint_info",
     "latest_checkpoint",
     "load_checkpoint",

@@ -139,7 +139,8 @@ class Manifest:
             # JSON has no sets, and a set has no order.
             "schedule": None
             if schedule is None
-            else {"steps": sorted(schedule.steps), "interval": schedule.interval},
+            else {"steps": sorted(schedule.steps), "interval": schedule.interval}
+            | ({"final": schedule.final} if schedule.final else {}),  # which older manifests lack
             "extra": self.extra,
             "versions": self.versions,
             "files": self.files,
@@ -165,7 +166,11 @@ class Manifest:
             optimizers={k: _known(OptimizerRecord, one) for k, one in found["optimizers"].items()},
             schedule=None
             if schedule is None
-            else ClusteringSchedule(frozenset(schedule["steps"]), schedule["interval"]),
+            else ClusteringSchedule(
+                frozenset(schedule["steps"]),
+                schedule["interval"],
+                schedule.get("final", 0),
+            ),
             extra=found["extra"],
             versions=found["versions"],
             files={name: Fingerprint(*one) for name, one in found["files"].items()},

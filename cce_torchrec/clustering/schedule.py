@@ -2,7 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Set
 from dataclasses import dataclass, field
+from typing import Any
+
+from torch import nn
+
+from cce_torchrec.clustering.finalizing import finalize
+from cce_torchrec.clustering.report import ClusteringReport
+from cce_torchrec.clustering.step import cluster
 
 
 @dataclass(frozen=True)
@@ -11,17 +19,23 @@ class ClusteringSchedule:
 
     steps: frozenset[int] = field(default_factory=frozenset)
     interval: int = 0
+    final: int = 0
+    """The step after which `finalize` takes the place of `cluster`, the last of all; 0: none."""
 
     def __post_init__(self) -> None:
         never = sorted(step for step in self.steps if step < 1)
-        if never or self.interval < 0:
+        if never or self.interval < 0 or self.final < 0:
             raise ValueError(
-                f"steps {never} and interval {self.interval}: steps count from 1, and an interval "
-                "is 1 or more, or 0 for none; after others nothing would ever cluster"
+                f"steps {never}, interval {self.interval} and final {self.final}: steps count from "
+                "1, an interval or a final step is 1 or more, or 0 for none; after others nothing "
+                "would ever cluster"
             )
 
     def due(self, step: int) -> bool:
-        """Whether to cluster after step `step`."""
+        """Whether to cluster after step `step`, or to finalize."""
+        # Finalized tables have no helper, without which there is nothing to cluster.
+        if self.final and step >= self.final:
+            return step == self.final
         return step in self.steps or (self.interval > 0 and step % self.interval == 0)
 
     def is_last(self, step: int, total_steps: int) -> bool:
@@ -32,16 +46,40 @@ class ClusteringSchedule:
         """
         if not (self.due(step) and step <= total_steps):
             return False
-        latest = total_steps - total_steps % self.interval if self.interval else 0
-        return step == max([latest, *(one for one in self.steps if one <= total_steps)])
+        # A schedule may be longer than the run.
+        end = min(total_steps, self.final) if self.final else total_steps
+        latest = end - end % self.interval if self.interval else 0
+        return step == max([latest, *(one for one in self._listed if one <= end)])
+
+    @property
+    def _listed(self) -> frozenset[int]:
+        """The steps that are named one by one, the final one among them."""
+        return self.steps | ({self.final} if self.final else set())
+
+    def cluster_if_due(
+        self, model: nn.Module, step: int, **options: Any
+    ) -> ClusteringReport | None:
+        """`cluster(model, **options)` if it is due after step `step`, or `finalize` in its place.
+
+        To be called on every rank after every step. What was done is returned, None for nothing.
+        """
+        if not self.due(step):
+            return None
+        return (finalize if step == self.final else cluster)(model, **options)
 
     @classmethod
     def evenly(
-        cls, total_steps: int, clusterings: int = 18, until: float = 0.9
+        cls,
+        total_steps: int,
+        clusterings: int = 18,
+        until: float = 0.9,
+        *,
+        finalize: bool = False,
     ) -> ClusteringSchedule:
         """`clusterings` times, evenly spread to the share `until` of `total_steps` (default).
 
         18 suits several epochs and 8 a single pass. Fewer steps than clusterings give one a step.
+        With `finalize` the last of them finalizes the tables.
         """
         if total_steps < 1 or clusterings < 0 or not 0 < until <= 1:
             raise ValueError(
@@ -57,26 +95,43 @@ class ClusteringSchedule:
                 f"the first {until} of {total_steps} steps has no step for {clusterings} "
                 "clusterings; raise until, or use never()"
             )
-        return cls(steps=frozenset(steps))
+        return cls(frozenset(steps), final=_last(steps, finalize))
 
     @classmethod
-    def every(cls, steps: int) -> ClusteringSchedule:
-        """After every `steps` steps."""
+    def every(cls, steps: int, *, final: int = 0) -> ClusteringSchedule:
+        """After every `steps` steps, up to step `final`, after which tables are finalized."""
         if steps < 1:
             raise ValueError(f"cannot cluster every {steps} steps; use at least 1, or never()")
-        return cls(interval=steps)
+        return cls(interval=steps, final=final)
 
     @classmethod
-    def at_epochs(cls, epochs: list[int], steps_per_epoch: int) -> ClusteringSchedule:
-        """At the end of each of `epochs`, counted from 1."""
+    def at_epochs(
+        cls, epochs: list[int], steps_per_epoch: int, *, finalize: bool = False
+    ) -> ClusteringSchedule:
+        """At the end of each of `epochs`, counted from 1; with `finalize` the last finalizes."""
         if steps_per_epoch < 1 or not epochs or any(epoch < 1 for epoch in epochs):
             raise ValueError(
                 f"epochs {epochs} of {steps_per_epoch} steps: both count from 1, and no epoch at "
                 "all is never()"
             )
-        return cls(steps=frozenset(epoch * steps_per_epoch for epoch in epochs))
+        steps = {epoch * steps_per_epoch for epoch in epochs}
+        return cls(frozenset(steps), final=_last(steps, finalize))
 
     @classmethod
     def never(cls) -> ClusteringSchedule:
         """Not at all."""
         return cls()
+
+
+def _last(steps: Set[int], finalize: bool) -> int:
+    """The last of `steps` if tables are finalized after it, otherwise 0.
+
+    Raises:
+        ValueError: there is none to finalize after.
+    """
+    if finalize and not steps:
+        raise ValueError(
+            "finalize=True and 0 clusterings: the last clustering finalizes; give 1 or more, or "
+            "leave finalize out"
+        )
+    return max(steps) if finalize else 0

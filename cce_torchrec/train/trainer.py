@@ -24,7 +24,7 @@ from cce_torchrec.checkpoint import (
 )
 from cce_torchrec.checkpoint.location import location
 from cce_torchrec.checkpoint.pending import finish_pending
-from cce_torchrec.clustering import ClusteringSchedule, cluster, finalize
+from cce_torchrec.clustering import ClusteringSchedule
 from cce_torchrec.collectives import Ranks, agree, gather
 from cce_torchrec.distributed.embedding_bag_collection import ShardedCCEEmbeddingBagCollection
 from cce_torchrec.metrics import auc, log_loss
@@ -73,7 +73,9 @@ class Trainer:
         )
         self.steps = max(1, len(self.dataset.train) // args.batch_size)
         """Optimizer steps per epoch."""
-        self.schedule = ClusteringSchedule.evenly(self.steps * args.epochs, args.clusterings)
+        self.schedule = ClusteringSchedule.evenly(
+            self.steps * args.epochs, args.clusterings, finalize=args.finalize
+        )
         dense_features = self.dataset.train.dense.shape[1]
         self.model, self.optimizer = build(
             args,
@@ -127,8 +129,7 @@ class Trainer:
             self.loss += loss
             self.step += 1
             bar.update()
-            if self.schedule.due(self.step):
-                self._cluster()
+            self._cluster()
             every = self.args.checkpoint_every
             if every and self.step % every == 0:
                 self.records.epoch_seconds = time.perf_counter() - began
@@ -146,9 +147,9 @@ class Trainer:
 
     def _cluster(self) -> None:
         limit = self.args.clustering_memory
-        last = self.schedule.is_last(self.step, self.steps * self.args.epochs)
-        clustered = finalize if self.args.finalize and last else cluster
-        self.records.clustered(clustered(self.model, memory_limit=limit))
+        report = self.schedule.cluster_if_due(self.model, self.step, memory_limit=limit)
+        if report is not None:
+            self.records.clustered(report)
 
     def _losses(self, epoch: int, done: int) -> Iterator[torch.Tensor]:
         """Trains on the batches of an epoch from the `done`-th on; yields after each step.

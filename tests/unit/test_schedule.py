@@ -3,6 +3,7 @@
 import pytest
 
 from cce_torchrec import ClusteringSchedule
+from cce_torchrec.clustering import schedule as module
 
 
 @pytest.mark.parametrize(
@@ -20,3 +21,46 @@ from cce_torchrec import ClusteringSchedule
 )
 def test_one_step_of_a_run_has_the_last_clustering(schedule, last):
     assert [step for step in range(1, 130) if schedule.is_last(step, 100)] == last
+
+
+@pytest.mark.parametrize(
+    ("schedule", "steps"),
+    [
+        (ClusteringSchedule.evenly(100, 3, finalize=True), [30, 60, 90]),
+        (ClusteringSchedule.every(30, final=70), [30, 60, 70]),
+        (ClusteringSchedule.every(30, final=60), [30, 60]),
+        (ClusteringSchedule.at_epochs([1, 3], 25, finalize=True), [25, 75]),
+        (ClusteringSchedule(frozenset({7, 95}), 30, 80), [7, 30, 60, 80]),
+        (ClusteringSchedule(final=12), [12]),
+    ],
+)
+def test_a_schedule_carries_the_finalize_that_ends_it(schedule, steps, monkeypatch):
+    told = {name: [] for name in ("cluster", "finalize")}
+    for name, calls in told.items():
+        monkeypatch.setattr(module, name, lambda model, calls=calls, **options: calls.append(model))
+    # The "model" of a call is the step, and what is returned is that call's.
+    for step in range(1, 130):
+        schedule.cluster_if_due(step, step)
+    assert told == {"cluster": steps[:-1], "finalize": steps[-1:]}
+    assert [step for step in range(1, 130) if schedule.is_last(step, 100)] == steps[-1:]
+    assert [step for step in range(1, 130) if schedule.due(step)] == steps
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: ClusteringSchedule.evenly(100, 0, finalize=True),
+        lambda: ClusteringSchedule(final=-1),
+        lambda: ClusteringSchedule.every(5, final=-5),
+    ],
+)
+def test_a_finalize_that_never_comes_is_refused(make):
+    with pytest.raises(ValueError, match=r"finalize=True and 0|final -\d"):
+        make()
+
+
+def test_options_reach_the_clustering(monkeypatch):
+    monkeypatch.setattr(module, "cluster", lambda model, **options: options)
+    schedule = ClusteringSchedule.every(2)
+    assert schedule.cluster_if_due(None, 2, iterations=3) == {"iterations": 3}
+    assert schedule.cluster_if_due(None, 3, iterations=3) is None
