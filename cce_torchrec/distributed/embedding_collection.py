@@ -254,6 +254,7 @@ class CCEEmbeddingCollectionSharder(BaseEmbeddingSharder[CCEEmbeddingCollection]
     def sharding_types(self, compute_device_type: str) -> list[str]:
         """Those that all tables may have, and ROW_WISE where it is offered."""
         types, by_rows = self._bags.sharding_types(compute_device_type), ShardingType.ROW_WISE.value
+        # On GPUs TorchRec offers it for all tables of a collection, plain ones too.
         own = [kind for kind in types if kind != by_rows]
         return [*own, by_rows] if self.offers_row_wise else own
 

@@ -34,6 +34,7 @@ from cce_torchrec.lookup.inputs import InputCheck
 from cce_torchrec.lookup.output import LogicalOutput, divides_by_length, tensor_of
 from cce_torchrec.lookup.pending import PendingLookup
 from cce_torchrec.lookup.table_lookup import TableLookup
+from cce_torchrec.modules import traced
 from cce_torchrec.modules.old_names import take_old_names
 from cce_torchrec.modules.quantization import ChecksNames
 from cce_torchrec.modules.table_modules import TableModules
@@ -44,7 +45,7 @@ logger = logging.getLogger(__name__)
 Config = TypeVar("Config", bound=BaseEmbeddingConfig)
 
 
-class CCEEmbeddingBagCollection(ChecksNames, EmbeddingBagCollectionInterface):
+class CCEEmbeddingBagCollection(traced.Traceable, ChecksNames, EmbeddingBagCollectionInterface):
     """Pooled embeddings of CCE and plain tables, as `EmbeddingBagCollection` returns them.
 
     Called with a KeyedJaggedTensor that holds (at least) the configured features, returns a
@@ -131,6 +132,8 @@ class CCEEmbeddingBagCollection(ChecksNames, EmbeddingBagCollectionInterface):
             ValueError: a missing feature, missing weights, lengths, offsets, batch sizes or inverse
                 indices that do not fit, or an id out of bounds in FATAL mode.
         """
+        if traced.is_traced(features):
+            return traced.pooled(self, features)
         features = self.input_check(features)
         divisor = self.output.divisor(features)
         slots = select_slots(features, [slot.feature for slot in self.output.slots])

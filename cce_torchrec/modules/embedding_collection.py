@@ -25,6 +25,7 @@ from torchrec.sparse.jagged_tensor import JaggedTensor, KeyedJaggedTensor
 from cce_torchrec.config import CCEEmbeddingBagConfig, is_cce
 from cce_torchrec.lookup.bags import bags_of_one
 from cce_torchrec.lookup.output import LogicalOutput
+from cce_torchrec.modules import traced
 from cce_torchrec.modules.embedding_bag_collection import (
     CCEEmbeddingBagCollection,
     select_slots,
@@ -33,7 +34,7 @@ from cce_torchrec.modules.embedding_bag_collection import (
 from cce_torchrec.modules.old_names import take_old_names
 
 
-class CCEEmbeddingCollection(EmbeddingCollectionInterface):
+class CCEEmbeddingCollection(traced.Traceable, EmbeddingCollectionInterface):
     """Embeddings of every id of CCE and plain tables, as `EmbeddingCollection` returns them.
 
     Called with a KeyedJaggedTensor, returns a dictionary from feature name (`feature@table` where
@@ -80,6 +81,9 @@ class CCEEmbeddingCollection(EmbeddingCollectionInterface):
                 fit, or an id out of bounds in FATAL mode.
         """
         output = self.bags.output
+        if traced.is_traced(features):
+            vectors = traced.each_by_itself(self.bags, features)
+            return sequences(output, vectors, features, self._need_indices)
         check_one_batch_size(features)
         features = self.bags.input_check(features)
         slots = select_slots(features, [slot.feature for slot in output.slots])
