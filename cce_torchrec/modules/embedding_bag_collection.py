@@ -125,6 +125,7 @@ class CCEEmbeddingBagCollection(traced.Traceable, ChecksNames, EmbeddingBagColle
             )
         super().__setattr__(name, value)  # type: ignore[arg-type]  # torch types modules alone
 
+    @traced.with_types
     def forward(self, features: KeyedJaggedTensor) -> KeyedTensor:
         """Pooled embeddings of `features`; nothing of `features` is written to.
 

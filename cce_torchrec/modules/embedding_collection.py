@@ -73,6 +73,7 @@ class CCEEmbeddingCollection(traced.Traceable, EmbeddingCollectionInterface):
 
         self.register_load_state_dict_pre_hook(take_old_names_of_sequences)
 
+    @traced.with_types
     def forward(self, features: KeyedJaggedTensor) -> dict[str, JaggedTensor]:
         """Embeddings of the ids of `features`; nothing of `features` is written to.
 

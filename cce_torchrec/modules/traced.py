@@ -6,8 +6,8 @@ goes by. A graph, or TorchScript of it, has the codes and hashes of when it was 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import Any, Protocol, get_type_hints
+from collections.abc import Callable, Iterator
+from typing import Any, Protocol, TypeVar, get_type_hints
 
 import torch
 from fbgemm_gpu.split_table_batched_embeddings_ops_common import BoundsCheckMode
@@ -24,17 +24,20 @@ from cce_torchrec.lookup.output import LogicalOutput
 from cce_torchrec.lookup.table_lookup import TableLookup
 from cce_torchrec.table import physical_table
 
+Forward = TypeVar("Forward", bound=Callable[..., Any])
+
+
+def with_types(forward: Forward) -> Forward:
+    """`forward` with types for annotations, which a graph repeats.
+
+    Strings, as this package has for annotations, name nothing in the code of a graph.
+    """
+    forward.__annotations__ = get_type_hints(forward)
+    return forward
+
 
 class Traceable:
     """A collection of which TorchScript is that of its graph."""
-
-    def __init_subclass__(cls, **kwargs: Any) -> None:
-        """Makes types of the annotations of `forward`, which a graph repeats where it has none."""
-        super().__init_subclass__(**kwargs)
-        # Strings, as this package has for annotations, name nothing in the code of a graph.
-        forward = cls.__dict__.get("forward")
-        if forward is not None:
-            forward.__annotations__ = get_type_hints(forward)
 
     def __prepare_scriptable__(self) -> nn.Module:
         """What `torch.jit.script` takes in its place."""
