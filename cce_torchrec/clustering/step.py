@@ -168,6 +168,7 @@ def _begin_next_round(model: nn.Module, clustered: Container[str]) -> None:
     Also of tables of which this rank has no chunk: a late gradient is refused on all ranks.
     """
     clear_gradients(model, clustered)
+    # The buffers tell every rank that codes have changed, wherever they are.
     for path, module in cce_collections(model):
         for name in module.codes:
             if append_prefix(path, name) in clustered:

@@ -40,9 +40,15 @@ def fill_hashed(
             part[:, column] = rows.to(codes.dtype)
 
 
-def widen(codes: torch.Tensor) -> torch.Tensor:
-    """Codes as int64 rows; int16 storage holds unsigned values."""
-    return codes.long() & 0xFFFF if codes.dtype == torch.int16 else codes.long()
+def widen(codes: torch.Tensor, dtype: torch.dtype | None = None) -> torch.Tensor:
+    """Codes as int64 rows; int16 storage holds unsigned values.
+
+    Args:
+        codes: in storage type, or what stands for them in a graph.
+        dtype: their type, of which a graph's stand-in says nothing.
+    """
+    dtype = codes.dtype if dtype is None else dtype
+    return codes.long() & 0xFFFF if dtype == torch.int16 else codes.long()
 
 
 def read_codes(codes: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:

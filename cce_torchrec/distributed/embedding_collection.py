@@ -30,6 +30,7 @@ from torchrec.distributed.utils import append_prefix
 from torchrec.modules.embedding_configs import BaseEmbeddingConfig
 from torchrec.sparse.jagged_tensor import JaggedTensor, KeyedJaggedTensor
 
+from cce_torchrec.collectives import agree
 from cce_torchrec.config import is_cce
 from cce_torchrec.distributed.batch_form import BatchRefusedError
 from cce_torchrec.distributed.context import CCEContext
@@ -44,6 +45,7 @@ from cce_torchrec.modules.embedding_collection import (
     with_current_configs,
 )
 from cce_torchrec.torchrec_internals import (
+    fused_kernels,
     input_dists,
     lookups_of,
     output_dists,
@@ -127,6 +129,24 @@ class ShardedCCEEmbeddingCollection(
         self._lookups = lookups_of(self.bags)
         self._input_dists += input_dists(self.bags)
         self._has_uninitialized_input_dist = False
+        if self.bags.device.type == "cpu":
+            agree(self._check_kernels, self.bags.process_group)
+
+    def _check_kernels(self) -> tuple[None, None]:
+        """Refuses tables of a rank that share no kernel, of which FBGEMM takes one on CPUs.
+
+        Raises:
+            ValueError: naming the tables of each.
+        """
+        for sharded, lookup in zip(self.bags.inputs, self._lookups, strict=True):
+            kernels = [[t.name for t in tables] for tables, _ in fused_kernels([lookup])]
+            if len(kernels) > 1 and not sharded.replicated:
+                raise ValueError(
+                    f"chunks {kernels} have a kernel each (by optimizer, rate, data type or size), "
+                    "and FBGEMM's CPU kernels take sequences in one kernel only; give the tables "
+                    "one optimizer, or a collection each"
+                )
+        return None, None
 
     def input_dist(  # type: ignore[override]  # TorchRec's own modules narrow *input likewise
         self, ctx: SequenceContext, features: KeyedJaggedTensor
@@ -254,6 +274,7 @@ class CCEEmbeddingCollectionSharder(BaseEmbeddingSharder[CCEEmbeddingCollection]
     def sharding_types(self, compute_device_type: str) -> list[str]:
         """Those that all tables may have, and ROW_WISE where it is offered."""
         types, by_rows = self._bags.sharding_types(compute_device_type), ShardingType.ROW_WISE.value
+        # On GPUs TorchRec offers it for all tables of a collection, plain ones too.
         own = [kind for kind in types if kind != by_rows]
         return [*own, by_rows] if self.offers_row_wise else own
 

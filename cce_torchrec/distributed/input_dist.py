@@ -152,6 +152,7 @@ class InputDistribution:
         """What arrived, each id in a bag of its own; ids of ROW_WISE tables arrive as rows."""
         out = []
         for sharded, ids, context in zip(self.inputs, received, ctx.sharding_contexts, strict=True):
+            # Nothing of them returns, and their kernels want one batch size.
             if sharded.replicated:
                 out.append(bags_of_one_alike(ids))
                 continue

@@ -34,6 +34,7 @@ from cce_torchrec.lookup.inputs import InputCheck
 from cce_torchrec.lookup.output import LogicalOutput, divides_by_length, tensor_of
 from cce_torchrec.lookup.pending import PendingLookup
 from cce_torchrec.lookup.table_lookup import TableLookup
+from cce_torchrec.modules import traced
 from cce_torchrec.modules.foreign_state import refuse_foreign_state
 from cce_torchrec.modules.old_names import take_old_names
 from cce_torchrec.modules.quantization import ChecksNames
@@ -48,7 +49,7 @@ Config = TypeVar("Config", bound=BaseEmbeddingConfig)
 
 
 class CCEEmbeddingBagCollection(
-    ChecksNames, EmbeddingBagCollectionInterface, metaclass=NamesItsSharder
+    traced.Traceable, ChecksNames, EmbeddingBagCollectionInterface, metaclass=NamesItsSharder
 ):
     """Pooled embeddings of CCE and plain tables, as `EmbeddingBagCollection` returns them.
 
@@ -141,6 +142,7 @@ class CCEEmbeddingBagCollection(
                 f"{HOW_TO_SHARD}"
             )
 
+    @traced.with_types
     def forward(self, features: KeyedJaggedTensor) -> KeyedTensor:
         """Pooled embeddings of `features`; nothing of `features` is written to.
 
@@ -148,6 +150,8 @@ class CCEEmbeddingBagCollection(
             ValueError: a missing feature, missing weights, lengths, offsets, batch sizes or inverse
                 indices that do not fit, or an id out of bounds in FATAL mode.
         """
+        if traced.is_traced(features):
+            return traced.pooled(self, features)
         with span("input_check"):
             features = self.input_check(features)
         divisor = self.output.divisor(features)

@@ -25,6 +25,7 @@ from torchrec.sparse.jagged_tensor import JaggedTensor, KeyedJaggedTensor
 from cce_torchrec.config import CCEEmbeddingBagConfig, is_cce
 from cce_torchrec.lookup.bags import bags_of_one
 from cce_torchrec.lookup.output import LogicalOutput
+from cce_torchrec.modules import traced
 from cce_torchrec.modules.embedding_bag_collection import (
     CCEEmbeddingBagCollection,
     select_slots,
@@ -35,7 +36,9 @@ from cce_torchrec.modules.sharder_hint import NamesItsSharder
 from cce_torchrec.spans import span
 
 
-class CCEEmbeddingCollection(EmbeddingCollectionInterface, metaclass=NamesItsSharder):
+class CCEEmbeddingCollection(
+    traced.Traceable, EmbeddingCollectionInterface, metaclass=NamesItsSharder
+):
     """Embeddings of every id of CCE and plain tables, as `EmbeddingCollection` returns them.
 
     Called with a KeyedJaggedTensor, returns a dictionary from feature name (`feature@table` where
@@ -74,6 +77,7 @@ class CCEEmbeddingCollection(EmbeddingCollectionInterface, metaclass=NamesItsSha
 
         self.register_load_state_dict_pre_hook(take_old_names_of_sequences)
 
+    @traced.with_types
     def forward(self, features: KeyedJaggedTensor) -> dict[str, JaggedTensor]:
         """Embeddings of the ids of `features`; nothing of `features` is written to.
 
@@ -82,6 +86,9 @@ class CCEEmbeddingCollection(EmbeddingCollectionInterface, metaclass=NamesItsSha
                 fit, or an id out of bounds in FATAL mode.
         """
         output = self.bags.output
+        if traced.is_traced(features):
+            vectors = traced.each_by_itself(self.bags, features)
+            return sequences(output, vectors, features, self._need_indices)
         check_one_batch_size(features)
         with span("input_check"):
             features = self.bags.input_check(features)

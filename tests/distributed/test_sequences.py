@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 import torch.distributed as dist
 from torch import nn
 from torchrec import KeyedJaggedTensor
 from torchrec.distributed.train_pipeline import TrainPipelineSparseDist
-from torchrec.modules.embedding_configs import EmbeddingConfig
+from torchrec.modules.embedding_configs import DataType, EmbeddingConfig
+from torchrec.optim import RowWiseAdagrad
+from torchrec.optim.apply_optimizer_in_backward import apply_optimizer_in_backward
 
 from cce_torchrec import CCEEmbeddingBagConfig, CCEEmbeddingCollection
 from cce_torchrec.clustering import cluster, finalize
@@ -140,6 +144,27 @@ def test_bad_ids_read_id_0_and_are_counted(rank, world_size):
     assert counted[0] == counted[1] > 0
     with pytest.raises(ValueError, match=r"lacks features 'g' \(table 't'\), 'h' \(table 'p'\)"):
         pair.model(KeyedJaggedTensor(["f"], kjt["f"].values(), lengths=kjt["f"].lengths()))
+
+
+@on_ranks(2)
+@pytest.mark.parametrize("of_one", ["optimizer", "rate", "type"])
+def test_tables_of_a_rank_without_a_common_kernel(rank, world_size, of_one):
+    """Refused on every rank, where FBGEMM refused the first batch of one, and others waited."""
+    t, _, u = SequenceNet.configs()
+    if of_one == "type":
+        u = replace(u, data_type=DataType.FP16)
+    model = Model(CCEEmbeddingCollection([t, u]))
+    optimizers = {"optimizer": (RowWiseAdagrad, 0.1), "rate": (torch.optim.SGD, 0.2)}
+    kind, rate = optimizers.get(of_one, (torch.optim.SGD, 0.1))
+    bags = model.collection.embeddings
+    apply_optimizer_in_backward(torch.optim.SGD, bags["t"].parameters(), {"lr": 0.1})
+    apply_optimizer_in_backward(kind, bags["u"].parameters(), {"lr": rate})
+    plan = make_plan(model, [t, u], CPU, "tw")
+    for sharding in plan.plan["collection"].values():
+        sharding.ranks[:] = [1]
+        sharding.sharding_spec.shards[0].placement = torch.distributed._remote_device("rank:1/cpu")
+    with pytest.raises(ValueError, match=r"rank 1: chunks \[\['t#0'.*take sequences in one kernel"):
+        shard_by(plan, model)
 
 
 @on_ranks(2)

@@ -126,10 +126,13 @@ def outcomes(options: argparse.Namespace, file: str, substitute: bool) -> dict[s
         command += ["-p", "tests.torchrec_suite.recording", f"torchrec/{file}"]
         try:
             # TorchRec's tests print a lot, and what they end with is recorded.
-            subprocess.run(
+            ended = subprocess.run(
                 command, cwd=source, env=environment, capture_output=True,
                 timeout=options.file_seconds, check=False,
             )  # fmt: skip
+            if not record.read_text():
+                said = ended.stdout.decode(errors="replace").strip()[-600:]
+                raise SystemExit(f"{file}: no test of it ran; pytest says\n{said}")
         except subprocess.TimeoutExpired:
             print(f"  {file}: ended after {options.file_seconds} s", flush=True)
         lines = map(json.loads, record.read_text().splitlines())

@@ -27,6 +27,7 @@ _SUBSTITUTED = {
     "FeatureProcessedEmbeddingBagCollectionSharder",
     "ShardedEmbeddingBagCollection",
     "ShardedEmbeddingCollection",
+    "copy_state_dict",
     "get_default_sharders",
 }
 _ON_CPU = {"nccl": "gloo", "cuda": "cpu", "cuda:0": "cpu"}

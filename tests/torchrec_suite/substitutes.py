@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import re
+from collections.abc import Iterable, Sequence
 from dataclasses import fields
 from functools import partial
 from typing import Any
@@ -38,6 +39,7 @@ __all__ = [
     "FeatureProcessedEmbeddingBagCollectionSharder",
     "ShardedEmbeddingBagCollection",
     "ShardedEmbeddingCollection",
+    "copy_state_dict",
     "get_default_sharders",
 ]
 
@@ -97,6 +99,7 @@ def with_weights_of(plain: Any, tables: Sequence[BaseEmbeddingConfig], made: Any
             parts = given[table.name].weight.chunk(len(names), dim=1)
             for name, part in zip(names, parts, strict=True):
                 own[name].weight.copy_(part)
+    made.register_load_state_dict_pre_hook(take_whole_weights)
     return made
 
 
@@ -153,3 +156,41 @@ EmbeddingCollectionSharder = CCEEmbeddingCollectionSharder
 FeatureProcessedEmbeddingBagCollectionSharder = FeatureProcessedSharder
 ShardedEmbeddingBagCollection = ShardedCCEEmbeddingBagCollection
 ShardedEmbeddingCollection = ShardedCCEEmbeddingCollection
+
+
+def _whole_weights(names: Iterable[str], state: dict[str, Any]) -> dict[str, torch.Tensor]:
+    """Of `names` of chunks' weights, those of which `state` has the whole table, with their part.
+
+    Tests set tables to values that they write down, by the name that TorchRec has for them.
+    """
+    out = {}
+    for name in names:
+        path, _, chunk = name.removesuffix(".weight").partition("#")
+        table = path.rpartition(".")[2]
+        whole = [key for key in state if re.search(rf"embedding(_bag)?s\.{table}\.weight$", key)]
+        if chunk and whole:
+            first = int(chunk) * CHUNK_DIM
+            out[name] = state[whole[0]][:, first : first + CHUNK_DIM]
+    return out
+
+
+def take_whole_weights(module: Any, state: dict[str, Any], prefix: str, *_: Any) -> None:
+    """Before a load into the unsharded `module`: weights of its chunks, and codes as they are."""
+    own = {f"{prefix}{name}": value for name, value in module.named_parameters()}
+    found = _whole_weights(own, state)
+    if found:
+        for key in [key for key in state if key.startswith(prefix) and "#" not in key]:
+            if re.search(r"embedding(_bag)?s\.\w+\.weight$", key):
+                del state[key]
+        state |= found | {f"{prefix}{name}": value for name, value in module.named_buffers()}
+
+
+def copy_state_dict(
+    loc: dict[str, Any], glob: dict[str, torch.Tensor], exclude_predfix: Any = None
+) -> None:
+    """TorchRec's, with weights of chunks from those of whole tables, whose codes are left alone."""
+    from torchrec.distributed.test_utils import test_sharding
+
+    found = _whole_weights(loc, glob)
+    kept = {k: v for k, v in loc.items() if not (found and k not in glob and ".codes." in f".{k}")}
+    test_sharding.copy_state_dict(kept, glob | found, exclude_predfix)

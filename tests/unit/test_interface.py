@@ -10,6 +10,8 @@ from torchrec import (
     EmbeddingConfig,
     KeyedJaggedTensor,
 )
+from torchrec.optim.apply_optimizer_in_backward import apply_optimizer_in_backward
+from torchrec.optim.optimizers import in_backward_optimizer_filter
 
 from cce_torchrec import (
     CCEEmbeddingBagCollection,
@@ -120,14 +122,31 @@ def test_a_weight_that_is_put_in_is_looked_up():
 def test_sequences_have_modules_too():
     made = CCEEmbeddingCollection(SequenceNet.configs())
     assert made.embeddings["p"].weight.shape == (300, 16)
-    assert "t" not in made.embeddings and "t#3" in made.embeddings
+    assert "t" in made.embeddings and "t#3" in made.embeddings and "x" not in made.embeddings
 
 
 @pytest.mark.parametrize("modules", [lambda: MADE["bags"]().embedding_bags["t"],
                                      lambda: MADE["sequences"]().embeddings["t"]])  # fmt: skip
 def test_a_compressed_table_has_no_weight_and_says_where_its_chunks_are(modules):
-    with pytest.raises(KeyError, match=r"table 't' is compressed.*'t#0', 't#1', 't#2', 't#3'"):
-        modules()
+    with pytest.raises(AttributeError, match=r"table 't' is compressed.*'t#0', 't#1', 't#2'"):
+        _ = modules().weight
+
+
+@pytest.mark.parametrize("kind", MADE)
+def test_a_compressed_table_has_its_parameters_and_a_plain_one_its_own(kind):
+    made = MADE[kind]()
+    bags = made.embeddings if kind == "sequences" else made.embedding_bags
+    names = dict(made.named_parameters())
+    own = {id(p) for p in bags["t"].parameters()}
+    assert {name.split(".")[-2] for name, p in names.items() if id(p) in own} == {
+        "t#0", "t#1", "t#2", "t#3"
+    }  # fmt: skip
+    assert len(bags["t"]) == 4 and bags["t"][1] is bags["t#1"]
+    assert not hasattr(bags["t"], "weight") and hasattr(bags["p"], "weight")
+    apply_optimizer_in_backward(torch.optim.SGD, bags["t"].parameters(), {"lr": 1.0})
+    chosen = dict(in_backward_optimizer_filter(made.named_parameters(), include=True))
+    assert {id(p) for p in chosen.values()} == own
+    assert dict(made.named_parameters()).keys() == names.keys()
 
 
 def hashed(**options):

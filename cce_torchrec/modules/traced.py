@@ -1,0 +1,144 @@
+"""Lookups of unsharded collections as torch.fx records them: in operators of torch alone.
+
+A tracer follows no number of a batch, such as the ids of a feature, which the compiled expansion
+goes by. A graph, or TorchScript of it, has the codes and hashes of when it was made.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any, Protocol, TypeVar, get_type_hints
+
+import torch
+from fbgemm_gpu.split_table_batched_embeddings_ops_common import BoundsCheckMode
+from torch import nn
+from torch.nn.functional import embedding
+from torchrec.fx import symbolic_trace
+from torchrec.modules.embedding_modules import EmbeddingBagCollection
+from torchrec.sparse.jagged_tensor import KeyedJaggedTensor, KeyedTensor
+
+from cce_torchrec.codes.hashing import code_hash, helper_hash
+from cce_torchrec.codes.storage import widen
+from cce_torchrec.lookup.expansion import Expansion
+from cce_torchrec.lookup.output import LogicalOutput
+from cce_torchrec.lookup.table_lookup import TableLookup
+from cce_torchrec.table import physical_table
+
+Forward = TypeVar("Forward", bound=Callable[..., Any])
+
+
+def with_types(forward: Forward) -> Forward:
+    """`forward` with types for annotations, which a graph repeats.
+
+    Strings, as this package has for annotations, name nothing in the code of a graph.
+    """
+    forward.__annotations__ = get_type_hints(forward)
+    return forward
+
+
+class Traceable:
+    """A collection of which TorchScript is that of its graph."""
+
+    def __prepare_scriptable__(self) -> nn.Module:
+        """What `torch.jit.script` takes in its place."""
+        return symbolic_trace(self)  # type: ignore[arg-type]  # mixed into modules
+
+
+class Bags(Protocol):
+    """What is read of a pooled collection."""
+
+    bounds_check_mode: BoundsCheckMode
+    embedding_bag_collection: EmbeddingBagCollection
+    expansion: Expansion
+    output: LogicalOutput
+
+    def is_weighted(self) -> bool:
+        """Whether bags are pooled by per-sample weights."""
+        ...
+
+
+def is_traced(features: Any) -> bool:
+    """Whether `features` are those of a graph that torch.fx, or torch.export, is recording."""
+    return isinstance(features, torch.fx.Proxy) or torch.compiler.is_exporting()
+
+
+def pooled(bags: Bags, features: KeyedJaggedTensor) -> KeyedTensor:
+    """The pooled embeddings of a collection.
+
+    Raises:
+        ValueError: bounds_check_mode FATAL, as a graph does not look at ids.
+    """
+    jagged, out = features.to_dict(), []
+    for lookup in bags.expansion.table_lookups:
+        rows_per_id = lookup.rows_per_id
+        for slot in lookup.slots:
+            own, parts = jagged[bags.output.slots[slot].feature], []
+            weights = own.weights().repeat_interleave(rows_per_id) if bags.is_weighted() else None
+            for name, rows in _chunks(bags, lookup, own.values()):
+                bag = bags.embedding_bag_collection.embedding_bags[name]
+                ends = own.offsets() * rows_per_id
+                parts.append(bag(rows.reshape(-1), ends, per_sample_weights=weights).float())
+            vectors = torch.cat(parts, dim=1)
+            # An empty bag has the sum 0, and 0 / 1 for its mean.
+            if bags.output.mean[slot]:
+                vectors = vectors / own.lengths().clamp(min=1).unsqueeze(1)
+            out.append(vectors)
+    return KeyedTensor(
+        keys=bags.output.names, length_per_key=bags.output.dims, values=torch.cat(out, dim=1)
+    )
+
+
+def each_by_itself(bags: Bags, features: KeyedJaggedTensor) -> dict[str, torch.Tensor]:
+    """The embedding of every id [ids, s], by physical feature.
+
+    Raises:
+        ValueError: see `pooled`.
+    """
+    jagged, out = features.to_dict(), {}
+    for lookup in bags.expansion.table_lookups:
+        for slot in lookup.slots:
+            ids = jagged[bags.output.slots[slot].feature].values()
+            names = bags.output.physical[slot]
+            for physical, (name, rows) in zip(names, _chunks(bags, lookup, ids), strict=True):
+                bag: Any = bags.embedding_bag_collection.embedding_bags[name]
+                # Not by `bag`, whose bags of one would need offsets, whose number is not known.
+                out[physical] = embedding(rows, bag.weight).sum(1).float()
+    return out
+
+
+def _chunks(
+    bags: Bags, lookup: TableLookup, ids: torch.Tensor
+) -> Iterator[tuple[str, torch.Tensor]]:
+    """The TorchRec table of each chunk of a table, and its rows of `ids` [V], [V, rows per id]."""
+    # Hashes of int32 ids would wrap.
+    ids, codes, size = lookup.hashed(ids.long()), lookup.codes, lookup.config.num_embeddings
+    if bags.bounds_check_mode == BoundsCheckMode.FATAL and not lookup.hashes_ids:
+        raise ValueError(
+            f"table {lookup.config.name!r}: bounds_check_mode FATAL looks at the ids of a batch, "
+            "and a graph cannot; trace a collection that was made with WARNING or IGNORE"
+        )
+    # Not by `bags.bounds_check`, which counts on the host.
+    if bags.bounds_check_mode != BoundsCheckMode.NONE:
+        ids = ids.masked_fill((ids < 0) | (ids >= size), 0)
+    if codes is None:
+        yield lookup.config.name, ids.unsqueeze(1)
+        return
+    config = codes.config
+    names = [physical_table(config.name, chunk) for chunk in codes.chunks]
+    if torch.compiler.is_compiling():  # there tensors are seen as such, and counted in the graph
+        yield from zip(names, lookup.rows(ids), strict=True)
+        return
+    # Whole rows at once, as an index for each chunk would read the memory as often.
+    stored = codes.codes
+    found = None if stored is None else widen(torch.index_select(stored, 0, ids), stored.dtype)
+    for column, chunk in enumerate(codes.chunks):
+        if found is None:
+            main = code_hash(config.seed, config.name, chunk)(ids, config.num_rows)
+        else:
+            main = found.select(1, column)
+        rows = [main]
+        # Numbers, as tensors would be constants of the graph beside the collection's own.
+        if lookup.rows_per_id == 2:
+            helper = helper_hash(config.seed, config.name, chunk, codes.num_clusterings)
+            rows.append(helper(ids, config.helper_rows) + config.num_rows)
+        yield names[column], torch.stack(rows, dim=1)
