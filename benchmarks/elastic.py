@@ -99,20 +99,19 @@ def one_try(worker: str, launch: str, seed: int) -> dict[str, Any]:
         command = [sys.executable, "-m", "torch.distributed.run", *options]
         command += ["--nproc-per-node", "2", "--max-restarts", "1", "-m", "benchmarks.elastic"]
         command += ["--worker", worker, "--out", folder, "--seed", str(seed)]
-        # A session of its own, so that ranks which wait for ever can be ended with torchrun.
         with open(Path(folder) / "log", "w+") as log:
             job = subprocess.Popen(
                 command,
                 env=os.environ | variables,
                 stdout=log,
                 stderr=subprocess.STDOUT,
-                start_new_session=True,
             )
             try:
                 code = job.wait(LIMIT)
             except subprocess.TimeoutExpired:
-                os.killpg(job.pid, signal.SIGKILL)
-                code = job.wait()
+                job.terminate()  # torchrun ends its ranks then, which have sessions of their own
+                job.wait()
+                code = 1
             log.seek(0)
             text = log.read()
     errors = re.findall(r"^(?:\[rank\d+\]: ?)?\w*(?:Error|error): .*$", text, re.MULTILINE)
