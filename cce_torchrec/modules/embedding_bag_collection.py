@@ -12,7 +12,6 @@ from typing import Any, TypeVar
 import torch
 from fbgemm_gpu.split_table_batched_embeddings_ops_common import BoundsCheckMode
 from torch import nn
-from torchrec.distributed.types import ShardedModule
 from torchrec.modules.embedding_configs import (
     BaseEmbeddingConfig,
     EmbeddingBagConfig,
@@ -38,7 +37,7 @@ from cce_torchrec.modules import traced
 from cce_torchrec.modules.foreign_state import refuse_foreign_state
 from cce_torchrec.modules.old_names import take_old_names
 from cce_torchrec.modules.quantization import ChecksNames
-from cce_torchrec.modules.sharder_hint import HOW_TO_SHARD, NamesItsSharder
+from cce_torchrec.modules.sharder_hint import ShardedWhole
 from cce_torchrec.modules.table_modules import TableModules
 from cce_torchrec.spans import span
 from cce_torchrec.table import physical_feature, physical_table, tables_of
@@ -49,7 +48,7 @@ Config = TypeVar("Config", bound=BaseEmbeddingConfig)
 
 
 class CCEEmbeddingBagCollection(
-    traced.Traceable, ChecksNames, EmbeddingBagCollectionInterface, metaclass=NamesItsSharder
+    ShardedWhole, traced.Traceable, ChecksNames, EmbeddingBagCollectionInterface
 ):
     """Pooled embeddings of CCE and plain tables, as `EmbeddingBagCollection` returns them.
 
@@ -118,29 +117,6 @@ class CCEEmbeddingBagCollection(
             columns = list(range(len(codes.chunks))) if codes is not None else []
             lookups.append(TableLookup(table, slots, codes, columns))
         return lookups
-
-    def __setattr__(self, name: str, value: object) -> None:
-        self._refuse_sharded_inside(value)
-        super().__setattr__(name, value)  # type: ignore[arg-type]  # torch types modules alone
-
-    def add_module(self, name: str, module: nn.Module | None) -> None:
-        """As torch has it; refuses a sharded collection in the place of the chunks.
-
-        Raises:
-            ValueError: saying what to give TorchRec.
-        """
-        self._refuse_sharded_inside(module)
-        super().add_module(name, module)
-
-    def _refuse_sharded_inside(self, value: object) -> None:
-        # TorchRec without our sharders looks inside, and finds a module of its own: in
-        # DistributedModelParallel, which sets attributes, and in shard_modules, which adds modules.
-        if isinstance(value, ShardedModule):
-            raise ValueError(
-                f"tables {[table.name for table in self.tables]}: the chunks inside a "
-                "CCEEmbeddingBagCollection were about to be sharded without their codes; "
-                f"{HOW_TO_SHARD}"
-            )
 
     @traced.with_types
     def forward(self, features: KeyedJaggedTensor) -> KeyedTensor:

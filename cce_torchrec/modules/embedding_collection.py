@@ -32,13 +32,11 @@ from cce_torchrec.modules.embedding_bag_collection import (
     with_features,
 )
 from cce_torchrec.modules.old_names import take_old_names
-from cce_torchrec.modules.sharder_hint import NamesItsSharder
+from cce_torchrec.modules.sharder_hint import ShardedWhole
 from cce_torchrec.spans import span
 
 
-class CCEEmbeddingCollection(
-    traced.Traceable, EmbeddingCollectionInterface, metaclass=NamesItsSharder
-):
+class CCEEmbeddingCollection(ShardedWhole, traced.Traceable, EmbeddingCollectionInterface):
     """Embeddings of every id of CCE and plain tables, as `EmbeddingCollection` returns them.
 
     Called with a KeyedJaggedTensor, returns a dictionary from feature name (`feature@table` where

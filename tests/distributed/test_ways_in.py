@@ -24,6 +24,7 @@ from cce_torchrec import (
 )
 from cce_torchrec.distributed import sharders
 from cce_torchrec.distributed.embedding_bag_collection import ShardedCCEEmbeddingBagCollection
+from cce_torchrec.distributed.embedding_bag_sharder import CCEEmbeddingBagCollectionSharder
 from tests.support.models import (
     CPU,
     ROWWISE,
@@ -166,11 +167,43 @@ def test_a_list_without_ours(rank, world_size, name):
 def test_a_plan_of_ours_and_a_list_without(rank, world_size, name):
     model = MODELS[name]()
     plan = make_plan(model, configs_of(model), CPU, "tw")
-    with pytest.raises(KeyError, match=r"to shard it, call cce_torchrec.register_sharders\(\)"):
+    with pytest.raises(KeyError, match=r"to shard it: call cce_torchrec.register_sharders\(\)"):
         DistributedModelParallel(model, device=CPU, plan=plan)
 
 
 @on_ranks(2)
 def test_shard_without_a_sharder(rank, world_size):
-    with pytest.raises(AssertionError, match=r"to shard it, call cce_torchrec.register_sharders"):
+    with pytest.raises(AssertionError, match=r"to shard it: call cce_torchrec.register_sharders"):
         shard(pooled().collection, {})
+
+
+class OwnPooled(CCEEmbeddingBagCollection):
+    """A subclass, which no sharder takes."""
+
+
+class OwnInSequence(CCEEmbeddingCollection):
+    """The same."""
+
+
+@on_ranks(2)
+@pytest.mark.parametrize(
+    ("made", "configs"), [(OwnPooled, tables(SUM)), (OwnInSequence, SequenceNet.configs())]
+)
+def test_a_subclass(rank, world_size, made, configs):
+    """TorchRec's sharders are for exact classes: what is inside would be sharded by itself."""
+    kept = made.__base__.__name__
+    says = rf"inside a {made.__name__} were about .*; sharders take {kept} itself and no subclass"
+    with pytest.raises(ValueError, match=says):
+        DistributedModelParallel(
+            Model(made(configs)), device=CPU, sharders=sharders.get_default_sharders()
+        )
+    assert f"sharders take {kept} itself" in repr(made)
+
+
+@on_ranks(2)
+def test_sequences_with_the_sharder_of_bags_alone(rank, world_size):
+    only = [CCEEmbeddingBagCollectionSharder()]
+    with pytest.raises(
+        ValueError, match=r"inside a CCEEmbeddingCollection were .*; call cce_torch"
+    ):
+        DistributedModelParallel(in_sequence(), device=CPU, sharders=only)
