@@ -17,6 +17,8 @@ from typing import Any
 
 import torch
 
+from cce_torchrec.packing import CodePacking
+
 _CPU = torch.device("cpu")
 _OPERATORS = torch.library.Library("cce_torchrec", "DEF")
 
@@ -91,6 +93,18 @@ class Pointer:
         if not isinstance(tensor, torch.Tensor):
             raise TypeError(f"a compiled kernel takes a tensor here, and got {tensor!r}")
         return ctypes.c_void_p(self.address(tensor))
+
+
+_PACKED = Pointer(torch.uint8)
+
+
+def packed_codes(codes: torch.Tensor | None, bits: int) -> list[int]:
+    """The six numbers by which packing.h has codes of `bits` bits; of None those of no codes."""
+    if codes is None or not bits:
+        return [0] * 6
+    packing, start = CodePacking(bits), _PACKED.address(codes)
+    shift = packing.group.bit_length() - 1
+    return [start, start + codes.numel(), bits, shift, packing.width, codes.shape[1]]
 
 
 def operator(schema: str, fake: Callable[..., Any]) -> Callable[[Callable[..., Any]], Any]:

@@ -20,6 +20,8 @@ from torchrec.modules.embedding_configs import (  # noqa: E402
     data_type_to_dtype,
 )
 
+from cce_torchrec.packing import CodePacking  # noqa: E402
+
 DEFAULT_HELPER_RATIO = 3
 MAX_ROWS = 2**31 - 1
 _UNSUPPORTED_FIELDS = (
@@ -40,18 +42,6 @@ _WHOLE_NUMBERS = (
     "num_helper_rows",
     "seed",
 )
-
-
-def code_dtype(num_rows: int) -> torch.dtype:
-    """Storage type of codes that address `num_rows` rows: uint8, int16 (read as unsigned) or int32.
-
-    int16 stands for unsigned 16 bits because torch.uint16 lacks the indexing operators.
-    """
-    if num_rows <= 2**8:
-        return torch.uint8
-    if num_rows <= 2**16:
-        return torch.int16
-    return torch.int32
 
 
 @dataclass(kw_only=True)
@@ -194,10 +184,23 @@ class CCEEmbeddingBagConfig(EmbeddingBagConfig):
 
     @property
     def code_bytes(self) -> int:
-        """Bytes of the codes, 0 where they are not learned."""
-        if not self.learned_codes:
-            return 0
-        return self.num_embeddings * self.num_chunks * code_dtype(self.num_rows).itemsize
+        """Bytes of the codes, 0 where they are not learned or have no bits."""
+        return self.packing.nbytes(self.num_embeddings, self.num_chunks)
+
+    @property
+    def code_bits(self) -> int:
+        """Bits of a code, 0 where codes are not learned: as few as tell `num_rows` rows apart.
+
+        Above 4 an even number, and above 16 a multiple of 4, as these are read faster: 256 rows
+        have 8 bits, 257 have 10. A table of one row has codes of 0 bits: a clustering step only
+        restarts it (see `cluster`).
+        """
+        return self.packing.bits
+
+    @property
+    def packing(self) -> CodePacking:
+        """How the codes lie in memory."""
+        return CodePacking.of_rows(self.num_rows if self.learned_codes else 1)
 
     @property
     def seen_bytes(self) -> int:

@@ -70,6 +70,11 @@ def physical_table(table: str, chunk: int) -> str:
     return f"{table}#{chunk}"
 
 
+def codes_key(prefix: str, table: str) -> str:
+    """Name of a table's codes in the state dict of a collection, whose keys begin with `prefix`."""
+    return f"{prefix}codes.{table}.codes"
+
+
 def logical_table(physical: str) -> str:
     """Name of the table that the TorchRec table `physical` is a chunk of, or that it is."""
     # Users' tables have no '#' in their names: it is refused.

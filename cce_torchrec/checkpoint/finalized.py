@@ -12,11 +12,10 @@ from torchrec.modules.embedding_configs import EmbeddingBagConfig
 from cce_torchrec.checkpoint.manifest import TableRecord
 from cce_torchrec.checkpoint.tables import choose_tables, describe_tables, is_finalized, unwrapped
 from cce_torchrec.codes.chunk_codes import ChunkCodes, codes_of
-from cce_torchrec.codes.storage import converted
 from cce_torchrec.collectives import Ranks
-from cce_torchrec.config import code_dtype
 from cce_torchrec.distributed.embedding_bag_collection import ShardedCCEEmbeddingBagCollection
 from cce_torchrec.modules.embedding_bag_collection import CCEEmbeddingBagCollection
+from cce_torchrec.packing import CodePacking
 from cce_torchrec.table import Table
 
 
@@ -29,7 +28,7 @@ def finalized_as(
 ) -> Iterator[list[str]]:
     """Finalizes the tables of `model` that are finalized in a checkpoint; undone if a load fails.
 
-    A collective call. Codebooks keep their rows; codes get the type that all of those rows need.
+    A collective call. Codebooks keep their rows; codes get the bits that all of those rows need.
 
     Args:
         model: unsharded, or under DistributedModelParallel.
@@ -41,7 +40,7 @@ def finalized_as(
         The names of these tables, as `collection.table`.
     """
     before: list[tuple[Table, EmbeddingBagConfig]] = []
-    codes_before: list[tuple[ChunkCodes, torch.Tensor]] = []
+    codes_before: list[tuple[ChunkCodes, torch.Tensor | None, CodePacking]] = []
 
     def begin() -> list[str]:
         current = describe_tables(model)
@@ -53,7 +52,9 @@ def finalized_as(
                 for table, codes in _pieces(model, current[name]):
                     before.append((table, table.config))
                     table.finalize()
-                    codes_before.extend(_widened(codes))
+                    codes_before.extend((c, c.codes, c.packing) for c in codes)
+                    for own in codes:
+                        own.repack(own.config.packing)
         return finalized
 
     try:
@@ -61,8 +62,8 @@ def finalized_as(
     except BaseException:
         for table, config in before:
             table.config = config
-        for codes, stored in codes_before:
-            codes.set_codes(stored)
+        for codes, stored, packing in codes_before:
+            codes.set_codes(stored, packing)
         raise
 
 
@@ -79,15 +80,3 @@ def _pieces(model: nn.Module, record: TableRecord) -> Iterator[tuple[Table, list
             if table.name == record.name:
                 found = codes_of(module.codes, table.name)
                 yield table, [] if found is None else [found]
-
-
-def _widened(pieces: list[ChunkCodes]) -> Iterator[tuple[ChunkCodes, torch.Tensor]]:
-    """Gives codes the type that their table's rows need; yields what had another, and what it had.
-
-    Lookups see that the buffer is another one, and describe it to their kernels anew.
-    """
-    for codes in pieces:
-        dtype, stored = code_dtype(codes.config.num_rows), codes.stored
-        if stored.dtype != dtype:
-            codes.set_codes(converted(stored, dtype))
-            yield codes, stored

@@ -174,8 +174,8 @@ def read_manifest(checkpoint: Path) -> Manifest:
         raise ValueError(f"{file} is damaged ({error}); load another checkpoint") from error
     remedy = "update cce_torchrec" if isinstance(format_, int) and format_ > FORMAT else "save anew"
     raise ValueError(
-        f"{file} has format {format_}; this version reads {' and '.join(map(str, READABLE))}: "
-        f"{remedy}"
+        f"{file} has format {format_}; this version reads {', '.join(map(str, READABLE[:-1]))} and "
+        f"{FORMAT}: {remedy}"
     )
 
 

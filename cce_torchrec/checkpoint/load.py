@@ -23,7 +23,7 @@ from cce_torchrec.checkpoint.format_2 import Format2Plans, Format2Reader
 from cce_torchrec.checkpoint.grow import Growth
 from cce_torchrec.checkpoint.load_report import LoadReport
 from cce_torchrec.checkpoint.location import location
-from cce_torchrec.checkpoint.manifest import FORMAT, NO_OPTIMIZER, Manifest, OptimizerRecord
+from cce_torchrec.checkpoint.manifest import NO_OPTIMIZER, Manifest, OptimizerRecord
 from cce_torchrec.checkpoint.matching import Matching, match_state
 from cce_torchrec.checkpoint.optimizers import optimizer_states
 from cce_torchrec.checkpoint.parameter_state import (
@@ -165,7 +165,8 @@ class _Load:
             manifest.tables, current, self._wanted, growing, strict=choice.strict
         )
         self._whole = {key: v for key, v in model_state(model).items() if self._chosen(key)}
-        self._growth = Growth(model, current, manifest.tables, self.matching.grown)
+        whole, grown = manifest.has_whole_codes, self.matching.grown
+        self._growth = Growth(model, current, manifest.tables, grown, whole_codes=whole)
         self._state = self._growth.targets(self._whole)
         states = optimizer_states(model, optimizers)
         self.states = {n: s for n, s in states.items() if self._chosen(f"model.{n}")}
@@ -174,9 +175,9 @@ class _Load:
         names = renamed_weights(manifest.tables.values(), current, set(map(_name, self._whole)))
         of_model = {names.get(name, name): one for name, one in manifest.optimizers.items()}
         self.manifest = replace(manifest, optimizers=of_model)
-        kind = TensorReader if manifest.format == FORMAT else Format2Reader
+        kind = Format2Reader if manifest.is_format_2 else TensorReader
         self._reader = kind(path, manifest.files, names)
-        self._plans = LoadPlans() if manifest.format == FORMAT else Format2Plans()
+        self._plans = Format2Plans() if manifest.is_format_2 else LoadPlans()
 
     def _chosen(self, key: str) -> bool:
         table = table_of(key.removeprefix("model."), self._tables)
@@ -204,7 +205,7 @@ class _Load:
         """
         stored = {
             key: value for key, value in metadata.state_dict_metadata.items()
-            if key.startswith("model.") and self._chosen(key)
+            if key.startswith("model.") and self._chosen(key) and not self._growth.is_void(key)
         }  # fmt: skip
         try:
             return match_state(stored, self._state, everywhere, self._called, strict=self._strict)

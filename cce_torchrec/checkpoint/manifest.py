@@ -10,9 +10,10 @@ from cce_torchrec.clustering.schedule import ClusteringSchedule
 
 T = TypeVar("T")
 
-FORMAT = 3
-READABLE = (2, FORMAT)
-"""Format 2 has the same manifest, and tensors as torch.distributed.checkpoint writes them."""
+FORMAT = 4
+READABLE = (2, 3, FORMAT)
+"""Format 3 has whole codes instead of packed ones; format 2 as well, and tensors as
+torch.distributed.checkpoint writes them."""
 
 
 # A tuple, which JSON has as a list: [size, crc].
@@ -120,6 +121,16 @@ class Manifest:
     files: dict[str, Fingerprint]
     """All that belong to the checkpoint but the manifest, by name."""
     format: int = FORMAT
+
+    @property
+    def is_format_2(self) -> bool:
+        """Whether tensors are as torch.distributed.checkpoint writes them."""
+        return self.format == 2
+
+    @property
+    def has_whole_codes(self) -> bool:
+        """Whether codes are whole integers [N, c]; packed otherwise."""
+        return self.format < 4
 
     @property
     def summary(self) -> str:

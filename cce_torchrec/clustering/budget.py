@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 
 from cce_torchrec.clustering import gpu_budget
-from cce_torchrec.config import code_dtype
+from cce_torchrec.codes.whole_codes import whole_bytes
 from cce_torchrec.kmeans import native
 from cce_torchrec.kmeans.backends import SCORE_BYTES, SKLEARN_BACKENDS, score_table_bytes
 from cce_torchrec.kmeans.gpu_blocks import points_at_once, width
@@ -104,7 +104,7 @@ def budget(
     """
     num_ids, cells = shape.num_ids, shape.cells
     clusters = shape.num_rows + shape.helper_rows * finalize
-    code = code_dtype(clusters).itemsize
+    code = whole_bytes(clusters)
     score_bytes = _score_bytes(shape, clusters, memory_limit, engine)
     fixed = score_bytes + _book_bytes(clusters, shape.helper_rows, shape.dim, engine)
     room = 3 * memory_limit // 4

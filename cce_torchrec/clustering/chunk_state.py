@@ -13,9 +13,9 @@ from cce_torchrec.clustering.chunk_update import ChunkUpdate
 from cce_torchrec.clustering.id_passes import ChunkIds
 from cce_torchrec.codes.chunk_codes import ChunkCodes
 from cce_torchrec.codes.hashing import helper_hash
-from cce_torchrec.codes.storage import code_dtype
 from cce_torchrec.kmeans.points import check_finite
 from cce_torchrec.optimizer_state import reset_of
+from cce_torchrec.packing import CodePacking
 
 _NOT_FINITE = "nothing was clustered. Lower the learning rate, or restore the last checkpoint"
 
@@ -68,9 +68,9 @@ class ChunkState:
         return config.rows_per_chunk if self.finalize else config.num_rows
 
     @property
-    def new_dtype(self) -> torch.dtype:
-        """Storage type of codes after the step."""
-        return code_dtype(self.num_clusters)
+    def new_packing(self) -> CodePacking:
+        """How codes lie after the step."""
+        return CodePacking.of_rows(self.num_clusters)
 
     @property
     def chunk(self) -> int:
@@ -88,6 +88,7 @@ class ChunkState:
         codes, config = self.codes, self.codes.config
         return ChunkIds(
             codes=codes.stored,
+            packing=codes.packing,
             column=self.column,
             num_rows=config.num_rows,
             helper_rows=config.helper_rows,

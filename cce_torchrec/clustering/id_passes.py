@@ -9,10 +9,12 @@ from typing import TYPE_CHECKING
 import torch
 
 from cce_torchrec.codes.hashing import HashFunction
-from cce_torchrec.codes.storage import pack, seen_ids, widen
+from cce_torchrec.codes.storage import column_of, seen_ids
+from cce_torchrec.codes.whole_codes import rows_of
 from cce_torchrec.gpu.usable import usable
 from cce_torchrec.kmeans import native
 from cce_torchrec.kmeans.points import PairPoints
+from cce_torchrec.packing import CodePacking
 
 if TYPE_CHECKING:  # Triton may not be installed
     from cce_torchrec.clustering import triton_kernel
@@ -21,6 +23,8 @@ ID_BLOCK = 1 << 16
 """Ids of a block of the torch form; the kernels take all ids at once."""
 PAIR_BLOCK = 1 << 24
 """Pairs whose place in a table of all pairs is found at once."""
+GPU_WRITE_BLOCK = 1 << 22
+"""Ids whose new codes are packed at once on a GPU: 16 MiB of int32, and temporaries of as much."""
 GPU_ID_BLOCK = 1 << 25
 """Ids whose weights are read at once on a GPU: 256 MiB of int64."""
 
@@ -45,9 +49,10 @@ class IdWeights:
 
 @dataclass(frozen=True, kw_only=True)
 class ChunkIds:
-    """Ids of one chunk that a rank holds: a column of `codes`, and the helper's hash."""
+    """Ids of one chunk that a rank holds: a column of packed `codes`, and the helper's hash."""
 
     codes: torch.Tensor
+    packing: CodePacking
     column: int
     num_rows: int
     helper_rows: int
@@ -78,6 +83,7 @@ class ChunkIds:
 
         return Range(
             codes=self.codes,
+            packing=self.packing,
             column=self.column,
             base=self.local.start,
             first=first,
@@ -89,13 +95,25 @@ class ChunkIds:
     def native_column(self, first: int, last: int) -> native.Column:
         """Ids [first, last) for the compiled kernels."""
         return native.Column(
-            codes=self.codes, column=self.column, first=first, last=last, base=self.local.start
+            codes=self.codes,
+            packing=self.packing,
+            column=self.column,
+            first=first,
+            last=last,
+            base=self.local.start,
         )
 
     def keys(self, ids: torch.Tensor) -> torch.Tensor:
         """Pair of each of `ids`: code * k' + hash, int64."""
-        rows = widen(self.codes[ids - self.local.start, self.column])
+        width = self.packing.width
+        own = self.codes[:, self.column * width : (self.column + 1) * width]
+        rows = self.packing.read(own, ids - self.local.start, 1).view(-1)
         return rows * self.helper_rows + self.hash(ids, self.helper_rows)
+
+    def rows(self, first: int, last: int) -> torch.Tensor:
+        """Main rows of ids [first, last), int64."""
+        base = self.local.start
+        return column_of(self.codes, self.packing, self.column, first - base, last - base)
 
     def range(self, first: int, last: int) -> torch.Tensor:
         """Ids [first, last), int64."""
@@ -159,34 +177,35 @@ def starting_pairs(drawn: torch.Tensor, count: int, sorted_keys: torch.Tensor) -
 
 @dataclass(frozen=True)
 class NewCodes:
-    """New codes of ids [first, last), in storage type: of every pair [k * k'], or of each id."""
+    """New codes of ids [first, last), whole (see whole_codes.py): of every pair or each id."""
 
     ids: ChunkIds
-    packed: torch.Tensor
+    codes: torch.Tensor
+    """[k * k'] of pairs, [last - first] of ids."""
     by_pair: bool
     first: int
     last: int
 
     @classmethod
     def of_pairs(cls, ids: ChunkIds, points: PairPoints, assignment: torch.Tensor) -> NewCodes:
-        """Of all ids that are here, by lookup of their pairs among `points`."""
+        """Of all ids that are here, by lookup of their pairs among `points`; whole assignment."""
         # Pairs that no id has are never looked up, so that zero does for them.
-        table = torch.zeros(ids.cells, dtype=ids.codes.dtype, device=points.a.device)
+        table = torch.zeros(ids.cells, dtype=assignment.dtype, device=points.a.device)
         for first in range(0, points.num_points, PAIR_BLOCK):
             at = slice(first, first + PAIR_BLOCK)
             keys = points.a[at].long() * ids.helper_rows + points.b[at]
-            table[keys] = pack(assignment[at], table.dtype)
+            table[keys] = assignment[at]
         return cls(ids, table, True, ids.local.start, ids.local.stop)
 
     def of(self, first: int, last: int) -> torch.Tensor:
         """New codes of ids [first, last), int64."""
         if not self.by_pair:
-            return widen(self.packed[first - self.first : last - self.first])
-        return widen(self.packed[self.ids.keys(self.ids.range(first, last))])
+            return rows_of(self.codes[first - self.first : last - self.first])
+        return rows_of(self.codes[self.ids.keys(self.ids.range(first, last))])
 
-    def _blocks(self) -> Iterator[tuple[int, int]]:
-        for first in range(self.first, self.last, ID_BLOCK):
-            yield first, min(first + ID_BLOCK, self.last)
+    def _blocks(self, size: int = ID_BLOCK) -> Iterator[tuple[int, int]]:
+        for first in range(self.first, self.last, size):
+            yield first, min(first + size, self.last)
 
     def changed(self) -> int | torch.Tensor:
         """Ids whose code is another one; on a GPU int64 [1], which is not waited for."""
@@ -194,11 +213,11 @@ class NewCodes:
         if own.compiled:
             return self._relabel(write=False)
         if own.on_gpu:
-            return self._relabel_on_gpu(write=False)
-        old, base = own.codes[:, own.column], own.local.start
-        return sum(
-            int((widen(old[i - base : j - base]) != self.of(i, j)).sum()) for i, j in self._blocks()
-        )
+            changed = torch.zeros(1, dtype=torch.int64, device=self.codes.device)
+            part = own.gpu_range(self.first, self.last)
+            part.count_changed(self.codes, self.by_pair, changed)
+            return changed
+        return sum(int((own.rows(i, j) != self.of(i, j)).sum()) for i, j in self._blocks())
 
     def write(self) -> None:
         """Rewrites the codes in place."""
@@ -206,22 +225,18 @@ class NewCodes:
         if own.compiled:
             self._relabel(write=True)
             return
-        if own.on_gpu:
-            self._relabel_on_gpu(write=True)
-            return
-        for first, last in self._blocks():
-            at = slice(first - own.local.start, last - own.local.start)
-            own.codes[at, own.column] = pack(self.of(first, last), own.codes.dtype)
+        for first, last in self._blocks(GPU_WRITE_BLOCK if own.on_gpu else ID_BLOCK):
+            new = self._of_on_gpu(first, last) if own.on_gpu else self.of(first, last)
+            own.packing.write(own.codes, own.column, first - own.local.start, new)
+
+    def _of_on_gpu(self, first: int, last: int) -> torch.Tensor:
+        """New codes of ids [first, last), int32."""
+        codes = self.codes if self.by_pair else self.codes[first - self.first : last - self.first]
+        return self.ids.gpu_range(first, last).new_codes(codes, self.by_pair)
 
     def _relabel(self, write: bool) -> int:
         column, own = self.ids.native_column(self.first, self.last), self.ids
-        return column.relabel(self.packed, self.by_pair, own.hash, own.helper_rows, write)
-
-    def _relabel_on_gpu(self, write: bool) -> torch.Tensor:
-        changed = torch.zeros(1, dtype=torch.int64, device=self.packed.device)
-        column = self.ids.gpu_range(self.first, self.last)
-        column.relabel(self.packed, self.by_pair, write, changed)
-        return changed
+        return column.relabel(self.codes, self.by_pair, own.hash, own.helper_rows, write)
 
     def add_residuals(
         self,
@@ -235,12 +250,12 @@ class NewCodes:
         if own.compiled:
             hashes, books = (own.hash, new_hash), (points.main, points.helper, centroids)
             column = own.native_column(self.first, self.last)
-            column.residuals(self.packed, self.by_pair, hashes, books, stats)
+            column.residuals(self.codes, self.by_pair, hashes, books, stats)
             return
         if own.on_gpu:
             books = (points.main, points.helper, centroids)
             part = own.gpu_range(self.first, self.last)
-            part.residuals(self.packed, self.by_pair, new_hash, books, stats)
+            part.residuals(self.codes, self.by_pair, new_hash, books, stats)
             return
         for first, last in self._blocks():
             ids = own.range(first, last)

@@ -46,7 +46,7 @@ def local_chunks(
         for name, codes in own.items():
             assert isinstance(codes, ChunkCodes)
             whole = append_prefix(path, name)
-            can_learn = codes.codes is not None and codes.config.helper_rows > 0
+            can_learn = codes.config.learned_codes and codes.config.helper_rows > 0
             if not (can_learn and is_wanted(whole, options.tables)):
                 continue
             chunks = [physical_table(name, chunk) for chunk in codes.chunks]

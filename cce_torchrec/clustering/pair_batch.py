@@ -11,25 +11,24 @@ from cce_torchrec.clustering.budget import assign_block
 from cce_torchrec.clustering.chunk_state import ChunkState
 from cce_torchrec.clustering.id_passes import ChunkIds, NewCodes
 from cce_torchrec.clustering.pairs import ChunkPairs, rows_of_keys
-from cce_torchrec.codes.storage import pack
+from cce_torchrec.codes.whole_codes import whole
 from cce_torchrec.kmeans.points import PairPoints
 
 
 def of_all_ids(ids: ChunkIds, pairs: ChunkPairs, assignment: torch.Tensor) -> Iterator[NewCodes]:
     """New codes of all ids that are here, where K-means saw the pairs of all of them."""
-    points = pairs.points
+    points, codes = pairs.points, whole(assignment, ids.packing.bits)
     if pairs.by_pair:
-        yield NewCodes.of_pairs(ids, points, assignment)
+        yield NewCodes.of_pairs(ids, points, codes)
         return
-    packed = pack(assignment, ids.codes.dtype)
     if pairs.pair_of_id is not None:
-        yield NewCodes(ids, packed[pairs.pair_of_id], False, ids.local.start, ids.local.stop)
+        yield NewCodes(ids, codes[pairs.pair_of_id], False, ids.local.start, ids.local.stop)
         return
     # The list was put together from those of several ranks: each finds its own pairs in it.
     keys = points.a.long() * ids.helper_rows + points.b
     for first, last in ids.blocks(assign_block(ids.codes.device, points.dim)):
         at = torch.searchsorted(keys, ids.keys(ids.range(first, last)))
-        yield NewCodes(ids, packed[at], False, first, last)
+        yield NewCodes(ids, codes[at], False, first, last)
 
 
 def codebooks_only(state: ChunkState) -> ChunkPairs:
@@ -80,7 +79,7 @@ class PairBatch:
 
     def new_codes(self, nearest: torch.Tensor) -> NewCodes:
         """New codes of these ids, from the nearest centroid of their pairs."""
-        packed = pack(nearest, self.ids.codes.dtype)
+        codes = whole(nearest, self.ids.packing.bits)
         if self.pair_of_id is not None:
-            packed = packed[self.pair_of_id]
-        return NewCodes(self.ids, packed, False, self.first, self.first + len(packed))
+            codes = codes[self.pair_of_id]
+        return NewCodes(self.ids, codes, False, self.first, self.first + len(codes))

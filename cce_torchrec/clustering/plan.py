@@ -6,7 +6,7 @@ from cce_torchrec.clustering.budget import budget
 from cce_torchrec.clustering.chunk_state import ChunkState
 from cce_torchrec.clustering.options import Options
 from cce_torchrec.clustering.task import ChunkKey, Task
-from cce_torchrec.config import code_dtype
+from cce_torchrec.packing import CodePacking
 
 SHARE_FROM = 1 << 27
 """Scores per pass over the pairs from which ranks share a chunk: below, the network costs more."""
@@ -16,10 +16,10 @@ DEFAULT_MEMORY_LIMIT = 1 << 30
 def task_of(path: str, state: ChunkState, options: Options) -> Task:
     """How a chunk is clustered: the same wherever it lives and whatever else its rank owns."""
     config, shape, clusters = state.codes.config, state.shape, state.num_clusters
-    old, new = code_dtype(config.num_rows), code_dtype(clusters)
+    old, new = config.packing, CodePacking.of_rows(clusters)
     limit = options.memory_limit
     if limit is None:
-        limit = max(DEFAULT_MEMORY_LIMIT, shape.num_ids * old.itemsize // 10)
+        limit = max(DEFAULT_MEMORY_LIMIT, old.nbytes(shape.num_ids, 1) // 10)
     plan = budget(
         shape,
         limit,
@@ -27,7 +27,7 @@ def task_of(path: str, state: ChunkState, options: Options) -> Task:
         engine=options.engine(state.weight.device),
         finalize=options.finalize,
     )
-    wider = shape.num_ids * new.itemsize if new != old else 0
+    wider = new.nbytes(shape.num_ids, 1) if new != old else 0
     return Task(
         path=path,
         table=config.name,

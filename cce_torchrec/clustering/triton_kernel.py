@@ -15,12 +15,16 @@ import triton.language as tl
 
 from cce_torchrec.codes.hashing import HashFunction
 from cce_torchrec.gpu.launch import launch
-from cce_torchrec.gpu.triton_functions import bits31, hashed, mix
+from cce_torchrec.gpu.triton_functions import bits31, code_at, hashed, mix
+from cce_torchrec.packing import CodePacking
 
 _IDS = 1024
 # Few, because a program holds a row of `_MOST_DIMS` coordinates of each in registers.
 _RESIDUAL_IDS = 32
 _MOST_DIMS = 64
+# Numbers that differ from chunk to chunk: a kernel that was compiled anew for each (Triton does so
+# where one is 1 or a multiple of 16) would take longer than its pass.
+_VARYING = ["bits", "shift", "stride", "begin", "first", "count", "base", "helper_rows"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,7 +32,8 @@ class Range:
     """Ids [first, last) of one chunk, whose codes are a column of `codes`, from id `base` on."""
 
     codes: torch.Tensor
-    """[., c] in storage type, contiguous."""
+    """Packed, contiguous."""
+    packing: CodePacking
     column: int
     base: int
     first: int
@@ -42,10 +47,11 @@ class Range:
 
     @property
     def _args(self) -> tuple[object, ...]:
-        codes = self.codes
+        codes, packing = self.codes, self.packing
         assert codes.is_contiguous() and self.base <= self.first
-        shape = (codes.shape[1], self.column, self.first, self._count, self.base)
-        return codes, *shape, self.hash.multiplier, self.hash.addend, self.helper_rows
+        how = (packing.bits, packing.group.bit_length() - 1, codes.shape[1])
+        where = (8 * packing.width * self.column, self.first, self._count, self.base)
+        return codes, *how, *where, self.hash.multiplier, self.hash.addend, self.helper_rows
 
     def pairs(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Main and helper row of each id, int32 [n] each."""
@@ -118,21 +124,38 @@ class Range:
             IDS=_RESIDUAL_IDS,
         )  # fmt: skip
 
-    def relabel(
-        self, new_codes: torch.Tensor, by_pair: bool, write: bool, changed: torch.Tensor
-    ) -> None:
-        """Adds the number of ids whose code is another one to `changed`, int64 [1].
+    def count_changed(self, new_codes: torch.Tensor, by_pair: bool, changed: torch.Tensor) -> None:
+        """Adds the number of ids whose code is another one to `changed`, int64 [1]."""
+        self._relabel(new_codes, by_pair, changed, None)
 
-        Writes the new codes if `write`.
-        """
+    def new_codes(self, new_codes: torch.Tensor, by_pair: bool) -> torch.Tensor:
+        """New codes of these ids, int32 [n]."""
+        out = torch.empty(self._count, dtype=torch.int32, device=self.codes.device)
+        self._relabel(new_codes, by_pair, None, out)
+        return out
+
+    def _relabel(
+        self,
+        new_codes: torch.Tensor,
+        by_pair: bool,
+        changed: torch.Tensor | None,
+        out: torch.Tensor | None,
+    ) -> None:
+        grid = (triton.cdiv(self._count, _IDS),)
         launch(
-            _relabel, (triton.cdiv(self._count, _IDS),), *self._args, new_codes, changed,
-            BY_PAIR=by_pair, WRITE=write, IDS=_IDS,
+            _relabel, grid, *self._args, new_codes, changed, out, BY_PAIR=by_pair, IDS=_IDS
         )  # fmt: skip
 
 
 @triton.jit
-def _read_code(codes_ptr, cell, on):  # type: ignore[no-untyped-def]  # Triton's own types
+def _old_code(codes_ptr, bits, shift, stride, begin, at, on):  # type: ignore[no-untyped-def]  # Triton's own types
+    bit = (at >> shift) * stride * 8 + begin + (at & ((1 << shift) - 1)) * bits
+    has_bits = bits + tl.zeros(at.shape, tl.int64) > 0
+    return code_at(codes_ptr, bit, tl.maximum(bits, 1), on & has_bits)
+
+
+@triton.jit
+def _read_whole(codes_ptr, cell, on):  # type: ignore[no-untyped-def]  # Triton's own types
     code = tl.load(codes_ptr + cell, mask=on, other=0)
     if codes_ptr.dtype.element_ty == tl.int16:  # unsigned values
         return code.to(tl.int64) & 0xFFFF
@@ -140,17 +163,15 @@ def _read_code(codes_ptr, cell, on):  # type: ignore[no-untyped-def]  # Triton's
         return code.to(tl.int64)
 
 
-# Numbers that differ from chunk to chunk: a kernel that was compiled anew for each (Triton does so
-# where one is 1 or a multiple of 16) would take longer than its pass.
-@triton.jit(do_not_specialize=["column", "first", "count", "base", "helper_rows"])
+@triton.jit(do_not_specialize=_VARYING)
 def _write_pairs(  # type: ignore[no-untyped-def]
-    codes_ptr, columns, column, first, count, base, multiplier, addend, helper_rows, a_ptr, b_ptr,
-    KEYS: tl.constexpr, IDS: tl.constexpr,
+    codes_ptr, bits, shift, stride, begin, first, count, base, multiplier, addend, helper_rows,
+    a_ptr, b_ptr, KEYS: tl.constexpr, IDS: tl.constexpr,
 ):  # fmt: skip
     at = tl.program_id(0).to(tl.int64) * IDS + tl.arange(0, IDS)
     on = at < count
     ids = first + at
-    a = _read_code(codes_ptr, (ids - base) * columns + column, on)
+    a = _old_code(codes_ptr, bits, shift, stride, begin, ids - base, on)
     b = hashed(mix(ids), multiplier, addend, helper_rows)
     if KEYS:
         tl.store(a_ptr + at, a * helper_rows + b, mask=on)
@@ -159,15 +180,15 @@ def _write_pairs(  # type: ignore[no-untyped-def]
         tl.store(b_ptr + at, b.to(tl.int32), mask=on)
 
 
-@triton.jit(do_not_specialize=["column", "first", "count", "base", "helper_rows"])
+@triton.jit(do_not_specialize=_VARYING)
 def _count_pairs(  # type: ignore[no-untyped-def]
-    codes_ptr, columns, column, first, count, base, multiplier, addend, helper_rows,
+    codes_ptr, bits, shift, stride, begin, first, count, base, multiplier, addend, helper_rows,
     weights_ptr, counts_ptr, WEIGHTED: tl.constexpr, IDS: tl.constexpr,
 ):  # fmt: skip
     at = tl.program_id(0).to(tl.int64) * IDS + tl.arange(0, IDS)
     on = at < count
     ids = first + at
-    a = _read_code(codes_ptr, (ids - base) * columns + column, on)
+    a = _old_code(codes_ptr, bits, shift, stride, begin, ids - base, on)
     key = a * helper_rows + hashed(mix(ids), multiplier, addend, helper_rows)
     if WEIGHTED:
         weight = tl.load(weights_ptr + at, mask=on, other=0)
@@ -177,9 +198,9 @@ def _count_pairs(  # type: ignore[no-untyped-def]
     tl.atomic_add(counts_ptr + key, weight, mask=on, sem="relaxed")
 
 
-@triton.jit(do_not_specialize=["column", "first", "count", "base", "helper_rows", "room"])
+@triton.jit(do_not_specialize=[*_VARYING, "room"])
 def _append_sampled(  # type: ignore[no-untyped-def]
-    codes_ptr, columns, column, first, count, base, multiplier, addend, helper_rows,
+    codes_ptr, bits, shift, stride, begin, first, count, base, multiplier, addend, helper_rows,
     weights_ptr, keys_ptr, sums_ptr, found_ptr, room, sample_multiplier, sample_addend, threshold,
     WEIGHTED: tl.constexpr, IDS: tl.constexpr,
 ):  # fmt: skip
@@ -187,7 +208,7 @@ def _append_sampled(  # type: ignore[no-untyped-def]
     ids = first + at
     mixed = mix(ids)
     on = (at < count) & (bits31(mixed, sample_multiplier, sample_addend) < threshold)
-    a = _read_code(codes_ptr, (ids - base) * columns + column, on)
+    a = _old_code(codes_ptr, bits, shift, stride, begin, ids - base, on)
     key = a * helper_rows + hashed(mixed, multiplier, addend, helper_rows)
     # One atomic a program: places within it follow from a running sum.
     upto = tl.cumsum(on.to(tl.int32), axis=0)
@@ -203,14 +224,14 @@ def _append_sampled(  # type: ignore[no-untyped-def]
 @triton.jit
 def _new_code(new_codes_ptr, key, at, on, BY_PAIR: tl.constexpr):  # type: ignore[no-untyped-def]
     if BY_PAIR:
-        return _read_code(new_codes_ptr, key, on)
+        return _read_whole(new_codes_ptr, key, on)
     else:
-        return _read_code(new_codes_ptr, at, on)
+        return _read_whole(new_codes_ptr, at, on)
 
 
-@triton.jit(do_not_specialize=["column", "first", "count", "base", "helper_rows"])
+@triton.jit(do_not_specialize=_VARYING)
 def _add_residuals(  # type: ignore[no-untyped-def]
-    codes_ptr, columns, column, first, count, base, multiplier, addend, helper_rows,
+    codes_ptr, bits, shift, stride, begin, first, count, base, multiplier, addend, helper_rows,
     new_codes_ptr, new_multiplier, new_addend, main_ptr, helper_ptr, centroids_ptr, sums_ptr,
     sizes_ptr, BY_PAIR: tl.constexpr, DIM: tl.constexpr, DIMS: tl.constexpr, IDS: tl.constexpr,
 ):  # fmt: skip
@@ -218,7 +239,7 @@ def _add_residuals(  # type: ignore[no-untyped-def]
     on = at < count
     ids = first + at
     mixed = mix(ids)
-    a = _read_code(codes_ptr, (ids - base) * columns + column, on)
+    a = _old_code(codes_ptr, bits, shift, stride, begin, ids - base, on)
     b = hashed(mixed, multiplier, addend, helper_rows)
     row = hashed(mixed, new_multiplier, new_addend, helper_rows)
     new = _new_code(new_codes_ptr, a * helper_rows + b, at, on, BY_PAIR)
@@ -232,19 +253,19 @@ def _add_residuals(  # type: ignore[no-untyped-def]
     tl.atomic_add(sizes_ptr + row, tl.full((IDS,), 1, tl.int64), mask=on, sem="relaxed")
 
 
-@triton.jit(do_not_specialize=["column", "first", "count", "base", "helper_rows"])
+@triton.jit(do_not_specialize=_VARYING)
 def _relabel(  # type: ignore[no-untyped-def]
-    codes_ptr, columns, column, first, count, base, multiplier, addend, helper_rows,
-    new_codes_ptr, changed_ptr, BY_PAIR: tl.constexpr, WRITE: tl.constexpr, IDS: tl.constexpr,
+    codes_ptr, bits, shift, stride, begin, first, count, base, multiplier, addend, helper_rows,
+    new_codes_ptr, changed_ptr, out_ptr, BY_PAIR: tl.constexpr, IDS: tl.constexpr,
 ):  # fmt: skip
     at = tl.program_id(0).to(tl.int64) * IDS + tl.arange(0, IDS)
     on = at < count
     ids = first + at
-    cell = (ids - base) * columns + column
-    a = _read_code(codes_ptr, cell, on)
+    a = _old_code(codes_ptr, bits, shift, stride, begin, ids - base, on)
     key = a * helper_rows + hashed(mix(ids), multiplier, addend, helper_rows)
     new = _new_code(new_codes_ptr, key, at, on, BY_PAIR)
-    differs = tl.sum((on & (new != a)).to(tl.int64), axis=0)
-    tl.atomic_add(changed_ptr, differs, sem="relaxed")
-    if WRITE:  # no other program reads this cell: codes are read by their own id only
-        tl.store(codes_ptr + cell, new.to(codes_ptr.dtype.element_ty), mask=on)
+    if changed_ptr is not None:
+        differs = tl.sum((on & (new != a)).to(tl.int64), axis=0)
+        tl.atomic_add(changed_ptr, differs, sem="relaxed")
+    if out_ptr is not None:
+        tl.store(out_ptr + at, new.to(tl.int32), mask=on)

@@ -18,8 +18,8 @@ from cce_torchrec.clustering.plan import Plan
 from cce_torchrec.clustering.solver import ChunkSolver, ScoringHelper
 from cce_torchrec.clustering.task import ChunkKey
 from cce_torchrec.codes.chunk_codes import ChunkCodes
-from cce_torchrec.codes.storage import converted
 from cce_torchrec.collectives import agree, gather, reason
+from cce_torchrec.packing import CodePacking
 from cce_torchrec.spans import span
 
 Done = dict[ChunkKey, tuple[ChunkUpdate, float]]
@@ -112,22 +112,21 @@ class Work:
 def wider_codes(
     states: list[tuple[str, ChunkState]], group: dist.ProcessGroup | None
 ) -> Iterator[None]:
-    """Codes in the type they will have after the step; in their own again if it fails."""
-    before: dict[int, tuple[ChunkCodes, torch.dtype]] = {}
+    """Codes of the bits that they will have after the step; of their own again if it fails."""
+    before: list[tuple[ChunkCodes, CodePacking]] = []
 
     def widen() -> tuple[None, None]:
         for _, state in states:
-            codes = state.codes.stored
-            if codes.dtype != state.new_dtype:
-                wider = converted(codes, state.new_dtype)
-                before[id(state.codes)] = (state.codes, codes.dtype)
-                state.codes.set_codes(wider)
+            own = state.codes
+            if own.packing != state.new_packing:
+                before.append((own, own.packing))
+                own.repack(state.new_packing)
         return None, None
 
     try:
         agree(widen, group)
         yield
     except BaseException:
-        for codes, dtype in before.values():
-            codes.set_codes(converted(codes.stored, dtype))
+        for codes, packing in before:
+            codes.repack(packing)
         raise

@@ -9,16 +9,17 @@ import torch
 from torch import nn
 
 from cce_torchrec.codes.hashing import code_hash, hash_rows, helper_hash, helper_hashes
+from cce_torchrec.codes.old_codes import take_old_codes
 from cce_torchrec.codes.storage import (
     converted,
+    empty_codes,
     hashed_codes,
-    in_rows,
     in_whole_words,
     no_seen_ids,
-    read_codes,
 )
 from cce_torchrec.codes.written import Written
-from cce_torchrec.config import CCEEmbeddingBagConfig, code_dtype
+from cce_torchrec.config import CCEEmbeddingBagConfig
+from cce_torchrec.packing import CodePacking
 from cce_torchrec.table import Table
 from cce_torchrec.torchrec_internals import buffers_of
 
@@ -26,9 +27,10 @@ from cce_torchrec.torchrec_internals import buffers_of
 class ChunkCodes(nn.Module):
     """Codes and hashes of some chunks of one CCE table, or none, of all its ids or a block of them.
 
-    Buffers: `codes` [len(ids), len(chunks)] (absent where codes are not learned), `clusterings`,
-    an int64 scalar from which the helper's hash follows, with `track_seen` the bits `seen`, and the
-    int64 scalar `num_helper_rows`, which is saved and compared by helper_rows.py.
+    Buffers: `codes`, uint8, packed as packing.py says (absent where codes are not learned or have
+    no bits), `clusterings`, an int64 scalar from which the helper's hash follows, with `track_seen`
+    the bits `seen`, and the int64 scalar `num_helper_rows`, which is saved and compared by
+    helper_rows.py.
     """
 
     def __init__(
@@ -44,9 +46,11 @@ class ChunkCodes(nn.Module):
         self.chunks = list(chunks)
         self.ids = range(config.num_embeddings) if ids is None else ids
         """Whose codes are here; the first is a multiple of 8."""
+        self.packing = config.packing
+        """Of the buffer `codes`."""
         self.codes: torch.Tensor | None
         self.clusterings: torch.Tensor
-        codes = hashed_codes(config, chunks, device, ids) if config.learned_codes else None
+        codes = hashed_codes(config, chunks, device, ids) if config.code_bits else None
         self.register_buffer("codes", codes)
         self.register_buffer("clusterings", torch.zeros((), dtype=torch.int64, device=device))
         self.seen: torch.Tensor | None
@@ -60,9 +64,18 @@ class ChunkCodes(nn.Module):
 
     @property
     def stored(self) -> torch.Tensor:
-        """The buffer `codes` of a table that is known to have learned codes."""
-        assert self.codes is not None, f"table {self.config.name!r} has no learned codes"
+        """The buffer `codes`, packed; where they have no bits, a tensor without columns."""
+        if self.codes is None:
+            device = self.clusterings.device
+            return empty_codes(CodePacking(0), len(self.ids), len(self.chunks), device)
         return self.codes
+
+    @property
+    def unpacked(self) -> torch.Tensor:
+        """Codes of all ids that are here as rows of main, int64 [len(ids), len(chunks)]."""
+        if self.codes is None:
+            return self.main_rows(torch.arange(self.ids.start, self.ids.stop)).t()
+        return self.packing.unpack(self.codes, len(self.ids))
 
     @property
     def config(self) -> CCEEmbeddingBagConfig:
@@ -89,16 +102,20 @@ class ChunkCodes(nn.Module):
         self.clusterings.fill_(rounds)
 
     def follow_table(self) -> None:
-        """Has the number of helper rows and the type of codes be as the table is configured now."""
+        """Has the number of helper rows and the bits of codes be as the table is configured now."""
         self.get_buffer("num_helper_rows").fill_(self.config.helper_rows)
-        dtype = code_dtype(self.config.num_rows)
-        # A step that finalizes widens the codes of chunks; what is left is a buffer of none.
-        if self.codes is not None and self.codes.dtype != dtype:
-            self.codes = converted(self.codes, dtype)
+        self.repack(self.config.packing)
 
-    def set_codes(self, codes: torch.Tensor) -> None:
-        """Takes `codes` [len(ids), len(chunks)] for its own."""
-        self.codes = codes
+    def repack(self, packing: CodePacking) -> None:
+        """Packs the same codes in another way, into a buffer of their own."""
+        if packing != self.packing:
+            shape = len(self.ids), len(self.chunks)
+            codes = converted(self.stored, self.packing, packing, *shape)
+            self.set_codes(codes if packing.bits else None, packing)
+
+    def set_codes(self, codes: torch.Tensor | None, packing: CodePacking) -> None:
+        """Takes `codes`, packed by `packing`, for its own."""
+        self.codes, self.packing = codes, packing
 
     @property
     def count(self) -> torch.Tensor:
@@ -117,13 +134,15 @@ class ChunkCodes(nn.Module):
         own = buffers_of(self)
         codes, seen = own["codes"], own["seen"]
         return (
-            None if codes is None else (codes.data_ptr(), codes.dtype, codes.shape, codes.stride()),
+            None if codes is None else (codes.data_ptr(), codes.shape, codes.stride()),
+            self.packing,
             None if seen is None or not self.training else seen.data_ptr(),
             self.num_clusterings,
         )
 
     def reset_parameters(self) -> None:
         """Codes back to the initial hash."""
+        self.packing = self.config.packing
         if self.codes is not None:
             self.codes.copy_(hashed_codes(self.config, self.chunks, self.codes.device, self.ids))
         self.set_clusterings(0)
@@ -136,12 +155,13 @@ class ChunkCodes(nn.Module):
     ) -> ChunkCodes:
         """A copy for `table` with `chunks` (and `ids`) only; the hash if these are on meta."""
         local = ChunkCodes(table, chunks, device, ids)
-        rows = slice(local.ids.start, local.ids.stop)
         # On meta there is nothing to copy, and the new buffers have the initial hash already.
         if self.clusterings.device.type != "meta":
             local.set_clusterings(self.num_clusterings)
             if local.codes is not None and self.codes is not None:
-                local.codes.copy_(self.codes[rows, chunks])
+                first = local.ids.start // self.packing.group
+                rows = self.codes[first : first + len(local.codes)]
+                local.codes.copy_(rows[:, self.packing.bytes_of(chunks)])
             if local.seen is not None and self.seen is not None:
                 first = local.ids.start // 8
                 local.seen.copy_(self.seen[first : first + len(local.seen)])
@@ -176,7 +196,7 @@ class ChunkCodes(nn.Module):
     def main_rows(self, ids: torch.Tensor) -> torch.Tensor:
         """Main rows of `ids` [V], int64 [chunks, V]."""
         if self.codes is not None:
-            return read_codes(self.codes, ids).t()
+            return self.packing.read_words(self.codes, ids, len(self.chunks)).t()
         hashes = self.hashes(ids.device)
         return hash_rows(ids, hashes[:, 1:2], hashes[:, 2:3], self.config.num_rows)
 
@@ -187,27 +207,22 @@ class ChunkCodes(nn.Module):
 
     def _apply(self, *args: Any, **kwargs: Any) -> ChunkCodes:
         super()._apply(*args, **kwargs)
+        self._align()
+        return self
+
+    def _align(self) -> None:
+        if self.codes is not None:
+            self.codes = in_whole_words(self.codes)
         if self.seen is not None:
             self.seen = in_whole_words(self.seen)
-        return self
 
     def _load_from_state_dict(
         self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any
     ) -> None:
-        # torch would convert the type, and int16 codes are unsigned: other rows would be read.
-        found = state_dict.get(f"{prefix}codes")
-        if self.codes is not None and found is not None and found.dtype != self.codes.dtype:
-            raise ValueError(
-                f"table {self.config.name!r}: the checkpoint has codes of {found.dtype}, the model "
-                f"of {self.codes.dtype}, so their rows differ; configure num_rows (or "
-                "config.finalized()) as it was saved"
-            )
+        shape = len(self.ids), len(self.chunks)
+        take_old_codes(self.config, state_dict, f"{prefix}codes", *shape)
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
-        # With assign=True buffers are the checkpoint's tensors.
-        if self.codes is not None:
-            self.codes = in_rows(self.codes)
-        if self.seen is not None:
-            self.seen = in_whole_words(self.seen)
+        self._align()  # with assign=True buffers are the checkpoint's tensors
 
 
 def codes_of(codes: nn.ModuleDict, table: str) -> ChunkCodes | None:

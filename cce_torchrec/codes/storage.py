@@ -1,4 +1,4 @@
-"""Codes [N, c] of a table's chunks: storage type, initial hash, lookup."""
+"""Packed codes of a table's chunks, made and converted; the bits of seen ids."""
 
 from __future__ import annotations
 
@@ -7,11 +7,21 @@ from collections.abc import Sequence
 import torch
 
 from cce_torchrec.codes.hashing import code_hash, mix
-from cce_torchrec.config import CCEEmbeddingBagConfig, code_dtype
+from cce_torchrec.config import CCEEmbeddingBagConfig
+from cce_torchrec.packing import CodePacking
 
 # Ids at a time, as int64 mixes and rows of all ids take several times what their codes do.
 _BLOCK = 1 << 20
-_WORDS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
+_WORD = 8
+
+
+def empty_codes(
+    packing: CodePacking, ids: int, chunks: int, device: torch.device | None
+) -> torch.Tensor:
+    """Room for packed codes, in memory of whole words."""
+    rows, width = packing.shape(ids, chunks)
+    room = -(-rows * width // _WORD) * _WORD
+    return torch.zeros(room, dtype=torch.uint8, device=device)[: rows * width].view(rows, width)
 
 
 def hashed_codes(
@@ -20,90 +30,78 @@ def hashed_codes(
     device: torch.device,
     ids: range | None = None,
 ) -> torch.Tensor:
-    """Initial codes of `ids` (all N), [len(ids), len(chunks)] in storage type, made in blocks."""
+    """Initial codes of `ids` (all N), packed uint8 (see packing.py), made in blocks."""
     ids = range(config.num_embeddings) if ids is None else ids
-    codes = torch.empty(len(ids), len(chunks), dtype=code_dtype(config.num_rows), device=device)
+    codes = empty_codes(config.packing, len(ids), len(chunks), device)
     if codes.device.type != "meta":
-        fill_hashed(codes, config, chunks, ids.start)
+        fill_hashed(codes, config, chunks, ids)
     return codes
 
 
 def fill_hashed(
-    codes: torch.Tensor, config: CCEEmbeddingBagConfig, chunks: Sequence[int], first: int = 0
+    codes: torch.Tensor,
+    config: CCEEmbeddingBagConfig,
+    chunks: Sequence[int],
+    ids: range,
+    first: int = 0,
 ) -> None:
-    """Writes the initial codes of the ids from `first` on into `codes` [ids, len(chunks)]."""
-    for start in range(0, len(codes), _BLOCK):
-        part = codes[start : start + _BLOCK]
-        mixed = mix(torch.arange(first + start, first + start + len(part), device=codes.device))
+    """Writes the initial codes of `ids[first:]` into `codes`, the packed codes of `ids`."""
+    packing = config.packing
+    # Blocks begin at groups; of the first one the ids before `first` keep theirs.
+    begin = first // packing.group * packing.group
+    for start in range(begin, len(ids), _BLOCK):
+        own = ids[start : start + _BLOCK]
+        mixed = mix(torch.arange(own.start, own.stop, device=codes.device))
         for column, chunk in enumerate(chunks):
             rows = code_hash(config.seed, config.name, chunk).of_mixed(mixed, config.num_rows)
-            part[:, column] = rows.to(codes.dtype)
+            if start < first:
+                kept = column_of(codes, packing, column, start, first)
+                rows[: first - start] = kept
+            packing.write(codes, column, start, rows)
 
 
-def widen(codes: torch.Tensor, dtype: torch.dtype | None = None) -> torch.Tensor:
-    """Codes as int64 rows; int16 storage holds unsigned values.
+def column_of(
+    codes: torch.Tensor, packing: CodePacking, column: int, first: int, last: int
+) -> torch.Tensor:
+    """Codes of ids [first, last) of one chunk, int64; counted from the first id of `codes`."""
+    begin, width = first // packing.group, packing.width
+    rows = codes[begin : packing.rows(last), column * width : (column + 1) * width]
+    return packing.unpack(rows, last - first, first % packing.group).view(-1)
 
-    Args:
-        codes: in storage type, or what stands for them in a graph.
-        dtype: their type, of which a graph's stand-in says nothing.
+
+def in_whole_words(packed: torch.Tensor) -> torch.Tensor:
+    """`packed`, or a copy, in a row, in memory of whole words of 8 bytes, the first at its start.
+
+    Compiled kernels read codes of any bits, and write bits of seen ids, by words.
     """
-    dtype = codes.dtype if dtype is None else dtype
-    return codes.long() & 0xFFFF if dtype == torch.int16 else codes.long()
+    padding = -packed.numel() % _WORD
+    room = packed.untyped_storage().nbytes() - packed.storage_offset()
+    aligned = packed.storage_offset() % _WORD == 0  # storages begin at whole words
+    if packed.device.type == "meta" or (
+        packed.is_contiguous() and aligned and room >= packed.numel() + padding
+    ):
+        return packed
+    flat = torch.nn.functional.pad(packed.reshape(-1), (0, padding))
+    return flat[: packed.numel()].view(packed.shape)
 
 
-def read_codes(codes: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
-    """Codes of `ids` [V] as int64 rows [V, c]."""
-    # All codes of an id are gathered as one word where there is one of their width: 0.26 ms
-    # against 1.0 for rows of four int16.
-    word = _WORDS.get(codes.shape[1] * codes.element_size())
-    if word is None or not codes.is_contiguous():
-        return widen(codes.index_select(0, ids))
-    words = codes.view(word).view(-1).index_select(0, ids)
-    return widen(words.view(-1, 1).view(codes.dtype))
-
-
-def in_rows(codes: torch.Tensor) -> torch.Tensor:
-    """`codes` [N, c], or a copy of them, with those of an id side by side and rows as whole words.
-
-    Kernels read them by address, a row at once.
-    """
-    aligned = codes.storage_offset() * codes.element_size() % 8 == 0  # storages begin so
-    return (
-        codes
-        if codes.is_contiguous() and aligned
-        else codes.clone(memory_format=torch.contiguous_format)
-    )
-
-
-def pack(rows: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """Rows as codes of storage type `dtype`; the inverse of `widen`."""
-    return rows.to(dtype)
-
-
-def converted(codes: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """A copy of `codes` in storage type `dtype`, made in blocks."""
-    out = torch.empty_like(codes, dtype=dtype)
-    for start in range(0, len(codes), _BLOCK):
-        out[start : start + _BLOCK] = pack(widen(codes[start : start + _BLOCK]), dtype)
+def converted(
+    codes: torch.Tensor, before: CodePacking, after: CodePacking, ids: int, chunks: int
+) -> torch.Tensor:
+    """A copy of `codes`, of so many ids and chunks, packed in another way, made in blocks."""
+    out = empty_codes(after, ids, chunks, codes.device)
+    if not before.bits or codes.is_meta:  # all codes are 0
+        return out
+    for start in range(0, ids, _BLOCK):
+        stop = min(start + _BLOCK, ids)
+        part = before.unpack(codes[start // before.group : before.rows(stop)], stop - start)
+        out[start // after.group : after.rows(stop)] = after.pack(part)
     return out
 
 
 def no_seen_ids(count: int, device: torch.device) -> torch.Tensor:
     """Bits of `count` ids, none set: uint8 [count // 8 + 2], in memory of whole words."""
     return in_whole_words(torch.zeros(count // 8 + 2, dtype=torch.uint8, device=device))
-
-
-def in_whole_words(bits: torch.Tensor) -> torch.Tensor:
-    """`bits`, or a copy of them, in memory of whole words of 4 bytes, the first at its start.
-
-    A GPU has no atomic operation on bytes: the kernel that marks ids reads and writes words.
-    """
-    padding = -len(bits) % 4
-    room = bits.untyped_storage().nbytes() - bits.storage_offset()
-    aligned = bits.storage_offset() % 4 == 0  # storages begin at whole words
-    if bits.device.type == "meta" or (aligned and room >= len(bits) + padding):
-        return bits
-    return torch.nn.functional.pad(bits, (0, padding))[: len(bits)]
 
 
 def mark_seen(seen: torch.Tensor, ids: torch.Tensor) -> None:

@@ -17,7 +17,7 @@ from torch import nn
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
 from cce_torchrec.codes.chunk_codes import ChunkCodes, local_codes
-from cce_torchrec.codes.storage import widen
+from cce_torchrec.codes.whole_codes import rows_of, whole, whole_dtype
 from cce_torchrec.distributed.batch_in_flight import Answered
 from cce_torchrec.distributed.id_partition import IdPartition
 from cce_torchrec.lookup.bounds import BoundsCheck
@@ -39,9 +39,19 @@ class RowWiseLookup(TableLookup):
 
     @property
     def bytes_per_id(self) -> int:
-        """Of an id's codes, all chunks together."""
-        stored = self.codes.stored
-        return stored.shape[1] * stored.element_size()
+        """Of an id's codes on the network, all chunks together."""
+        return len(self.codes.chunks) * self.dtype.itemsize
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of codes on the network, where those of an id are by themselves and so whole."""
+        return whole_dtype(self.codes.packing.bits)
+
+    def codes_of(self, ids: torch.Tensor) -> torch.Tensor:
+        """Whole codes [V, c] of `ids` [V], counted from the first id that is here."""
+        codes = self.codes
+        found = codes.packing.read_words(codes.stored, ids, len(codes.chunks))
+        return whole(found, codes.packing.bits)
 
 
 class CodeFetch(Expansion):
@@ -147,7 +157,7 @@ class CodeFetch(Expansion):
         for lookup, (_, _, out), (ids, at), own in zip(
             self._row_wise, work, checked, found, strict=True
         ):
-            parts = [widen(own[at]).t()]
+            parts = [rows_of(own[at]).t()]
             if lookup.rows_per_id == 2:
                 # Helper rows are hashes, which every rank computes: codes alone are exchanged.
                 parts.append(lookup.codes.helper_rows(ids) + lookup.codes.config.num_rows)
@@ -157,7 +167,7 @@ class CodeFetch(Expansion):
     def _exchange(
         self, distinct: list[torch.Tensor], failure: Exception | None
     ) -> list[torch.Tensor]:
-        """Codes [U, c] of the rising ids [U] of each table, in storage type.
+        """Whole codes [U, c] of the rising ids [U] of each table.
 
         Raises:
             ValueError: on every rank, if any has failed before.
@@ -173,7 +183,7 @@ class CodeFetch(Expansion):
         )
         return [
             torch.cat(arrived[t :: len(sizes)])
-            .view(lookup.codes.stored.dtype)
+            .view(lookup.dtype)
             .view(-1, len(lookup.codes.chunks))
             for t, lookup in enumerate(self._row_wise)
         ]
@@ -226,8 +236,8 @@ class CodeFetch(Expansion):
             own = torch.cat(replies[t::tables]) - codes.ids.start
             if codes.seen is not None:
                 self._answered.append((codes, own))
-            # As bytes: gloo refuses int16, and tables of other storage types go along.
-            found = codes.stored.index_select(0, own).view(-1).view(torch.uint8)
+            # As bytes: gloo refuses int16, and tables of other types go along.
+            found = lookup.codes_of(own).view(-1).view(torch.uint8)
             replies[t::tables] = found.split([row[t] * size for row in counts])
         return torch.cat(replies)
 

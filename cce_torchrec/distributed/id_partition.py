@@ -11,9 +11,7 @@ from torchrec.distributed.types import ParameterSharding, ShardingType
 
 from cce_torchrec.config import CCEEmbeddingBagConfig
 from cce_torchrec.distributed.shards import placed_shards
-
-_UNIT = 8
-"""Blocks are cut at multiples of this, so that the bits of seen ids are cut at bytes."""
+from cce_torchrec.packing import GROUP
 
 
 def is_row_wise(sharding: ParameterSharding) -> bool:
@@ -47,7 +45,8 @@ class IdPartition:
     def size(self) -> int:
         """Ids of every block but the last ones."""
         per_rank = -(-self.num_embeddings // len(self.ranks))
-        return -(-per_rank // _UNIT) * _UNIT
+        # Packed codes and the bits of seen ids are cut at whole bytes.
+        return -(-per_rank // GROUP) * GROUP
 
     def ids(self, rank: int) -> range:
         """Ids whose codes `rank` has."""

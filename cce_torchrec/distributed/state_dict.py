@@ -1,4 +1,4 @@
-"""Codes in a sharded module's state dict: one ShardedTensor [N, c] per logical table.
+"""Packed codes in a sharded module's state dict: one ShardedTensor per logical table.
 
 Its shards are columns, one per run of neighbouring chunks that a rank owns, or under ROW_WISE
 blocks of ids, so that torch.distributed.checkpoint saves them at one world size and plan and loads
@@ -21,13 +21,13 @@ from torch import nn
 
 from cce_torchrec.codes.chunk_codes import ChunkCodes, local_codes
 from cce_torchrec.codes.helper_rows import check_helper_rows, save_helper_rows
-from cce_torchrec.codes.storage import code_dtype
 from cce_torchrec.config import CCEEmbeddingBagConfig
 from cce_torchrec.distributed.id_partition import IdPartition
 from cce_torchrec.distributed.table_placement import TablePlacement
-from cce_torchrec.modules.foreign_state import codes_key, refuse_foreign_state
+from cce_torchrec.modules.foreign_state import refuse_foreign_state
 from cce_torchrec.modules.old_names import take_old_names
-from cce_torchrec.table import Table
+from cce_torchrec.packing import GROUP, CodePacking
+from cce_torchrec.table import Table, codes_key
 from cce_torchrec.torchrec_internals import (
     Shard,
     ShardedTensor,
@@ -50,27 +50,27 @@ class Part:
     ids: range
     chunks: range
 
-    @property
-    def offsets(self) -> list[int]:
-        """Of the first of them in [N, c]."""
-        return [self.ids.start, self.chunks.start]
+    def offsets(self, packing: CodePacking) -> list[int]:
+        """Of the first of them in the packed codes of the table."""
+        return [self.ids.start // packing.group, self.chunks.start * packing.width]
 
-    @property
-    def sizes(self) -> list[int]:
-        """How many ids and chunks."""
-        return [len(self.ids), len(self.chunks)]
+    def sizes(self, packing: CodePacking) -> list[int]:
+        """Of them, packed."""
+        return packing.shape(len(self.ids), len(self.chunks))
 
-    def cut(self, itemsize: int) -> list[Part]:
+    def cut(self, packing: CodePacking) -> list[Part]:
         """The same in blocks of ids, as shards have them."""
         # A rank of another plan reads whole shards, of which it may want a few columns.
-        size = max(1, SHARD_BYTES // (itemsize * len(self.chunks)))
+        size = max(1, SHARD_BYTES // packing.nbytes(GROUP, len(self.chunks))) * GROUP
         cuts = range(0, len(self.ids), size)
         return [Part(self.owner, self.ids[at : at + size], self.chunks) for at in cuts]
 
     def view(self, local: ChunkCodes) -> torch.Tensor:
-        """These codes in the buffer `local` of the rank that has them, [ids, chunks]; a view."""
-        row, column = self.ids.start - local.ids.start, local.chunks.index(self.chunks.start)
-        return local.stored[row : row + len(self.ids), column : column + len(self.chunks)]
+        """These codes in the buffer `local` of the rank that has them, packed; a view."""
+        packing, column = local.packing, local.chunks.index(self.chunks.start)
+        (rows, width), row = self.sizes(packing), self.ids.start - local.ids.start
+        first, left = row // packing.group, column * packing.width
+        return local.stored[first : first + rows, left : left + width]
 
 
 def _parts(
@@ -105,7 +105,7 @@ class _Copy:
         if codes is None or version_of(codes) == self._version:
             return
         self._version, view = version_of(codes), self._part.view(local)
-        if view.dtype == codes.dtype:  # the buffer may be wider since, by finalize
+        if view.shape == codes.shape:  # codes may be wider since, by finalize
             with torch.no_grad():
                 view.copy_(codes)
 
@@ -137,7 +137,7 @@ class CodesState:
 
     def _sharded_tables(self) -> list[CCEEmbeddingBagConfig]:
         """Those whose codes are sharded; codes of a data-parallel one stay a tensor."""
-        return [c for c in self._compressed if c.learned_codes and c.name in self._owners]
+        return [c for c in self._compressed if c.code_bits and c.name in self._owners]
 
     def take_written(self) -> None:
         """Writes into the buffers what was written into copies of them in a state dict.
@@ -181,8 +181,8 @@ class CodesState:
                 "weights from load_state_dict(assign=True); leave assign out, and they are copied"
             )
         take_old_names([table.config for table in self._tables], state, prefix)
-        refuse_foreign_state(self._compressed, state, prefix)
         check_helper_rows(self._compressed, state, prefix)
+        refuse_foreign_state(self._compressed, state, prefix)
         for config in self._sharded_tables():
             key = codes_key(prefix, config.name)
             if key not in state:
@@ -207,9 +207,9 @@ class CodesState:
 
     def _sharded(self, config: CCEEmbeddingBagConfig) -> ShardedTensor:
         shards, local = [], []
-        dtype = code_dtype(config.num_rows)
-        for part in (p for whole in self._parts(config) for p in whole.cut(dtype.itemsize)):
-            shard = self._shard(part, part.offsets, part.sizes)
+        packing = config.packing
+        for part in (p for whole in self._parts(config) for p in whole.cut(packing)):
+            shard = self._shard(part, part.offsets(packing), part.sizes(packing))
             shards.append(shard)
             if part.owner == self._rank:
                 # Rows of the buffer are their own shard; columns are copied, as shards must be
@@ -219,7 +219,8 @@ class CodesState:
                 if own is not codes:
                     self._copies.append(_Copy(config.name, part, own))
                 local.append(Shard(own, shard))
-        return self._tensor(local, shards, [config.num_embeddings, config.num_chunks], dtype)
+        size = packing.shape(config.num_embeddings, config.num_chunks)
+        return self._tensor(local, shards, size, torch.uint8)
 
     def _sharded_seen(self, config: CCEEmbeddingBagConfig) -> ShardedTensor:
         """The bits of all ids: of each block its own bytes, of the last one the spare as well.
@@ -263,27 +264,32 @@ def _taken(
     """The codes of this rank, from a plain tensor or one that is sharded in the same way."""
     if isinstance(value, ShardedTensor):
         return _taken_from_shards(config, value, own, local)
-    rows = [value[p.ids.start : p.ids.stop, p.chunks.start : p.chunks.stop] for p in own]
-    return rows[0] if len(rows) == 1 else torch.cat(rows, dim=1)
+    found = []
+    for part in own:
+        (row, column), (rows, width) = part.offsets(config.packing), part.sizes(config.packing)
+        found.append(value[row : row + rows, column : column + width])
+    return found[0] if len(found) == 1 else torch.cat(found, dim=1)
 
 
 def _taken_from_shards(
     config: CCEEmbeddingBagConfig, value: ShardedTensor, own: list[Part], local: ChunkCodes
 ) -> torch.Tensor:
-    cut = [part.cut(code_dtype(config.num_rows).itemsize) for part in own]
+    packing = config.packing
+    cut = [part.cut(packing) for part in own]
     shards = {tuple(shard.metadata.shard_offsets): shard for shard in value.local_shards()}
     found = {at: list(shard.metadata.shard_sizes) for at, shard in shards.items()}
-    if found != {tuple(part.offsets): part.sizes for parts in cut for part in parts}:
+    wanted = {tuple(p.offsets(packing)): p.sizes(packing) for parts in cut for p in parts}
+    if found != wanted:
         raise ValueError(
             f"table {config.name!r}: the state dict is of another plan; load it by "
             "load_checkpoint, or by dcp.load into model.state_dict(), then load_state_dict"
         )
-    read = [[shards[tuple(part.offsets)].tensor for part in parts] for parts in cut]
+    read = [[shards[tuple(p.offsets(packing))].tensor for p in parts] for parts in cut]
     # As in `model.state_dict()` that dcp.load has filled: nothing has to be copied.
     if _in_place(read, cut, local):
         return local.stored
-    widths = [len(part.chunks) for part in own]
-    codes = read[0][0].new_empty(len(own[0].ids), sum(widths))
+    widths = [len(part.chunks) * packing.width for part in own]
+    codes = read[0][0].new_empty(packing.rows(len(own[0].ids)), sum(widths))
     for of_ids, columns in zip(read, codes.split(widths, dim=1), strict=True):
         torch.cat(of_ids, out=columns)
     return codes

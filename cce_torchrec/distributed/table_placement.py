@@ -61,7 +61,7 @@ class TablePlacement:
                 c.name: IdPartition.from_plan(c, params[c.name])
                 for c in compressed
                 # A table without codes is spread by chunks, and nothing is fetched.
-                if c.learned_codes and c.name in by_rows
+                if c.code_bits and c.name in by_rows
             },
         )
 

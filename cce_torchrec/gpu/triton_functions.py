@@ -30,15 +30,13 @@ def hashed(mixed, multiplier, addend, rows):  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def code_at(address, cell, width, on):  # type: ignore[no-untyped-def]
-    """The code in `cell` of codes of `width` bytes at `address`, int64; int16 is unsigned."""
-    bytes_ = address.to(tl.pointer_type(tl.uint8))
-    shorts = address.to(tl.pointer_type(tl.int16))
-    words = address.to(tl.pointer_type(tl.int32))
-    byte = tl.load(bytes_ + cell, mask=on & (width == 1), other=0).to(tl.int64)
-    short = tl.load(shorts + cell, mask=on & (width == 2), other=0).to(tl.int64) & 0xFFFF
-    word = tl.load(words + cell, mask=on & (width == 4), other=0).to(tl.int64)
-    return byte + short + word
+def code_at(address, bit, bits, on):  # type: ignore[no-untyped-def]
+    """The codes of `bits` bits (1 to 32) from `bit` of packed codes at `address` on, int64."""
+    # By whole words of 32 bits, in which packed codes lie; most codes are in one of them.
+    word, low = address.to(tl.pointer_type(tl.int32)) + (bit >> 5), bit & 31
+    found = tl.load(word, mask=on, other=0).to(tl.int64) & 0xFFFFFFFF
+    rest = tl.load(word + 1, mask=on & (low + bits > 32), other=0).to(tl.int64)
+    return ((found | (rest << 32)) >> low) & ((tl.full(bit.shape, 1, tl.int64) << bits) - 1)
 
 
 @triton.jit

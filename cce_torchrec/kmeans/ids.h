@@ -1,12 +1,17 @@
 // Passes over the ids of a chunk: pairs counted, residuals summed, codes rewritten.
 #pragma once
 #include "../hashing.h"
+#include "../packing.h"
 
+// Of new codes, which are whole integers.
 INLINE int64_t code_at(const void *codes, int64_t bytes, int64_t at) {
   if (bytes == 1) return ((const uint8_t *)codes)[at];
   if (bytes == 2) return ((const uint16_t *)codes)[at];
   return ((const int32_t *)codes)[at];
 }
+
+// The codes of a chunk: a column of packed codes, whose first id is `base`.
+struct Column { Codes codes; int64_t column, base; };
 
 // Codes and mixed ids of [first, first + count), found in vectors ahead of the rows they lead to.
 struct Ids {
@@ -15,17 +20,22 @@ struct Ids {
 };
 
 template <typename Code>
-INLINE void copy_codes(const Code *from, int64_t stride, int64_t count, int64_t *out) {
-  for (int64_t i = 0; i < count; i++) out[i] = from[i * stride];
+INLINE void copy_codes(const uint8_t *from, int64_t stride, int64_t count, int64_t *out) {
+  typedef Code Unaligned __attribute__((aligned(1), may_alias));
+  for (int64_t i = 0; i < count; i++) out[i] = *(const Unaligned *)(from + i * stride);
 }
 
-INLINE void read_ids(const void *codes, int64_t bytes, int64_t stride, int64_t first,
-                     int64_t last, Ids &ids) {
+INLINE void read_codes(const Codes &codes, int64_t column, int64_t first, int64_t count,
+                       int64_t *out) {
+  const uint8_t *from = codes.byte_of(first, column);
+  if (codes.bits == 8) return copy_codes<uint8_t>(from, codes.stride, count, out);
+  if (codes.bits == 16) return copy_codes<uint16_t>(from, codes.stride, count, out);
+  for (int64_t i = 0; i < count; i++) out[i] = codes.of(first + i, column);
+}
+
+INLINE void read_ids(const Column &column, int64_t first, int64_t last, Ids &ids) {
   ids.count = last - first < Ids::MOST ? last - first : Ids::MOST;
-  const int64_t at = first * stride;
-  if (bytes == 1) copy_codes((const uint8_t *)codes + at, stride, ids.count, ids.code);
-  else if (bytes == 2) copy_codes((const uint16_t *)codes + at, stride, ids.count, ids.code);
-  else copy_codes((const int32_t *)codes + at, stride, ids.count, ids.code);
+  read_codes(column.codes, column.column, first - column.base, ids.count, ids.code);
   for (int64_t i = 0; i < ids.count; i++) ids.mixed[i] = mix(first + i);
 }
 
@@ -34,7 +44,7 @@ INLINE void hash_all(const Ids &ids, int64_t multiplier, int64_t addend, int64_t
   for (int64_t i = 0; i < ids.count; i++) out[i] = hashed(ids.mixed[i], multiplier, addend, rows);
 }
 
-// New codes are of the type of the old ones: of every pair, or of ids from `first` on.
+// New codes are of every pair, or of ids from `first` on.
 INLINE int64_t new_code(const void *new_codes, int64_t by_pair, int64_t bytes, int64_t pair,
                         int64_t position) {
   return code_at(new_codes, bytes, by_pair ? pair : position);
@@ -44,13 +54,13 @@ extern "C" {
 
 // counts[code * num_helper + hash] += weight (1 where weights is null; weights start at id first),
 // over ids [first, last).
-ID_CLONES void cce_count_pairs(const void *codes, int64_t bytes, int64_t stride, int64_t first,
-                               int64_t last, int64_t multiplier, int64_t addend,
+ID_CLONES void cce_count_pairs_packed(const Column *column, int64_t first, int64_t last,
+                               int64_t multiplier, int64_t addend,
                                int64_t num_helper, const int64_t *weights, int64_t *counts) {
   Ids ids;
   int64_t b[Ids::MOST];
   for (int64_t id = first; id < last; id += ids.count) {
-    read_ids(codes, bytes, stride, id, last, ids);
+    read_ids(*column, id, last, ids);
     hash_all(ids, multiplier, addend, num_helper, b);
     for (int64_t i = 0; i < ids.count; i++)
       counts[ids.code[i] * num_helper + b[i]] += weights ? weights[id - first + i] : 1;
@@ -59,16 +69,16 @@ ID_CLONES void cce_count_pairs(const void *codes, int64_t bytes, int64_t stride,
 
 // Over ids [first, last): sums[new hash] += main[code] + helper[old hash] - centroid[new code],
 // sizes[new hash] += 1.
-ID_CLONES void cce_residuals(const void *codes, int64_t bytes, int64_t stride, int64_t first,
-                             int64_t last, const void *new_codes, int64_t by_pair,
-                             int64_t old_multiplier, int64_t old_addend, int64_t new_multiplier,
-                             int64_t new_addend, int64_t num_helper, int64_t dim,
-                             const int32_t *main_points, const int32_t *helper_points,
-                             const int32_t *centroids, int64_t *sums, int64_t *sizes) {
+ID_CLONES void cce_residuals_packed(const Column *column, int64_t first, int64_t last,
+                                    const void *new_codes, int64_t bytes, int64_t by_pair,
+                                    int64_t old_multiplier, int64_t old_addend, int64_t new_multiplier,
+                                    int64_t new_addend, int64_t num_helper, int64_t dim,
+                                    const int32_t *main_points, const int32_t *helper_points,
+                                    const int32_t *centroids, int64_t *sums, int64_t *sizes) {
   Ids ids;
   int64_t b[Ids::MOST], row[Ids::MOST];
   for (int64_t id = first; id < last; id += ids.count) {
-    read_ids(codes, bytes, stride, id, last, ids);
+    read_ids(*column, id, last, ids);
     hash_all(ids, old_multiplier, old_addend, num_helper, b);
     hash_all(ids, new_multiplier, new_addend, num_helper, row);
     for (int64_t i = 0; i < ids.count; i++) {
@@ -85,23 +95,20 @@ ID_CLONES void cce_residuals(const void *codes, int64_t bytes, int64_t stride, i
 }
 
 // Writes the new codes of ids [first, last) if `write`; returns how many are others.
-ID_CLONES int64_t cce_relabel(void *codes, int64_t bytes, int64_t stride, int64_t first,
-                              int64_t last, const void *new_codes, int64_t by_pair,
-                              int64_t multiplier, int64_t addend, int64_t num_helper,
-                              int64_t write) {
+ID_CLONES int64_t cce_relabel_packed(const Column *column, int64_t first, int64_t last,
+                                     const void *new_codes, int64_t bytes, int64_t by_pair,
+                                     int64_t multiplier, int64_t addend, int64_t num_helper,
+                                     int64_t write) {
   int64_t changed = 0, b[Ids::MOST];
   Ids ids;
   for (int64_t id = first; id < last; id += ids.count) {
-    read_ids(codes, bytes, stride, id, last, ids);
+    read_ids(*column, id, last, ids);
     hash_all(ids, multiplier, addend, num_helper, b);
     for (int64_t i = 0; i < ids.count; i++) {
-      const int64_t at = (id + i) * stride, pair = ids.code[i] * num_helper + b[i];
+      const int64_t pair = ids.code[i] * num_helper + b[i];
       const int64_t c = new_code(new_codes, by_pair, bytes, pair, id - first + i);
       changed += c != ids.code[i];
-      if (!write) continue;
-      if (bytes == 1) ((uint8_t *)codes)[at] = (uint8_t)c;
-      else if (bytes == 2) ((uint16_t *)codes)[at] = (uint16_t)c;
-      else ((int32_t *)codes)[at] = (int32_t)c;
+      if (write) column->codes.set(id + i - column->base, column->column, c);
     }
   }
   return changed;

@@ -18,6 +18,7 @@ import torch
 from cce_torchrec import compiled
 from cce_torchrec.codes.hashing import HashFunction
 from cce_torchrec.kmeans.sources import Sources, Sums
+from cce_torchrec.packing import CodePacking
 
 GROUP = 128
 """Columns of scores are padded to a multiple of this (GROUP in _native.cpp)."""
@@ -38,7 +39,7 @@ _CODES = compiled.Pointer(torch.uint8, torch.int16, torch.int32)
 _NO_FLOATS = compiled.Pointer(torch.float32, optional=True)
 _NO_INT32 = compiled.Pointer(torch.int32, optional=True)
 _NO_INT64 = compiled.Pointer(torch.int64, optional=True)
-_COLUMN_TYPES = [ctypes.c_void_p, *[_INTEGER] * 4]
+_COLUMN_TYPES = [ctypes.c_void_p, _INTEGER, _INTEGER]
 _KERNELS: dict[str, list[Any]] = {
     "cce_nearest_sums": [
         _FLOATS, _FLOATS, *[_INTEGER] * 3, _INT32, _INT32, _INTEGER, _INT64, _INT32
@@ -50,11 +51,11 @@ _KERNELS: dict[str, list[Any]] = {
         _INT32, _INT32, _INTEGER, _INT32, _INT32, _INT64, _INT32, _INTEGER, _DOUBLES, _REAL, _REAL,
         *[_INT64] * 3
     ],
-    "cce_count_pairs": [*_COLUMN_TYPES, *[_INTEGER] * 3, _NO_INT64, _INT64],
-    "cce_residuals": [
-        *_COLUMN_TYPES, _CODES, *[_INTEGER] * 7, *[_INT32] * 3, _INT64, _INT64
+    "cce_count_pairs_packed": [*_COLUMN_TYPES, *[_INTEGER] * 3, _NO_INT64, _INT64],
+    "cce_residuals_packed": [
+        *_COLUMN_TYPES, _CODES, *[_INTEGER] * 8, *[_INT32] * 3, _INT64, _INT64
     ],
-    "cce_relabel": [*_COLUMN_TYPES, _CODES, *[_INTEGER] * 5],
+    "cce_relabel_packed": [*_COLUMN_TYPES, _CODES, *[_INTEGER] * 6],
 }  # fmt: skip
 """What each kernel takes, as _native.cpp declares it; tensors whose values it reads as stated."""
 _LIBRARY = (Path(__file__).parent, tuple(_KERNELS))
@@ -71,7 +72,7 @@ def _kernels() -> ctypes.CDLL:
     for name, types in _KERNELS.items():
         kernel = getattr(found, name)
         kernel.argtypes, kernel.restype = types, None
-    found.cce_relabel.restype = _INTEGER  # ctypes would take it for 32 bits
+    found.cce_relabel_packed.restype = _INTEGER  # ctypes would take it for 32 bits
     return found
 
 
@@ -202,21 +203,14 @@ def accumulate(
     _accumulate(*points.tensors, weights, nearest, centers, 1.0 / scale, error_scale, *stats)
 
 
-def _column(codes: torch.Tensor, *where: int) -> tuple[int, ...]:
-    """Ids [first, last) of a column of codes, as the kernels take them."""
-    column, base, first, last = where
-    # Where id 0 would be, as the kernels count from there; they read from `first` on.
-    start = _CODES.address(codes) + (column - base * codes.shape[1]) * codes.element_size()
-    return start, codes.element_size(), codes.shape[1], first, last
+def _column(codes: torch.Tensor, *where: int) -> tuple[ctypes.Array[ctypes.c_int64], int, int]:
+    """Ids [first, last) of a column of packed codes, as the kernels take them."""
+    bits, column, base, first, last = where
+    fields = [*compiled.packed_codes(codes, bits), column, base]
+    return (ctypes.c_int64 * len(fields))(*fields), first, last
 
 
-def _check_type(new_codes: torch.Tensor, codes: torch.Tensor) -> None:
-    """The kernels are told one number of bytes for both."""
-    if new_codes.dtype != codes.dtype:
-        raise TypeError(f"new codes are {new_codes.dtype} and those of now {codes.dtype}")
-
-
-_COLUMN = "int column, int base, int first, int last"
+_COLUMN = "int bits, int column, int base, int first, int last"
 
 
 @compiled.operator(
@@ -225,7 +219,7 @@ _COLUMN = "int column, int base, int first, int last"
     fake=compiled.writes_only,
 )
 def _count_pairs(codes: torch.Tensor, *args: Any) -> None:
-    _kernels().cce_count_pairs(*_column(codes, *args[:4]), *args[4:])
+    _kernels().cce_count_pairs_packed(*_column(codes, *args[:5]), *args[5:])
 
 
 @compiled.operator(
@@ -235,10 +229,11 @@ def _count_pairs(codes: torch.Tensor, *args: Any) -> None:
     fake=compiled.writes_only,
 )
 def _residuals(codes: torch.Tensor, *args: Any) -> None:
-    main, helper = args[10:12]
+    new_codes, (main, helper) = args[5], args[11:13]
     sizes = (len(helper), main.shape[1])
-    _check_type(args[4], codes)
-    _kernels().cce_residuals(*_column(codes, *args[:4]), *args[4:10], *sizes, *args[10:])
+    width = new_codes.element_size()
+    column = _column(codes, *args[:5])
+    _kernels().cce_residuals_packed(*column, new_codes, width, *args[6:11], *sizes, *args[11:])
 
 
 @compiled.operator(
@@ -247,28 +242,30 @@ def _residuals(codes: torch.Tensor, *args: Any) -> None:
     fake=lambda codes, *rest: codes.new_empty((), dtype=torch.int64),
 )
 def _relabel(codes: torch.Tensor, *args: Any) -> torch.Tensor:
-    _check_type(args[4], codes)
-    changed = _kernels().cce_relabel(*_column(codes, *args[:4]), *args[4:])
+    new_codes, column = args[5], _column(codes, *args[:5])
+    width = new_codes.element_size()
+    changed = _kernels().cce_relabel_packed(*column, new_codes, width, *args[6:])
     return torch.tensor(changed, device="cpu")  # whatever a job has set as default device
 
 
 @dataclass(frozen=True, kw_only=True)
 class Column:
-    """Ids [first, last) of one chunk: their codes are a column of `codes`, from id `base` on."""
+    """Ids [first, last) of one chunk: a column of packed `codes`, which begin at id `base`."""
 
     codes: torch.Tensor
+    packing: CodePacking
     column: int
     first: int
     last: int
     base: int = 0
 
     @property
-    def _args(self) -> tuple[torch.Tensor, int, int, int, int]:
+    def _args(self) -> tuple[torch.Tensor, int, int, int, int, int]:
         codes = self.codes
         # The kernels read by address, and would read beyond the end without a word.
         assert self.base <= self.first
-        assert self.last - self.base <= len(codes)
-        return codes, self.column, self.base, self.first, self.last
+        assert self.packing.rows(self.last - self.base) <= len(codes)
+        return codes, self.packing.bits, self.column, self.base, self.first, self.last
 
     def count_pairs(
         self,

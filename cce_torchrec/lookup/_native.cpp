@@ -5,19 +5,20 @@
 #include <cstring>
 
 #include "../hashing.h"
+#include "../packing.h"
 
+static const int64_t MOST_WORDS = 16;  // of a row whose words are all loaded ahead
 static const int64_t TILE = 256;  // ids whose codes are fetched while those before are expanded
 
 // One chunk, as native.py lays it out: column of the codes, then the hashes of main and helper.
 struct Chunk { int64_t column, main_multiplier, main_addend, helper_multiplier, helper_addend; };
 
-// The ids of one table, likewise. A plain table has no chunks; `codes` is null where the code is the
-// hash. The number of ids out of bounds is written to `invalid`, the place of the first to `bad`.
+// The ids of one table, likewise. A plain table has no chunks; without codes the code is the hash.
+// The number of ids out of bounds is written to `invalid`, the place of the first to `bad`.
 struct Job {
   const void *ids;
   int64_t id_bytes, count, num_embeddings;
-  const void *codes;
-  int64_t code_bytes, stride;
+  Codes codes;
   const Chunk *chunks;
   int64_t num_chunks, num_rows, helper_rows;
   int64_t *out, invalid, bad;
@@ -39,36 +40,64 @@ INLINE int64_t checked(const Id *ids, int64_t count, int64_t num_embeddings, int
   return invalid;
 }
 
-// Codes of ids whose rows are as wide as a word: loads in a row wait for memory together.
+// A row of packed codes as words, for the ids of a tile: [words][TILE].
+typedef uint64_t Words[MOST_WORDS][TILE];
+
+// Loads in a row wait for memory together.
 template <typename Word>
-INLINE void load(const void *codes, const int64_t *ids, int64_t count, uint64_t *words) {
-  for (int64_t i = 0; i < count; i++) {
-    Word word;
-    std::memcpy(&word, (const char *)codes + ids[i] * sizeof(Word), sizeof(Word));
-    words[i] = word;
-  }
+INLINE void load(const Codes &codes, const int64_t *ids, int64_t count, int64_t skip,
+                 uint64_t *words) {
+  typedef Word Unaligned __attribute__((aligned(1), may_alias));
+  const uint8_t *at = codes.at + skip;
+  for (int64_t i = 0; i < count; i++)
+    words[i] = *(const Unaligned *)(at + (ids[i] >> codes.shift) * codes.stride);
 }
 
-template <typename Code>
-INLINE void fetch(const Code *codes, int64_t stride, const int64_t *ids, int64_t count) {
-  for (int64_t i = 0; i < count; i++) {
-    __builtin_prefetch(codes + ids[i] * stride);
-    __builtin_prefetch(codes + ids[i] * stride + stride - 1);
-  }
+INLINE bool reach_end(const Codes &codes, const int64_t *ids, int64_t count) {
+  int64_t last = 0;
+  for (int64_t i = 0; i < count; i++) last = ids[i] > last ? ids[i] : last;
+  return codes.at + (last >> codes.shift) * codes.stride + 8 * MOST_WORDS > codes.end;
 }
 
-// Rows of the ids of one tile and chunk, whose codes are in `words`, or else in `codes`; both are
-// null where the code is the hash.
-template <typename Code>
-INLINE void rows_of(const int64_t *ids, const int64_t *mixed, int64_t count, const Code *codes,
-                    int64_t stride, const uint64_t *words, const Chunk &c, int64_t num_rows,
-                    int64_t helper_rows, int64_t *out) {
-  int64_t main_row[TILE];
-  if (words)
+INLINE void load_rows(const Codes &codes, const int64_t *ids, int64_t count, Words &words) {
+  if (codes.stride == 4) load<uint32_t>(codes, ids, count, 0, words[0]);
+  else if (codes.stride == 8) load<uint64_t>(codes, ids, count, 0, words[0]);
+  else if (codes.stride > 8 * MOST_WORDS)
+    for (int64_t i = 0; i < count; i++) __builtin_prefetch(codes.byte_of(ids[i], 0));
+  else if (reach_end(codes, ids, count))
+    for (int64_t skip = 0; skip < codes.stride; skip += 8)
+      for (int64_t i = 0; i < count; i++)
+        words[skip / 8][i] = codes.word(codes.at + (ids[i] >> codes.shift) * codes.stride + skip);
+  else
+    for (int64_t skip = 0; skip < codes.stride; skip += 8)
+      load<uint64_t>(codes, ids, count, skip, words[skip / 8]);
+}
+
+// Codes of one chunk, from rows that `load_rows` has read.
+INLINE void codes_of(const Codes &codes, const int64_t *ids, int64_t count, const Words &words,
+                     int64_t column, int64_t *out) {
+  const int64_t begin = 8 * codes.width * column, word = begin / 64, low = begin % 64;
+  const uint64_t mask = codes.mask();
+  if (codes.stride > 8 * MOST_WORDS)
+    for (int64_t i = 0; i < count; i++) out[i] = codes.of(ids[i], column);
+  else if (low + 8 * codes.width > 64)  // a chunk's bytes are in two words
+    for (int64_t i = 0; i < count; i++) {
+      const uint64_t unit = words[word][i] >> low | words[word + 1][i] << (64 - low);
+      out[i] = (unit >> codes.bit_of(ids[i])) & mask;
+    }
+  else if (codes.shift)
     for (int64_t i = 0; i < count; i++)
-      main_row[i] = (Code)(words[i] >> (8 * sizeof(Code) * c.column));
-  else if (codes)
-    for (int64_t i = 0; i < count; i++) main_row[i] = codes[ids[i] * stride + c.column];
+      out[i] = (words[word][i] >> (low + codes.bit_of(ids[i]))) & mask;
+  else
+    for (int64_t i = 0; i < count; i++) out[i] = (words[word][i] >> low) & mask;
+}
+
+// Rows of the ids of one tile and chunk; the code is the hash where codes have no bits.
+INLINE void rows_of(const int64_t *ids, const int64_t *mixed, int64_t count, const Codes &codes,
+                    const Words &words, const Chunk &c, int64_t num_rows, int64_t helper_rows,
+                    int64_t *out) {
+  int64_t main_row[TILE];
+  if (codes.bits) codes_of(codes, ids, count, words, c.column, main_row);
   else
     for (int64_t i = 0; i < count; i++)
       main_row[i] = hashed(mixed[i], c.main_multiplier, c.main_addend, num_rows);
@@ -83,13 +112,13 @@ INLINE void rows_of(const int64_t *ids, const int64_t *mixed, int64_t count, con
   }
 }
 
-template <typename Id, typename Code>
-INLINE int64_t expand(const Id *ids, int64_t count, int64_t num_embeddings, const Code *codes,
-                      int64_t stride, const Chunk *chunks, int64_t num_chunks, int64_t num_rows,
+template <typename Id>
+INLINE int64_t expand(const Id *ids, int64_t count, int64_t num_embeddings, const Codes &codes,
+                      const Chunk *chunks, int64_t num_chunks, int64_t num_rows,
                       int64_t helper_rows, int64_t *out, int64_t *bad) {
   int64_t held[2][TILE], mixed[TILE], invalid = 0;
-  uint64_t words[2][TILE];
-  const int64_t rows_per_id = helper_rows ? 2 : 1, width = codes ? stride * sizeof(Code) : 0;
+  Words words[2];
+  const int64_t rows_per_id = helper_rows ? 2 : 1;
   for (int64_t first = -TILE; first < count; first += TILE) {
     const int64_t turn = (first / TILE) & 1;
     int64_t *now = held[turn], *next = held[!turn];
@@ -98,17 +127,15 @@ INLINE int64_t expand(const Id *ids, int64_t count, int64_t num_embeddings, cons
       int64_t found = -1;
       invalid += checked(ids + start, ahead, num_embeddings, next, &found);
       if (found >= 0 && *bad < 0) *bad = start + found;
-      if (width == 8) load<uint64_t>(codes, next, ahead, words[!turn]);
-      else if (width == 4) load<uint32_t>(codes, next, ahead, words[!turn]);
-      else if (codes) fetch(codes, stride, next, ahead);
+      if (codes.bits) load_rows(codes, next, ahead, words[!turn]);
     }
     if (first < 0) continue;
     const int64_t here = count - first < TILE ? count - first : TILE;
-    if (helper_rows || !codes)
+    if (helper_rows || !codes.bits)
       for (int64_t i = 0; i < here; i++) mixed[i] = mix(now[i]);
     for (int64_t j = 0; j < num_chunks; j++)
-      rows_of(now, mixed, here, codes, stride, width == 8 || width == 4 ? words[turn] : nullptr,
-              chunks[j], num_rows, helper_rows, out + (j * count + first) * rows_per_id);
+      rows_of(now, mixed, here, codes, words[turn], chunks[j], num_rows, helper_rows,
+              out + (j * count + first) * rows_per_id);
   }
   return invalid;
 }
@@ -117,18 +144,13 @@ template <typename Id>
 INLINE int64_t by_code(Job &job) {
   const Id *ids = (const Id *)job.ids;
   if (!job.num_chunks) return checked(ids, job.count, job.num_embeddings, job.out, &job.bad);
-#define EXPAND(type)                                                                       \
-  expand(ids, job.count, job.num_embeddings, (const type *)job.codes, job.stride, job.chunks, \
-         job.num_chunks, job.num_rows, job.helper_rows, job.out, &job.bad)
-  if (job.code_bytes == 1) return EXPAND(uint8_t);
-  if (job.code_bytes == 2) return EXPAND(uint16_t);
-  return EXPAND(int32_t);
-#undef EXPAND
+  return expand(ids, job.count, job.num_embeddings, job.codes, job.chunks, job.num_chunks,
+                job.num_rows, job.helper_rows, job.out, &job.bad);
 }
 
 // out[j, i, :] = rows of ids[i] in chunk j of each job, ids out of [0, num_embeddings) read as 0;
 // of a plain table, the ids. Returns how many those are in all.
-extern "C" ID_CLONES int64_t cce_expand(Job *jobs, int64_t num_jobs) {
+extern "C" ID_CLONES int64_t cce_expand_packed(Job *jobs, int64_t num_jobs) {
   int64_t invalid = 0;
   for (Job *job = jobs; job < jobs + num_jobs; job++) {
     job->invalid = job->id_bytes == 4 ? by_code<int32_t>(*job) : by_code<int64_t>(*job);

@@ -12,12 +12,12 @@ from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
 from cce_torchrec import compiled
 from cce_torchrec.gpu.usable import usable
+from cce_torchrec.packing import CodePacking
 
 if TYPE_CHECKING:  # Triton may not be installed
     from cce_torchrec.lookup.triton_expand import Bags
 
-_CODES = compiled.Pointer(torch.uint8, torch.int16, torch.int32)
-_BITS = compiled.Pointer(torch.uint8)
+_BYTES = compiled.Pointer(torch.uint8)
 _NO_POSITION = torch.iinfo(torch.int64).max
 
 
@@ -28,7 +28,8 @@ class Table:
     num_embeddings: int
     num_features: int
     codes: torch.Tensor | None = None
-    """[N, c] in storage type, None where the code is a hash."""
+    """Packed, None where the code is a hash."""
+    code_bits: int = 0
     plain: bool = False
     """The id is the row."""
     num_rows: int = 0
@@ -77,17 +78,17 @@ class DeviceTables:
         features: list[list[int]] = []
         for i, table in enumerate(tables):
             codes, slot = table.codes, len(table_of)
-            # Codes go by their address: their types differ, and one launch takes all tables.
-            width = -1 if table.plain else 0 if codes is None else codes.element_size()
-            address, columns = 0, 0
+            # Codes go by their address: their bits differ, and one launch takes all tables.
+            bits = -1 if table.plain else 0 if codes is None else table.code_bits
+            packing, address, stride = CodePacking(max(0, bits)), 0, 0
             if codes is not None:
-                address, columns = _CODES.address(codes, device), codes.shape[1]
+                address, stride = _BYTES.address(codes, device), codes.shape[1]
             rows.append(
                 [
                     table.num_embeddings,
                     address,
-                    width,
-                    columns,
+                    bits,
+                    stride,
                     table.num_rows,
                     table.helper_rows,
                     slot,
@@ -96,8 +97,10 @@ class DeviceTables:
                     len(chunks),
                     int(table.raw_id_key is not None),
                     table.raw_id_key or 0,
-                    0 if table.seen is None else _BITS.address(table.seen, device),
+                    0 if table.seen is None else _BYTES.address(table.seen, device),
                     table.copies,
+                    packing.group.bit_length() - 1,
+                    packing.width,
                 ]
             )
             chunks += table.chunks

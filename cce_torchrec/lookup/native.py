@@ -16,11 +16,10 @@ import torch
 
 from cce_torchrec import compiled
 
-_FIELDS = 14
+_FIELDS = 17
 """int64 of a `Job` in _native.cpp, the last two of which are its result."""
-_LIBRARY = (Path(__file__).parent, ("cce_expand", "cce_count_bags", "cce_rowwise_adagrad"))
+_LIBRARY = (Path(__file__).parent, ("cce_expand_packed", "cce_count_bags", "cce_rowwise_adagrad"))
 _IDS = compiled.Pointer(torch.int32, torch.int64)
-_CODES = compiled.Pointer(torch.uint8, torch.int16, torch.int32)
 _INT64 = compiled.Pointer(torch.int64)
 
 
@@ -36,7 +35,7 @@ def kernels() -> ctypes.CDLL:
     pointer, integer, real = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float
     table: list[Any] = [pointer, integer, pointer, real, real]
     batch: list[Any] = [compiled.Pointer(torch.float32), integer, integer, integer]
-    found.cce_expand.argtypes, found.cce_expand.restype = [pointer, integer], integer
+    found.cce_expand_packed.argtypes, found.cce_expand_packed.restype = [pointer, integer], integer
     bags: list[Any] = [_IDS, integer, pointer, integer, pointer]
     found.cce_count_bags.argtypes = bags
     found.cce_count_bags.restype = None
@@ -78,7 +77,8 @@ class Job(NamedTuple):
     """int64 [chunks, 5]: column of `codes`, multiplier and addend of the main hash, and of the
     helper hash; None for a plain table, whose rows are its ids."""
     codes: torch.Tensor | None = None
-    """[N, c] in storage type, contiguous, or None where the code is a hash."""
+    """Packed, or None where the code is a hash."""
+    code_bits: int = 0
     num_rows: int = 0
     helper_rows: int = 0
 
@@ -112,16 +112,13 @@ def count_bags(lengths: torch.Tensor, sizes: Sequence[int]) -> list[int]:
 
 def _by_address(jobs: Sequence[Job]) -> list[tuple[int, int]]:
     fields: list[int] = []
-    for ids, num_embeddings, out, chunks, codes, num_rows, helper_rows in jobs:
+    for ids, num_embeddings, out, chunks, codes, code_bits, num_rows, helper_rows in jobs:
         fields += [_IDS.address(ids), ids.element_size(), ids.numel(), num_embeddings]
-        if codes is None:
-            fields += [0, 0, 0]
-        else:
-            fields += [_CODES.address(codes), codes.element_size(), codes.shape[1]]
+        fields += compiled.packed_codes(codes, code_bits)
         fields += [0, 0] if chunks is None else [_INT64.address(chunks), chunks.shape[0]]
         fields += [num_rows, helper_rows, _INT64.address(out), 0, -1]
     described = (ctypes.c_int64 * len(fields))(*fields)
-    if not kernels().cce_expand(ctypes.addressof(described), len(jobs)):
+    if not kernels().cce_expand_packed(ctypes.addressof(described), len(jobs)):
         return []
     return list(
         zip(described[_FIELDS - 2 :: _FIELDS], described[_FIELDS - 1 :: _FIELDS], strict=True)
@@ -130,7 +127,7 @@ def _by_address(jobs: Sequence[Job]) -> list[tuple[int, int]]:
 
 @compiled.operator(
     "expand(Tensor[] ids, SymInt[] num_embeddings, Tensor(a!)[] outs, Tensor?[] chunks, "
-    "Tensor?[] codes, SymInt[] num_rows, SymInt[] helper_rows) -> Tensor",
+    "Tensor?[] codes, SymInt[] code_bits, SymInt[] num_rows, SymInt[] helper_rows) -> Tensor",
     fake=lambda ids, *rest: ids[0].new_empty((len(ids), 2), dtype=torch.int64),
 )
 def _expand(*fields: list[Any]) -> torch.Tensor:

@@ -91,6 +91,7 @@ class TableLookup:
             out,
             hashes,
             codes.codes,
+            codes.packing.bits,
             codes.config.num_rows,
             codes.config.helper_rows,
         )
@@ -108,6 +109,7 @@ class TableLookup:
             num_embeddings=num_embeddings,
             num_features=len(self.slots),
             codes=codes.codes,
+            code_bits=codes.packing.bits,
             num_rows=config.num_rows,
             helper_rows=config.helper_rows,
             chunks=tuple(tuple(hashes[column]) for column in self.columns),

@@ -51,10 +51,10 @@ class Lookup:
         """Rows per id of the table that has most of them."""
         self.alike = len({table[13] for table in tables}) == 1
         """Whether all tables have as many rows per id, all chunks together."""
-        widths = {table[2] for table in tables}
-        self.code_bytes = max(0, *widths) if len(widths) == 1 else 0
+        bits = {table[2] for table in tables}
+        self.code_bits = max(0, *bits) if len(bits) == 1 else 0
         """Of every table, or 0 where they differ or some have no codes."""
-        self.row_bytes = _row_bytes(tables) if self.code_bytes else 0
+        self.row_bytes = _row_bytes(tables) if self.code_bits else 0
         self.raw = any(table[10] for table in tables)
         self.mark = any(table[12] for table in tables)
         self.pairs = all(table[5] for table in tables)
@@ -62,12 +62,12 @@ class Lookup:
 
 
 def _row_bytes(tables: Sequence[Sequence[int]]) -> int:
-    """Bytes of all codes of an id, if they are one word in memory in every table; else 0."""
-    found = {table[2] * table[3] for table in tables}
+    """Bytes of a row of packed codes, if they are one word in memory in every table; else 0."""
+    found = {table[3] for table in tables}
     size = found.pop()
     # A GPU loads a word only from an address that its size divides.
     aligned = all(table[1] % size == 0 for table in tables)
-    return size if not found and aligned and size in (2, 4, 8) else 0
+    return size if not found and aligned and size in (1, 2, 4, 8) else 0
 
 
 @dataclass(frozen=True)
@@ -139,7 +139,7 @@ def expand(
         FEATURES=triton.next_power_of_2(lookup.num_features), EXACT=exact,
         CHUNKS=lookup.most_chunks, STEPS=lookup.num_features.bit_length(),
         BAG_STEPS=lookup.num_out_features.bit_length() if variable else 0,
-        VALUES=_VALUES, BAGS=_BAGS, CODE_BYTES=lookup.code_bytes, ROW_BYTES=lookup.row_bytes,
+        VALUES=_VALUES, BAGS=_BAGS, CODE_BITS=lookup.code_bits, ROW_BYTES=lookup.row_bytes,
         RAW=lookup.raw, MARK=lookup.mark, PAIRS=lookup.pairs,
         TABLE_BY_TABLE=num_values >= lookup.num_tables * _VALUES, LONG=long,
         TABLE_FIELDS=kernels.TABLE_FIELDS, CHUNK_FIELDS=kernels.CHUNK_FIELDS,

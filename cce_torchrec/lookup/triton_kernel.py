@@ -20,11 +20,12 @@ import triton.language as tl
 
 from cce_torchrec.gpu.triton_functions import code_at, hashed, last_at, mark_bits, mix
 
-TABLE_FIELDS = 14
-"""int64 per table: ids, address of codes, bytes of a code (0: hashed, -1: the id is the row),
-columns of codes, main rows, helper rows, first feature, end of features, chunks, first chunk,
-whether ids are raw, the key that raw ids are hashed with, address of the bits of seen ids (0: they
-are not marked), rows per id of all chunks together."""
+TABLE_FIELDS = 16
+"""int64 per table: ids, address of codes, bits of a code (0: hashed, -1: the id is the row), bytes
+of a row of packed codes, main rows, helper rows, first feature, end of features, chunks, first
+chunk, whether ids are raw, the key that raw ids are hashed with, address of the bits of seen ids
+(0: they are not marked), rows per id of all chunks together; and of a row of packed codes the
+logarithm of its number of ids, and the bytes of a chunk."""
 CHUNK_FIELDS = 5
 """int64 per chunk: column, multiplier and addend of the main hash, of the helper hash."""
 FEATURE_FIELDS = 4
@@ -79,14 +80,16 @@ def starts(  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def _codes_of(address, ids, on, ROW_BYTES: tl.constexpr):  # type: ignore[no-untyped-def]
+def _codes_of(address, row, on, ROW_BYTES: tl.constexpr):  # type: ignore[no-untyped-def]
     # All codes of each id at once: they are in one place of memory.
-    if ROW_BYTES == 2:
-        return tl.load(address.to(tl.pointer_type(tl.int16)) + ids, mask=on, other=0).to(tl.int64)
+    if ROW_BYTES == 1:
+        return tl.load(address.to(tl.pointer_type(tl.uint8)) + row, mask=on, other=0).to(tl.int64)
+    elif ROW_BYTES == 2:
+        return tl.load(address.to(tl.pointer_type(tl.int16)) + row, mask=on, other=0).to(tl.int64)
     elif ROW_BYTES == 4:
-        return tl.load(address.to(tl.pointer_type(tl.int32)) + ids, mask=on, other=0).to(tl.int64)
+        return tl.load(address.to(tl.pointer_type(tl.int32)) + row, mask=on, other=0).to(tl.int64)
     else:
-        return tl.load(address.to(tl.pointer_type(tl.int64)) + ids, mask=on, other=0)
+        return tl.load(address.to(tl.pointer_type(tl.int64)) + row, mask=on, other=0)
 
 
 @triton.jit
@@ -134,7 +137,7 @@ def _checked(  # type: ignore[no-untyped-def]
 def _rows(  # type: ignore[no-untyped-def]
     table, begin, count, ids, weights_ptr, starts_ptr, lookup_ptr, chunks_at, out_starts_ptr,
     out_ptr, out_weights_ptr, invalid_ptr, first_bad_ptr, step, CHUNKS: tl.constexpr,
-    VALUES: tl.constexpr, CODE_BYTES: tl.constexpr, ROW_BYTES: tl.constexpr, RAW: tl.constexpr,
+    VALUES: tl.constexpr, CODE_BITS: tl.constexpr, ROW_BYTES: tl.constexpr, RAW: tl.constexpr,
     MARK: tl.constexpr, PAIRS: tl.constexpr, ALIKE: tl.constexpr, TABLE_FIELDS: tl.constexpr,
     CHUNK_FIELDS: tl.constexpr,
 ):  # fmt: skip
@@ -163,25 +166,31 @@ def _rows(  # type: ignore[no-untyped-def]
     begins = _out_start(out_starts_ptr, table, first, tl.load(field + 13), ALIKE)
     begins += (begin - first) * rows_per_id
     step_out = (last - first) * rows_per_id
+    bits, shift, width = tl.load(field + 2), tl.load(field + 14), tl.load(field + 15)
+    if CODE_BITS > 0:
+        bits = bits * 0 + CODE_BITS  # of every table, and so a constant
+    else:  # tables differ
+        bits += zeros
+    row = ids >> shift
+    begin_bit = (ids & ((1 << shift) - 1)) * bits  # of an id's codes in the bytes of a chunk
     if ROW_BYTES > 0:
-        codes = _codes_of(address, ids, inside, ROW_BYTES)
+        codes = _codes_of(address, row, inside, ROW_BYTES)
     else:
-        cell = ids * tl.load(field + 3)
+        begin_bit += row * tl.load(field + 3) * 8
     if weights_ptr is not None:
         weights = tl.load(weights_ptr + begin + at, mask=inside, other=0)
     for j in range(CHUNKS):
         on = inside & (num_chunks + zeros > j)
         chunk = chunks + tl.minimum(j, num_chunks - 1) * CHUNK_FIELDS
-        column = tl.load(chunk)
+        bit = begin_bit + tl.load(chunk) * width * 8
         if ROW_BYTES > 0:
-            main = (codes >> (column * (8 * CODE_BYTES))) & ((1 << (8 * CODE_BYTES)) - 1)
-        elif CODE_BYTES > 0:
-            main = code_at(address, cell + column, CODE_BYTES + zeros, on)
-        else:  # tables differ: in bytes of a code, or some have none
-            width = tl.load(field + 2) + zeros
+            main = (codes >> bit) & ((1 << bits) - 1)
+        elif CODE_BITS > 0:
+            main = code_at(address, bit, bits, on)
+        else:  # tables differ: in bits of a code, or some have none
             code = hashed(mixed, tl.load(chunk + 1), tl.load(chunk + 2), num_rows)
-            main = code_at(address, cell + column, width, on)
-            main = tl.where(width == 0, code, tl.where(width < 0, ids, main))
+            main = code_at(address, bit, tl.maximum(bits, 1), on & (bits > 0))
+            main = tl.where(bits == 0, code, tl.where(bits < 0, ids, main))
         helper = hashed(mixed, tl.load(chunk + 3), tl.load(chunk + 4), helper_rows) + num_rows
         _store(out_ptr, begins, at, main, helper, on, two, PAIRS)
         if weights_ptr is not None:
@@ -300,7 +309,7 @@ def expand(  # type: ignore[no-untyped-def]
     num_out_features, num_tables, num_bags, stride, step, row_programs, most_copies,
     FEATURES: tl.constexpr, EXACT: tl.constexpr,
     CHUNKS: tl.constexpr, STEPS: tl.constexpr, BAG_STEPS: tl.constexpr, VALUES: tl.constexpr,
-    BAGS: tl.constexpr, CODE_BYTES: tl.constexpr, ROW_BYTES: tl.constexpr, RAW: tl.constexpr,
+    BAGS: tl.constexpr, CODE_BITS: tl.constexpr, ROW_BYTES: tl.constexpr, RAW: tl.constexpr,
     MARK: tl.constexpr, PAIRS: tl.constexpr, TABLE_BY_TABLE: tl.constexpr, LONG: tl.constexpr,
     TABLE_FIELDS: tl.constexpr, CHUNK_FIELDS: tl.constexpr, FEATURE_FIELDS: tl.constexpr,
 ):  # fmt: skip
@@ -328,7 +337,7 @@ def expand(  # type: ignore[no-untyped-def]
             while table <= last:
                 _rows(table, begin, count, ids, weights_ptr, starts_ptr, lookup_ptr, chunks_at,
                       out_starts_ptr, out_ptr, out_weights_ptr, invalid_ptr, first_bad_ptr, step,
-                      CHUNKS, VALUES, CODE_BYTES, ROW_BYTES, RAW, MARK, PAIRS, ALIKE, TABLE_FIELDS,
+                      CHUNKS, VALUES, CODE_BITS, ROW_BYTES, RAW, MARK, PAIRS, ALIKE, TABLE_FIELDS,
                       CHUNK_FIELDS)  # fmt: skip
                 table += 1
         else:
@@ -336,7 +345,7 @@ def expand(  # type: ignore[no-untyped-def]
             table = tl.load(lookup_ptr + table_of_at + feature, mask=at < count, other=0)
             _rows(table, begin, count, ids, weights_ptr, starts_ptr, lookup_ptr, chunks_at,
                   out_starts_ptr, out_ptr, out_weights_ptr, invalid_ptr, first_bad_ptr, step,
-                  CHUNKS, VALUES, CODE_BYTES, ROW_BYTES, RAW, MARK, PAIRS, ALIKE, TABLE_FIELDS,
+                  CHUNKS, VALUES, CODE_BITS, ROW_BYTES, RAW, MARK, PAIRS, ALIKE, TABLE_FIELDS,
                   CHUNK_FIELDS)  # fmt: skip
     else:
         _bags(program - row_programs, offsets_ptr, bag_starts_ptr, out_bag_starts_ptr, starts_ptr,

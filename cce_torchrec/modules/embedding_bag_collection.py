@@ -192,8 +192,8 @@ def _check_state(
 ) -> None:
     configs = module.embedding_bag_configs()
     take_old_names(configs, state, prefix)
-    refuse_foreign_state(configs, state, prefix)
     check_helper_rows(configs, state, prefix)
+    refuse_foreign_state(configs, state, prefix)
 
 
 def physical_configs(config: EmbeddingBagConfig, is_weighted: bool) -> list[EmbeddingBagConfig]:

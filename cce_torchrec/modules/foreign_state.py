@@ -15,7 +15,7 @@ from torchrec.modules.embedding_configs import EmbeddingBagConfig
 
 from cce_torchrec.config import CCEEmbeddingBagConfig, is_cce
 from cce_torchrec.modules.old_names import new_name
-from cce_torchrec.table import physical_table
+from cce_torchrec.table import codes_key, physical_table
 
 logger = logging.getLogger(__name__)
 
@@ -44,16 +44,12 @@ def refuse_foreign_state(
             _tell_of_halves(config, state, expected)
 
 
-def codes_key(prefix: str, table: str) -> str:
-    """Name of a table's codes in a state dict."""
-    return f"{prefix}codes.{table}.codes"
-
-
 def _expected(config: CCEEmbeddingBagConfig, prefix: str) -> dict[str, list[int]]:
     """Names and shapes of a table's codebooks and codes; `[]` of codes that it does not have."""
     shape = [config.rows_per_chunk, config.chunk_dim]
     chunks = [physical_table(config.name, chunk) for chunk in range(config.num_chunks)]
-    codes = [config.num_embeddings, config.num_chunks] if config.learned_codes else []
+    packing = config.packing
+    codes = packing.shape(config.num_embeddings, config.num_chunks) if packing.bits else []
     return {
         **{new_name(prefix, chunk): shape for chunk in chunks},
         codes_key(prefix, config.name): codes,

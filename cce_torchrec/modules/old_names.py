@@ -12,7 +12,9 @@ from typing import Any
 
 from torchrec.modules.embedding_configs import EmbeddingBagConfig
 
+from cce_torchrec.codes.old_codes import take_old_codes
 from cce_torchrec.config import CCEEmbeddingBagConfig, is_cce
+from cce_torchrec.table import codes_key
 
 logger = logging.getLogger(__name__)
 
@@ -45,12 +47,16 @@ def take_old_names(
 ) -> None:
     """Renames in `state`, which is about to be loaded, what has the name of TorchRec's collections.
 
+    Codes of the form that checkpoints had before format 4 are packed.
+
     Raises:
         ValueError: two names of `state` claim one table.
     """
     for config in configs:
         if is_cce(config):
             _tell_of_full_weight(config, state, prefix)
+            shape = config.num_embeddings, config.num_chunks
+            take_old_codes(config, state, codes_key(prefix, config.name), *shape)
             continue
         own = new_name(prefix, config.name)
         found = [name for name in (own, *old_names(prefix, config.name)) if name in state]

@@ -18,7 +18,6 @@ from torchrec.modules.embedding_modules import EmbeddingBagCollection
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor, KeyedTensor
 
 from cce_torchrec.codes.hashing import code_hash, helper_hash
-from cce_torchrec.codes.storage import widen
 from cce_torchrec.lookup.expansion import Expansion
 from cce_torchrec.lookup.output import LogicalOutput
 from cce_torchrec.lookup.table_lookup import TableLookup
@@ -130,7 +129,7 @@ def _chunks(
         return
     # Whole rows at once, as an index for each chunk would read the memory as often.
     stored = codes.codes
-    found = None if stored is None else widen(torch.index_select(stored, 0, ids), stored.dtype)
+    found = None if stored is None else codes.packing.read(stored, ids, len(codes.chunks))
     for column, chunk in enumerate(codes.chunks):
         if found is None:
             main = code_hash(config.seed, config.name, chunk)(ids, config.num_rows)

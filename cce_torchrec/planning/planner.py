@@ -130,7 +130,7 @@ def _kinds(tables: Sequence[EmbeddingBagConfig], kind: str, topology: Topology) 
     out = {table.name: kind if is_cce(table) else "tw" for table in tables}
     split = worth_splitting(tables, topology.world_size, _room(topology))
     for table in filter(is_cce, tables):
-        if kind == "rw" and not table.learned_codes:
+        if kind == "rw" and not table.code_bits:
             out[table.name] = "tw"  # nothing of it grows with its ids
         elif kind == "auto" and _too_large(table, topology):
             out[table.name] = "rw"
@@ -150,11 +150,11 @@ def _check_names(tables: Sequence[EmbeddingBagConfig], **given: Collection[str])
     twice = sorted(set.intersection(*map(set, given.values())))
     if twice:
         raise ValueError(f"tables {twice} are in {' and in '.join(given)}; name each in one")
-    hashed = [t.name for t in tables if is_cce(t) and not t.learned_codes]
+    hashed = [t.name for t in tables if is_cce(t) and not t.code_bits]
     if by_rows := sorted(set(given["row_wise"]) & set(hashed)):
         raise ValueError(
-            f"row_wise names {by_rows}, which have no codes to spread (learned_codes=False); leave "
-            "them out"
+            f"row_wise names {by_rows}, which have no codes to spread (learned_codes=False, or "
+            "num_rows=1); leave them out"
         )
 
 

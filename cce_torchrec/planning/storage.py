@@ -11,7 +11,7 @@ from torchrec.distributed.planner.types import ShardEstimator, ShardingOption, S
 from torchrec.distributed.types import ShardingType
 from torchrec.modules.embedding_configs import EmbeddingBagConfig
 
-from cce_torchrec.config import CCEEmbeddingBagConfig, code_dtype, is_cce
+from cce_torchrec.config import CCEEmbeddingBagConfig, is_cce
 from cce_torchrec.distributed.id_partition import IdPartition, codebook_owners
 from cce_torchrec.optimizer_state import OptimizerKind, kind_of
 from cce_torchrec.torchrec_internals import optimizer_class_in_backward
@@ -80,7 +80,7 @@ def row_wise_bytes(
     """Bytes of codebooks, codes (and bits) and optimizer state that `rank` holds of `table`."""
     width = codebook_owners(table, partition).count(rank) * table.chunk_dim
     ids = len(partition.ids(rank))
-    codes = ids * table.num_chunks * code_dtype(table.num_rows).itemsize * table.learned_codes
+    codes = table.packing.nbytes(ids, table.num_chunks)
     rows = table.rows_per_chunk
     return (
         rows * width * parameter.element_size(),

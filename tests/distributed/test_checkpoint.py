@@ -26,7 +26,7 @@ from tests.support.jobs import (
     small_shards,
     step,
 )
-from tests.support.models import ROWWISE, Net, SequenceNet, shard, with_optimizer
+from tests.support.models import ROWWISE, BitsNet, Net, SequenceNet, shard, with_optimizer
 from tests.support.ranks import on_ranks
 
 ALONE, SEVERAL = ["unsharded", "tw", "dp"], ["tw", "cw", "dp", "rw"]
@@ -83,6 +83,23 @@ def saved_sequences(rank_pool, tmp_path_factory):
     for world_size, kind in ((1, "unsharded"), (3, "tw"), (2, "cw"), (2, "rw"), (2, "dp")):
         found |= rank_pool.run(world_size, save_jobs, folder, [kind], "rowwise", SequenceNet)[0]
     return found
+
+
+@pytest.fixture(scope="module")
+def saved_bits(rank_pool, tmp_path_factory):
+    """As `saved`, of codes of 0 to 12 bits."""
+    found, folder = {}, str(tmp_path_factory.mktemp("bits"))
+    for world_size, kind in ((1, "unsharded"), (2, "tw"), (3, "cw"), (2, "dp"), (3, "rw")):
+        found |= rank_pool.run(world_size, save_jobs, folder, [kind], "rowwise", BitsNet)[0]
+    return found
+
+
+BITS = [(1, "unsharded"), (3, "tw"), (2, "cw"), (4, "rw"), (2, "dp")]
+
+
+@pytest.mark.parametrize(("world_size", "kind"), BITS)
+def test_codes_of_any_bits_from_any_plan_to_any_other(rank_pool, world_size, kind, saved_bits):
+    rank_pool.run(world_size, load_jobs, kind, saved_bits, BitsNet)
 
 
 SEQUENCES = [(1, "unsharded"), (2, "tw"), (2, "cw"), (3, "cw"), (3, "rw"), (2, "dp")]
@@ -158,7 +175,7 @@ def test_codes_are_saved_in_shards(rank, world_size, kind):
             inside = range(held.data_ptr(), held.data_ptr() + held.nbytes)
             for part in shards[name]:
                 assert part.tensor.data_ptr() in inside or kind == "cw"
-                assert part.tensor.nbytes <= most or len(part.tensor) == 1
+                assert part.tensor.nbytes <= most or part.tensor.nbytes <= 8 * 4 * 2
             assert torch.equal(held, before[name]) and (not rank or not held.numel() or held.any())
         found[most] = sum(map(len, shards.values()))
     assert found[40] > found[300] > found[1 << 20]

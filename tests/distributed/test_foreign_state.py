@@ -41,8 +41,8 @@ def copied(state):
     [
         ({"num_rows": 32}, r"\[80, 4\] in 'collection.*user#0.weight', the model \[64, 4\] .*=16"),
         ({"num_chunks": 2}, r"\[64, 8\] in .*user#0.weight', the model \[64, 4\] .*num_chunks=4"),
-        ({"num_embeddings": 400}, r"\[400, 4\] in .*user.codes', the model \[500, 4\]"),
-        ({"num_embeddings": 600}, r"\[600, 4\] in .*user.codes', the model \[500, 4\]"),
+        ({"num_embeddings": 400}, r"\[200, 4\] in .*user.codes', the model \[250, 4\]"),
+        ({"num_embeddings": 600}, r"\[300, 4\] in .*user.codes', the model \[250, 4\]"),
     ],
 )
 def test_another_configuration(changed, says, strict):

@@ -184,7 +184,7 @@ def test_clustered_before_it_is_sharded(rank, world_size):
     for sharded in (taken, loaded.module.collection):
         codes = codes_of(sharded.codes, "t")
         own = slice(codes.ids.start, codes.ids.stop)
-        assert torch.equal(codes.codes, state["collection.codes.t.codes"][own])
+        assert torch.equal(codes.unpacked, plain.codes["t"].unpacked[own])
         assert torch.equal(seen_ids(codes.seen, len(codes.ids)), bits[own])
     compare(loaded.module.collection, plain, exact=True)
     share = next(t for t in plan_report(model, plan, world_size).tables if t.rank == rank)
@@ -250,8 +250,8 @@ def load_jobs(rank, world_size, kind, num_embeddings, saved):
         old = torch.from_numpy(seen)[codes.ids.start : min(codes.ids.stop, 300)]
         bits = seen_ids(codes.seen, len(codes.ids))
         assert torch.equal(bits[: len(old)], old) and not bits[len(old) :].any()
-        first, fresh = max(300, codes.ids.start), collection(configs).codes["t"].codes
-        new = codes.codes[first - codes.ids.start :]
+        first, fresh = max(300, codes.ids.start), collection(configs).codes["t"].unpacked
+        new = codes.unpacked[first - codes.ids.start :]
         assert torch.equal(new, fresh[first : codes.ids.stop, codes.chunks][: len(new)])
 
 

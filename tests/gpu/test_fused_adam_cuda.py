@@ -11,7 +11,6 @@ from cce_torchrec import CCEEmbeddingBagCollection, CCEEmbeddingBagConfig
 from cce_torchrec.checkpoint import load_checkpoint, save_checkpoint
 from cce_torchrec.clustering import cluster
 from cce_torchrec.clustering.local_chunks import fused_rows
-from cce_torchrec.codes.storage import widen
 from cce_torchrec.distributed.sharders import get_default_sharders
 from cce_torchrec.planning import make_plan
 
@@ -60,7 +59,7 @@ def rows_and_state(model):
         name: {"weight": weight.cpu().clone(), **{k: v.cpu().clone() for k, v in state.items()}}
         for name, (weight, state) in fused_rows(model.module.collection).items()
     }
-    return rows, widen(model.module.collection.codes["t"].codes).cpu()
+    return rows, model.module.collection.codes["t"].unpacked.cpu()
 
 
 def check_followed(before, after, old_codes, new_codes):

@@ -10,7 +10,6 @@ from torchrec.optim.apply_optimizer_in_backward import apply_optimizer_in_backwa
 
 from cce_torchrec import CCEEmbeddingBagCollection, CCEEmbeddingBagConfig, CCEEmbeddingCollection
 from cce_torchrec.clustering.local_chunks import fused_rows
-from cce_torchrec.codes.storage import widen
 from cce_torchrec.distributed.sharders import get_default_sharders
 from cce_torchrec.planning import make_plan
 from tests.support.models import Model
@@ -72,7 +71,7 @@ def test_sharded_sequences_train():
         for name in ("f", "g"):
             ids, codes = features[name].values(), bags.codes[name]
             helper = codes.helper_rows(ids)
-            main = widen(codes.codes[ids]).t()
+            main = codes.main_rows(ids)
             chunks = [rows[f"{name}#{j}"][0] for j in range(4)]
             expected = [c[main[j]] + c[K + helper[j]] for j, c in enumerate(chunks)]
             torch.testing.assert_close(out[name].values(), torch.cat(expected, dim=1))

@@ -84,7 +84,7 @@ def state_digests(sharded):
     }
     for name, part in sharded.codes.items():
         for i, chunk in enumerate(part.chunks):
-            local[f"{name}@{chunk}"] = digest(part.codes[:, i])
+            local[f"{name}@{chunk}"] = digest(part.unpacked[:, i])
     everyone = [None] * dist.get_world_size()
     dist.all_gather_object(everyone, local)
     return {k: v for part in everyone for k, v in part.items()}

@@ -142,6 +142,20 @@ class Net(nn.Module):
         return self.over(self.collection(kjt).values())
 
 
+class BitsNet(Net):
+    """Codes of 0, 1, 2, 4, 6 and 12 bits, of numbers of ids that end in the middle of a byte."""
+
+    @staticmethod
+    def configs():
+        return [
+            CCEEmbeddingBagConfig(
+                name=f"t{rows}", num_embeddings=300 + rows % 7, embedding_dim=8, num_chunks=2,
+                feature_names=[feature], num_rows=rows, num_helper_rows=9,
+            )
+            for rows, feature in zip((1, 2, 4, 16, 64, 4096), "fghfgh", strict=True)
+        ]  # fmt: skip
+
+
 class SequenceNet(nn.Module):
     """A dense layer over the embedding of every id."""
 

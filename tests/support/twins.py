@@ -32,7 +32,7 @@ def copy_state(sharded, plain, optimizer=None, plain_optimizer=None):
         for name, (weight, state) in fused_rows(sharded, optimizer).items()
     }
     codes = {
-        (name, chunk, part.ids): part.codes[:, i].clone().to(torch.int64)
+        (name, chunk, part.ids): part.unpacked[:, i]
         for name, part in sharded.codes.items()
         for i, chunk in enumerate(part.chunks if part.codes is not None else [])
     }
@@ -48,8 +48,8 @@ def copy_state(sharded, plain, optimizer=None, plain_optimizer=None):
                 held = own[name][1][key][at]
                 held.copy_(state[key].view_as(held))
         for (name, chunk, ids), column in columns.items():
-            held = plain.codes[name].codes
-            held[ids.start : ids.stop, chunk] = column.to(held.dtype)
+            held = plain.codes[name]
+            held.packing.write(held.codes, chunk, ids.start, column)
         for name, number in numbers.items():
             plain.codes[name].set_clusterings(number)
 
@@ -66,8 +66,8 @@ def compare(sharded, plain, optimizer=None, plain_optimizer=None, *, exact):
     for name, part in sharded.codes.items():
         assert part.num_clusterings == plain.codes[name].num_clusterings
         if part.codes is not None:
-            held = plain.codes[name].codes[part.ids.start : part.ids.stop, part.chunks]
-            assert torch.equal(part.codes, held), name
+            held = plain.codes[name].unpacked[part.ids.start : part.ids.stop, part.chunks]
+            assert part.packing == plain.codes[name].packing and torch.equal(part.unpacked, held)
 
 
 def train(model, plain, seeds, weighted=False, make=batch, optimizers=()):

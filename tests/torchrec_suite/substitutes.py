@@ -17,8 +17,8 @@ from torchrec.modules.embedding_configs import (
 )
 
 from cce_torchrec.codes import chunk_codes
-from cce_torchrec.codes.storage import pack
-from cce_torchrec.config import CCEEmbeddingBagConfig, code_dtype, is_cce
+from cce_torchrec.codes.storage import in_whole_words
+from cce_torchrec.config import CCEEmbeddingBagConfig, is_cce
 from cce_torchrec.distributed.embedding_bag_collection import ShardedCCEEmbeddingBagCollection
 from cce_torchrec.distributed.embedding_bag_sharder import CCEEmbeddingBagCollectionSharder
 from cce_torchrec.distributed.embedding_collection import (
@@ -56,7 +56,7 @@ def identity_codes(
     """Codes that are the ids, in the place of `hashed_codes`."""
     ids = range(config.num_embeddings) if ids is None else ids
     rows = torch.arange(ids.start, ids.stop).unsqueeze(1).expand(-1, len(chunks))
-    return pack(rows.contiguous(), code_dtype(config.num_rows)).to(device)
+    return in_whole_words(config.packing.pack(rows)).to(device)
 
 
 chunk_codes.hashed_codes = identity_codes

@@ -13,8 +13,9 @@ from cce_torchrec.clustering import ClusteringSchedule, cluster
 from cce_torchrec.clustering.budget import ChunkShape, budget
 from cce_torchrec.clustering.id_passes import ChunkIds, starting_pairs
 from cce_torchrec.codes.hashing import helper_hash
-from cce_torchrec.codes.storage import seen_ids, widen
+from cce_torchrec.codes.storage import seen_ids
 from cce_torchrec.kmeans import native
+from cce_torchrec.packing import CodePacking
 from tests.support.optional import needs
 
 
@@ -47,7 +48,7 @@ def test_step_follows_the_definition():
         weight = m.embedding_bag_collection.embedding_bags[f"t#{j}"].weight.detach()
         main, helper = weight[:8], weight[8:]
         old = before[:, 4 * j : 4 * j + 4]
-        rows = widen(codes.codes[:, j])
+        rows = codes.unpacked[:, j]
         # Codes are nearest centroids of the old embeddings.
         distances = torch.cdist(old.double(), main.double()).square()
         best = distances.min(1).values
@@ -71,9 +72,9 @@ def test_optimizer_state_helper_a_tenth_of_its_mean_and_main_averaged():
     m(kjt).values().square().sum().backward()
     weight = m.embedding_bag_collection.embedding_bags["t#1"].weight
     state = weight._in_backward_optimizers[0].state[weight]["sum"]
-    old, old_codes = state.clone().view(-1), widen(m.codes["t"].codes[:, 1])
+    old, old_codes = state.clone().view(-1), m.codes["t"].unpacked[:, 1]
     cluster(m)
-    new_codes = widen(m.codes["t"].codes[:, 1])
+    new_codes = m.codes["t"].unpacked[:, 1]
     torch.testing.assert_close(state.view(-1)[8:], (0.1 * old[8:].mean()).expand(24))
     for row in range(8):
         members = new_codes == row
@@ -199,6 +200,7 @@ def ids_of(codes, num_rows, helper_rows, local):
     """The second column of `codes`, under a hash."""
     return ChunkIds(
         codes=codes,
+        packing=CodePacking.of_rows(num_rows),
         column=1,
         num_rows=num_rows,
         helper_rows=helper_rows,
@@ -232,7 +234,7 @@ def test_a_sample_is_nearly_as_good_as_all_ids():
     everyone, some = grouped(), grouped()
     all_ids = cluster(everyone).chunks[0]
     sampled = cluster(some, samples_per_centroid=50).chunks[0]
-    codes = widen(some.codes["t"].codes[:, 0])
+    codes = some.codes["t"].unpacked[:, 0]
     before = embeddings(grouped())[:, :4].double()
     main = some.embedding_bag_collection.embedding_bags["t#0"].weight[:64].detach().double()
     reached = float((before - main[codes]).square().sum())
@@ -249,7 +251,7 @@ def test_weights_decide_where_centroids_go():
     def error_of_seen(weights):
         m = grouped()
         cluster(m, weights=weights)
-        rows = widen(m.codes["t"].codes)[seen.bool()]
+        rows = m.codes["t"].unpacked[seen.bool()]
         main = [m.embedding_bag_collection.embedding_bags[f"t#{j}"].weight[:64] for j in range(4)]
         reached = torch.cat([main[j][rows[:, j]] for j in range(4)], 1).detach().double()
         return float((before - reached).square().sum())
@@ -343,7 +345,7 @@ def test_metric_spends_precision_where_it_counts():
     def error_of_first(**options):
         m = grouped()
         cluster(m, **options)
-        rows = widen(m.codes["t"].codes)
+        rows = m.codes["t"].unpacked
         main = [m.embedding_bag_collection.embedding_bags[f"t#{j}"].weight[:64] for j in range(4)]
         reached = torch.stack([main[j][rows[:, j], 0] for j in range(4)], 1).detach().double()
         return float((before - reached).square().sum())
@@ -414,7 +416,7 @@ def test_schedules():
 
 def test_a_rank_without_ids_has_no_blocks():
     """Of a small ROW_WISE table; on a GPU a block is all that a rank has."""
-    codes = torch.zeros(0, 2, dtype=torch.uint8)
+    codes = CodePacking.of_rows(4).pack(torch.zeros(0, 2))
     ids = ids_of(codes, 4, 4, range(20, 20))
     assert list(ids.blocks(len(ids.local))) == []
     assert not ids.count_pairs().any()

@@ -12,7 +12,6 @@ from torchrec.modules.embedding_configs import DataType, EmbeddingBagConfig
 
 from cce_torchrec import CCEEmbeddingBagCollection, CCEEmbeddingBagConfig
 from cce_torchrec.codes.hashing import helper_hash
-from cce_torchrec.codes.storage import pack, widen
 from tests.support import models
 from tests.support.models import MEAN, SUM
 
@@ -173,9 +172,9 @@ def test_uncompressed_table_equals_plain_table(num_chunks):
             CCEEmbeddingBagConfig(num_rows=50, num_helper_rows=0, num_chunks=num_chunks, **common)
         ]
     )
-    codes = cce.codes["t"].codes
-    codes.copy_(pack(torch.arange(50), codes.dtype)[:, None].expand_as(codes))
-    assert torch.equal(widen(codes)[:, 0], torch.arange(50))
+    codes = cce.codes["t"]
+    codes.codes.copy_(codes.packing.pack(torch.arange(50)[:, None].expand(-1, num_chunks)))
+    assert torch.equal(codes.unpacked[:, 0], torch.arange(50))
     width = 8 // num_chunks
     with torch.no_grad():
         for j in range(num_chunks):

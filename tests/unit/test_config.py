@@ -1,12 +1,12 @@
 """CCEEmbeddingBagConfig: arithmetic, budgets, and the errors a user can run into."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
-import torch
 from torchrec.modules.embedding_configs import DataType, EmbeddingBagConfig, PoolingType
 
 from cce_torchrec import CCEEmbeddingBagCollection, CCEEmbeddingBagConfig
-from cce_torchrec.config import code_dtype
 
 
 def config(**kwargs):
@@ -20,30 +20,37 @@ def test_bytes():
     table = config()
     assert (table.helper_rows, table.rows_per_chunk, table.chunk_dim) == (48, 64, 8)
     assert table.codebook_bytes == 64 * 32 * 4
-    assert table.code_bytes == 1000 * 4
+    assert (table.code_bits, table.code_bytes) == (4, 1000 * 4 // 2)
     assert table.table_bytes == table.codebook_bytes + table.code_bytes
     assert config(data_type=DataType.FP16).codebook_bytes == 64 * 32 * 2
     assert config(learned_codes=False).code_bytes == 0
 
 
 @pytest.mark.parametrize(
-    ("rows", "dtype"),
-    [(256, torch.uint8), (257, torch.int16), (65_536, torch.int16), (65_537, torch.int32)],
+    ("rows", "bits"),
+    [
+        *((1, 0), (2, 1), (4, 2), (5, 3), (16, 4), (17, 6), (64, 6), (65, 8), (256, 8), (257, 10)),
+        *((4096, 12), (8192, 14), (65_536, 16), (65_537, 20), (2**31 - 1, 32)),
+    ],
 )
-def test_code_dtype(rows, dtype):
-    assert code_dtype(rows) == dtype
+def test_bits_of_codes(rows, bits):
+    table = config(num_rows=rows, num_helper_rows=0)
+    assert table.code_bits == bits
+    # 1,000 ids are whole groups whatever their bits.
+    assert table.code_bytes == 1000 * 4 * bits // 8
+    assert replace(table, learned_codes=False).code_bits == 0
 
 
 def test_budgets():
     kwargs = dict(name="t", num_embeddings=1000, embedding_dim=32, feature_names=["f"])
     table = CCEEmbeddingBagConfig.from_params_per_dim(64, **kwargs)
     assert (table.num_rows, table.num_helper_rows) == (16, 48)
-    for budget in (4_300, 20_000, 200_000):
+    for budget in (2_300, 20_000, 200_000):
         table = CCEEmbeddingBagConfig.from_bytes(budget, **kwargs)
         larger = CCEEmbeddingBagConfig.from_params_per_dim(table.rows_per_chunk + 1, **kwargs)
         assert table.table_bytes <= budget < larger.table_bytes
     with pytest.raises(ValueError, match=r"table 't'.*two rows a chunk"):
-        CCEEmbeddingBagConfig.from_bytes(4_000, **kwargs)
+        CCEEmbeddingBagConfig.from_bytes(200, **kwargs)
     of_float = CCEEmbeddingBagConfig.from_bytes(2e4, **kwargs)
     assert of_float.num_rows == CCEEmbeddingBagConfig.from_bytes(20_000, **kwargs).num_rows
     vast = CCEEmbeddingBagConfig.from_bytes(2**41, **{**kwargs, "embedding_dim": 16})

@@ -120,7 +120,7 @@ def test_codes_that_change_are_followed():
     check = BoundsCheck(BoundsCheckMode.WARNING)
     first = expansion(features, check).values().view(4, 50, 2)
     codes.set_clusterings(4)
-    codes.codes[7, 2] = 123
+    codes.packing.write(codes.codes, 2, 4, torch.tensor([*codes.unpacked[4:7, 2], 123]))
     second = expansion(features, check).values().view(4, 50, 2)
     assert int(second[2, 7, 0]) == 123
     assert not torch.equal(first[..., 1], second[..., 1])

@@ -12,7 +12,6 @@ from torchrec.optim.apply_optimizer_in_backward import apply_optimizer_in_backwa
 
 from cce_torchrec import CCEEmbeddingBagCollection, CCEEmbeddingBagConfig
 from cce_torchrec.clustering import cluster, finalize, solver
-from cce_torchrec.codes.storage import widen
 from cce_torchrec.kmeans import native
 
 N = 3000
@@ -59,16 +58,16 @@ def test_follows_the_definition(monkeypatch, num_rows, compiled):
         name: next(iter(bag.weight._in_backward_optimizers[0].state.values()))["sum"].clone()
         for name, bag in m.embedding_bag_collection.embedding_bags.items()
     }
-    old_codes = widen(m.codes["t"].codes)
+    old_codes = m.codes["t"].unpacked
     report = finalize(m)
-    config, codes = m.embedding_bag_configs()[0], m.codes["t"].codes
+    config, codes = m.embedding_bag_configs()[0], m.codes["t"]
     assert (config.num_rows, config.num_helper_rows) == (4 * num_rows, 0)
-    assert codes.dtype == (torch.uint8 if num_rows == 20 else torch.int16)
+    assert codes.packing.bits == (8 if num_rows == 20 else 10)
     assert len(report.chunks) == 4
     after = out(m).detach()
     for j, chunk in enumerate(report.chunks):
         bag = m.embedding_bag_collection.embedding_bags[f"t#{j}"]
-        old, rows = before[:, 4 * j : 4 * j + 4], widen(codes[:, j])
+        old, rows = before[:, 4 * j : 4 * j + 4], codes.unpacked[:, j]
         distances = torch.cdist(old.double(), bag.weight.detach().double()).square()
         best = distances.min(1).values
         torch.testing.assert_close(distances[range(N), rows], best, rtol=1e-4, atol=1e-9)
@@ -122,7 +121,7 @@ def test_a_failure_changes_nothing():
 
 
 def test_a_failure_after_codes_were_widened_narrows_them_again(monkeypatch):
-    m = module(100)  # 400 rows after finalize: codes of two bytes
+    m = module(100)  # 400 rows after finalize: codes of 10 bits
     before = m.codes["t"].codes.clone()
 
     def fails(*_):
@@ -131,7 +130,7 @@ def test_a_failure_after_codes_were_widened_narrows_them_again(monkeypatch):
     monkeypatch.setattr(solver, "find_pairs", fails)
     with pytest.raises(ValueError, match="no memory"):
         finalize(m)
-    assert before.dtype == torch.uint8 and m.codes["t"].codes.dtype == torch.uint8
+    assert m.codes["t"].packing.bits == 8
     assert torch.equal(m.codes["t"].codes, before)
     assert m.embedding_bag_configs()[0].helper_rows == 300
 

@@ -7,6 +7,7 @@ import cce_torchrec
 
 ROOT = Path(cce_torchrec.__file__).parent
 LAYERS = [
+    {"packing"},
     {"collectives", "compiled", "gpu", "torchrec_internals", "versions"},
     {"config", "spans"},
     {"optimizer_state", "table"},

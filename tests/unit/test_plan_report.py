@@ -85,7 +85,7 @@ def test_nothing_to_choose_from(tables, chunks):
 
 def test_too_little_memory():
     with pytest.raises(ValueError, match="do not hold 4 tables with two rows a chunk"):
-        tables_for_memory(full(), 4 << 20, 1, batch_size=2)
+        tables_for_memory(full(), 1000, 1, batch_size=2)
 
 
 def test_plan_of_another_model_or_world_size():

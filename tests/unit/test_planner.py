@@ -23,7 +23,11 @@ def model(tables):
 def tables():
     return [
         CCEEmbeddingBagConfig(
-            name="t", num_embeddings=50_000_000, embedding_dim=64, feature_names=["f"], num_rows=500
+            name="t",
+            num_embeddings=50_000_000,
+            embedding_dim=64,
+            feature_names=["f"],
+            num_rows=65_536,
         ),
         EmbeddingBagConfig(name="p", num_embeddings=100, embedding_dim=64, feature_names=["g"]),
     ]
@@ -31,7 +35,7 @@ def tables():
 
 @pytest.mark.parametrize("kind", ["tw", "cw", "auto"])
 def test_codes_count_against_memory(kind):
-    """400 MB of codes beside 0.5 MB of codebooks; spread, half of them on each of two ranks."""
+    """400 MB of codes beside 67 MB of codebooks; spread, half of them on each of two ranks."""
     configs = tables()
     enough = make_planner(configs, 2, CPU, kind, memory_bytes=1 << 30)
     plan = enough.plan(model(configs), get_default_sharders())

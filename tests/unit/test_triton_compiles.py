@@ -36,9 +36,9 @@ def compile_for_h100(kernel, types, constants, **options):
 
 
 @pytest.mark.parametrize("ids, weights", [("*i64", None), ("*i32", "*fp32"), ("*i64", "*fp16")])
-@pytest.mark.parametrize("code_bytes", [0, 2])
+@pytest.mark.parametrize("code_bits", [0, 12, 16])
 @pytest.mark.parametrize("rows", ["*i32", "*i64"])
-def test_expansion(ids, weights, code_bytes, rows):
+def test_expansion(ids, weights, code_bits, rows):
     alike, variable = weights is None, weights == "*fp16"
     types = {"ids": ids, "offsets": ids, "lookup": "*i64", "out": rows, "out_offsets": rows}
     types |= {"weights": weights, "out_weights": weights, "invalid": "*i64"}
@@ -48,10 +48,10 @@ def test_expansion(ids, weights, code_bytes, rows):
     signature = {f"{name}_ptr": kind for name, kind in types.items() if kind is not None}
     constants = {f"{name}_ptr": None for name, kind in types.items() if kind is None}
     constants |= {"CHUNKS": 4, "STEPS": 5, "BAG_STEPS": 5, "VALUES": 256, "BAGS": 1024}
-    constants |= {"CODE_BYTES": code_bytes, "RAW": alike, "MARK": alike, "LONG": alike}
-    constants |= {"PAIRS": rows == "*i32", "TABLE_BY_TABLE": code_bytes > 0}
+    constants |= {"CODE_BITS": code_bits, "RAW": alike, "MARK": alike, "LONG": alike}
+    constants |= {"PAIRS": rows == "*i32", "TABLE_BY_TABLE": code_bits > 0}
     constants |= {"FEATURES": 32, "EXACT": rows == "*i32"}
-    constants["ROW_BYTES"] = 8 if code_bytes and ids == "*i64" else 0
+    constants["ROW_BYTES"] = {16: 8}.get(code_bits, 0) if ids == "*i64" else 0
     fields = ("TABLE_FIELDS", "CHUNK_FIELDS", "FEATURE_FIELDS")
     constants |= {name: getattr(fused, name) for name in fields}
     numbers = [name for name in fused.expand.arg_names if name not in {*signature, *constants}]
@@ -105,22 +105,33 @@ def test_nearest_centroids(name, dim):
     )
 
 
-@pytest.mark.parametrize("codes", ["*u8", "*i16", "*i32"])
+@pytest.mark.parametrize("new_codes", ["*u8", "*i16", "*i32"])
 @pytest.mark.parametrize(
     "name", ["_write_pairs", "_count_pairs", "_append_sampled", "_add_residuals", "_relabel"]
 )
-def test_passes_over_ids(name, codes):
+def test_passes_over_ids(name, new_codes):
     kernel = getattr(passes, name)
-    pointers = {"codes": codes, "new_codes": codes, "counts": "*i32", "a": "*i32", "b": "*i32"}
+    pointers = {
+        "codes": "*u8",
+        "new_codes": new_codes,
+        "counts": "*i32",
+        "a": "*i32",
+        "b": "*i32",
+        "out": "*i32",
+    }
     pointers |= dict.fromkeys(("main", "helper", "centroids"), "*i32")
-    pointers |= dict.fromkeys(("weights", "keys", "sums", "sizes", "found", "changed"), "*i64")
+    pointers |= dict.fromkeys(
+        ("weights", "keys", "sums", "sizes", "found", "changed", "out"), "*i64"
+    )
     types = {f"{key}_ptr": kind for key, kind in pointers.items()}
-    types |= dict.fromkeys(("columns", "column", "first", "count", "base", "room"), "i32")
+    types |= dict.fromkeys(
+        ("bits", "shift", "stride", "begin", "first", "count", "base", "room"), "i32"
+    )
     types |= dict.fromkeys(("multiplier", "addend", "new_multiplier", "new_addend"), "i64")
     types |= dict.fromkeys(("sample_multiplier", "sample_addend", "threshold"), "i64")
     types["helper_rows"] = "i32"
     constants = {"IDS": 32, "DIM": 20, "DIMS": 32, "WEIGHTED": False}
-    constants |= dict.fromkeys(("BY_PAIR", "WRITE", "KEYS"), codes != "*u8")
+    constants |= dict.fromkeys(("BY_PAIR", "KEYS"), new_codes != "*u8")
     names = kernel.arg_names
     constants = {key: value for key, value in constants.items() if key in names}
     compile_for_h100(kernel, {k: v for k, v in types.items() if k in names}, constants)
