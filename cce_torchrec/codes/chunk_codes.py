@@ -117,6 +117,10 @@ class ChunkCodes(nn.Module):
         """Takes `codes`, packed by `packing`, for its own."""
         self.codes, self.packing = codes, packing
 
+    def write(self, column: int, rows: torch.Tensor) -> None:
+        """Gives all ids that are here the main rows `rows` [len(ids)] in chunk `chunks[column]`."""
+        self.packing.write(self.stored, column, 0, rows)
+
     @property
     def count(self) -> torch.Tensor:
         """The buffer `clusterings`, which whoever writes codes writes too."""

@@ -40,6 +40,19 @@ def code_at(address, bit, bits, on):  # type: ignore[no-untyped-def]
 
 
 @triton.jit
+def row_at(address, row, on, ROW_BYTES: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Rows of packed codes at `address`, of ROW_BYTES bytes: all codes of an id at once, int64."""
+    if ROW_BYTES == 1:
+        return tl.load(address.to(tl.pointer_type(tl.uint8)) + row, mask=on, other=0).to(tl.int64)
+    elif ROW_BYTES == 2:
+        return tl.load(address.to(tl.pointer_type(tl.int16)) + row, mask=on, other=0).to(tl.int64)
+    elif ROW_BYTES == 4:
+        return tl.load(address.to(tl.pointer_type(tl.int32)) + row, mask=on, other=0).to(tl.int64)
+    else:
+        return tl.load(address.to(tl.pointer_type(tl.int64)) + row, mask=on, other=0)
+
+
+@triton.jit
 def mark_bits(address, ids, on):  # type: ignore[no-untyped-def]
     """Sets the bits of `ids` in the words of 32 from `address` on."""
     # Most bits of popular ids are set already: looking first spares most of the atomics.

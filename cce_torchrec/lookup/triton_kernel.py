@@ -18,7 +18,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from cce_torchrec.gpu.triton_functions import code_at, hashed, last_at, mark_bits, mix
+from cce_torchrec.gpu.triton_functions import code_at, hashed, last_at, mark_bits, mix, row_at
 
 TABLE_FIELDS = 16
 """int64 per table: ids, address of codes, bits of a code (0: hashed, -1: the id is the row), bytes
@@ -77,19 +77,6 @@ def starts(  # type: ignore[no-untyped-def]
     ends = tl.cumsum(ids * tl.load(field + 13, mask=real, other=0), axis=0)
     tl.store(out_starts_ptr + 1 + table, ends, mask=real)
     tl.store(out_starts_ptr + table, tl.zeros((TABLES,), tl.int64), mask=table == 0)
-
-
-@triton.jit
-def _codes_of(address, row, on, ROW_BYTES: tl.constexpr):  # type: ignore[no-untyped-def]
-    # All codes of each id at once: they are in one place of memory.
-    if ROW_BYTES == 1:
-        return tl.load(address.to(tl.pointer_type(tl.uint8)) + row, mask=on, other=0).to(tl.int64)
-    elif ROW_BYTES == 2:
-        return tl.load(address.to(tl.pointer_type(tl.int16)) + row, mask=on, other=0).to(tl.int64)
-    elif ROW_BYTES == 4:
-        return tl.load(address.to(tl.pointer_type(tl.int32)) + row, mask=on, other=0).to(tl.int64)
-    else:
-        return tl.load(address.to(tl.pointer_type(tl.int64)) + row, mask=on, other=0)
 
 
 @triton.jit
@@ -174,7 +161,7 @@ def _rows(  # type: ignore[no-untyped-def]
     row = ids >> shift
     begin_bit = (ids & ((1 << shift) - 1)) * bits  # of an id's codes in the bytes of a chunk
     if ROW_BYTES > 0:
-        codes = _codes_of(address, row, inside, ROW_BYTES)
+        codes = row_at(address, row, inside, ROW_BYTES)
     else:
         begin_bit += row * tl.load(field + 3) * 8
     if weights_ptr is not None:

@@ -115,8 +115,8 @@ def test_its_own_state_says_nothing(caplog):
     [
         ({"num_rows": 7, "num_helper_rows": 15}, r"'t': the checkpoint has \[22, 4\] in '.*t#0.w"),
         (
-            {"num_embeddings": 299},
-            r"'t': the checkpoint has \[299, 4\] in .*codes', the model \[3",
+            {"num_embeddings": 250},
+            r"'t': the checkpoint has \[32, 12\] in .*codes', the model \[3",
         ),
         ({"num_chunks": 2}, r"'t': the checkpoint has \[20, 8\] in '.*t#0.weight', the model \[20"),
     ],

@@ -118,7 +118,7 @@ def test_a_checkpoint_from_before_finalize_is_refused(tmp_path):
 def test_what_a_script_asks_before_it_builds(tmp_path):
     saved(tmp_path, "unsharded")
     info = checkpoint_info(tmp_path)
-    assert (info.step, info.extra, info.world_size, info.format) == (1, None, 1, 3)
+    assert (info.step, info.extra, info.world_size, info.format) == (1, None, 1, 4)
     assert info.finalized == ["collection.t", "collection.u"]
     assert info.tables["collection.p"].num_embeddings == 40
     assert checkpoint_info(info.path) == info

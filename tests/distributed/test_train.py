@@ -73,10 +73,10 @@ def test_cce_on_two_ranks(tmp_path, plan):
         summary = train(tmp_path, *options, "--finalize", ranks=2)
     else:
         summary = train(tmp_path, *options, ranks=2, start=torchrun, program=PROGRAM)
-    # 4 tables of 20,000 ids: 125 main and 375 helper rows of 16 floats, 4 one-byte codes an id,
-    # of two bytes once main has 500 rows.
+    # 4 tables of 20,000 ids: 125 main and 375 helper rows of 16 floats, 4 codes an id of 8 bits,
+    # of 10 once main has 500 rows.
     assert summary["parameters"] == 4 * 500 * 16
-    assert summary["table_bytes"] == 4 * (500 * 16 * 4 + 20_000 * 4 * (2 if plan == "cw" else 1))
+    assert summary["table_bytes"] == 4 * (500 * 16 * 4 + 20_000 * (5 if plan == "cw" else 4))
     assert summary["clustering_seconds"] > 0
     assert summary["world_size"] == 2
 
@@ -183,6 +183,6 @@ def test_a_finalized_run_resumes(tmp_path):
     options = ("--compression", "40", "--finalize", "--checkpoint-every", "20")
     before = train(tmp_path, *options)  # 42 steps; finalized after step 38, saved after step 40
     after = train(tmp_path, *options, "--resume")
-    assert before["table_bytes"] == 4 * (500 * 16 * 4 + 20_000 * 4 * 2)  # codes of 500 rows
+    assert before["table_bytes"] == 4 * (500 * 16 * 4 + 20_000 * 5)  # 500 rows: 10 bits
     for key in ("table_bytes", "val_log_loss", "best_val_auc"):
         assert after[key] == before[key], key

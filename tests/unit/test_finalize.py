@@ -44,7 +44,7 @@ def out(m, bag=1):
     return m(kjt).values()
 
 
-@pytest.mark.parametrize("num_rows", [20, 100])  # codes stay one byte, become two
+@pytest.mark.parametrize("num_rows", [1, 20, 100])  # codes of 0, 6 and 8 bits get 2, 8 and 10
 @pytest.mark.parametrize("compiled", [True, False])
 def test_follows_the_definition(monkeypatch, num_rows, compiled):
     if not compiled:
@@ -62,7 +62,7 @@ def test_follows_the_definition(monkeypatch, num_rows, compiled):
     report = finalize(m)
     config, codes = m.embedding_bag_configs()[0], m.codes["t"]
     assert (config.num_rows, config.num_helper_rows) == (4 * num_rows, 0)
-    assert codes.packing.bits == (8 if num_rows == 20 else 10)
+    assert codes.packing.bits == {1: 2, 20: 8, 100: 10}[num_rows]
     assert len(report.chunks) == 4
     after = out(m).detach()
     for j, chunk in enumerate(report.chunks):
