@@ -64,6 +64,8 @@ def column_of(
     codes: torch.Tensor, packing: CodePacking, column: int, first: int, last: int
 ) -> torch.Tensor:
     """Codes of ids [first, last) of one chunk, int64; counted from the first id of `codes`."""
+    if not packing.bits:
+        return torch.zeros(last - first, dtype=torch.int64, device=codes.device)
     begin, width = first // packing.group, packing.width
     rows = codes[begin : packing.rows(last), column * width : (column + 1) * width]
     return packing.unpack(rows, last - first, first % packing.group).view(-1)
