@@ -24,6 +24,9 @@ from cce_torchrec.packing import CodePacking  # noqa: E402
 
 DEFAULT_HELPER_RATIO = 3
 MAX_ROWS = 2**31 - 1
+RECIPES = ("frequent", "rare", "auto")
+RARE_BELOW = 100.0
+"""Examples an id in one pass, below which the recipe "auto" is "rare"."""
 _UNSUPPORTED_FIELDS = (
     "num_embeddings_post_pruning",
     "need_pos",
@@ -78,9 +81,21 @@ class CCEEmbeddingBagConfig(EmbeddingBagConfig):
     """Keep one bit per id, set by lookups in training since the last clustering, so that
     `cluster(weights="seen")` spends centroids on ids that were trained."""
 
+    recipe: str = "frequent"
+    """How the table is trained: "frequent", where main and helper are, or "rare", for ids with few
+    examples: main is set by `cluster` alone, from vectors that are shrunk towards the mean by how
+    often their ids were trained, and until then an id reads its helper row only. "auto" is "rare"
+    below `RARE_BELOW` examples an id."""
+    examples_per_id: float | None = None
+    """Mean number of training examples an id, in one pass over the data; "auto" needs it."""
+    track_counts: bool | None = None
+    """Keep counts of 4 bits an id while training, by which `cluster` shrinks vectors; None: where
+    the recipe is "rare"."""
+
     def __post_init__(self) -> None:
         self._check_whole_numbers()
         self._check_shape()
+        self._resolve_recipe()
         self._check_inherited_fields()
         self.num_helper_rows = self.helper_rows
         if self.num_helper_rows < 0:
@@ -127,6 +142,26 @@ class CCEEmbeddingBagConfig(EmbeddingBagConfig):
                 f"{self._who}: embedding_dim {self.embedding_dim} {fault} num_chunks "
                 f"{self.num_chunks}; a chunk's width must be a multiple of 4 (FBGEMM reads 4 "
                 f"values at once), use {allowed}"
+            )
+
+    def _resolve_recipe(self) -> None:
+        if self.recipe not in RECIPES:
+            raise ValueError(f"{self._who}: recipe {self.recipe!r} is none of {list(RECIPES)}")
+        if self.recipe == "auto":
+            examples = self.examples_per_id
+            if examples is None or not 0 <= examples < math.inf:
+                raise ValueError(
+                    f"{self._who}: recipe 'auto' goes by the examples of an id, and "
+                    f"examples_per_id is {examples}; give their mean number in one pass over the "
+                    "data, or recipe='rare' or 'frequent'"
+                )
+            self.recipe = "rare" if examples < RARE_BELOW else "frequent"
+        if self.track_counts is None:
+            self.track_counts = self.recipe == "rare" and self.learned_codes
+        if self.track_counts and not self.learned_codes:
+            raise ValueError(
+                f"{self._who}: track_counts is for clusterings, and learned_codes=False has none; "
+                "leave it out"
             )
 
     def _check_inherited_fields(self) -> None:
@@ -206,6 +241,16 @@ class CCEEmbeddingBagConfig(EmbeddingBagConfig):
     def seen_bytes(self) -> int:
         """Bytes of the bits of ids that were seen, 0 where they are not tracked."""
         return self.num_embeddings // 8 + 2 if self.track_seen else 0
+
+    @property
+    def counts_bytes(self) -> int:
+        """Bytes of the counts of ids, which training keeps; 0 where there are none."""
+        return self.num_embeddings // 2 + 2 if self.track_counts else 0
+
+    @property
+    def trains_main(self) -> bool:
+        """Whether optimizers train main rows; of the recipe "rare" they do not."""
+        return self.recipe != "rare" or not self.learned_codes or not self.helper_rows
 
     @property
     def table_bytes(self) -> int:
@@ -290,19 +335,28 @@ class CodebookInit:
     def __init__(self, config: CCEEmbeddingBagConfig) -> None:
         self._num_rows = config.num_rows
         self._has_helper = config.helper_rows > 0
+        self._trains_main = config.trains_main
         self._init_fn = config.init_fn if config.has_custom_init else None
         low, high = config.get_weight_init_min(), config.get_weight_init_max()
         self._middle = (low + high) / 2
-        self._half = (high - low) / 2 / (math.sqrt(2) if self._has_helper else 1)
+        both = self._has_helper and self._trains_main
+        self._half = (high - low) / 2 / (math.sqrt(2) if both else 1)
+
+    def _uniform(self, rows: torch.Tensor) -> None:
+        rows.uniform_(self._middle - self._half, self._middle + self._half)
 
     def __call__(self, weight: torch.Tensor) -> torch.Tensor:
         """Fills `weight` [k + k', s] in place and returns it."""
         with torch.no_grad():
             main, helper = weight[: self._num_rows], weight[self._num_rows :]
-            if self._init_fn is not None:
+            if not self._trains_main:
+                fill = self._init_fn or self._uniform
+                fill(helper)
+                main.zero_()
+            elif self._init_fn is not None:
                 self._init_fn(main)
                 helper.zero_()
             else:
-                main.uniform_(self._middle - self._half, self._middle + self._half)
+                self._uniform(main)
                 helper.uniform_(-self._half, self._half)
         return weight

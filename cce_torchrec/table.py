@@ -51,6 +51,15 @@ class Table:
         return [None] if self.cce is None else range(self.cce.num_chunks)
 
     @property
+    def frozen_rows(self) -> dict[str, int]:
+        """Names of its chunks' TorchRec tables, each with its first rows that are not trained."""
+        config = self.cce
+        if config is None or config.trains_main:
+            return {}
+        chunks = range(config.num_chunks)
+        return {physical_table(self.name, chunk): config.num_rows for chunk in chunks}
+
+    @property
     def rows_per_id(self) -> int:
         """Rows that an id reads of each chunk."""
         return 1 if self.cce is None else self.cce.rows_per_id

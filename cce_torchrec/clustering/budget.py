@@ -82,11 +82,23 @@ class ChunkShape:
     num_rows: int
     helper_rows: int
     dim: int
+    levels: int = 1
+    """Of counts of ids, by which vectors are shrunk."""
+
+    @property
+    def main_points(self) -> int:
+        """Rows of main, of each level."""
+        return self.num_rows * self.levels
+
+    @property
+    def helper_points(self) -> int:
+        """Rows of the helper, of each level."""
+        return self.helper_rows * self.levels
 
     @property
     def cells(self) -> int:
-        """Pairs of a main and a helper row, those that no id has too."""
-        return self.num_rows * self.helper_rows
+        """Pairs of a main and a helper row (of each level), those that no id has too."""
+        return self.main_points * self.helper_rows
 
 
 def budget(
@@ -106,7 +118,7 @@ def budget(
     clusters = shape.num_rows + shape.helper_rows * finalize
     code = whole_bytes(clusters)
     score_bytes = _score_bytes(shape, clusters, memory_limit, engine)
-    fixed = score_bytes + _book_bytes(clusters, shape.helper_rows, shape.dim, engine)
+    fixed = score_bytes + _book_bytes(clusters, shape.helper_points, shape.dim, engine)
     room = 3 * memory_limit // 4
 
     by_pair = _table_bytes(shape, code, engine) + fixed
@@ -142,7 +154,7 @@ def budget(
 
 def _score_bytes(shape: ChunkShape, clusters: int, memory_limit: int, engine: Engine) -> int:
     """Of tables of scores, which are the compiled kernels' alone; 0 where they would not fit."""
-    scores = score_table_bytes(shape.num_rows, shape.helper_rows, clusters)
+    scores = score_table_bytes(shape.main_points, shape.helper_points, clusters)
     fits = scores <= min(SCORE_BYTES, memory_limit // 4)
     return scores if fits and engine.device == "cpu" else 0
 

@@ -138,8 +138,8 @@ class ChunkGroup:
             points, starts = max(0, num_points), max(0, num_starts)
             empty = functools.partial(torch.empty, device=self.device, dtype=torch.int32)
             return PairPoints.from_integers(
-                empty(shape.num_rows, shape.dim),
-                empty(shape.helper_rows, shape.dim),
+                empty(shape.main_points, shape.dim),
+                empty(shape.helper_points, shape.dim),
                 2.0**exponent,
                 empty(points),
                 empty(points),

@@ -12,6 +12,7 @@ from cce_torchrec.clustering.chunk_group import ALONE, ChunkGroup
 from cce_torchrec.clustering.chunk_update import ChunkUpdate
 from cce_torchrec.clustering.id_passes import ChunkIds
 from cce_torchrec.codes.chunk_codes import ChunkCodes
+from cce_torchrec.codes.counts import LEVELS
 from cce_torchrec.codes.hashing import helper_hash
 from cce_torchrec.kmeans.points import check_finite
 from cce_torchrec.optimizer_state import reset_of
@@ -59,7 +60,13 @@ class ChunkState:
             num_rows=config.num_rows,
             helper_rows=config.helper_rows,
             dim=config.chunk_dim,
+            levels=self.levels,
         )
+
+    @property
+    def levels(self) -> int:
+        """Of counts of its ids; 1 where they are not counted."""
+        return LEVELS if self.codes.config.track_counts else 1
 
     @property
     def num_clusters(self) -> int:
@@ -95,6 +102,7 @@ class ChunkState:
             hash=helper_hash(config.seed, config.name, self.chunk, codes.num_clusterings),
             local=codes.ids,
             num_ids=config.num_embeddings,
+            counts=codes.counts,
         )
 
     def check_group(self, group: dist.ProcessGroup | None) -> None:

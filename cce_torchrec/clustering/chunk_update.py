@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 
 import torch
 
+from cce_torchrec.clustering.budget import ChunkShape
 from cce_torchrec.clustering.exact_sums import weighted_sums
 from cce_torchrec.clustering.id_passes import NewCodes
 from cce_torchrec.clustering.task import Task
@@ -45,17 +46,13 @@ def new_main_rows(
     # Helper rows stay zero until the new codes are known, of which they are the residuals.
     weight = torch.zeros(task.codebook_shape, dtype=torch.float32, device=points.main.device)
     weight[: task.num_clusters] = result.centroids
-    # Counts are exact in any order: integers, and all weights sum to 2^33 at most (MAX_WEIGHT),
-    # far below 2^53.
-    norms = (points.helper.double() / points.scale).square().sum(1)
-    counts = torch.zeros_like(norms, dtype=torch.int64).index_add_(0, points.b, points.weights)
     return ChunkUpdate(
         weight=weight,
         optimizer_state={
-            key: _new_optimizer_state(key, value, points, result)
+            key: _new_optimizer_state(key, value, points, result, task.shape)
             for key, value in optimizer_state.items()
         },
-        objective_before=float((norms * counts.double()).sum()),
+        objective_before=_objective_before(points, task.shape),
         objective_after=result.objective[-1],
         empty_clusters=result.empty_clusters,
         scored=result.scored,
@@ -74,7 +71,7 @@ class Relabelling:
         # In fixed point, as the points are: sums of residuals are the same in any order then.
         main = update.weight[: task.num_clusters]
         self._centroids = (main.double() * points.scale).round().int()
-        rows, dim = points.helper.shape
+        rows, dim = task.shape.helper_rows, task.shape.dim
         size, device = rows * dim, points.helper.device
         self.totals = torch.zeros(size + rows + 1, dtype=torch.int64, device=device)
         """Sums of residuals, their numbers and changed codes so far; ranks may add them up."""
@@ -97,18 +94,27 @@ class Relabelling:
         self._update.weight[len(self._centroids) :] = means.float()
 
 
+def _objective_before(points: PairPoints, shape: ChunkShape) -> float:
+    """Squared distances of points from their old main rows; of shrunk ones, from the shrunk row."""
+    # What is not main in a point is its helper row. Counts are exact in any order: integers, and
+    # all weights sum to 2^33 at most (MAX_WEIGHT), far below 2^53.
+    norms = (points.helper.double() / points.scale).square().sum(1)
+    counts = torch.zeros_like(norms, dtype=torch.int64).index_add_(0, points.b, points.weights)
+    return float((norms * counts.double()).sum())
+
+
 def _new_optimizer_state(
-    name: str, old: torch.Tensor, points: PairPoints, result: KMeansResult
+    name: str, old: torch.Tensor, points: PairPoints, result: KMeansResult, shape: ChunkShape
 ) -> torch.Tensor:
     """Main: mean over the ids of the cluster, or zero. Helper: a share of the old one's mean."""
     new, reset = torch.zeros_like(old), reset_of(name)
     if not reset.main_is_mean:
         return new
-    old_rows, new_rows = len(points.main), len(result.centroids)
+    old_rows, new_rows = shape.num_rows, len(result.centroids)
     main = old[:old_rows].double().reshape(old_rows, -1)
     sums = weighted_sums(
         main,
-        rows=points.a,
+        rows=points.a if shape.levels == 1 else points.a // shape.levels,
         weights=points.weights,
         clusters=result.assignment,
         num_clusters=new_rows,

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from cce_torchrec.codes.counts import LEVELS, levels_of
 from cce_torchrec.codes.hashing import HashFunction
 from cce_torchrec.codes.storage import column_of, seen_ids
 from cce_torchrec.codes.whole_codes import rows_of
@@ -61,11 +62,18 @@ class ChunkIds:
     """Neighbouring ids, in the order of `codes`."""
     num_ids: int
     """N, of the whole table."""
+    counts: torch.Tensor | None = None
+    """Of the ids that are here, by whose levels pairs are told apart; see counts.py."""
+
+    @property
+    def levels(self) -> int:
+        """Of counts; 1 without them."""
+        return 1 if self.counts is None else LEVELS
 
     @property
     def cells(self) -> int:
-        """Possible pairs, k * k'."""
-        return self.num_rows * self.helper_rows
+        """Possible pairs, k * k' of each level."""
+        return self.num_rows * self.levels * self.helper_rows
 
     @property
     def compiled(self) -> bool:
@@ -90,6 +98,7 @@ class ChunkIds:
             last=last,
             hash=self.hash,
             helper_rows=self.helper_rows,
+            counts=self.counts,
         )
 
     def native_column(self, first: int, last: int) -> native.Column:
@@ -101,13 +110,16 @@ class ChunkIds:
             first=first,
             last=last,
             base=self.local.start,
+            counts=self.counts,
         )
 
     def keys(self, ids: torch.Tensor) -> torch.Tensor:
-        """Pair of each of `ids`: code * k' + hash, int64."""
+        """Pair of each of `ids`: (code * levels + level) * k' + hash, int64."""
         width = self.packing.width
         own = self.codes[:, self.column * width : (self.column + 1) * width]
         rows = self.packing.read(own, ids - self.local.start, 1).view(-1)
+        if self.counts is not None:
+            rows = rows * LEVELS + levels_of(self.counts, ids - self.local.start)
         return rows * self.helper_rows + self.hash(ids, self.helper_rows)
 
     def rows(self, first: int, last: int) -> torch.Tensor:
@@ -160,6 +172,19 @@ class ChunkIds:
         return (sample.bits31(torch.arange(4 * count, device=device)) * self.num_ids) >> 31
 
 
+def rows_of_keys(
+    keys: torch.Tensor, helper_rows: int, levels: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Rows of the points' codebooks, int64, of pairs: main by level, and helper level by level."""
+    a, b = keys // helper_rows, keys % helper_rows
+    return a, b if levels == 1 else b + a % levels * helper_rows
+
+
+def keys_of_rows(a: torch.Tensor, b: torch.Tensor, helper_rows: int) -> torch.Tensor:
+    """The inverse of `rows_of_keys`, int64."""
+    return a.long() * helper_rows + b % helper_rows
+
+
 def starting_pairs(drawn: torch.Tensor, count: int, sorted_keys: torch.Tensor) -> torch.Tensor:
     """Positions in `sorted_keys` of up to `count` different pairs, those of `drawn` ids first.
 
@@ -193,7 +218,7 @@ class NewCodes:
         table = torch.zeros(ids.cells, dtype=assignment.dtype, device=points.a.device)
         for first in range(0, points.num_points, PAIR_BLOCK):
             at = slice(first, first + PAIR_BLOCK)
-            keys = points.a[at].long() * ids.helper_rows + points.b[at]
+            keys = keys_of_rows(points.a[at], points.b[at], ids.helper_rows)
             table[keys] = assignment[at]
         return cls(ids, table, True, ids.local.start, ids.local.stop)
 
@@ -260,6 +285,7 @@ class NewCodes:
         for first, last in self._blocks():
             ids = own.range(first, last)
             keys, rows = own.keys(ids), new_hash(ids, own.helper_rows)
-            x = points.main[keys // own.helper_rows] + points.helper[keys % own.helper_rows]
+            a, b = rows_of_keys(keys, own.helper_rows, own.levels)
+            x = points.main[a] + points.helper[b]
             sums.index_add_(0, rows, (x - centroids[self.of(first, last)]).long())
             sizes += torch.bincount(rows, minlength=len(sizes))

@@ -9,8 +9,8 @@ import torch
 
 from cce_torchrec.clustering.budget import assign_block
 from cce_torchrec.clustering.chunk_state import ChunkState
-from cce_torchrec.clustering.id_passes import ChunkIds, NewCodes
-from cce_torchrec.clustering.pairs import ChunkPairs, rows_of_keys
+from cce_torchrec.clustering.id_passes import ChunkIds, NewCodes, keys_of_rows, rows_of_keys
+from cce_torchrec.clustering.pairs import ChunkPairs, point_books
 from cce_torchrec.codes.whole_codes import whole
 from cce_torchrec.kmeans.points import PairPoints
 
@@ -25,7 +25,7 @@ def of_all_ids(ids: ChunkIds, pairs: ChunkPairs, assignment: torch.Tensor) -> It
         yield NewCodes(ids, codes[pairs.pair_of_id], False, ids.local.start, ids.local.stop)
         return
     # The list was put together from those of several ranks: each finds its own pairs in it.
-    keys = points.a.long() * ids.helper_rows + points.b
+    keys = keys_of_rows(points.a, points.b, ids.helper_rows)
     for first, last in ids.blocks(assign_block(ids.codes.device, points.dim)):
         at = torch.searchsorted(keys, ids.keys(ids.range(first, last)))
         yield NewCodes(ids, codes[at], False, first, last)
@@ -35,9 +35,8 @@ def codebooks_only(state: ChunkState) -> ChunkPairs:
     """The chunk without pairs, for scoring its ids in blocks; collective as `find_pairs`."""
 
     def without_pairs() -> ChunkPairs:
-        num_rows, weight = state.codes.config.num_rows, state.weight.detach()
-        none = torch.zeros(0, dtype=torch.int32, device=weight.device)
-        main, helper = weight[:num_rows], weight[num_rows:]
+        main, helper = point_books(state)
+        none = torch.zeros(0, dtype=torch.int32, device=main.device)
         longs = none.long()
         return ChunkPairs(PairPoints(main, helper, a=none, b=none, weights=longs, starts=longs))
 
@@ -72,7 +71,7 @@ class PairBatch:
             return cls(ids, first, points, None)
         block = ids.range(first, last)
         keys, inverse = torch.unique(ids.keys(block), return_inverse=True)
-        a, b = rows_of_keys(keys, ids.helper_rows)
+        a, b = (rows.int() for rows in rows_of_keys(keys, ids.helper_rows, ids.levels))
         rest = (a, b, torch.ones_like(keys), keys[:0])
         points = PairPoints.from_integers(books.main, books.helper, books.scale, *rest)
         return cls(ids, first, points, inverse)

@@ -10,7 +10,14 @@ import torch
 from cce_torchrec.clustering.budget import Budget, sample_room
 from cce_torchrec.clustering.chunk_group import ChunkGroup
 from cce_torchrec.clustering.chunk_state import ChunkState
-from cce_torchrec.clustering.id_passes import GPU_ID_BLOCK, ChunkIds, IdWeights, starting_pairs
+from cce_torchrec.clustering.id_passes import (
+    GPU_ID_BLOCK,
+    ChunkIds,
+    IdWeights,
+    rows_of_keys,
+    starting_pairs,
+)
+from cce_torchrec.codes.counts import shrinkage
 from cce_torchrec.codes.hashing import SAMPLE_ROLE, HashFunction, hash_function
 from cce_torchrec.kmeans.points import PairPoints
 
@@ -146,14 +153,34 @@ def taken_at(table: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
     return out
 
 
-def rows_of_keys(keys: torch.Tensor, helper_rows: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Main and helper rows, int32, of pairs main * k' + helper."""
+def _rows_of(keys: torch.Tensor, state: ChunkState) -> tuple[torch.Tensor, torch.Tensor]:
+    """`rows_of_keys` as int32, without another copy of its size."""
     a = torch.empty_like(keys, dtype=torch.int32)
-    b = torch.empty_like(a)
+    b, shape = torch.empty_like(a), state.shape
     for first in range(0, len(keys), _KEY_BLOCK):
         at = slice(first, first + _KEY_BLOCK)
-        a[at], b[at] = keys[at] // helper_rows, keys[at] % helper_rows
+        a[at], b[at] = rows_of_keys(keys[at], shape.helper_rows, shape.levels)
     return a, b
+
+
+def point_books(state: ChunkState) -> tuple[torch.Tensor, torch.Tensor]:
+    """Main and helper of the points: [k, s] and [k', s], or shrunk, of each level of counts.
+
+    An id of level l is the point w x + (1 - w) m, with w its share (`counts.shrinkage`) and m the
+    mean of what helper rows hold: a point of main rows w M and helper rows w H + (1 - w) m. So it
+    is a sum of two rows as without shrinkage, and is scored as such.
+    """
+    num_rows, weight = state.codes.config.num_rows, state.weight.detach()
+    main, helper = weight[:num_rows], weight[num_rows:]
+    if state.levels == 1:
+        return main, helper
+    share = shrinkage(weight.device)
+    main, helper = main.double(), helper.double()
+    # By rows and not by ids, of which each rank of a ROW_WISE table has some.
+    mean = helper.mean(0) + main.mean(0)
+    leveled = (main[:, None] * share[:, None]).view(-1, main.shape[1])
+    own = share[:, None, None] * helper + (1 - share)[:, None, None] * mean
+    return leveled, own.view(-1, main.shape[1])
 
 
 def starts_wanted(state: ChunkState, weights: IdWeights | None) -> int:
@@ -175,11 +202,8 @@ def points_of(
     starts = starting_pairs(drawn, starts_wanted(state, weights), keys)
     if weights is not None:  # a centroid where nothing weighs would lose its cluster at once
         starts = starts[counts[starts] > 0]
-    num_rows, helper_rows = state.codes.config.num_rows, state.codes.config.helper_rows
-    weight = state.weight.detach()
-    a, b = rows_of_keys(keys, helper_rows)
-    books = weight[:num_rows], weight[num_rows:]
-    return PairPoints(*books, a=a, b=b, weights=counts, starts=starts)
+    (main, helper), (a, b) = point_books(state), _rows_of(keys, state)
+    return PairPoints(main, helper, a=a, b=b, weights=counts, starts=starts)
 
 
 def list_ids(

@@ -7,6 +7,7 @@ import torch
 from cce_torchrec.clustering.chunk_group import ChunkGroup
 from cce_torchrec.clustering.options import Options
 from cce_torchrec.clustering.task import Task
+from cce_torchrec.codes.counts import shrinkage
 from cce_torchrec.kmeans.ieee import ieee_float32
 from cce_torchrec.kmeans.lloyd import KMeansResult, kmeans
 from cce_torchrec.kmeans.points import PairPoints, metric_root
@@ -31,12 +32,17 @@ class Scoring:
                 task.num_clusters,
                 options.iterations,
                 backend=options.backend,
-                init=points.codebooks()[0] if options.init == "main" else options.init,
+                init=self._main(points) if options.init == "main" else options.init,
                 tolerance=options.tolerance,
                 metric=self._metric,
                 process_group=scorers.group,
                 score_bytes=task.budget.score_bytes,
             )
+
+    def _main(self, points: PairPoints) -> torch.Tensor:
+        """Main as it is, [k, s]."""
+        main, levels = points.codebooks()[0], self._task.shape.levels
+        return main if levels == 1 else main[levels - 1 :: levels] / float(shrinkage()[-1])
 
     def _in_metric_space(self, points: PairPoints) -> PairPoints:
         """`points` in the space of the metric."""

@@ -170,6 +170,7 @@ def _begin_next_round(model: nn.Module, clustered: Container[str]) -> None:
     clear_gradients(model, clustered)
     # The buffers tell every rank that codes have changed, wherever they are.
     for path, module in cce_collections(model):
+        module.frozen_main.forget()
         for name in module.codes:
             if append_prefix(path, name) in clustered:
                 codes = local_codes(module.codes, name)

@@ -75,5 +75,5 @@ class Task:
     @property
     def scores(self) -> int:
         """Of a pass over its pairs."""
-        pairs = min(self.shape.num_ids, self.shape.num_rows * self.shape.helper_rows)
+        pairs = min(self.shape.num_ids, self.shape.cells)
         return self.num_clusters * pairs

@@ -13,6 +13,7 @@ import torch
 import triton
 import triton.language as tl
 
+from cce_torchrec.codes.counts import LEVELS
 from cce_torchrec.codes.hashing import HashFunction
 from cce_torchrec.gpu.launch import launch
 from cce_torchrec.gpu.triton_functions import bits31, code_at, hashed, mix
@@ -22,6 +23,7 @@ _IDS = 1024
 # Few, because a program holds a row of `_MOST_DIMS` coordinates of each in registers.
 _RESIDUAL_IDS = 32
 _MOST_DIMS = 64
+_LEVELS = tl.constexpr(LEVELS)
 # Numbers that differ from chunk to chunk: a kernel that was compiled anew for each (Triton does so
 # where one is 1 or a multiple of 16) would take longer than its pass.
 _VARYING = ["bits", "shift", "stride", "begin", "first", "count", "base", "helper_rows"]
@@ -40,6 +42,8 @@ class Range:
     last: int
     hash: HashFunction
     helper_rows: int
+    counts: torch.Tensor | None = None
+    """Of the ids from `base` on; see codes/counts.py."""
 
     @property
     def _count(self) -> int:
@@ -51,7 +55,15 @@ class Range:
         assert codes.is_contiguous() and self.base <= self.first
         how = (packing.bits, packing.group.bit_length() - 1, codes.shape[1])
         where = (8 * packing.width * self.column, self.first, self._count, self.base)
-        return codes, *how, *where, self.hash.multiplier, self.hash.addend, self.helper_rows
+        return (
+            codes,
+            self.counts,
+            *how,
+            *where,
+            self.hash.multiplier,
+            self.hash.addend,
+            self.helper_rows,
+        )
 
     def pairs(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Main and helper row of each id, int32 [n] each."""
@@ -148,10 +160,16 @@ class Range:
 
 
 @triton.jit
-def _old_code(codes_ptr, bits, shift, stride, begin, at, on):  # type: ignore[no-untyped-def]  # Triton's own types
+def _main_row(codes_ptr, levels_ptr, bits, shift, stride, begin, at, on):  # type: ignore[no-untyped-def]  # Triton's own types
+    # Of the codebooks of points: the code, or (code, level) where ids are counted.
     bit = (at >> shift) * stride * 8 + begin + (at & ((1 << shift) - 1)) * bits
     has_bits = bits + tl.zeros(at.shape, tl.int64) > 0
-    return code_at(codes_ptr, bit, tl.maximum(bits, 1), on & has_bits)
+    code = code_at(codes_ptr, bit, tl.maximum(bits, 1), on & has_bits)
+    if levels_ptr is None:
+        return code
+    else:
+        pair = tl.load(levels_ptr + (at >> 1), mask=on, other=0).to(tl.int64)
+        return code * _LEVELS + ((pair >> ((at & 1) * 4)) & 15)
 
 
 @triton.jit
@@ -165,13 +183,14 @@ def _read_whole(codes_ptr, cell, on):  # type: ignore[no-untyped-def]  # Triton'
 
 @triton.jit(do_not_specialize=_VARYING)
 def _write_pairs(  # type: ignore[no-untyped-def]
-    codes_ptr, bits, shift, stride, begin, first, count, base, multiplier, addend, helper_rows,
+    codes_ptr, levels_ptr, bits, shift, stride, begin, first, count, base, multiplier, addend,
+    helper_rows,
     a_ptr, b_ptr, KEYS: tl.constexpr, IDS: tl.constexpr,
 ):  # fmt: skip
     at = tl.program_id(0).to(tl.int64) * IDS + tl.arange(0, IDS)
     on = at < count
     ids = first + at
-    a = _old_code(codes_ptr, bits, shift, stride, begin, ids - base, on)
+    a = _main_row(codes_ptr, levels_ptr, bits, shift, stride, begin, ids - base, on)
     b = hashed(mix(ids), multiplier, addend, helper_rows)
     if KEYS:
         tl.store(a_ptr + at, a * helper_rows + b, mask=on)
@@ -182,13 +201,14 @@ def _write_pairs(  # type: ignore[no-untyped-def]
 
 @triton.jit(do_not_specialize=_VARYING)
 def _count_pairs(  # type: ignore[no-untyped-def]
-    codes_ptr, bits, shift, stride, begin, first, count, base, multiplier, addend, helper_rows,
+    codes_ptr, levels_ptr, bits, shift, stride, begin, first, count, base, multiplier, addend,
+    helper_rows,
     weights_ptr, counts_ptr, WEIGHTED: tl.constexpr, IDS: tl.constexpr,
 ):  # fmt: skip
     at = tl.program_id(0).to(tl.int64) * IDS + tl.arange(0, IDS)
     on = at < count
     ids = first + at
-    a = _old_code(codes_ptr, bits, shift, stride, begin, ids - base, on)
+    a = _main_row(codes_ptr, levels_ptr, bits, shift, stride, begin, ids - base, on)
     key = a * helper_rows + hashed(mix(ids), multiplier, addend, helper_rows)
     if WEIGHTED:
         weight = tl.load(weights_ptr + at, mask=on, other=0)
@@ -200,7 +220,8 @@ def _count_pairs(  # type: ignore[no-untyped-def]
 
 @triton.jit(do_not_specialize=[*_VARYING, "room"])
 def _append_sampled(  # type: ignore[no-untyped-def]
-    codes_ptr, bits, shift, stride, begin, first, count, base, multiplier, addend, helper_rows,
+    codes_ptr, levels_ptr, bits, shift, stride, begin, first, count, base, multiplier, addend,
+    helper_rows,
     weights_ptr, keys_ptr, sums_ptr, found_ptr, room, sample_multiplier, sample_addend, threshold,
     WEIGHTED: tl.constexpr, IDS: tl.constexpr,
 ):  # fmt: skip
@@ -208,7 +229,7 @@ def _append_sampled(  # type: ignore[no-untyped-def]
     ids = first + at
     mixed = mix(ids)
     on = (at < count) & (bits31(mixed, sample_multiplier, sample_addend) < threshold)
-    a = _old_code(codes_ptr, bits, shift, stride, begin, ids - base, on)
+    a = _main_row(codes_ptr, levels_ptr, bits, shift, stride, begin, ids - base, on)
     key = a * helper_rows + hashed(mixed, multiplier, addend, helper_rows)
     # One atomic a program: places within it follow from a running sum.
     upto = tl.cumsum(on.to(tl.int32), axis=0)
@@ -231,7 +252,8 @@ def _new_code(new_codes_ptr, key, at, on, BY_PAIR: tl.constexpr):  # type: ignor
 
 @triton.jit(do_not_specialize=_VARYING)
 def _add_residuals(  # type: ignore[no-untyped-def]
-    codes_ptr, bits, shift, stride, begin, first, count, base, multiplier, addend, helper_rows,
+    codes_ptr, levels_ptr, bits, shift, stride, begin, first, count, base, multiplier, addend,
+    helper_rows,
     new_codes_ptr, new_multiplier, new_addend, main_ptr, helper_ptr, centroids_ptr, sums_ptr,
     sizes_ptr, BY_PAIR: tl.constexpr, DIM: tl.constexpr, DIMS: tl.constexpr, IDS: tl.constexpr,
 ):  # fmt: skip
@@ -239,15 +261,18 @@ def _add_residuals(  # type: ignore[no-untyped-def]
     on = at < count
     ids = first + at
     mixed = mix(ids)
-    a = _old_code(codes_ptr, bits, shift, stride, begin, ids - base, on)
+    a = _main_row(codes_ptr, levels_ptr, bits, shift, stride, begin, ids - base, on)
     b = hashed(mixed, multiplier, addend, helper_rows)
     row = hashed(mixed, new_multiplier, new_addend, helper_rows)
     new = _new_code(new_codes_ptr, a * helper_rows + b, at, on, BY_PAIR)
+    of_helper = b
+    if levels_ptr is not None:
+        of_helper += a % _LEVELS * helper_rows
     for start in range(0, DIM, DIMS):
         dims = start + tl.arange(0, DIMS)
         inside = on[:, None] & (dims < DIM)[None, :]
         x = tl.load(main_ptr + a[:, None] * DIM + dims[None, :], mask=inside, other=0).to(tl.int64)
-        x += tl.load(helper_ptr + b[:, None] * DIM + dims[None, :], mask=inside, other=0)
+        x += tl.load(helper_ptr + of_helper[:, None] * DIM + dims[None, :], mask=inside, other=0)
         x -= tl.load(centroids_ptr + new[:, None] * DIM + dims[None, :], mask=inside, other=0)
         tl.atomic_add(sums_ptr + row[:, None] * DIM + dims[None, :], x, mask=inside, sem="relaxed")
     tl.atomic_add(sizes_ptr + row, tl.full((IDS,), 1, tl.int64), mask=on, sem="relaxed")
@@ -255,16 +280,19 @@ def _add_residuals(  # type: ignore[no-untyped-def]
 
 @triton.jit(do_not_specialize=_VARYING)
 def _relabel(  # type: ignore[no-untyped-def]
-    codes_ptr, bits, shift, stride, begin, first, count, base, multiplier, addend, helper_rows,
+    codes_ptr, levels_ptr, bits, shift, stride, begin, first, count, base, multiplier, addend,
+    helper_rows,
     new_codes_ptr, changed_ptr, out_ptr, BY_PAIR: tl.constexpr, IDS: tl.constexpr,
 ):  # fmt: skip
     at = tl.program_id(0).to(tl.int64) * IDS + tl.arange(0, IDS)
     on = at < count
     ids = first + at
-    a = _old_code(codes_ptr, bits, shift, stride, begin, ids - base, on)
+    a = _main_row(codes_ptr, levels_ptr, bits, shift, stride, begin, ids - base, on)
     key = a * helper_rows + hashed(mix(ids), multiplier, addend, helper_rows)
     new = _new_code(new_codes_ptr, key, at, on, BY_PAIR)
     if changed_ptr is not None:
+        if levels_ptr is not None:
+            a //= _LEVELS
         differs = tl.sum((on & (new != a)).to(tl.int64), axis=0)
         tl.atomic_add(changed_ptr, differs, sem="relaxed")
     if out_ptr is not None:

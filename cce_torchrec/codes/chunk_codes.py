@@ -8,13 +8,21 @@ from typing import Any
 import torch
 from torch import nn
 
-from cce_torchrec.codes.hashing import code_hash, hash_rows, helper_hash, helper_hashes
+from cce_torchrec.codes.counts import count, no_counts
+from cce_torchrec.codes.hashing import (
+    bits_of_batch,
+    code_hash,
+    hash_rows,
+    helper_hash,
+    helper_hashes,
+)
 from cce_torchrec.codes.old_codes import take_old_codes
 from cce_torchrec.codes.storage import (
     converted,
     empty_codes,
     hashed_codes,
     in_whole_words,
+    mark_seen,
     no_seen_ids,
 )
 from cce_torchrec.codes.written import Written
@@ -29,7 +37,8 @@ class ChunkCodes(nn.Module):
 
     Buffers: `codes`, uint8, packed as packing.py says (absent where codes are not learned or have
     no bits), `clusterings`, an int64 scalar from which the helper's hash follows, with `track_seen`
-    the bits `seen`, and the int64 scalar `num_helper_rows`, which is saved and compared by
+    the bits `seen`, with `track_counts` the `counts` (counts.py) and the int64 scalar `batches`,
+    how many were counted, and the int64 scalar `num_helper_rows`, which is saved and compared by
     helper_rows.py.
     """
 
@@ -56,6 +65,12 @@ class ChunkCodes(nn.Module):
         self.seen: torch.Tensor | None
         bits = no_seen_ids(len(self.ids), device) if config.track_seen else None
         self.register_buffer("seen", bits)
+        self.counts: torch.Tensor | None
+        self.batches: torch.Tensor | None
+        counts = no_counts(len(self.ids), device) if config.track_counts else None
+        self.register_buffer("counts", counts)
+        batches = torch.zeros((), dtype=torch.int64, device=device) if config.track_counts else None
+        self.register_buffer("batches", batches)
         # By which a load tells main from helper rows: codebooks have both in one tensor.
         helper = torch.tensor(config.helper_rows, dtype=torch.int64, device=device)
         self.register_buffer("num_helper_rows", helper)
@@ -151,8 +166,34 @@ class ChunkCodes(nn.Module):
             self.codes.copy_(hashed_codes(self.config, self.chunks, self.codes.device, self.ids))
         self.set_clusterings(0)
         self.follow_table()
+        for noted in (self.seen, self.counts, self.batches):
+            if noted is not None:
+                noted.zero_()
+
+    def begin_batch(self) -> None:
+        """A batch of training is looked up next; every rank calls it, whatever it has of it."""
+        if self.batches is not None and self.training:
+            self.batches.add_(1)
+
+    def note(self, ids: torch.Tensor) -> None:
+        """Notes that `ids`, int64 counted from the first one here, are looked up in training."""
+        if not self.training:
+            return
         if self.seen is not None:
-            self.seen.zero_()
+            mark_seen(self.seen, ids)
+        self.count_ids(ids)
+
+    def count_ids(self, ids: torch.Tensor) -> None:
+        """Counts the batch for `ids`, as `note` has them, where they are counted."""
+        if self.counts is not None and self.batches is not None and self.training:
+            config = self.config
+            bits = bits_of_batch(ids + self.ids.start, config.seed, config.name, self.batches)
+            count(self.counts, ids, bits)
+
+    @property
+    def notes(self) -> bool:
+        """Whether lookups in training note anything of their ids."""
+        return self.training and (self.seen is not None or self.counts is not None)
 
     def select(
         self, table: Table, chunks: list[int], device: torch.device, ids: range | None = None
@@ -169,6 +210,11 @@ class ChunkCodes(nn.Module):
             if local.seen is not None and self.seen is not None:
                 first = local.ids.start // 8
                 local.seen.copy_(self.seen[first : first + len(local.seen)])
+            if local.counts is not None and self.counts is not None:
+                first = local.ids.start // 2
+                local.counts.copy_(self.counts[first : first + len(local.counts)])
+            if local.batches is not None and self.batches is not None:
+                local.batches.copy_(self.batches)
         return local
 
     def hashes(self, device: torch.device) -> torch.Tensor:
@@ -219,6 +265,8 @@ class ChunkCodes(nn.Module):
             self.codes = in_whole_words(self.codes)
         if self.seen is not None:
             self.seen = in_whole_words(self.seen)
+        if self.counts is not None:
+            self.counts = in_whole_words(self.counts)
 
     def _load_from_state_dict(
         self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any

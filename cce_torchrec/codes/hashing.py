@@ -29,6 +29,7 @@ CODE_ROLE = 0
 HELPER_ROLE = 1
 SAMPLE_ROLE = 2
 RAW_ID_ROLE = 3
+COUNT_ROLE = 4
 
 
 def _splitmix64(state: int) -> int:
@@ -122,9 +123,24 @@ def helper_hashes(
 
     On the device of `clusterings`, an int64 scalar whose value nothing waits for.
     """
-    starts = [_signed(_state(seed, table, chunk, HELPER_ROLE)) for chunk in chunks]
-    states = torch.tensor(starts, dtype=torch.int64, device=clusterings.device)
-    states = mix((states ^ clusterings) + _signed(_GAMMA))
+    states = [_state(seed, table, chunk, HELPER_ROLE) for chunk in chunks]
+    return _in_round(states, clusterings)
+
+
+def bits_of_batch(ids: torch.Tensor, seed: int, table: str, batch: torch.Tensor) -> torch.Tensor:
+    """31 hashed bits of `ids` [V] of a table, others for each `batch`, int64 [V].
+
+    `batch` is an int64 scalar, whose value nothing waits for.
+    """
+    hashes = _in_round([_state(seed, table, 0, COUNT_ROLE)], batch)
+    return hash_rows(ids, hashes[:, :1], hashes[:, 1:], 1 << 31).view(-1)
+
+
+def _in_round(starts: list[int], round_: torch.Tensor) -> torch.Tensor:
+    """Multiplier and addend of the functions that start from `starts`, int64 [starts, 2]."""
+    signed = [_signed(start) for start in starts]
+    states = torch.tensor(signed, dtype=torch.int64, device=round_.device)
+    states = mix((states ^ round_) + _signed(_GAMMA))
     multipliers = mix(states + _signed(_GAMMA)) | 1
     addends = mix((states ^ _ADDEND) + _signed(_GAMMA))
     return torch.stack([multipliers, addends], dim=1)

@@ -15,12 +15,11 @@ from torchrec.distributed.embedding_types import KJTList
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
 from cce_torchrec.codes.chunk_codes import ChunkCodes
-from cce_torchrec.codes.storage import mark_seen
 from cce_torchrec.codes.written import Written
 from cce_torchrec.lookup.bounds import BoundsCheck
 
 Answered = list[tuple[ChunkCodes, torch.Tensor]]
-"""Codes of this rank that keep bits of seen ids, and the positions in them that were asked for."""
+"""Codes of this rank that note ids, and the positions in them that were asked for."""
 
 
 @dataclass
@@ -102,15 +101,16 @@ class BatchInFlight:
             self.rows, check = None, check.without_counting()
         if self.features is not None and not self._fetched_from.is_current(self._counts):
             received = distribute_again(self.features, check.without_counting())
-        self._mark_seen()
+        self._note()
         return expand(received, check)
 
-    def _mark_seen(self) -> None:
+    def _note(self) -> None:
+        for codes in self._codes:
+            codes.begin_batch()
         # Not when codes are fetched: a clustering step in between starts a new set of seen ids, to
         # which this batch belongs, as it is looked up after the step.
         for codes, positions in self.answered:
-            if codes.seen is not None and codes.training:
-                mark_seen(codes.seen, positions)
+            codes.note(positions)
 
     def record_stream(self, stream: torch.Stream) -> None:
         """Keeps the tensors alive for the work that `stream` has been given."""

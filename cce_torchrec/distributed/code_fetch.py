@@ -234,7 +234,7 @@ class CodeFetch(Expansion):
         for t, lookup in enumerate(self._row_wise):
             codes, size = lookup.codes, lookup.bytes_per_id
             own = torch.cat(replies[t::tables]) - codes.ids.start
-            if codes.seen is not None:
+            if codes.notes:
                 self._answered.append((codes, own))
             # As bytes: gloo refuses int16, and tables of other types go along.
             found = lookup.codes_of(own).view(-1).view(torch.uint8)

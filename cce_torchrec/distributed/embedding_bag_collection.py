@@ -38,7 +38,12 @@ from cce_torchrec.distributed.batch_in_flight import BatchInFlight, CacheResets
 from cce_torchrec.distributed.caches import forget_prefetched
 from cce_torchrec.distributed.code_fetch import CodeFetch
 from cce_torchrec.distributed.context import CCEContext
-from cce_torchrec.distributed.frozen import frozen_tables, keep_frozen_apart, stop_training
+from cce_torchrec.distributed.frozen import (
+    UntrainedRows,
+    frozen_tables,
+    keep_frozen_apart,
+    stop_training,
+)
 from cce_torchrec.distributed.id_partition import check_group
 from cce_torchrec.distributed.inference import outside_inference_mode, waited_in_inference_mode
 from cce_torchrec.distributed.input_dist import InputDistribution
@@ -50,6 +55,7 @@ from cce_torchrec.distributed.table_placement import TablePlacement
 from cce_torchrec.lookup import narrow
 from cce_torchrec.lookup.backward import take_over
 from cce_torchrec.lookup.bounds import BoundsCheck
+from cce_torchrec.lookup.frozen_main import FrozenMain, forget_main, restore_main
 from cce_torchrec.lookup.inputs import InputCheck
 from cce_torchrec.lookup.pending import PendingLookups
 from cce_torchrec.modules.embedding_bag_collection import CCEEmbeddingBagCollection
@@ -127,8 +133,11 @@ class ShardedCCEEmbeddingBagCollection(
             self.codes, self.tables, placement, rank, device, env.process_group
         )
         # torch marks hooks, and methods it cannot.
+        self.frozen_main = FrozenMain(UntrainedRows(self))
+        self.register_state_dict_pre_hook(restore_main)
         self.register_state_dict_post_hook(partial(state.save))
         self.register_load_state_dict_pre_hook(state.load)
+        self.register_load_state_dict_post_hook(forget_main)
         self._prepare_lookups(device)
 
     def _prepare_lookups(self, device: torch.device) -> None:
@@ -217,6 +226,7 @@ class ShardedCCEEmbeddingBagCollection(
         """Expands the received ids against the local codes and looks the rows up."""
         with outside_inference_mode():
             rows = self._expand(ctx, dist_input)
+            self.frozen_main.restore()
             with span("lookup"):
                 return self.embedding_bag_collection.compute(ctx, rows)
 
@@ -233,6 +243,7 @@ class ShardedCCEEmbeddingBagCollection(
         """`compute` and `output_dist` in one, as the train pipelines call it."""
         with outside_inference_mode():
             rows = self._expand(ctx, input)
+            self.frozen_main.restore()
             if self._is_direct(ctx):
                 with span("lookup"):
                     pooled = [look(own) for look, own in zip(self._lookups, rows, strict=True)]

@@ -6,15 +6,16 @@ puts it into kernels of its own, and what comes out of these passes no gradient 
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from typing import Any
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
 
 import torch
 from torch import nn
 
 from cce_torchrec.modules.embedding_bag_collection import CCEEmbeddingBagCollection
 from cce_torchrec.optimizer_state import is_fused
-from cce_torchrec.table import logical_table
+from cce_torchrec.table import Table, logical_table
 from cce_torchrec.torchrec_internals import fused_kernels, keep_apart
 
 
@@ -41,6 +42,33 @@ def keep_frozen_apart(module: CCEEmbeddingBagCollection, tables: set[str]) -> No
     for name, bag in module.embedding_bag_collection.embedding_bags.items():
         if logical_table(name) in tables:
             keep_apart(bag.weight, "frozen")
+
+
+class Lookups(Protocol):
+    """What is read of a sharded collection."""
+
+    tables: Sequence[Table]
+    _lookups: Sequence[nn.Module]
+
+
+@dataclass(frozen=True)
+class UntrainedRows:
+    """Views of the first rows of those chunks of a collection whose table does not train them."""
+
+    collection: Lookups
+
+    def __call__(self) -> list[torch.Tensor]:
+        """As they are now."""
+        tables = self.collection.tables
+        rows = {name: count for table in tables for name, count in table.frozen_rows.items()}
+        if not rows:
+            return []
+        return [
+            weight[: rows[held.name]]
+            for configs, kernel in fused_kernels(self.collection._lookups)
+            for held, weight in zip(configs, kernel.split_embedding_weights(), strict=True)
+            if held.name in rows
+        ]
 
 
 def stop_training(lookups: Iterable[nn.Module], tables: set[str]) -> None:

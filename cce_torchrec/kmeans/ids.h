@@ -10,13 +10,27 @@ INLINE int64_t code_at(const void *codes, int64_t bytes, int64_t at) {
   return ((const int32_t *)codes)[at];
 }
 
-// The codes of a chunk: a column of packed codes, whose first id is `base`.
-struct Column { Codes codes; int64_t column, base; };
+// The codes of a chunk: a column of packed codes, whose first id is `base`. With counts of ids, of
+// four bits each, pairs of other levels are others; num_levels is 1 without.
+struct Column {
+  Codes codes;
+  int64_t column, base;
+  const uint8_t *counts;
+  int64_t num_levels;
+};
 
-// Codes and mixed ids of [first, first + count), found in vectors ahead of the rows they lead to.
+// Codes, levels and mixed ids of [first, first + count), found in vectors ahead of the rows they
+// lead to.
 struct Ids {
   static const int64_t MOST = 256;
-  int64_t count, code[MOST], mixed[MOST];
+  int64_t count, code[MOST], level[MOST], mixed[MOST];
+  // Rows of the codebooks of points: main by level, and helper level by level.
+  METHOD int64_t main_row(const Column &c, int64_t i) const {
+    return code[i] * c.num_levels + level[i];
+  }
+  METHOD int64_t helper_row(int64_t i, int64_t b, int64_t num_helper) const {
+    return level[i] * num_helper + b;
+  }
 };
 
 template <typename Code>
@@ -37,6 +51,10 @@ INLINE void read_ids(const Column &column, int64_t first, int64_t last, Ids &ids
   ids.count = last - first < Ids::MOST ? last - first : Ids::MOST;
   read_codes(column.codes, column.column, first - column.base, ids.count, ids.code);
   for (int64_t i = 0; i < ids.count; i++) ids.mixed[i] = mix(first + i);
+  for (int64_t i = 0; i < ids.count; i++) {
+    const int64_t at = first - column.base + i;
+    ids.level[i] = column.counts ? column.counts[at >> 1] >> (at & 1) * 4 & 15 : 0;
+  }
 }
 
 INLINE void hash_all(const Ids &ids, int64_t multiplier, int64_t addend, int64_t rows,
@@ -54,7 +72,7 @@ extern "C" {
 
 // counts[code * num_helper + hash] += weight (1 where weights is null; weights start at id first),
 // over ids [first, last).
-ID_CLONES void cce_count_pairs_packed(const Column *column, int64_t first, int64_t last,
+ID_CLONES void cce_count_pairs_leveled(const Column *column, int64_t first, int64_t last,
                                int64_t multiplier, int64_t addend,
                                int64_t num_helper, const int64_t *weights, int64_t *counts) {
   Ids ids;
@@ -63,13 +81,13 @@ ID_CLONES void cce_count_pairs_packed(const Column *column, int64_t first, int64
     read_ids(*column, id, last, ids);
     hash_all(ids, multiplier, addend, num_helper, b);
     for (int64_t i = 0; i < ids.count; i++)
-      counts[ids.code[i] * num_helper + b[i]] += weights ? weights[id - first + i] : 1;
+      counts[ids.main_row(*column, i) * num_helper + b[i]] += weights ? weights[id - first + i] : 1;
   }
 }
 
 // Over ids [first, last): sums[new hash] += main[code] + helper[old hash] - centroid[new code],
 // sizes[new hash] += 1.
-ID_CLONES void cce_residuals_packed(const Column *column, int64_t first, int64_t last,
+ID_CLONES void cce_residuals_leveled(const Column *column, int64_t first, int64_t last,
                                     const void *new_codes, int64_t bytes, int64_t by_pair,
                                     int64_t old_multiplier, int64_t old_addend, int64_t new_multiplier,
                                     int64_t new_addend, int64_t num_helper, int64_t dim,
@@ -82,8 +100,9 @@ ID_CLONES void cce_residuals_packed(const Column *column, int64_t first, int64_t
     hash_all(ids, old_multiplier, old_addend, num_helper, b);
     hash_all(ids, new_multiplier, new_addend, num_helper, row);
     for (int64_t i = 0; i < ids.count; i++) {
-      const int64_t a = ids.code[i];
-      const int32_t *m = main_points + a * dim, *h = helper_points + b[i] * dim;
+      const int64_t a = ids.main_row(*column, i);
+      const int32_t *m = main_points + a * dim;
+      const int32_t *h = helper_points + ids.helper_row(i, b[i], num_helper) * dim;
       const int64_t pair = a * num_helper + b[i];
       const int64_t c = new_code(new_codes, by_pair, bytes, pair, id - first + i);
       const int32_t *center = centroids + c * dim;
@@ -95,7 +114,7 @@ ID_CLONES void cce_residuals_packed(const Column *column, int64_t first, int64_t
 }
 
 // Writes the new codes of ids [first, last) if `write`; returns how many are others.
-ID_CLONES int64_t cce_relabel_packed(const Column *column, int64_t first, int64_t last,
+ID_CLONES int64_t cce_relabel_leveled(const Column *column, int64_t first, int64_t last,
                                      const void *new_codes, int64_t bytes, int64_t by_pair,
                                      int64_t multiplier, int64_t addend, int64_t num_helper,
                                      int64_t write) {
@@ -105,7 +124,7 @@ ID_CLONES int64_t cce_relabel_packed(const Column *column, int64_t first, int64_
     read_ids(*column, id, last, ids);
     hash_all(ids, multiplier, addend, num_helper, b);
     for (int64_t i = 0; i < ids.count; i++) {
-      const int64_t pair = ids.code[i] * num_helper + b[i];
+      const int64_t pair = ids.main_row(*column, i) * num_helper + b[i];
       const int64_t c = new_code(new_codes, by_pair, bytes, pair, id - first + i);
       changed += c != ids.code[i];
       if (write) column->codes.set(id + i - column->base, column->column, c);

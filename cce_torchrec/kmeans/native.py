@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from cce_torchrec import compiled
+from cce_torchrec.codes.counts import LEVELS
 from cce_torchrec.codes.hashing import HashFunction
 from cce_torchrec.kmeans.sources import Sources, Sums
 from cce_torchrec.packing import CodePacking
@@ -36,6 +37,7 @@ _DOUBLES = compiled.Pointer(torch.float64)
 _INT32 = compiled.Pointer(torch.int32)
 _INT64 = compiled.Pointer(torch.int64)
 _CODES = compiled.Pointer(torch.uint8, torch.int16, torch.int32)
+_BYTES = compiled.Pointer(torch.uint8)
 _NO_FLOATS = compiled.Pointer(torch.float32, optional=True)
 _NO_INT32 = compiled.Pointer(torch.int32, optional=True)
 _NO_INT64 = compiled.Pointer(torch.int64, optional=True)
@@ -51,11 +53,11 @@ _KERNELS: dict[str, list[Any]] = {
         _INT32, _INT32, _INTEGER, _INT32, _INT32, _INT64, _INT32, _INTEGER, _DOUBLES, _REAL, _REAL,
         *[_INT64] * 3
     ],
-    "cce_count_pairs_packed": [*_COLUMN_TYPES, *[_INTEGER] * 3, _NO_INT64, _INT64],
-    "cce_residuals_packed": [
+    "cce_count_pairs_leveled": [*_COLUMN_TYPES, *[_INTEGER] * 3, _NO_INT64, _INT64],
+    "cce_residuals_leveled": [
         *_COLUMN_TYPES, _CODES, *[_INTEGER] * 8, *[_INT32] * 3, _INT64, _INT64
     ],
-    "cce_relabel_packed": [*_COLUMN_TYPES, _CODES, *[_INTEGER] * 6],
+    "cce_relabel_leveled": [*_COLUMN_TYPES, _CODES, *[_INTEGER] * 6],
 }  # fmt: skip
 """What each kernel takes, as _native.cpp declares it; tensors whose values it reads as stated."""
 _LIBRARY = (Path(__file__).parent, tuple(_KERNELS))
@@ -72,7 +74,7 @@ def _kernels() -> ctypes.CDLL:
     for name, types in _KERNELS.items():
         kernel = getattr(found, name)
         kernel.argtypes, kernel.restype = types, None
-    found.cce_relabel_packed.restype = _INTEGER  # ctypes would take it for 32 bits
+    found.cce_relabel_leveled.restype = _INTEGER  # ctypes would take it for 32 bits
     return found
 
 
@@ -203,14 +205,17 @@ def accumulate(
     _accumulate(*points.tensors, weights, nearest, centers, 1.0 / scale, error_scale, *stats)
 
 
-def _column(codes: torch.Tensor, *where: int) -> tuple[ctypes.Array[ctypes.c_int64], int, int]:
+def _column(
+    codes: torch.Tensor, counts: torch.Tensor | None, *where: int
+) -> tuple[ctypes.Array[ctypes.c_int64], int, int]:
     """Ids [first, last) of a column of packed codes, as the kernels take them."""
     bits, column, base, first, last = where
     fields = [*compiled.packed_codes(codes, bits), column, base]
+    fields += [0, 1] if counts is None else [_BYTES.address(counts), LEVELS]
     return (ctypes.c_int64 * len(fields))(*fields), first, last
 
 
-_COLUMN = "int bits, int column, int base, int first, int last"
+_COLUMN = "Tensor? levels, int bits, int column, int base, int first, int last"
 
 
 @compiled.operator(
@@ -219,7 +224,7 @@ _COLUMN = "int bits, int column, int base, int first, int last"
     fake=compiled.writes_only,
 )
 def _count_pairs(codes: torch.Tensor, *args: Any) -> None:
-    _kernels().cce_count_pairs_packed(*_column(codes, *args[:5]), *args[5:])
+    _kernels().cce_count_pairs_leveled(*_column(codes, *args[:6]), *args[6:])
 
 
 @compiled.operator(
@@ -229,11 +234,11 @@ def _count_pairs(codes: torch.Tensor, *args: Any) -> None:
     fake=compiled.writes_only,
 )
 def _residuals(codes: torch.Tensor, *args: Any) -> None:
-    new_codes, (main, helper) = args[5], args[11:13]
-    sizes = (len(helper), main.shape[1])
+    new_codes, main, sizes = args[6], args[12], args[16]
+    shape = (len(sizes), main.shape[1])
     width = new_codes.element_size()
-    column = _column(codes, *args[:5])
-    _kernels().cce_residuals_packed(*column, new_codes, width, *args[6:11], *sizes, *args[11:])
+    column = _column(codes, *args[:6])
+    _kernels().cce_residuals_leveled(*column, new_codes, width, *args[7:12], *shape, *args[12:])
 
 
 @compiled.operator(
@@ -242,9 +247,9 @@ def _residuals(codes: torch.Tensor, *args: Any) -> None:
     fake=lambda codes, *rest: codes.new_empty((), dtype=torch.int64),
 )
 def _relabel(codes: torch.Tensor, *args: Any) -> torch.Tensor:
-    new_codes, column = args[5], _column(codes, *args[:5])
+    new_codes, column = args[6], _column(codes, *args[:6])
     width = new_codes.element_size()
-    changed = _kernels().cce_relabel_packed(*column, new_codes, width, *args[6:])
+    changed = _kernels().cce_relabel_leveled(*column, new_codes, width, *args[7:])
     return torch.tensor(changed, device="cpu")  # whatever a job has set as default device
 
 
@@ -258,14 +263,16 @@ class Column:
     first: int
     last: int
     base: int = 0
+    counts: torch.Tensor | None = None
+    """Of the ids from `base` on; see codes/counts.py."""
 
     @property
-    def _args(self) -> tuple[torch.Tensor, int, int, int, int, int]:
+    def _args(self) -> tuple[Any, ...]:
         codes = self.codes
         # The kernels read by address, and would read beyond the end without a word.
         assert self.base <= self.first
         assert self.packing.rows(self.last - self.base) <= len(codes)
-        return codes, self.packing.bits, self.column, self.base, self.first, self.last
+        return codes, self.counts, self.packing.bits, self.column, self.base, self.first, self.last
 
     def count_pairs(
         self,

@@ -9,7 +9,6 @@ from torchrec.modules.embedding_configs import EmbeddingBagConfig
 
 from cce_torchrec.codes.chunk_codes import ChunkCodes
 from cce_torchrec.codes.hashing import hash_ids, raw_id_key
-from cce_torchrec.codes.storage import mark_seen
 from cce_torchrec.config import is_cce
 from cce_torchrec.lookup import device, native
 from cce_torchrec.lookup.bounds import BoundsCheck
@@ -47,6 +46,11 @@ class TableLookup:
         """Whether ids are raw, to be hashed into [0, num_embeddings)."""
         return is_cce(self.config) and self.config.hash_ids
 
+    @property
+    def counts(self) -> bool:
+        """Whether it counts the ids that are looked up now."""
+        return self.codes is not None and self.codes.counts is not None and self.codes.training
+
     def hashed(self, ids: torch.Tensor) -> torch.Tensor:
         """`ids`, or what a table with `hash_ids` makes of them."""
         if not self.hashes_ids:
@@ -68,14 +72,21 @@ class TableLookup:
         return torch.stack(parts, dim=-1)
 
     def marked(self, name: str, ids: torch.Tensor, check: BoundsCheck) -> torch.Tensor:
-        """`ids`, noted as seen (and checked before) where the table keeps track of them."""
+        """`ids`, noted (and checked before) where the table keeps track of them."""
         codes = self.codes
-        if codes is None or codes.seen is None or not codes.training:
+        if codes is None or not codes.notes:
             return ids
         # First, as an id out of bounds has no bit of its own.
         ids = check(name, ids, self.config.num_embeddings)
-        mark_seen(codes.seen, ids.long())
+        codes.note(ids.long())
         return ids
+
+    def count_on_device(self, ids: torch.Tensor) -> None:
+        """Counts `ids`, which a GPU's kernels look up, where the table counts them."""
+        codes = self.codes
+        if codes is not None and self.counts:
+            ids, size = self.hashed(ids).long(), self.config.num_embeddings
+            codes.count_ids(ids.masked_fill((ids < 0) | (ids >= size), 0))
 
     def job(self, ids: torch.Tensor, out: torch.Tensor) -> native.Job:
         """The compiled expansion of `ids` [V] into `out`, int64 [chunks * V * rows per id]."""

@@ -29,6 +29,7 @@ from cce_torchrec.config import CodebookInit, is_cce
 from cce_torchrec.lookup.bounds import BoundsCheck
 from cce_torchrec.lookup.expansion import Expansion
 from cce_torchrec.lookup.features import with_weights, without_weights
+from cce_torchrec.lookup.frozen_main import FrozenMain, forget_main, restore_main
 from cce_torchrec.lookup.inputs import InputCheck
 from cce_torchrec.lookup.output import LogicalOutput, divides_by_length, tensor_of
 from cce_torchrec.lookup.pending import PendingLookup
@@ -105,8 +106,17 @@ class CCEEmbeddingBagCollection(
         self._columns = self.output.column_order(names, dims)
         self.input_check = InputCheck(self.output.slots, is_weighted)
         self.expansion = Expansion(self._table_lookups(), self.output.slots, names)
+        self.frozen_main = FrozenMain(self._frozen_rows)
+        self.register_state_dict_pre_hook(restore_main)
         self.register_state_dict_post_hook(_save_helper_rows)
         self.register_load_state_dict_pre_hook(_check_state)
+        self.register_load_state_dict_post_hook(forget_main)
+
+    def _frozen_rows(self) -> list[torch.Tensor]:
+        """Main rows of all chunks whose table does not train them."""
+        bags = self.embedding_bag_collection.embedding_bags
+        rows = [item for table in self.tables for item in table.frozen_rows.items()]
+        return [bags[name].weight.data[:count] for name, count in rows]
 
     def _table_lookups(self) -> list[TableLookup]:
         lookups, position = [], 0
@@ -133,6 +143,7 @@ class CCEEmbeddingBagCollection(
         divisor = self.output.divisor(features)
         slots = select_slots(features, [slot.feature for slot in self.output.slots])
         slots.length_per_key()  # TorchRec's own collection asks for it, and then the rows are known
+        self.begin_lookup()
         with span("expand"):
             rows = self.expansion(slots, self.bounds_check, features.inverse_indices_or_none())
         with span("lookup"):
@@ -140,6 +151,12 @@ class CCEEmbeddingBagCollection(
         self.refuse_late_gradients([pooled.values()])
         with span("output"):
             return self.output.assemble(pooled.values(), self._columns, divisor)
+
+    def begin_lookup(self) -> None:
+        """Before ids are expanded and rows are read, of this or the next batch."""
+        for codes in self._every_codes:
+            codes.begin_batch()
+        self.frozen_main.restore()
 
     def refuse_late_gradients(self, outputs: Iterable[torch.Tensor]) -> None:
         """Has the gradient of a lookup's `outputs` refused if codes change before it comes."""
@@ -176,6 +193,7 @@ class CCEEmbeddingBagCollection(
     def reset_parameters(self) -> None:
         """Fresh codebooks, and codes back at their hash."""
         self.embedding_bag_collection.reset_parameters()
+        self.frozen_main.forget()
         for name in self.codes:
             local_codes(self.codes, name).reset_parameters()
 

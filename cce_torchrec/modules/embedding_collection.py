@@ -94,6 +94,7 @@ class CCEEmbeddingCollection(ShardedWhole, traced.Traceable, EmbeddingCollection
         each = bags_of_one(slots, [slots.stride()])
         each.length_per_key()  # `to_dict` asks for it, and so the expansion knows it as well
         with span("expand"):
+            self.bags.begin_lookup()
             rows = self.bags.expansion(each, self.bags.bounds_check).to_dict()
         inner = self.bags.embedding_bag_collection
         vectors = {}

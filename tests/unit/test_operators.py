@@ -44,7 +44,7 @@ def centroids():
 
 def column(bits=8):
     """Codes of ids from 8 on, and which of them: column, base, first and last id."""
-    return CodePacking(bits).pack(ints(ROWS, 20, 2)), bits, 1, 8, 16, 28
+    return CodePacking(bits).pack(ints(ROWS, 20, 2)), None, bits, 1, 8, 16, 28
 
 
 def expansion():

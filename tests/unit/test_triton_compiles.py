@@ -131,6 +131,10 @@ def test_passes_over_ids(name, new_codes):
     types |= dict.fromkeys(("sample_multiplier", "sample_addend", "threshold"), "i64")
     types["helper_rows"] = "i32"
     constants = {"IDS": 32, "DIM": 20, "DIMS": 32, "WEIGHTED": False}
+    if new_codes == "*i32":
+        types["levels_ptr"] = "*u8"
+    else:
+        constants["levels_ptr"] = None
     constants |= dict.fromkeys(("BY_PAIR", "KEYS"), new_codes != "*u8")
     names = kernel.arg_names
     constants = {key: value for key, value in constants.items() if key in names}

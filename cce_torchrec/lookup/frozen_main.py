@@ -1,0 +1,53 @@
+"""Main rows that no optimizer trains: those of tables of the recipe "rare".
+
+An optimizer steps all rows of a physical table, and fused ones in one kernel with the backward
+pass. What any of them makes of main rows is overwritten before they are read next, so that it holds
+for every optimizer, exactly. There are few such rows, as codes of rare ids have few bits.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+Views = list[torch.Tensor]
+
+
+# Functions, as torch marks the hooks that it is given, which methods do not allow.
+def restore_main(module: Any, *_: Any) -> None:
+    """Before a collection's state dict is made."""
+    module.frozen_main.restore()
+
+
+def forget_main(module: Any, _: Any) -> None:
+    """After one was loaded."""
+    module.frozen_main.forget()
+
+
+class FrozenMain:
+    """Keeps the main rows of a collection's tables as they are.
+
+    Args:
+        find: gives live views [k, s] of the rows that are not trained, in the same order each time.
+    """
+
+    def __init__(self, find: Callable[[], Views]) -> None:
+        self._find = find
+        self._kept: Views = []
+
+    def restore(self) -> None:
+        """Puts the rows back; to be called before they are read."""
+        found = self._find()
+        if not found:
+            return
+        with torch.no_grad():
+            if not self._kept:
+                self._kept = [view.detach().clone() for view in found]
+            else:
+                torch._foreach_copy_(found, self._kept)
+
+    def forget(self) -> None:
+        """The rows as they are now are those to be kept: they were clustered, or loaded."""
+        self._kept = []
