@@ -25,6 +25,7 @@ from cce_torchrec.packing import CodePacking  # noqa: E402
 DEFAULT_HELPER_RATIO = 3
 MAX_ROWS = 2**31 - 1
 RECIPES = ("frequent", "rare", "auto")
+_SEEN, _COUNTS = {"seen": 8}, {"counts": 2}
 RARE_BELOW = 100.0
 """Examples an id in one pass, below which the recipe "auto" is "rare"."""
 _UNSUPPORTED_FIELDS = (
@@ -243,9 +244,13 @@ class CCEEmbeddingBagConfig(EmbeddingBagConfig):
         return self.num_embeddings // 8 + 2 if self.track_seen else 0
 
     @property
-    def counts_bytes(self) -> int:
-        """Bytes of the counts of ids, which training keeps; 0 where there are none."""
-        return self.num_embeddings // 2 + 2 if self.track_counts else 0
+    def notes(self) -> dict[str, int]:
+        """What training notes of ids: names of the buffers, with the ids of a byte of each."""
+        return (_SEEN if self.track_seen else {}) | (_COUNTS if self.track_counts else {})
+
+    def notes_bytes(self, ids: int) -> int:
+        """Bytes of the notes of so many ids; each buffer has a byte that belongs to none."""
+        return sum(ids // ids_per_byte + 2 for ids_per_byte in self.notes.values())
 
     @property
     def trains_main(self) -> bool:

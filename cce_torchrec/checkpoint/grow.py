@@ -101,11 +101,15 @@ class Growth:
         """`state` with what grew replaced by tensors of the size in the checkpoint."""
         out = dict(state)
         for table in self._tables:
-            codes, seen = f"{table.prefix}.codes", f"{table.prefix}.seen"
+            codes = f"{table.prefix}.codes"
             if codes in state:
                 out[codes] = self._codes(state[codes], table)
-            if seen in state and table.ids < table.config.num_embeddings:
-                out[seen] = self._seen(state[seen], table.ids)
+            if table.ids == table.config.num_embeddings:
+                continue
+            for name, ids_per_byte in table.config.notes.items():
+                key = f"{table.prefix}.{name}"
+                if key in state:
+                    out[key] = self._notes(state[key], table.ids // ids_per_byte + 2)
         for key in state if self._plain else ():
             out[key] = self.kept(key.removeprefix("model."), out[key])
         return out
@@ -190,23 +194,24 @@ class Growth:
         self._finish.append(finish)
         return part
 
-    def _seen(self, value: Any, old: int) -> Any:
+    def _notes(self, value: Any, old: int) -> Any:
+        """`value` of the `old` bytes that are saved."""
         if not isinstance(value, ShardedTensor):
-            return self._bits(value, 0, old)
-        return _shorter(
-            value,
-            old // 8 + 2,
-            lambda shard: self._bits(shard.tensor, shard.metadata.shard_offsets[0], old),
-        )
+            return self._bytes(value, 0, old)
 
-    def _bits(self, whole: torch.Tensor, first: int, old: int) -> torch.Tensor:
-        """What is read for `whole`, the bits from byte `first` on."""
-        kept = min(max(old // 8 + 2 - first, 0), len(whole))
+        def part(shard: Shard) -> torch.Tensor:
+            return self._bytes(shard.tensor, shard.metadata.shard_offsets[0], old)
+
+        return _shorter(value, old, part)
+
+    def _bytes(self, whole: torch.Tensor, first: int, old: int) -> torch.Tensor:
+        """What is read for `whole`, the notes from byte `first` on."""
+        kept = min(max(old - first, 0), len(whole))
         part = torch.empty(kept, dtype=whole.dtype, device=whole.device)
 
         def finish() -> None:
-            whole.zero_()  # new ids have not been seen
-            used = min(kept, max(old // 8 + 1 - first, 0))  # the last byte is a spare
+            whole.zero_()  # nothing was noted of new ids
+            used = min(kept, max(old - 1 - first, 0))  # the last byte is a spare
             whole[:used] = part[:used]
 
         self._finish.append(finish)

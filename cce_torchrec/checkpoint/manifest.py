@@ -62,6 +62,7 @@ class CCETableRecord(TableRecord):
     learned_codes: bool
     track_seen: bool
     hash_ids: bool
+    track_counts: bool = False
 
 
 _TABLES = {record.kind: record for record in (TableRecord, CCETableRecord)}

@@ -27,7 +27,7 @@ from cce_torchrec.checkpoint.plain import plain_extra
 from cce_torchrec.checkpoint.random_state import random_state
 from cce_torchrec.checkpoint.tables import describe_tables
 from cce_torchrec.checkpoint.tensor_files import SavePlans, TensorWriter
-from cce_torchrec.clustering.replicas import share_seen
+from cce_torchrec.clustering.replicas import share_notes
 from cce_torchrec.clustering.schedule import ClusteringSchedule
 from cce_torchrec.collectives import Ranks, same_task
 from cce_torchrec.versions import installed_versions
@@ -217,7 +217,7 @@ def _take(
     check_finite: bool,
 ) -> tuple[dict[str, TableRecord], dict[str, OptimizerRecord]]:
     """Gives `writer` what this rank writes, and returns what the manifest says of all ranks'."""
-    share_seen(model)  # before `agree`, as it is collective itself
+    share_notes(model)  # before `agree`, as it is collective itself
     state: dict[str, Any] = {}
 
     def collect() -> tuple[dict[str, TableRecord], dict[str, OptimizerRecord]]:

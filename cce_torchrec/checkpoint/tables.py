@@ -186,6 +186,8 @@ def _difference(field: str, saved: TableRecord, current: TableRecord) -> str:
     """What differs, and what to do."""
     before, now = getattr(saved, field), getattr(current, field)
     remedy = "configure the table as it was saved"
+    if field == "track_counts":
+        remedy = f"pass track_counts={before}, which shrinks vectors by counts or does not"
     if field == "learned_codes":
         lacks = "model" if before else "checkpoint"
         return f"the {lacks} has no codes, the other side has; {remedy}"

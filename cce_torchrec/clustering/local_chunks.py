@@ -11,7 +11,7 @@ from torch import nn
 from torchrec.distributed.utils import append_prefix
 
 from cce_torchrec.clustering import replicas
-from cce_torchrec.clustering.choice import frozen_chunks, is_wanted
+from cce_torchrec.clustering.choice import frozen_chunks, is_wanted, why_fixed
 from cce_torchrec.clustering.chunk_group import ALONE, ChunkGroup
 from cce_torchrec.clustering.chunk_state import ChunkState
 from cce_torchrec.clustering.collections import cce_collections
@@ -46,7 +46,7 @@ def local_chunks(
         for name, codes in own.items():
             assert isinstance(codes, ChunkCodes)
             whole = append_prefix(path, name)
-            can_learn = codes.config.learned_codes and codes.config.helper_rows > 0
+            can_learn = not why_fixed(codes.config, finalize=options.finalize)
             if not (can_learn and is_wanted(whole, options.tables)):
                 continue
             chunks = [physical_table(name, chunk) for chunk in codes.chunks]

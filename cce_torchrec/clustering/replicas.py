@@ -12,6 +12,7 @@ from torch import nn
 from cce_torchrec.clustering.chunk_state import ChunkState
 from cce_torchrec.clustering.options import Options
 from cce_torchrec.codes.chunk_codes import codes_of
+from cce_torchrec.codes.counts import together
 from cce_torchrec.config import CCEEmbeddingBagConfig
 from cce_torchrec.distributed.embedding_bag_collection import ShardedCCEEmbeddingBagCollection
 from cce_torchrec.table import physical_table
@@ -98,17 +99,24 @@ def check_equal(found: list[Digests]) -> None:
                 )
 
 
-def share_seen(model: nn.Module) -> None:
-    """Gives every copy the ids that any rank that holds one has seen; collective."""
+def share_notes(model: nn.Module) -> None:
+    """Gives every copy what any rank that holds one has noted of ids; collective."""
     for module in model.modules():
         if not isinstance(module, ShardedCCEEmbeddingBagCollection):
             continue
         for name, group in sorted(module.replica_groups().items()):
             codes = codes_of(module.codes, name)
-            if codes is None or codes.seen is None:
+            if codes is None:
                 continue
             # Gathered, because NCCL has no reduction by a bitwise or.
-            everyone = [torch.empty_like(codes.seen) for _ in range(dist.get_world_size(group))]
-            dist.all_gather(everyone, codes.seen, group=group)
-            for seen in everyone:
-                codes.seen |= seen
+            if codes.seen is not None:
+                for seen in _of_all(codes.seen, group):
+                    codes.seen |= seen
+            if codes.counts is not None:
+                codes.counts.copy_(together(_of_all(codes.counts, group)))
+
+
+def _of_all(values: torch.Tensor, group: dist.ProcessGroup) -> list[torch.Tensor]:
+    everyone = [torch.empty_like(values) for _ in range(dist.get_world_size(group))]
+    dist.all_gather(everyone, values, group=group)
+    return everyone

@@ -139,7 +139,7 @@ def _run(
     options.check_names({task.table for task in plan.tasks.values()})
     whose = "half of what is free on the GPU" if free is not None else None
     peak_bytes, kept = memory(plan, states, options.memory_limit, whose, group)
-    replicas.share_seen(model)  # before ids are weighed by it
+    replicas.share_notes(model)  # before ids are weighed by it
     work = Work(mine, plan, kept, options, _device(model, states), group)
     with wider_codes(states, group):
         done = work.solve()
@@ -219,7 +219,8 @@ def _prepared(
     make_backend(options.scorer, device)  # raises what is missing before anything is computed
     kernels = usable(device) if device.type == "cuda" else None
     digests = replicas.digests(states, options)
-    ready = _Ready(tasks, fixed_tables(model), frozen, digests, options.fingerprint(), kernels)
+    fixed = fixed_tables(model, finalize=options.finalize)
+    ready = _Ready(tasks, fixed, frozen, digests, options.fingerprint(), kernels)
     return states, ready
 
 

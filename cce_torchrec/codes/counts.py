@@ -65,3 +65,18 @@ def count(counts: torch.Tensor, ids: torch.Tensor, bits: torch.Tensor) -> None:
         at = torch.where(rises & (ids & 1 == half), ids >> 1, spare)
         counts[at] = counts[at] + (1 << 4 * half)
     counts[spare] = 0
+
+
+def together(copies: list[torch.Tensor]) -> torch.Tensor:
+    """Counts of ids whose batches were counted by several ranks, each its own part of them.
+
+    What all had in common, as the least says, counts once: it is what they were given before.
+    """
+    stands_for = level_counts(copies[0].device)
+    out = torch.zeros_like(copies[0])
+    for half in (0, 4):
+        counts = torch.stack([stands_for[(copy.long() >> half) & 15] for copy in copies])
+        total = counts.sum(0) - (len(copies) - 1) * counts.amin(0)
+        middles = (stands_for[1:] + stands_for[:-1]) / 2
+        out |= (torch.bucketize(total, middles).to(torch.uint8)) << half
+    return out

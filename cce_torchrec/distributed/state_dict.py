@@ -3,8 +3,8 @@
 Its shards are columns, one per run of neighbouring chunks that a rank owns, or under ROW_WISE
 blocks of ids, so that torch.distributed.checkpoint saves them at one world size and plan and loads
 them at another, or as the plain tensor of the unsharded module. Large ones are cut once more by
-ids, because whole shards are read where a part is wanted. The bits of seen ids of a ROW_WISE table
-are sharded like its codes, uncut.
+ids, because whole shards are read where a part is wanted. What training notes of the ids of a
+ROW_WISE table (bits of seen ids, counts) is sharded like its codes, uncut.
 """
 
 from __future__ import annotations
@@ -136,8 +136,8 @@ class CodesState:
         return [table.cce for table in self._tables if table.cce is not None]
 
     def _sharded_tables(self) -> list[CCEEmbeddingBagConfig]:
-        """Those whose codes are sharded; codes of a data-parallel one stay a tensor."""
-        return [c for c in self._compressed if c.code_bits and c.name in self._owners]
+        """Those whose state is sharded; that of a data-parallel one stays tensors."""
+        return [config for config in self._compressed if config.name in self._owners]
 
     def take_written(self) -> None:
         """Writes into the buffers what was written into copies of them in a state dict.
@@ -156,11 +156,14 @@ class CodesState:
         """Replaces this rank's part by the table's ShardedTensor, on every rank."""
         self.take_written()
         for config in self._sharded_tables():
-            state[codes_key(prefix, config.name)] = self._sharded(config)
+            if config.code_bits:
+                state[codes_key(prefix, config.name)] = self._sharded(config)
             own = local_codes(self._codes, config.name)
             # A plain tensor would be taken for a copy of what the owners have.
-            if config.track_seen and (config.name in self._partitions or not own.chunks):
-                state[_seen_key(prefix, config.name)] = self._sharded_seen(config)
+            if config.name in self._partitions or not own.chunks:
+                for name, ids_per_byte in config.notes.items():
+                    key = _note_key(prefix, config.name, name)
+                    state[key] = self._sharded_notes(config, name, ids_per_byte)
         save_helper_rows(self._compressed, state, prefix)
 
     def load(self, module: nn.Module, state: dict[str, Any], prefix: str, *rest: Any) -> None:
@@ -184,20 +187,19 @@ class CodesState:
         check_helper_rows(self._compressed, state, prefix)
         refuse_foreign_state(self._compressed, state, prefix)
         for config in self._sharded_tables():
-            key = codes_key(prefix, config.name)
-            if key not in state:
-                continue
-            value, local = state[key], local_codes(self._codes, config.name)
+            key, local = codes_key(prefix, config.name), local_codes(self._codes, config.name)
             parts = self._own_parts(config)
-            # Without parts it has the codes of no id.
-            state[key] = _taken(config, value, parts, local) if parts else local.stored
-            seen = _seen_key(prefix, config.name)
-            if local.seen is None or seen not in state:
-                continue
-            if config.name in self._partitions:
-                state[seen] = _own_bits(state[seen], local.seen, first=local.ids.start)
-            elif not parts:
-                state[seen] = local.seen
+            if key in state:
+                # Without parts it has the codes of no id.
+                value = state[key]
+                state[key] = _taken(config, value, parts, local) if parts else local.stored
+            for name, ids_per_byte in config.notes.items():
+                key, own = _note_key(prefix, config.name, name), local.get_buffer(name)
+                if key in state and config.name in self._partitions:
+                    first = local.ids.start // ids_per_byte
+                    state[key] = _own_notes(state[key], own, first)
+                elif key in state and not parts:
+                    state[key] = own
 
     def _own_parts(self, config: CCEEmbeddingBagConfig) -> list[Part]:
         return [part for part in self._parts(config) if part.owner == self._rank]
@@ -222,22 +224,25 @@ class CodesState:
         size = packing.shape(config.num_embeddings, config.num_chunks)
         return self._tensor(local, shards, size, torch.uint8)
 
-    def _sharded_seen(self, config: CCEEmbeddingBagConfig) -> ShardedTensor:
-        """The bits of all ids: of each block its own bytes, of the last one the spare as well.
+    def _sharded_notes(
+        self, config: CCEEmbeddingBagConfig, name: str, ids_per_byte: int
+    ) -> ShardedTensor:
+        """The notes of all ids: of each block its own bytes, of the last one the spare as well.
 
-        Where other ranks have the chunks, all bits are the first one's.
+        Where other ranks have the chunks, all notes are the first one's.
         """
+        size = config.num_embeddings // ids_per_byte + 2
         shards, local = [], []
         parts = self._parts(config) if config.name in self._partitions else self._parts(config)[:1]
         for part in parts:
-            first = part.ids.start // 8
-            last = part.ids.stop // 8 if part is not parts[-1] else config.seen_bytes
+            first = part.ids.start // ids_per_byte
+            last = part.ids.stop // ids_per_byte if part is not parts[-1] else size
             shard = self._shard(part, [first], [last - first])
             shards.append(shard)
             if part.owner == self._rank:
-                bits = local_codes(self._codes, config.name).get_buffer("seen")
-                local.append(Shard(bits[: last - first], shard))
-        return self._tensor(local, shards, [config.seen_bytes], torch.uint8)
+                notes = local_codes(self._codes, config.name).get_buffer(name)
+                local.append(Shard(notes[: last - first], shard))
+        return self._tensor(local, shards, [size], torch.uint8)
 
     def _shard(self, part: Part, offsets: list[int], sizes: list[int]) -> ShardMetadata:
         # The codes of others are on the GPU of their owner, whose number is counted on its node.
@@ -254,8 +259,8 @@ class CodesState:
         return sharded_tensor(local, whole, self._group)
 
 
-def _seen_key(prefix: str, table: str) -> str:
-    return f"{prefix}codes.{table}.seen"
+def _note_key(prefix: str, table: str, name: str) -> str:
+    return f"{prefix}codes.{table}.{name}"
 
 
 def _taken(
@@ -301,13 +306,13 @@ def _in_place(read: list[list[torch.Tensor]], cut: list[list[Part]], local: Chun
     return all(tensor.data_ptr() == part.view(local).data_ptr() for tensor, part in pairs)
 
 
-def _own_bits(value: torch.Tensor, own: torch.Tensor, first: int) -> torch.Tensor:
-    """Bits of seen ids of this rank, from id `first` on, in the size of its buffer `own`."""
+def _own_notes(value: torch.Tensor, own: torch.Tensor, first: int) -> torch.Tensor:
+    """Notes of the ids of this rank, from byte `first` on, in the size of its buffer `own`."""
     out = torch.zeros_like(own)
     if isinstance(value, ShardedTensor):
         parts = [shard.tensor for shard in value.local_shards()]
     else:
-        parts = [value[first // 8 :][: len(out)]]
+        parts = [value[first:][: len(out)]]
     for part in parts:
         out[: len(part)] = part
     return out

@@ -39,9 +39,11 @@ class FrozenMain:
 
     def restore(self) -> None:
         """Puts the rows back; to be called before they are read."""
-        found = self._find()
-        if not found:
-            return
+        if found := self._find():
+            self._put_back(found)
+
+    @torch.compiler.disable  # a graph would have the rows of when it was made
+    def _put_back(self, found: Views) -> None:
         with torch.no_grad():
             if not self._kept:
                 self._kept = [view.detach().clone() for view in found]

@@ -137,6 +137,7 @@ class CCEEmbeddingBagCollection(
                 indices that do not fit, or an id out of bounds in FATAL mode.
         """
         if traced.is_traced(features):
+            self.frozen_main.restore()
             return traced.pooled(self, features)
         with span("input_check"):
             features = self.input_check(features)

@@ -28,7 +28,7 @@ class PlannedTable:
     codebook_bytes: int
     """Of a plain table: its weights."""
     code_bytes: int
-    """Codes, and bits of seen ids."""
+    """Codes, and bits and counts of seen ids."""
     optimizer_bytes: int
 
     @property
@@ -116,7 +116,8 @@ def _planned(
         rank, codes = shard.placement.rank(), 0
         if is_cce(config):
             codes = config.code_bytes * width // config.embedding_dim
-            codes += config.seen_bytes if rank not in shares else 0  # one set of bits a rank
+            # One set of bits and counts a rank.
+            codes += config.notes_bytes(config.num_embeddings) if rank not in shares else 0
         size = rows * width * parameter.element_size()
         share = shares.setdefault(rank, [0, 0, 0])
         for i, n in enumerate((size, codes, optimizer_bytes(config, parameter, rows, width))):
@@ -149,5 +150,5 @@ def _everywhere(
     """A data-parallel table, whole on every rank; its optimizer is the user's and not counted."""
     size, codes = parameter.numel() * parameter.element_size(), 0
     if is_cce(config):
-        codes = config.code_bytes + config.seen_bytes
+        codes = config.code_bytes + config.notes_bytes(config.num_embeddings)
     return [_table(path, config, entry, rank, (size, codes, 0)) for rank in range(world_size)]

@@ -65,7 +65,8 @@ def _uncounted_bytes(table: CCEEmbeddingBagConfig, option: ShardingOption, rank:
     if option.sharding_type != ShardingType.ROW_WISE.value:
         # TorchRec divides row-wise state among shards of columns. Each chunk has all of it.
         counted = kind.fused_bytes(rows=rows, width=width, chunk_dim=table.embedding_dim)
-        codes = -(-table.code_bytes * width // table.embedding_dim) + table.seen_bytes
+        codes = -(-table.code_bytes * width // table.embedding_dim)
+        codes += table.notes_bytes(table.num_embeddings)
         return codes + optimizer_bytes(table, option.tensor, rows, width) - counted
     # TorchRec counts a block of the codebooks' rows, which no rank has: rows are never cut.
     counted = rows * width * option.tensor.element_size()
@@ -84,6 +85,6 @@ def row_wise_bytes(
     rows = table.rows_per_chunk
     return (
         rows * width * parameter.element_size(),
-        codes + (ids // 8 + 2) * table.track_seen,
+        codes + table.notes_bytes(ids),
         optimizer_bytes(table, parameter, rows, width),
     )

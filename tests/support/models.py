@@ -156,6 +156,25 @@ class BitsNet(Net):
         ]  # fmt: skip
 
 
+def rare_tables():
+    """Of rare ids: of few bits, and of none."""
+    return [
+        CCEEmbeddingBagConfig(
+            name=name, num_embeddings=301, embedding_dim=8, num_chunks=2, feature_names=[feature],
+            num_rows=rows, num_helper_rows=20, recipe="rare",
+        )
+        for name, rows, feature in (("t", 4, "f"), ("u", 1, "g"))
+    ] + tables(SUM)[1:2]  # fmt: skip
+
+
+class RareNet(Net):
+    """Tables of rare ids and a plain one."""
+
+    @staticmethod
+    def configs():
+        return rare_tables()
+
+
 class SequenceNet(nn.Module):
     """A dense layer over the embedding of every id."""
 

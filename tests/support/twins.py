@@ -37,10 +37,18 @@ def copy_state(sharded, plain, optimizer=None, plain_optimizer=None):
         for i, chunk in enumerate(part.chunks if part.codes is not None else [])
     }
     clusterings = {name: part.num_clusterings for name, part in sharded.codes.items()}
+    counts = {
+        (name, part.ids): part.counts.clone()
+        for name, part in sharded.codes.items()
+        if part.counts is not None and part.chunks
+    }
     gathered = [None] * dist.get_world_size()
-    dist.all_gather_object(gathered, (rows, codes, clusterings))
+    dist.all_gather_object(gathered, (rows, codes, clusterings, counts))
     own = unsharded_rows(plain, plain_optimizer)
-    for rank, (weights, columns, numbers) in enumerate(gathered):
+    for rank, (weights, columns, numbers, counted) in enumerate(gathered):
+        for (name, ids), part in counted.items():
+            first, used = ids.start // 2, -(-len(ids) // 2)
+            plain.codes[name].counts[first : first + used] = part[:used]
         for name, (weight, state) in weights.items():
             at = rows_of(weight, own[name][0], rank)
             own[name][0][at].copy_(weight)

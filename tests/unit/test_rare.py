@@ -1,0 +1,257 @@
+"""The recipe for rare ids: what is frozen, what is counted, and how vectors are shrunk."""
+
+import pytest
+import torch
+import torchrec
+from torchrec import KeyedJaggedTensor
+from torchrec.optim.apply_optimizer_in_backward import apply_optimizer_in_backward
+
+from cce_torchrec import CCEEmbeddingBagCollection, CCEEmbeddingBagConfig, cluster, finalize
+from cce_torchrec.checkpoint import load_checkpoint, save_checkpoint
+from cce_torchrec.codes import counts
+from cce_torchrec.codes.hashing import bits_of_batch
+from cce_torchrec.kmeans import native
+
+N = 1001
+
+
+def config(**kwargs):
+    defaults = dict(
+        name="t", num_embeddings=N, embedding_dim=8, feature_names=["f"], num_rows=4,
+        num_helper_rows=60, num_chunks=2, recipe="rare", weight_init_min=-1.0, weight_init_max=1.0,
+    )  # fmt: skip
+    return CCEEmbeddingBagConfig(**{**defaults, **kwargs})
+
+
+def collection(*configs):
+    torch.manual_seed(0)
+    return CCEEmbeddingBagCollection(list(configs) or [config()])
+
+
+def batch(ids):
+    return KeyedJaggedTensor(["f"], ids, lengths=torch.ones(len(ids), dtype=torch.int32))
+
+
+def weights(module, chunk):
+    return module.embedding_bag_collection.embedding_bags[f"t#{chunk}"].weight
+
+
+def main_of(module):
+    return [weights(module, chunk)[:4].detach().clone() for chunk in range(2)]
+
+
+OPTIMIZERS = {
+    "sgd": (torch.optim.SGD, {"lr": 0.1, "momentum": 0.9}),
+    "adagrad": (torch.optim.Adagrad, {"lr": 0.1}),
+    "rowwise": (torchrec.optim.RowWiseAdagrad, {"lr": 0.1}),
+    "adam": (torch.optim.Adam, {"lr": 0.1}),
+    "decay": (torch.optim.SGD, {"lr": 0.1, "weight_decay": 0.5}),
+}
+
+
+@pytest.mark.parametrize("in_backward", [True, False])
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_no_optimizer_trains_main(name, in_backward):
+    """Zero before the first clustering, centroids after it; lookups and state dicts have these."""
+    module, (cls, settings), optimizer = collection(), OPTIMIZERS[name], None
+    if in_backward:
+        apply_optimizer_in_backward(cls, list(module.parameters()), settings)
+    else:
+        optimizer = cls(module.parameters(), **settings)
+
+    def train(steps):
+        for step in range(steps):
+            module(batch(torch.arange(step, N, 7))).values().sum().backward()
+            if optimizer is not None:
+                optimizer.step()
+                optimizer.zero_grad()
+
+    start = weights(module, 0).detach().clone()
+    train(3)
+    state = module.state_dict()
+    for chunk in range(2):
+        kept = state[f"embedding_bag_collection.embedding_bags.t#{chunk}.weight"]
+        assert not kept[:4].any()
+    assert not torch.equal(weights(module, 0)[4:], start[4:])
+    out = module(batch(torch.arange(N))).values().detach()
+    helper = module.codes["t"].helper_rows(torch.arange(N))
+    for chunk in range(2):
+        rows = weights(module, chunk).detach()[4 + helper[chunk]]
+        assert torch.equal(out[:, 4 * chunk : 4 * chunk + 4], rows)
+    cluster(module, optimizer=optimizer)
+    centroids = main_of(module)
+    assert any(rows.any() for rows in centroids)
+    train(3)
+    module.state_dict()
+    for rows, now in zip(centroids, main_of(module), strict=True):
+        assert torch.equal(rows, now)
+
+
+def test_main_is_what_was_loaded():
+    module, other = collection(), collection()
+    apply_optimizer_in_backward(torch.optim.SGD, list(module.parameters()), {"lr": 0.1})
+    for _ in range(2):
+        module(batch(torch.arange(N))).values().sum().backward()
+    cluster(other)
+    module.load_state_dict(other.state_dict())
+    wanted = main_of(other)
+    module(batch(torch.arange(N))).values().sum().backward()
+    module(batch(torch.arange(N)))
+    for rows, now in zip(wanted, main_of(module), strict=True):
+        assert torch.equal(rows, now)
+
+
+def test_counts_are_about_right():
+    """Of ids that are in 1, 10, 100 or all batches; twice in a batch counts once."""
+    module = collection(config(num_embeddings=4000))
+    for step in range(400):
+        every = [400, 100, 10, 1]
+        ids = [torch.arange(1000 * i, 1000 * i + 1000) for i, n in enumerate(every) if step < n]
+        module(batch(torch.cat([*ids, *ids])))
+    levels = counts.levels_of(module.codes["t"].counts, torch.arange(4000))
+    found = counts.level_counts()[levels].view(4, 1000).mean(1)
+    assert found[3] == 1.0  # the first batch always counts
+    torch.testing.assert_close(
+        found[:3], torch.tensor([400.0, 100.0, 10.0]).double(), rtol=0.1, atol=0
+    )
+    module.eval()
+    before = module.codes["t"].counts.clone()
+    module(batch(torch.arange(4000)))
+    assert torch.equal(module.codes["t"].counts, before)
+
+
+def test_counts_do_not_depend_on_the_order_of_ids():
+    one, other = collection(), collection()
+    g = torch.Generator().manual_seed(0)
+    for _ in range(20):
+        ids = torch.randint(N, (300,), generator=g)
+        one(batch(ids))
+        other(batch(ids.flip(0).repeat(2)))
+    assert torch.equal(one.codes["t"].counts, other.codes["t"].counts)
+    assert one.codes["t"].counts.any()
+
+
+def test_bits_of_a_batch_are_a_format():
+    """They decide what is counted, so that a resumed job has to draw the same ones."""
+    found = bits_of_batch(torch.tensor([0, 1, 10**9]), 7, "user", torch.tensor(3))
+    assert found.tolist() == [196477802, 237635833, 238981660]
+
+
+def test_levels_stand_for_numbers_and_copies_add_up():
+    stands_for = counts.level_counts()
+    assert stands_for[:3].tolist() == [0.0, 1.0, 2.5]
+    shares = counts.shrinkage()
+    assert shares[0] == 0 and shares[1] == pytest.approx(1 / 21)
+    assert bool((shares.diff() > 0).all())
+    # Levels 3 and 0 of two ids, twice; and what both had before counts once.
+    one, other = (torch.tensor([value], dtype=torch.uint8) for value in (0x03, 0x33))
+    low = int(torch.bucketize(stands_for[3], (stands_for[1:] + stands_for[:-1]) / 2))
+    assert counts.together([one, other]).tolist() == [0x30 | low]
+    assert counts.together([other, other]).tolist() == [0x33]
+
+
+def reference(module, shares):
+    """Embeddings of all ids, shrunk towards the mean row."""
+    own = module.codes["t"]
+    main, helper = own.main_rows(torch.arange(N)), own.helper_rows(torch.arange(N))
+    out = []
+    for chunk in range(2):
+        rows = weights(module, chunk).detach().double()
+        x = rows[main[chunk]] + rows[4 + helper[chunk]]
+        mean = rows[:4].mean(0) + rows[4:].mean(0)
+        out.append(shares[:, None] * x + (1 - shares[:, None]) * mean)
+    return out
+
+
+@pytest.mark.parametrize("options", [{}, {"samples_per_centroid": 20}], ids=["all", "sampled"])
+@pytest.mark.parametrize("compiled", [True, False])
+def test_clustering_follows_the_definition(monkeypatch, compiled, options):
+    if not compiled:
+        monkeypatch.setattr(native, "available", lambda: False)
+    module = collection()
+    apply_optimizer_in_backward(torch.optim.SGD, list(module.parameters()), {"lr": 0.01})
+    g = torch.Generator().manual_seed(0)
+    for step in range(60):
+        if step == 30:
+            cluster(module)
+        ids = (torch.rand(200, generator=g) ** 3 * N).long()
+        module(batch(ids)).values().square().sum().backward()
+    own = module.codes["t"]
+    module.frozen_main.restore()
+    levels = counts.levels_of(own.counts, torch.arange(N))
+    assert len(levels.unique()) > 4
+    points = reference(module, counts.shrinkage()[levels])
+    report = cluster(module, **options)
+    rows, helper = own.unpacked, own.helper_rows(torch.arange(N))
+    for chunk, x in enumerate(points):
+        weight = weights(module, chunk).detach().double()
+        distances = torch.cdist(x, weight[:4]).square()
+        best = distances.min(1).values
+        torch.testing.assert_close(distances[range(N), rows[:, chunk]], best, rtol=1e-3, atol=1e-7)
+        if not options:
+            assert report.chunks[chunk].objective_after == pytest.approx(
+                float(best.sum()), rel=1e-3
+            )
+        residuals = x - weight[rows[:, chunk]]
+        for row in helper[chunk].unique()[:9]:
+            mean = residuals[helper[chunk] == row].mean(0)
+            torch.testing.assert_close(weight[4 + row], mean, rtol=1e-4, atol=1e-6)
+
+
+def test_without_counts_nothing_is_shrunk():
+    module = collection(config(track_counts=False))
+    assert module.codes["t"].counts is None
+    points = reference(module, torch.ones(N).double())
+    cluster(module)
+    rows = module.codes["t"].unpacked
+    for chunk, x in enumerate(points):
+        distances = torch.cdist(x, weights(module, chunk).detach()[:4].double())
+        assert torch.equal(distances.argmin(1), rows[:, chunk])
+
+
+def test_a_table_of_rare_ids_is_not_finalized():
+    module = collection(config(), config(name="u", feature_names=["f"], recipe="frequent"))
+    report = finalize(module)
+    assert "its recipe is 'rare': codes of all its rows would have 6 bits" in report.left_alone["t"]
+    assert {chunk.table for chunk in report.chunks} == {"u"}
+    with pytest.raises(ValueError, match=r"'t'.*recipe is 'rare'"):
+        finalize(module, tables=["t"])
+
+
+def test_the_recipe_follows_from_the_examples_of_an_id():
+    assert config(recipe="auto", examples_per_id=3).recipe == "rare"
+    frequent = config(recipe="auto", examples_per_id=1e4)
+    assert frequent.recipe == "frequent" and frequent.trains_main and not frequent.track_counts
+    assert config(recipe="frequent", track_counts=True).notes == {"counts": 2}
+
+
+@pytest.mark.parametrize(
+    ("fields", "says"),
+    [
+        ({"recipe": "seldom"}, r"table 't': recipe 'seldom' is none of \['frequent', 'rare'"),
+        ({"recipe": "auto"}, r"table 't': .* examples_per_id is None; give their mean number"),
+        ({"recipe": "auto", "examples_per_id": -1}, "examples_per_id is -1"),
+        ({"recipe": "auto", "examples_per_id": float("nan")}, "examples_per_id is nan"),
+        ({"learned_codes": False, "track_counts": True}, "learned_codes=False has none"),
+    ],
+)
+def test_bad_recipes(fields, says):
+    with pytest.raises(ValueError, match=says):
+        config(**fields)
+
+
+def test_counts_are_saved_and_grow(tmp_path):
+    module = collection()
+    for step in range(9):
+        module(batch(torch.arange(step, N, 3)))
+    save_checkpoint(tmp_path, module, step=1)
+    same, larger = collection(), collection(config(num_embeddings=1200))
+    load_checkpoint(tmp_path, same)
+    load_checkpoint(tmp_path, larger, grow=["t"])
+    own = module.codes["t"]
+    assert torch.equal(same.codes["t"].counts, own.counts) and int(same.codes["t"].batches) == 9
+    levels = counts.levels_of(larger.codes["t"].counts, torch.arange(1200))
+    assert torch.equal(levels[:N], counts.levels_of(own.counts, torch.arange(N)))
+    assert not levels[N:].any()
+    with pytest.raises(ValueError, match="track_counts is True in the checkpoint, False in the mo"):
+        load_checkpoint(tmp_path, collection(config(track_counts=False)))
