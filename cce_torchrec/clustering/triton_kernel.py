@@ -66,7 +66,7 @@ class Range:
         )
 
     def pairs(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """Main and helper row of each id, int32 [n] each."""
+        """Rows of the points' codebooks of each id, int32 [n] each."""
         a = torch.empty(self._count, dtype=torch.int32, device=self.codes.device)
         b = torch.empty_like(a)
         self._write_pairs(a, b, keys=False)
@@ -195,6 +195,8 @@ def _write_pairs(  # type: ignore[no-untyped-def]
     if KEYS:
         tl.store(a_ptr + at, a * helper_rows + b, mask=on)
     else:
+        if levels_ptr is not None:
+            b += a % _LEVELS * helper_rows
         tl.store(a_ptr + at, a.to(tl.int32), mask=on)
         tl.store(b_ptr + at, b.to(tl.int32), mask=on)
 

@@ -151,11 +151,12 @@ class ChunkCodes(nn.Module):
     def described(self) -> Hashable:
         """Changes where what kernels are told about the table does: addresses and hashes."""
         own = buffers_of(self)
-        codes, seen = own["codes"], own["seen"]
+        codes, seen, counts = own["codes"], own["seen"], own["counts"]
         return (
             None if codes is None else (codes.data_ptr(), codes.shape, codes.stride()),
             self.packing,
             None if seen is None or not self.training else seen.data_ptr(),
+            None if counts is None or not self.training else counts.data_ptr(),
             self.num_clusterings,
         )
 
@@ -181,11 +182,7 @@ class ChunkCodes(nn.Module):
             return
         if self.seen is not None:
             mark_seen(self.seen, ids)
-        self.count_ids(ids)
-
-    def count_ids(self, ids: torch.Tensor) -> None:
-        """Counts the batch for `ids`, as `note` has them, where they are counted."""
-        if self.counts is not None and self.batches is not None and self.training:
+        if self.counts is not None and self.batches is not None:
             config = self.config
             bits = bits_of_batch(ids + self.ids.start, config.seed, config.name, self.batches)
             count(self.counts, ids, bits)

@@ -41,6 +41,11 @@ def shrinkage(device: torch.device | None = None) -> torch.Tensor:
     return counts / (counts + PRIOR)
 
 
+def chances() -> list[int]:
+    """Of 2^31 hashes of a batch, how many have an id of each level rise; the last level stays."""
+    return [round(BASE**-level * (1 << 31)) for level in range(LEVELS - 1)] + [0]
+
+
 def levels_of(counts: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
     """Levels of `ids`, counted from the first id of `counts`, int64."""
     return (counts[ids >> 1].long() >> ((ids & 1) * 4)) & 15
@@ -55,10 +60,8 @@ def count(counts: torch.Tensor, ids: torch.Tensor, bits: torch.Tensor) -> None:
         bits: of each, by `hashing.bits_of_batch`.
     """
     spare = counts.numel() - 1
-    chances = (BASE ** -torch.arange(LEVELS, dtype=torch.float64) * 2**31).long()
-    chances[-1] = 0  # the last level stays
     levels = levels_of(counts, ids)
-    rises = bits < chances.to(ids.device)[levels]
+    rises = bits < torch.tensor(chances(), device=ids.device)[levels]
     # Repetitions of an id write the same byte; of two ids that share one, each has a pass. The
     # last byte takes what belongs to the other pass: to select ids would wait for the device.
     for half in range(_PER_BYTE):

@@ -123,7 +123,7 @@ def helper_hashes(
 
     On the device of `clusterings`, an int64 scalar whose value nothing waits for.
     """
-    states = [_state(seed, table, chunk, HELPER_ROLE) for chunk in chunks]
+    states = [_signed(_state(seed, table, chunk, HELPER_ROLE)) for chunk in chunks]
     return _in_round(states, clusterings)
 
 
@@ -132,14 +132,18 @@ def bits_of_batch(ids: torch.Tensor, seed: int, table: str, batch: torch.Tensor)
 
     `batch` is an int64 scalar, whose value nothing waits for.
     """
-    hashes = _in_round([_state(seed, table, 0, COUNT_ROLE)], batch)
+    hashes = _in_round([count_state(seed, table)], batch)
     return hash_rows(ids, hashes[:, :1], hashes[:, 1:], 1 << 31).view(-1)
 
 
+def count_state(seed: int, table: str) -> int:
+    """What the hashes of all batches of a table start from, as signed 64-bit."""
+    return _signed(_state(seed, table, 0, COUNT_ROLE))
+
+
 def _in_round(starts: list[int], round_: torch.Tensor) -> torch.Tensor:
-    """Multiplier and addend of the functions that start from `starts`, int64 [starts, 2]."""
-    signed = [_signed(start) for start in starts]
-    states = torch.tensor(signed, dtype=torch.int64, device=round_.device)
+    """Multiplier and addend of the functions that start from signed `starts`, int64 [starts, 2]."""
+    states = torch.tensor(starts, dtype=torch.int64, device=round_.device)
     states = mix((states ^ round_) + _signed(_GAMMA))
     multipliers = mix(states + _signed(_GAMMA)) | 1
     addends = mix((states ^ _ADDEND) + _signed(_GAMMA))

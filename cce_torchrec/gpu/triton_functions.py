@@ -30,6 +30,12 @@ def hashed(mixed, multiplier, addend, rows):  # type: ignore[no-untyped-def]
 
 
 @triton.jit
+def hashed_raw(ids, key, num_embeddings):  # type: ignore[no-untyped-def]
+    """hashing.hash_ids: the remainder of the upper 63 bits of the id's mix with the key."""
+    return ((mix(ids ^ key) >> 1) & 0x7FFFFFFFFFFFFFFF) % num_embeddings
+
+
+@triton.jit
 def code_at(address, bit, bits, on):  # type: ignore[no-untyped-def]
     """The codes of `bits` bits (1 to 32) from `bit` of packed codes at `address` on, int64."""
     # By whole words of 32 bits, in which packed codes lie; most codes are in one of them.

@@ -18,6 +18,7 @@ if TYPE_CHECKING:  # Triton may not be installed
     from cce_torchrec.lookup.triton_expand import Bags
 
 _BYTES = compiled.Pointer(torch.uint8)
+_INT64 = compiled.Pointer(torch.int64)
 _NO_POSITION = torch.iinfo(torch.int64).max
 
 
@@ -41,6 +42,13 @@ class Table:
     """What raw ids are hashed with; None where ids are not hashed."""
     seen: torch.Tensor | None = None
     """Bits of seen ids, uint8 in whole words of 4 bytes, where they are to be marked."""
+
+    counts: torch.Tensor | None = None
+    """Counts of ids, where they are to be counted."""
+    batches: torch.Tensor | None = None
+    """int64 scalar, the number of the batch that is counted."""
+    count_state: int = 0
+    """What the hashes of its batches start from."""
 
     @property
     def rows_per_id(self) -> int:
@@ -101,6 +109,9 @@ class DeviceTables:
                     table.copies,
                     packing.group.bit_length() - 1,
                     packing.width,
+                    0 if table.counts is None else _BYTES.address(table.counts, device),
+                    0 if table.batches is None else _INT64.address(table.batches, device),
+                    table.count_state,
                 ]
             )
             chunks += table.chunks

@@ -193,7 +193,6 @@ class Expansion:
         )
         if first_bad is not None:
             self._raise_for(ids, first_bad, check)
-        self._count(features)
         return KeyedJaggedTensor(
             keys=self._keys,
             values=rows.values,
@@ -202,16 +201,6 @@ class Expansion:
             length_per_key=out_per_key,
             **self._batch_sizes(features, inverse_indices),
         )
-
-    def _count(self, features: KeyedJaggedTensor) -> None:
-        """Has tables that count their ids count them; waits for numbers that are not known."""
-        lookups = [lookup for lookup in self.table_lookups if lookup.counts]
-        if not lookups:
-            return
-        starts = list(itertools.accumulate(features.length_per_key(), initial=0))
-        for lookup in lookups:
-            bounds = [(starts[s], starts[s + 1]) for s in lookup.slots]
-            lookup.count_on_device(_gather(features.values(), bounds))
 
     def _counters(self, where: torch.device, check: BoundsCheck) -> torch.Tensor | None:
         """Where ids out of bounds are counted, int64 [tables]; None in modes that do not count."""

@@ -8,7 +8,7 @@ import torch
 from torchrec.modules.embedding_configs import EmbeddingBagConfig
 
 from cce_torchrec.codes.chunk_codes import ChunkCodes
-from cce_torchrec.codes.hashing import hash_ids, raw_id_key
+from cce_torchrec.codes.hashing import count_state, hash_ids, raw_id_key
 from cce_torchrec.config import is_cce
 from cce_torchrec.lookup import device, native
 from cce_torchrec.lookup.bounds import BoundsCheck
@@ -46,11 +46,6 @@ class TableLookup:
         """Whether ids are raw, to be hashed into [0, num_embeddings)."""
         return is_cce(self.config) and self.config.hash_ids
 
-    @property
-    def counts(self) -> bool:
-        """Whether it counts the ids that are looked up now."""
-        return self.codes is not None and self.codes.counts is not None and self.codes.training
-
     def hashed(self, ids: torch.Tensor) -> torch.Tensor:
         """`ids`, or what a table with `hash_ids` makes of them."""
         if not self.hashes_ids:
@@ -80,13 +75,6 @@ class TableLookup:
         ids = check(name, ids, self.config.num_embeddings)
         codes.note(ids.long())
         return ids
-
-    def count_on_device(self, ids: torch.Tensor) -> None:
-        """Counts `ids`, which a GPU's kernels look up, where the table counts them."""
-        codes = self.codes
-        if codes is not None and self.counts:
-            ids, size = self.hashed(ids).long(), self.config.num_embeddings
-            codes.count_ids(ids.masked_fill((ids < 0) | (ids >= size), 0))
 
     def job(self, ids: torch.Tensor, out: torch.Tensor) -> native.Job:
         """The compiled expansion of `ids` [V] into `out`, int64 [chunks * V * rows per id]."""
@@ -126,4 +114,7 @@ class TableLookup:
             chunks=tuple(tuple(hashes[column]) for column in self.columns),
             raw_id_key=raw_id_key(config.seed, config.name) if config.hash_ids else None,
             seen=codes.seen if codes.training else None,
+            counts=codes.counts if codes.training else None,
+            batches=codes.batches,
+            count_state=count_state(config.seed, config.name),
         )

@@ -10,8 +10,10 @@ from dataclasses import dataclass
 import torch
 import triton
 
+from cce_torchrec.codes.counts import LEVELS, chances
 from cce_torchrec.gpu.launch import launch
 from cce_torchrec.lookup import triton_kernel as kernels
+from cce_torchrec.lookup.triton_count import count_ids
 
 _VALUES, _WARPS = 512, 8
 """Ids of a program and its warps. On an H100 others of 128 to 512 ids took as long for one table
@@ -40,8 +42,11 @@ class Lookup:
     ) -> None:
         flat = [list(itertools.chain.from_iterable(part)) for part in (tables, chunks, features)]
         # One tensor, as a launch takes the host longer the more pointers it has.
-        self.numbers = torch.tensor([*flat[0], *flat[1], *flat[2], *table_of], device=device)
-        """int64: what describes tables, chunks, features, and the table of each logical one."""
+        numbers = [*flat[0], *flat[1], *flat[2], *table_of, *chances()]
+        self.numbers = torch.tensor(numbers, device=device)
+        """int64: what describes tables, chunks, features, the table of each logical one, and the
+        chances of counts."""
+        self.chances_at = len(numbers) - LEVELS
         self.places = tuple(itertools.accumulate(map(len, flat)))
         """Where chunks, features and the tables of logical features start in `numbers`."""
         self.num_tables, self.num_features = len(tables), len(table_of)
@@ -57,6 +62,7 @@ class Lookup:
         self.row_bytes = _row_bytes(tables) if self.code_bits else 0
         self.raw = any(table[10] for table in tables)
         self.mark = any(table[12] for table in tables)
+        self.counts = any(table[16] for table in tables)
         self.pairs = all(table[5] for table in tables)
         """Whether every table has helper rows: two rows per id and chunk."""
 
@@ -146,6 +152,23 @@ def expand(
         FEATURE_FIELDS=kernels.FEATURE_FIELDS,
         num_warps=_WARPS,
     )  # fmt: skip
+    if lookup.counts:
+        _count(lookup, ids, bags, starts, step)
+
+
+def _count(
+    lookup: Lookup, ids: torch.Tensor, bags: Bags, starts: torch.Tensor | None, step: int
+) -> None:
+    count_ids(
+        ids,
+        bags.offsets if starts is None else starts,
+        step,
+        lookup.numbers,
+        table_of_at=lookup.places[2],
+        chances_at=lookup.chances_at,
+        num_features=lookup.num_features,
+        table_fields=kernels.TABLE_FIELDS,
+    )
 
 
 def _find_starts(lookup: Lookup, bags: Bags) -> tuple[torch.Tensor, torch.Tensor]:

@@ -18,14 +18,23 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from cce_torchrec.gpu.triton_functions import code_at, hashed, last_at, mark_bits, mix, row_at
+from cce_torchrec.gpu.triton_functions import (
+    code_at,
+    hashed,
+    hashed_raw,
+    last_at,
+    mark_bits,
+    mix,
+    row_at,
+)
 
-TABLE_FIELDS = 16
+TABLE_FIELDS = 19
 """int64 per table: ids, address of codes, bits of a code (0: hashed, -1: the id is the row), bytes
 of a row of packed codes, main rows, helper rows, first feature, end of features, chunks, first
 chunk, whether ids are raw, the key that raw ids are hashed with, address of the bits of seen ids
-(0: they are not marked), rows per id of all chunks together; and of a row of packed codes the
-logarithm of its number of ids, and the bytes of a chunk."""
+(0: they are not marked), rows per id of all chunks together; of a row of packed codes the
+logarithm of its number of ids, and the bytes of a chunk; and of counts of ids their address (0:
+they are not counted), that of the number of batches, and what the hash of a batch starts from."""
 CHUNK_FIELDS = 5
 """int64 per chunk: column, multiplier and addend of the main hash, of the helper hash."""
 FEATURE_FIELDS = 4
@@ -109,9 +118,8 @@ def _checked(  # type: ignore[no-untyped-def]
     # Raw ids hashed, and those out of bounds counted and read as 0.
     num_embeddings, zeros = tl.load(field), tl.zeros(at.shape, tl.int64)
     if RAW:
-        # As hashing.hash_ids: the remainder of the upper 63 bits of the id's mix with the key.
-        raw = (mix(ids ^ tl.load(field + 11)) >> 1) & 0x7FFFFFFFFFFFFFFF
-        ids = tl.where(tl.load(field + 10) != 0, raw % num_embeddings, ids)
+        raw = hashed_raw(ids, tl.load(field + 11), num_embeddings)
+        ids = tl.where(tl.load(field + 10) != 0, raw, ids)
     bad = inside & ((ids < 0) | (ids >= num_embeddings))
     if invalid_ptr is not None:
         tl.atomic_add(invalid_ptr + table + zeros, zeros + 1, mask=bad, sem="relaxed")

@@ -100,6 +100,19 @@ def test_equals_compiled_kernels_on_the_cpu(step, option):
     compare(step, cpu, cuda, "auto", OPTIONS[option])
 
 
+@pytest.mark.parametrize("options", [{}, {"samples_per_centroid": 3}], ids=["all", "sampled"])
+def test_shrunk_by_counts_as_on_the_cpu(monkeypatch, options):
+    monkeypatch.setattr(native, "available", lambda: False)
+    tables = [table(0, num_chunks=2, num_rows=4, num_embeddings=N, recipe="rare")]
+    cpu, cuda = twins([*tables, table(1, num_chunks=1, num_rows=8, num_embeddings=N)])
+    for seed in range(5):
+        features = batch(num_ids=N // 2, seed=seed)
+        cpu(features), cuda(features.to("cuda"))
+    assert cpu.codes["t0"].counts.unique().numel() > 3
+    compare(cluster, cpu, cuda, "torch", options)
+    assert_same_state(cpu, cuda, rtol=0, atol=0)
+
+
 @pytest.mark.parametrize("weights", [None, "seen"])
 @pytest.mark.parametrize("samples", [None, 2], ids=["all pairs", "sampled"])
 @pytest.mark.parametrize("step", [cluster, finalize])
