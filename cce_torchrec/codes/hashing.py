@@ -123,8 +123,9 @@ def helper_hashes(
     On the device of `clusterings`, an int64 scalar whose value nothing waits for.
     """
     starts = [_signed(_state(seed, table, chunk, HELPER_ROLE)) for chunk in chunks]
-    states = torch.tensor(starts, dtype=torch.int64, device=clusterings.device)
-    states = mix((states ^ clusterings) + _signed(_GAMMA))
+    # No new tensor of `starts`, as TorchScript has none on a device that a graph knows later.
+    states = torch.stack([clusterings ^ start for start in starts])
+    states = mix(states + _signed(_GAMMA))
     multipliers = mix(states + _signed(_GAMMA)) | 1
     addends = mix((states ^ _ADDEND) + _signed(_GAMMA))
     return torch.stack([multipliers, addends], dim=1)
