@@ -147,6 +147,7 @@ class TrainingProgress:
         """Counts a step; then clusters, finalizes and saves if it is time. Collective."""
         self.step += 1
         self._when.cluster_if_due(self.model, self.step, **self.clustering)
+        # After a step, as of the checkpoint itself nothing may be changed by a load.
         if self._is_late:
             finalize(self.model, **self.clustering)
             self._is_late = False
@@ -194,6 +195,7 @@ def _whole(name: str, value: Any, least: int) -> int:
     Raises:
         ValueError: it is no whole number from `least` on.
     """
+    # Of a float the epochs would be floats too, and JSON holds no NumPy.
     try:
         found = int(operator.index(value))
     except TypeError as error:

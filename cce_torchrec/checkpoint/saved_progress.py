@@ -41,6 +41,7 @@ class SavedProgress:
         """
         info = checkpoint_info(folder)
         extra = info.extra or {}
+        # `save_checkpoint` takes any `extra`, whose names may mean something else.
         for name in ("epochs", "steps_per_epoch"):
             if name in extra and (type(extra[name]) is not int or extra[name] < 1):
                 raise _foreign(info.path, name, extra[name])

@@ -38,6 +38,7 @@ def optimizer_of_tables(
     weights = dict(_stepped_by_the_job(model))
     found = {}
     for place, optimizer in enumerate(optimizers):
+        # By identity, as `==` of tensors compares their values.
         own = {id(p) for group in optimizer.param_groups for p in group["params"]}
         tables = [path for path, of_table in weights.items() if own & set(map(id, of_table))]
         if tables:
@@ -89,6 +90,7 @@ def check_ahead(model: nn.Module, arguments: Mapping[str, Any], *, finalize: boo
     unknown = sorted(set(arguments) - set(_ARGUMENTS))
     if unknown:
         raise ValueError(f"cluster has no argument {unknown[0]!r}; it takes {_ARGUMENTS}")
+    # With the end in mind: "main" clusters well, and cannot finalize.
     options = _options(arguments, finalize)
     try:
         options.check()
@@ -103,6 +105,7 @@ def check_ahead(model: nn.Module, arguments: Mapping[str, Any], *, finalize: boo
     options.check_names({path.rpartition(".")[2] for path in wanted})
     group = ranks_of_call(arguments.get("process_group"))
     for _, state in local_chunks(model, arguments.get("optimizer"), options):
+        # Not `check_for`: weights that are not finite may be those of before a load.
         state.check_group(group)
         options.check_arguments(state)
         make_backend(options.scorer, state.weight.device)

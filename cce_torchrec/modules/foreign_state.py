@@ -112,6 +112,7 @@ def _has_shards(value: Any) -> bool:
     """Whether it is a DTensor of TorchRec's, as sharded collections may have in state dicts."""
     if not isinstance(value, DTensor):
         return False
+    # Otherwise it would be a view for autograd, and no wrapper any more.
     with torch.no_grad():
         return isinstance(value.to_local(), LocalShardsWrapper)
 
