@@ -75,8 +75,17 @@ def _is_whole(checkpoint: Path) -> bool:
     return (checkpoint / MANIFEST).is_file()
 
 
+def _refuse_checkpoint(folder: Path) -> None:
+    """Raises ValueError if `folder` is one checkpoint, in which there are no others."""
+    if _is_whole(folder):
+        raise ValueError(
+            f"{folder} is one checkpoint, and no folder of a job; give the folder that it is in"
+        )
+
+
 def begin(folder: Path, step: int, pin: str) -> Path:
     """Removes what was never finished, and makes the folder of a new checkpoint."""
+    _refuse_checkpoint(folder)
     make_folder(folder)
     saved = _saved(folder)
     # Format 2 renamed what was whole: a folder without a number is not ours to remove.
@@ -135,7 +144,11 @@ def latest_checkpoint(folder: str | Path, *, pin: str | None = None) -> Path | N
     Args:
         folder: of the job, local or the URI of an object store.
         pin: the latest of those that were saved with `save_checkpoint(..., pin=pin)`.
+
+    Raises:
+        ValueError: `folder` is one checkpoint.
     """
+    _refuse_checkpoint(location(folder))
     for one in _saved(location(folder)):
         if pin in (None, one.pin) and _is_whole(one.path):
             return one.path

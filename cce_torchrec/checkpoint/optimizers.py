@@ -38,6 +38,28 @@ from cce_torchrec.torchrec_internals import (
 )
 
 
+def listed(given: Any, name: str, attribute: str) -> list[Any]:
+    """`given` optimizers or schedulers as a list.
+
+    Args:
+        given: what a caller passed as the argument `name`.
+        attribute: what each of them has.
+
+    Raises:
+        ValueError: it is one of them, or has something else in it.
+    """
+    if hasattr(given, attribute):
+        raise ValueError(f"{name} is one {type(given).__name__}; give a list of it, [{name[:-1]}]")
+    try:
+        found = list(given)
+    except TypeError as error:
+        raise ValueError(f"{name} {given!r} are no list; give one, which may be empty") from error
+    for place, one in enumerate(found):
+        if not hasattr(one, attribute):
+            raise ValueError(f"{name}[{place}] is a {type(one).__name__}, and no {name[:-1]}")
+    return found
+
+
 def optimizer_states(
     model: nn.Module, optimizers: Sequence[torch.optim.Optimizer]
 ) -> dict[str, ParameterState]:
@@ -56,7 +78,7 @@ def optimizer_states(
         for optimizer in optimizers_in_backward(parameter) if name not in out else ():
             for group in optimizer.param_groups:
                 out[name] = TorchState.of(optimizer, parameter, group)
-    for number, optimizer in enumerate(optimizers):
+    for number, optimizer in enumerate(listed(optimizers, "optimizers", "param_groups")):
         place = f"optimizers[{number}]"
         for name, state in _ordinary(list(_parts(optimizer, place)), names):
             first = out.setdefault(name, state)

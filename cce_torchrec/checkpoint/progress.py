@@ -6,7 +6,8 @@ Of a loop of training nothing else is needed: which batch comes next follows fro
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+import operator
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,10 +17,13 @@ from torch import nn
 from torch.optim.lr_scheduler import LRScheduler
 
 from cce_torchrec.checkpoint.folder import latest_checkpoint
-from cce_torchrec.checkpoint.info import checkpoint_info
 from cce_torchrec.checkpoint.load import load_checkpoint
+from cce_torchrec.checkpoint.optimizers import listed
 from cce_torchrec.checkpoint.save import save_checkpoint
-from cce_torchrec.checkpoint.schedulers import loader, saved_schedulers
+from cce_torchrec.checkpoint.saved_progress import NOTHING_SAVED, SavedProgress, saved_extra
+from cce_torchrec.checkpoint.schedulers import loader
+from cce_torchrec.clustering.ahead import check_ahead, has_helpers, optimizer_of_tables
+from cce_torchrec.clustering.finalizing import finalize
 from cce_torchrec.clustering.schedule import ClusteringSchedule
 from cce_torchrec.collectives import Ranks, same_task
 
@@ -38,8 +42,10 @@ class TrainingProgress:
 
     Raises:
         ValueError: on every rank, before anything is loaded: numbers that are no number of steps,
-            that differ between ranks, no checkpoint where there are no epochs, or schedulers other
-            than those in the checkpoint; and what `load_checkpoint` and `save_checkpoint` raise.
+            that differ between ranks, no checkpoint where there are no epochs, training in a folder
+            that is one, or schedulers other than those in the checkpoint; options with which a
+            clustering could only fail, no CCE table to cluster, an optimizer that lacks tables; and
+            what `load_checkpoint` and `save_checkpoint` raise.
     """
 
     folder: str | Path
@@ -57,34 +63,75 @@ class TrainingProgress:
     schedule: ClusteringSchedule | None = field(default=None, kw_only=True)
     """By default `ClusteringSchedule.evenly` over all epochs, the last of which finalizes."""
     clustering: Mapping[str, Any] = field(default_factory=dict, kw_only=True)
-    """Options of `cluster`, by name; `optimizer` is that of a job which has one, by default."""
+    """Options of `cluster`, by name; `optimizer` is by default that which has unsharded and
+    data-parallel tables."""
     step: int = field(default=0, init=False)
     """Steps so far."""
 
     def __post_init__(self) -> None:
         ranks = Ranks(None)
-        same_task(self._numbers, "epochs, save_every, schedule", ranks.group)
+        what = "epochs, save_every, schedule, schedulers"
+        same_task(lambda: (None, self._settings()), what, ranks.group)
         # Every step is collective, so that no rank takes more than the one with the fewest.
         self.steps_per_epoch = min(ranks.agree(lambda: self.steps_per_epoch))
         total = self.epochs * self.steps_per_epoch
         default = ClusteringSchedule.evenly(total, finalize=True) if total else None
         self._when = self.schedule or default or ClusteringSchedule.never()
-        # Data-parallel and unsharded tables need it; of several, the job alone knows which.
-        if len(self.optimizers) == 1:
-            self.clustering = {"optimizer": self.optimizers[0], **self.clustering}
+        self._is_late = False
         # Now, as what cannot be saved would else be found when hours of training are to be.
         ranks.agree(self._extra)
         # Without an epoch to train there has to be one, or an untrained model would be evaluated.
-        if self.epochs == 0 or ranks.first(lambda: latest_checkpoint(self.folder)) is not None:
-            self._resume(ranks)
+        resumes = (
+            self.epochs == 0 or ranks.first(lambda: latest_checkpoint(self.folder)) is not None
+        )
+        saved = ranks.first(lambda: SavedProgress.latest(self.folder)) if resumes else NOTHING_SAVED
+        self.step = saved.step_now(self.steps_per_epoch)
+        if self.epochs and self._when != ClusteringSchedule.never():
+            same_task(lambda: (None, self._clustering_ahead()), "clustering", ranks.group)
+        if resumes:
+            self._resume(saved, ranks)
 
-    def _numbers(self) -> tuple[None, tuple[int, int, ClusteringSchedule | None]]:
-        if self.epochs < 0 or self.save_every < 1 or self.steps_per_epoch < 1:
+    def _settings(self) -> Hashable:
+        """What ranks have to give alike, as numbers of Python's and lists that may be read twice.
+
+        Raises:
+            ValueError: something is of no use, saying what to give.
+        """
+        for name, least in (("epochs", 0), ("steps_per_epoch", 1), ("save_every", 1)):
+            setattr(self, name, _whole(name, getattr(self, name), least))
+        self.optimizers = listed(self.optimizers, "optimizers", "param_groups")
+        self.schedulers = listed(self.schedulers, "schedulers", "load_state_dict")
+        if not isinstance(self.schedule, ClusteringSchedule | None):
             raise ValueError(
-                f"epochs {self.epochs}, steps_per_epoch {self.steps_per_epoch} and save_every "
-                f"{self.save_every}: epochs are 0 or more, and the others 1 or more"
+                f"schedule {self.schedule!r} is no ClusteringSchedule; give one of its forms, such "
+                "as ClusteringSchedule.every(1000)"
             )
-        return None, (self.epochs, self.save_every, self.schedule)
+        if not isinstance(self.clustering, Mapping):
+            raise ValueError(
+                f"clustering {self.clustering!r} is no dictionary of options of cluster, by name"
+            )
+        kinds = tuple(type(scheduler).__name__ for scheduler in self.schedulers)
+        return self.epochs, self.save_every, self.schedule, kinds
+
+    def _clustering_ahead(self) -> Hashable:
+        """Completes and checks the options of the clusterings that are still to come."""
+        # Unsharded and data-parallel tables need it.
+        if "optimizer" not in self.clustering:
+            optimizer = optimizer_of_tables(self.model, self.optimizers)
+            self.clustering = {"optimizer": optimizer, **self.clustering}
+        if self._is_past_final:  # its tables may be configured as finalized ones
+            return None
+        try:
+            return check_ahead(self.model, self.clustering, finalize=self._when.final > 0)
+        except ValueError as error:
+            raise ValueError(
+                f"{error}. A clustering of this job would end so: change clustering=, or give "
+                "schedule=ClusteringSchedule.never()"
+            ) from error
+
+    @property
+    def _is_past_final(self) -> bool:
+        return 0 < self._when.final <= self.step
 
     @property
     def epoch(self) -> int:
@@ -100,6 +147,10 @@ class TrainingProgress:
         """Counts a step; then clusters, finalizes and saves if it is time. Collective."""
         self.step += 1
         self._when.cluster_if_due(self.model, self.step, **self.clustering)
+        # After a step, as of the checkpoint itself nothing may be changed by a load.
+        if self._is_late:
+            finalize(self.model, **self.clustering)
+            self._is_late = False
         if self.step % self.save_every == 0 or self.step_in_epoch == 0:
             self.save()
 
@@ -115,24 +166,40 @@ class TrainingProgress:
         )
 
     def _extra(self) -> dict[str, Any]:
-        return {
-            "steps_per_epoch": self.steps_per_epoch,
-            "schedulers": saved_schedulers(self.schedulers),
-        }
+        return saved_extra(self.epochs, self.steps_per_epoch, self.schedulers)
 
-    def _resume(self, ranks: Ranks) -> None:
+    def _resume(self, saved: SavedProgress, ranks: Ranks) -> None:
         """Takes over the latest checkpoint."""
-        info = ranks.first(lambda: checkpoint_info(self.folder))
-        saved = info.extra or {}
         # Checked before the load, which writes into the model.
-        load_schedulers = ranks.each(lambda: loader(self.schedulers, saved.get("schedulers", [])))
-        load_checkpoint(info.path, self.model, optimizers=self.optimizers)
+        load_schedulers = ranks.each(lambda: loader(self.schedulers, saved.schedulers))
+        load_checkpoint(saved.path, self.model, optimizers=self.optimizers)
         load_schedulers()  # after the optimizers, whose rates they go on from
-        before, now = saved.get("steps_per_epoch", self.steps_per_epoch), self.steps_per_epoch
-        # With other ranks or batch sizes as many steps would be another part of the data.
-        self.step = info.step * now // before
-        if ranks.rank == 0 and before != now:
+        # The schedule of the job that saved it may have had another end, or none.
+        self._is_late = bool(self.epochs) and self._is_past_final and any(
+            ranks.agree(lambda: has_helpers(self.model, self.clustering))
+        )  # fmt: skip
+        if ranks.rank == 0:
+            saved.tell_of_changes(self.epochs, self.steps_per_epoch, self.schedulers)
+        if self._is_late and ranks.rank == 0:
             logger.warning(
-                "%s: an epoch had %d steps, and has %d: step %d is step %d now",
-                info.path, before, now, info.step, self.step,
+                "%s: the schedule finalizes after step %d, and the job goes on from step %d with "
+                "tables that have helpers: they are finalized after its next step; where none is "
+                "left to train, finalize(model) does it",
+                saved.path, self._when.final, self.step,
             )  # fmt: skip
+
+
+def _whole(name: str, value: Any, least: int) -> int:
+    """`value` as a number of Python's, which NumPy's and tensors' are not.
+
+    Raises:
+        ValueError: it is no whole number from `least` on.
+    """
+    # Of a float the epochs would be floats too, and JSON holds no NumPy.
+    try:
+        found = int(operator.index(value))
+    except TypeError as error:
+        raise ValueError(f"{name} {value!r} is no whole number; convert it by int()") from error
+    if found < least:
+        raise ValueError(f"{name} {found} is below {least}, of which nothing could be trained")
+    return found

@@ -135,6 +135,10 @@ class Options:
     def check_for(self, state: ChunkState) -> None:
         """Raises ValueError if an option does not suit a chunk, or its weights are not finite."""
         state.check()
+        self.check_arguments(state)
+
+    def check_arguments(self, state: ChunkState) -> None:
+        """Raises ValueError if an option does not suit a chunk, whatever its weights are."""
         config = state.codes.config
         if self.weights is not None and state.column == 0:  # once a table: they are as long as it
             self.weights_of(state)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Set
 from dataclasses import dataclass, field
 from typing import Any
@@ -23,6 +24,20 @@ class ClusteringSchedule:
     """The step after which `finalize` takes the place of `cluster`, the last of all; 0: none."""
 
     def __post_init__(self) -> None:
+        # As Python's numbers, in a set that stays as it is: a checkpoint and other ranks have it.
+        try:
+            numbers = {
+                "steps": frozenset(map(operator.index, self.steps)),
+                "interval": operator.index(self.interval),
+                "final": operator.index(self.final),
+            }
+        except TypeError as error:
+            raise ValueError(
+                f"steps {self.steps!r}, interval {self.interval!r} and final {self.final!r} are "
+                f"whole numbers of steps ({error}); convert them by int()"
+            ) from error
+        for name, value in numbers.items():
+            object.__setattr__(self, name, value)
         never = sorted(step for step in self.steps if step < 1)
         if never or self.interval < 0 or self.final < 0:
             raise ValueError(
@@ -32,7 +47,9 @@ class ClusteringSchedule:
             )
 
     def due(self, step: int) -> bool:
-        """Whether to cluster after step `step`, or to finalize."""
+        """Whether to cluster after step `step`, or to finalize; never before the first step."""
+        if step < 1:
+            return False
         # Finalized tables have no helper, without which there is nothing to cluster.
         if self.final and step >= self.final:
             return step == self.final

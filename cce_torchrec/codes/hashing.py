@@ -143,8 +143,9 @@ def count_state(seed: int, table: str) -> int:
 
 def _in_round(starts: list[int], round_: torch.Tensor) -> torch.Tensor:
     """Multiplier and addend of the functions that start from signed `starts`, int64 [starts, 2]."""
-    states = torch.tensor(starts, dtype=torch.int64, device=round_.device)
-    states = mix((states ^ round_) + _signed(_GAMMA))
+    # No new tensor of `starts`, as TorchScript has none on a device that a graph knows later.
+    states = torch.stack([round_ ^ start for start in starts])
+    states = mix(states + _signed(_GAMMA))
     multipliers = mix(states + _signed(_GAMMA)) | 1
     addends = mix((states ^ _ADDEND) + _signed(_GAMMA))
     return torch.stack([multipliers, addends], dim=1)

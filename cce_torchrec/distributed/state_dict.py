@@ -20,7 +20,7 @@ import torch.distributed as dist
 from torch import nn
 
 from cce_torchrec.codes.chunk_codes import ChunkCodes, local_codes
-from cce_torchrec.codes.helper_rows import check_helper_rows, save_helper_rows
+from cce_torchrec.codes.helper_rows import save_helper_rows
 from cce_torchrec.config import CCEEmbeddingBagConfig
 from cce_torchrec.distributed.id_partition import IdPartition
 from cce_torchrec.distributed.table_placement import TablePlacement
@@ -184,7 +184,6 @@ class CodesState:
                 "weights from load_state_dict(assign=True); leave assign out, and they are copied"
             )
         take_old_names([table.config for table in self._tables], state, prefix)
-        check_helper_rows(self._compressed, state, prefix)
         refuse_foreign_state(self._compressed, state, prefix)
         for config in self._sharded_tables():
             key, local = codes_key(prefix, config.name), local_codes(self._codes, config.name)

@@ -24,7 +24,7 @@ from torchrec.modules.embedding_modules import (
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor, KeyedTensor
 
 from cce_torchrec.codes.chunk_codes import ChunkCodes, codes_of, local_codes
-from cce_torchrec.codes.helper_rows import check_helper_rows, save_helper_rows
+from cce_torchrec.codes.helper_rows import save_helper_rows
 from cce_torchrec.config import CodebookInit, is_cce
 from cce_torchrec.lookup.bounds import BoundsCheck
 from cce_torchrec.lookup.expansion import Expansion
@@ -35,7 +35,7 @@ from cce_torchrec.lookup.output import LogicalOutput, divides_by_length, tensor_
 from cce_torchrec.lookup.pending import PendingLookup
 from cce_torchrec.lookup.table_lookup import TableLookup
 from cce_torchrec.modules import traced
-from cce_torchrec.modules.foreign_state import refuse_foreign_state
+from cce_torchrec.modules.foreign_state import refuse_foreign_state, refuse_shards
 from cce_torchrec.modules.old_names import take_old_names
 from cce_torchrec.modules.quantization import ChecksNames
 from cce_torchrec.modules.sharder_hint import ShardedWhole
@@ -211,7 +211,7 @@ def _check_state(
 ) -> None:
     configs = module.embedding_bag_configs()
     take_old_names(configs, state, prefix)
-    check_helper_rows(configs, state, prefix)
+    refuse_shards(state, prefix)
     refuse_foreign_state(configs, state, prefix)
 
 

@@ -168,11 +168,8 @@ def check_one_batch_size(features: KeyedJaggedTensor) -> None:
         ValueError: saying what to give.
     """
     # A TensorDict has none: TorchRec makes one batch size of it.
-    if isinstance(features, KeyedJaggedTensor) and features.variable_stride_per_key():
-        raise ValueError(
-            "sequence embeddings take one batch size for all features; a feature without ids in "
-            "an example has length 0 there"
-        )
+    if isinstance(features, KeyedJaggedTensor):
+        traced.with_one_batch_size(features)
 
 
 def sequences(

@@ -1,7 +1,8 @@
 """Lookups of unsharded collections as torch.fx records them: in operators of torch alone.
 
 A tracer follows no number of a batch, such as the ids of a feature, which the compiled expansion
-goes by. A graph, or TorchScript of it, has the codes and hashes of when it was made.
+goes by. A graph reads the buffers of the collection that it was made of, and so follows clustering
+steps; after `finalize`, ids have fewer rows than it has operators for.
 """
 
 from __future__ import annotations
@@ -14,16 +15,24 @@ from fbgemm_gpu.split_table_batched_embeddings_ops_common import BoundsCheckMode
 from torch import nn
 from torch.nn.functional import embedding
 from torchrec.fx import symbolic_trace
-from torchrec.modules.embedding_modules import EmbeddingBagCollection
+from torchrec.modules.embedding_modules import (
+    EmbeddingBagCollection,
+    process_pooled_embeddings,
+    reorder_inverse_indices,
+)
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor, KeyedTensor
 
-from cce_torchrec.codes.hashing import code_hash, helper_hash
+from cce_torchrec.codes.hashing import code_hash, hash_rows, helper_hashes
 from cce_torchrec.lookup.expansion import Expansion
 from cce_torchrec.lookup.output import LogicalOutput
 from cce_torchrec.lookup.table_lookup import TableLookup
 from cce_torchrec.table import physical_table
 
 Forward = TypeVar("Forward", bound=Callable[..., Any])
+
+# Called as a whole in a graph; torch asks for it in each file that calls them.
+torch.fx.wrap("process_pooled_embeddings")
+torch.fx.wrap("reorder_inverse_indices")
 
 
 def with_types(forward: Forward) -> Forward:
@@ -33,6 +42,41 @@ def with_types(forward: Forward) -> Forward:
     """
     forward.__annotations__ = get_type_hints(forward)
     return forward
+
+
+@torch.fx.wrap
+def with_one_batch_size(features: KeyedJaggedTensor) -> KeyedJaggedTensor:
+    """`features`, of which a graph asks when it is called.
+
+    Raises:
+        ValueError: they have a batch size per feature, saying what to give.
+    """
+    if features.variable_stride_per_key():
+        raise ValueError(
+            "sequence embeddings take one batch size for all features; a feature without ids in "
+            "an example has length 0 there"
+        )
+    return features
+
+
+@torch.fx.wrap
+def with_examples(features: KeyedJaggedTensor, names: list[str]) -> KeyedJaggedTensor:
+    """`features`, of which a graph asks when it is called.
+
+    Raises:
+        ValueError: they have a batch size per feature, and no bag of each example of some `names`.
+    """
+    inverse = features.inverse_indices_or_none()
+    if inverse is None and not features.variable_stride_per_key():
+        return features
+    known = names[:0] if inverse is None else inverse[0]
+    for name in names:
+        if name not in known:
+            raise ValueError(
+                "the KeyedJaggedTensor has a batch size per feature, but no inverse_indices for "
+                f"{name}; give (names, [features, batch size]), the bag of each example"
+            )
+    return features
 
 
 class Traceable:
@@ -62,11 +106,15 @@ def is_traced(features: Any) -> bool:
 
 
 def pooled(bags: Bags, features: KeyedJaggedTensor) -> KeyedTensor:
-    """The pooled embeddings of a collection.
+    """The pooled embeddings of a collection, of each example's bag by the inverse indices.
 
     Raises:
-        ValueError: bounds_check_mode FATAL, as a graph does not look at ids.
+        ValueError: bounds_check_mode FATAL, as a graph does not look at ids; and in the graph,
+            batch sizes per feature without inverse indices.
     """
+    names = [slot.feature for slot in bags.output.slots]
+    features = with_examples(features, names)
+    inverse = reorder_inverse_indices(features.inverse_indices_or_none(), names)
     jagged, out = features.to_dict(), []
     for lookup in bags.expansion.table_lookups:
         rows_per_id = lookup.rows_per_id
@@ -83,7 +131,9 @@ def pooled(bags: Bags, features: KeyedJaggedTensor) -> KeyedTensor:
                 vectors = vectors / own.lengths().clamp(min=1).unsqueeze(1)
             out.append(vectors)
     return KeyedTensor(
-        keys=bags.output.names, length_per_key=bags.output.dims, values=torch.cat(out, dim=1)
+        keys=bags.output.names,
+        length_per_key=bags.output.dims,
+        values=process_pooled_embeddings(out, inverse),
     )
 
 
@@ -91,9 +141,9 @@ def each_by_itself(bags: Bags, features: KeyedJaggedTensor) -> dict[str, torch.T
     """The embedding of every id [ids, s], by physical feature.
 
     Raises:
-        ValueError: see `pooled`.
+        ValueError: see `pooled`; in the graph, batch sizes per feature of any kind.
     """
-    jagged, out = features.to_dict(), {}
+    jagged, out = with_one_batch_size(features).to_dict(), {}
     for lookup in bags.expansion.table_lookups:
         for slot in lookup.slots:
             ids = jagged[bags.output.slots[slot].feature].values()
@@ -136,8 +186,12 @@ def _chunks(
         else:
             main = found.select(1, column)
         rows = [main]
-        # Numbers, as tensors would be constants of the graph beside the collection's own.
+        # By the buffer of a graph: of the number in it, a constant would be made.
         if lookup.rows_per_id == 2:
-            helper = helper_hash(config.seed, config.name, chunk, codes.num_clusterings)
-            rows.append(helper(ids, config.helper_rows) + config.num_rows)
+            count = codes.count.type_as(ids)
+            hashes = helper_hashes(config.seed, config.name, [chunk], count)
+            helper = hash_rows(
+                ids, hashes.narrow(1, 0, 1), hashes.narrow(1, 1, 1), config.helper_rows
+            )
+            rows.append(helper.select(0, 0) + config.num_rows)
         yield names[column], torch.stack(rows, dim=1)

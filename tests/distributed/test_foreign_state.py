@@ -7,6 +7,8 @@ from dataclasses import replace
 
 import pytest
 import torch
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 from torchrec.modules.embedding_configs import EmbeddingBagConfig, EmbeddingConfig
 from torchrec.modules.embedding_modules import EmbeddingBagCollection, EmbeddingCollection
 
@@ -106,6 +108,86 @@ def test_its_own_state_says_nothing(caplog):
     with caplog.at_level(logging.WARNING):
         model().load_state_dict(saved())
     assert "the state dict has" not in caplog.text
+
+
+@pytest.mark.parametrize("made", ["bags", "sequences", "a module around"])
+def test_codes_without_the_number_of_clusterings(caplog, made):
+    """Which their helper rows follow from; a table without a helper needs none."""
+
+    def fresh():
+        tables = [USER]
+        return {
+            "bags": lambda: CCEEmbeddingBagCollection(tables),
+            "sequences": lambda: CCEEmbeddingCollection(tables),
+            "a module around": lambda: Model(Model(CCEEmbeddingBagCollection(tables))),
+        }[made]()
+
+    state = {k: v for k, v in fresh().state_dict().items() if k.endswith(("weight", "codes"))}
+    with caplog.at_level(logging.WARNING):
+        fresh().load_state_dict(state, strict=False)
+    (line,) = [one for one in caplog.messages if "and not" in one]
+    assert "table 'user'" in line and "user.codes' and not '" in line
+    assert "user.clusterings'; ids find helper rows by that number" in line
+
+
+def test_a_table_without_a_helper_needs_no_number_of_clusterings(caplog):
+    state = {k: v for k, v in saved(num_helper_rows=0).items() if not k.endswith("clusterings")}
+    with caplog.at_level(logging.WARNING):
+        model(num_helper_rows=0).load_state_dict(state, strict=False)
+    assert "and not" not in caplog.text
+
+
+@pytest.mark.parametrize("name", ["num_helper_rows", "clusterings"])
+@pytest.mark.parametrize(
+    ("value", "says"),
+    [(torch.tensor([1, 2]), r"\[2\]"), (torch.ones(0), r"\[0\]"), (48, "48"), (None, "None")],
+    ids=str,
+)
+def test_what_is_no_one_number(name, value, says):
+    fresh = model()
+    before, state = copied(fresh.state_dict()), saved()
+    state = {k: value if k.endswith(name) else v for k, v in state.items()}
+    with pytest.raises(
+        ValueError, match=f"'user': the checkpoint has {says} in '.*{name}', the mo"
+    ):
+        fresh.load_state_dict(state, strict=False)
+    assert all(torch.equal(value, before[name]) for name, value in fresh.state_dict().items())
+
+
+@on_ranks(2)
+@pytest.mark.parametrize("kind", ["tw", "cw", "rw"])
+def test_shards_into_an_unsharded_collection(rank, world_size, kind):
+    source, _ = build(kind, 5)
+    target, _ = build("unsharded", 0)
+    before = copied(target.state_dict())
+    with pytest.raises(
+        ValueError, match=r"table '[tpu]': .*shards of \[.* load that by load_check"
+    ):
+        target.load_state_dict(source.state_dict())
+    kept = {k: v for k, v in target.state_dict().items() if "collection" in k}
+    assert all(torch.equal(value, before[name]) for name, value in kept.items())
+
+
+@on_ranks(2)
+@pytest.mark.parametrize("placement", [Shard(0), Replicate()], ids=str)
+@pytest.mark.parametrize("kind", ["unsharded", "tw", "cw", "rw", "dp"])
+def test_dtensors(rank, world_size, kind, placement):
+    """Of codes, codebooks and plain tables: on every rank, and nothing of them is written."""
+    mesh = init_device_mesh("cpu", (world_size,))
+    source, _ = build("unsharded", 5)
+    target, _ = build(kind, 0)
+    before = [(name, p.detach().clone()) for name, p in target.named_parameters()]
+    codes = copied({k: v for k, v in target.named_buffers() if "codes" in k})
+    for inside, table in ((".t.codes", "t"), ("u#1.weight", "u"), (".p.weight", "p")):
+        state = {
+            name: distribute_tensor(value, mesh, [placement]) if inside in name else value
+            for name, value in source.state_dict().items()
+        }
+        with pytest.raises(ValueError, match=rf"table '{table}': .*DTensor .*\.full_tensor\(\)"):
+            target.load_state_dict(state, strict=False)
+    for (name, old), (_, new) in zip(before, target.named_parameters(), strict=True):
+        assert "collection" not in name or torch.equal(old, new), name
+    assert all(torch.equal(codes[k], v) for k, v in target.named_buffers() if k in codes)
 
 
 @on_ranks(2)

@@ -10,7 +10,7 @@ from cce_torchrec import ClusteringSchedule, TrainingProgress, checkpoint_info, 
 from tests.support.jobs import build, outputs, step
 from tests.support.ranks import on_ranks
 
-NEVER = ClusteringSchedule.never()
+NEVER, EVERY = ClusteringSchedule.never(), ClusteringSchedule.every(3)
 
 
 def job(folder, seed=0, scheduler=MultiStepLR, **options):
@@ -97,8 +97,28 @@ def test_of_unequal_numbers_of_batches_the_least_counts(rank, world_size, tmp_pa
         ([{"steps_per_epoch": 0}, {}], "rank 0: .*steps_per_epoch 0"),
         ([{"epochs": -1}] * 2, "epochs -1"),
         ([{"scheduler": StepLR}] * 2, r"the schedulers \['MultiStepLR'\], and the job \["),
+        ([{"scheduler": StepLR}, {}], r"ranks disagree about \(.*schedulers\): .*'StepLR'"),
+        (
+            [{"schedule": EVERY}, {"schedule": EVERY, "clustering": {"iterations": 3}}],
+            r"ranks disagree about \(clustering\): \[\(6, .*\(3, ",
+        ),
+        (
+            [{"schedule": EVERY}, {"schedule": EVERY, "clustering": {"foo": 3}}],
+            "rank 1: cluster has no argument 'foo'",
+        ),
+        ([{}, {"schedule": 5}], "rank 1: schedule 5 is no ClusteringSchedule"),
     ],
-    ids=["other epochs", "save_every", "steps_per_epoch", "epochs", "schedulers"],
+    ids=[
+        "other epochs",
+        "save_every",
+        "steps_per_epoch",
+        "epochs",
+        "schedulers",
+        "other schedulers",
+        "other options",
+        "options",
+        "schedule",
+    ],
 )
 def test_it_is_refused_on_every_rank_and_nothing_is_loaded(
     rank, world_size, changed, message, tmp_path
@@ -112,6 +132,36 @@ def test_it_is_refused_on_every_rank_and_nothing_is_loaded(
     with pytest.raises(ValueError, match=message):
         TrainingProgress(tmp_path, model, [dense], schedulers, **options)
     assert all(map(lambda a, b: (a == b).all(), outputs(model), before))
+
+
+@on_ranks(2)
+def test_data_parallel_tables_need_their_optimizer_at_the_start(rank, world_size, tmp_path):
+    model, both = build("dp", 0)
+    own, dense = (optimizer for _, optimizer in both.optimizers)
+    numbers = {"epochs": 2, "steps_per_epoch": 4}
+    for given in ([], [dense]):
+        with pytest.raises(
+            ValueError, match=r"data-parallel and the optimizer .*, whose state must"
+        ):
+            TrainingProgress(tmp_path, model, given, **numbers)
+    with pytest.raises(ValueError, match=r"several .*optimizers\[0\] .*optimizers\[1\]"):
+        TrainingProgress(tmp_path, model, [own, both], **numbers)
+    for given in ([dense, own], [both]):
+        progress = TrainingProgress(tmp_path, model, given, **numbers)
+        assert progress.clustering["optimizer"] is given[-1]
+
+
+@on_ranks(2)
+def test_what_is_late_is_finalized_on_every_rank(rank, world_size, tmp_path):
+    """Also where a rank has no chunk."""
+    made = job(tmp_path, epochs=3, steps_per_epoch=10, schedule=None)[-1]
+    made.step = 19
+    made.save()
+    model, *_, progress = job(tmp_path, steps_per_epoch=10, schedule=None)
+    progress.advance()
+    configs = model.module.collection.embedding_bag_configs()
+    assert [c.helper_rows for c in configs if hasattr(c, "num_rows")] == [0, 0]
+    assert checkpoint_info(tmp_path).finalized == ["collection.t", "collection.u"]
 
 
 @on_ranks(1, 2)

@@ -1,6 +1,10 @@
 """When a schedule clusters, and for the last time."""
 
+import json
+
+import numpy as np
 import pytest
+import torch
 
 from cce_torchrec import ClusteringSchedule
 from cce_torchrec.clustering import schedule as module
@@ -39,11 +43,42 @@ def test_a_schedule_carries_the_finalize_that_ends_it(schedule, steps, monkeypat
     for name, calls in told.items():
         monkeypatch.setattr(module, name, lambda model, calls=calls, **options: calls.append(model))
     # The "model" of a call is the step, and what is returned is that call's.
-    for step in range(1, 130):
+    for step in range(-100, 130):
         schedule.cluster_if_due(step, step)
     assert told == {"cluster": steps[:-1], "finalize": steps[-1:]}
     assert [step for step in range(1, 130) if schedule.is_last(step, 100)] == steps[-1:]
-    assert [step for step in range(1, 130) if schedule.due(step)] == steps
+    assert [step for step in range(-100, 130) if schedule.due(step)] == steps
+
+
+@pytest.mark.parametrize("step", [0, -5, -30])
+def test_nothing_is_due_before_the_first_step(step, monkeypatch):
+    """A multiple of the interval is no reason, and 0 is no final step where there is none."""
+    for name in ("cluster", "finalize"):
+        monkeypatch.setattr(module, name, lambda *_, name=name, **__: pytest.fail(name))
+    for schedule in (
+        ClusteringSchedule.every(5),
+        ClusteringSchedule.every(5, final=30),
+        ClusteringSchedule(frozenset({5}), 5),
+        ClusteringSchedule.never(),
+    ):
+        assert not schedule.due(step) and not schedule.is_last(step, 100)
+        assert schedule.cluster_if_due(None, step) is None
+
+
+def test_numbers_of_any_kind_are_pythons_in_a_set():
+    """As JSON and other ranks take them; a list or a set is none that stays as it is."""
+    given = ClusteringSchedule([np.int64(3), 6], np.int32(4), torch.tensor(9))
+    assert given == ClusteringSchedule(frozenset({3, 6}), 4, 9)
+    assert hash(given) == hash(ClusteringSchedule({6, 3}, 4, 9))
+    assert json.dumps([*sorted(given.steps), given.interval, given.final]) == "[3, 6, 4, 9]"
+    for made in (
+        lambda: ClusteringSchedule({2.5}),
+        lambda: ClusteringSchedule.every(2.5),
+        lambda: ClusteringSchedule.every(5, final="9"),
+        lambda: ClusteringSchedule(7),
+    ):
+        with pytest.raises(ValueError, match=r"whole numbers of steps .*; convert them by int\(\)"):
+            made()
 
 
 @pytest.mark.parametrize(

@@ -18,7 +18,18 @@ from cce_torchrec import (
     cluster,
     finalize,
 )
-from tests.support.models import KEYS, MEAN, STRIDE, SUM, Model, Net, SequenceNet, batch, tables
+from tests.support.models import (
+    KEYS,
+    MEAN,
+    STRIDE,
+    SUM,
+    Model,
+    Net,
+    SequenceNet,
+    batch,
+    tables,
+    vbe_batch,
+)
 from tests.support.twins import flat
 
 
@@ -49,7 +60,7 @@ def scripted(module):
     return torch.jit.load(file)
 
 
-def exported(module):
+def exported(module, kjt=None):
     """For any number of ids and bags."""
 
     class Values(torch.nn.Module):
@@ -60,7 +71,7 @@ def exported(module):
         def forward(self, kjt):
             return flat(self.inner(kjt))
 
-    kjt = batch(3, getattr(module, "is_weighted", bool)())
+    kjt = batch(3, getattr(module, "is_weighted", bool)()) if kjt is None else kjt
     leaves = pytree.tree_flatten(kjt)[0]
     dynamic = [None if leaf is None else {0: Dim.AUTO} for leaf in leaves]
     return torch.export.export(Values(), (kjt,), dynamic_shapes=(dynamic,), strict=False).module()
@@ -134,13 +145,86 @@ def test_a_collection_in_a_model(net):
     torch.testing.assert_close(torchrec.fx.symbolic_trace(model)(kjt), model(kjt))
 
 
-def test_an_exported_program_follows_a_clustering_step():
+@pytest.mark.parametrize("graph", GRAPHS)
+@pytest.mark.parametrize("kind", ["bags", "sequences"])
+def test_a_graph_follows_clustering_steps_and_loads(kind, graph):
+    """It reads codes and numbers of clusterings where they are; what was saved is a copy."""
+    modules = [
+        CCEEmbeddingBagCollection(configs())
+        if kind == "bags"
+        else CCEEmbeddingCollection(SequenceNet.configs())
+        for _ in range(2)
+    ]
+    graph = torch.jit.script if graph == "TorchScript" else GRAPHS[graph]
+    graph, kjt = graph(modules[0]), batch(3, False)
+    before = values(graph(kjt)).clone()
+    cluster(modules[0])
+    torch.testing.assert_close(values(graph(kjt)), flat(modules[0](kjt)))
+    assert not torch.equal(values(graph(kjt)), before)
+    for _ in range(2):
+        cluster(modules[1])
+    modules[0].load_state_dict(modules[1].state_dict())
+    torch.testing.assert_close(values(graph(kjt)), flat(modules[1](kjt)))
+
+
+def alike(inverse):
+    """A batch whose features have as many bags each, of which examples have `inverse`."""
+    ids = torch.arange(16)
+    examples = (KEYS, torch.tensor([inverse] * len(KEYS)))
+    return KeyedJaggedTensor(
+        KEYS,
+        ids,
+        lengths=torch.tensor([1, 2, 1] * len(KEYS)),
+        stride_per_key_per_rank=[[3]] * len(KEYS),
+        inverse_indices=examples,
+    )
+
+
+EXAMPLES = {
+    "unequal numbers of bags": vbe_batch(3, False),
+    "bags in another order": alike([2, 1, 0]),
+    "more examples than bags": alike([0, 1, 2, 1, 0]),
+    "fewer examples than bags": alike([1]),
+}
+
+
+@pytest.mark.parametrize("graph", ["torch.fx", "torchrec.fx", "TorchScript"])
+def test_examples_by_inverse_indices(graph):
     module = made()
-    graph, kjt = exported(module), batch(3, False)
-    before = graph(kjt)
-    cluster(module)
-    torch.testing.assert_close(graph(kjt), module(kjt).values())
-    assert not torch.equal(graph(kjt), before)
+    graph = GRAPHS[graph](module)
+    for kjt in EXAMPLES.values():
+        torch.testing.assert_close(values(graph(kjt)), module(kjt).values())
+
+
+def test_examples_by_inverse_indices_exported():
+    """A program of such a batch takes others of its kind, whose names are in one order."""
+    module = made()
+    graph = exported(module, alike([2, 1, 0]))
+    for kjt in (alike([1, 1, 2]), alike([0, 0, 0])):
+        torch.testing.assert_close(graph(kjt), module(kjt).values())
+
+
+@pytest.mark.parametrize("graph", ["torch.fx", "TorchScript"])
+@pytest.mark.parametrize("sizes", [[3, 3, 3, 3], [1, 2, 4, 5]])
+@pytest.mark.parametrize(
+    ("made_of", "message"),
+    [
+        (lambda: CCEEmbeddingBagCollection(tables(SUM)), "but no inverse_indices for .*f"),
+        (lambda: CCEEmbeddingCollection(SequenceNet.configs()), "take one batch size for all"),
+    ],
+    ids=["bags", "sequences"],
+)
+def test_batch_sizes_per_feature_are_refused_as_in_eager_mode(made_of, message, sizes, graph):
+    module = made_of()
+    kjt = KeyedJaggedTensor(
+        KEYS,
+        torch.arange(12),
+        lengths=torch.ones(12, dtype=torch.int64),
+        stride_per_key_per_rank=[[size] for size in sizes],
+    )
+    for one in (module, GRAPHS[graph](module)):
+        with pytest.raises((ValueError, torch.jit.Error), match=message):
+            one(kjt)
 
 
 def test_gradients():
