@@ -258,6 +258,11 @@ class CCEEmbeddingBagConfig(EmbeddingBagConfig):
         return self.recipe != "rare" or not self.learned_codes or not self.helper_rows
 
     @property
+    def can_finalize(self) -> bool:
+        """Whether `finalize` gives main the helper's rows; of the recipe "rare" it does not."""
+        return self.recipe != "rare"
+
+    @property
     def table_bytes(self) -> int:
         """Bytes of codebooks, codes and bits of seen ids; optimizer state is not counted."""
         return self.codebook_bytes + self.code_bytes + self.seen_bytes

@@ -23,29 +23,20 @@ _NO_GRADIENT = "frozen: its parameters require no gradient"
 _NO_RATE = "frozen: its learning rate is 0 (a schedule may have ended there)"
 
 
-def fixed_tables(model: nn.Module, *, finalize: bool) -> dict[str, str]:
-    """Every CCE table of `model` by its path, with why it cannot be clustered so, or ""."""
+def fixed_tables(model: nn.Module) -> dict[str, str]:
+    """Every CCE table of `model` by its path, with why its codes cannot be learned, or ""."""
     out = {}
     for path, module in cce_collections(model):
         for table in module.tables:
             if table.cce is not None:
-                out[append_prefix(path, table.name)] = why_fixed(table.cce, finalize=finalize)
+                out[append_prefix(path, table.name)] = _why_fixed(table.cce)
     return out
 
 
-def why_fixed(config: CCEEmbeddingBagConfig, *, finalize: bool) -> str:
-    """Why the codes of a table cannot be learned, or its helper not be dropped; or ""."""
+def _why_fixed(config: CCEEmbeddingBagConfig) -> str:
     if not config.learned_codes:
         return "its codes are a hash (learned_codes=False)"
-    if not config.helper_rows:
-        return "it has no helper: it is finalized, or configured so"
-    if finalize and config.recipe == "rare":
-        bits = config.finalized().code_bits
-        return (
-            f"its recipe is 'rare': codes of all its rows would have {bits} bits instead of "
-            f"{config.code_bits}; serve it with its helper"
-        )
-    return ""
+    return "" if config.helper_rows else "it has no helper: it is finalized, or configured so"
 
 
 def frozen_chunks(

@@ -11,7 +11,7 @@ from torch import nn
 from torchrec.distributed.utils import append_prefix
 
 from cce_torchrec.clustering import replicas
-from cce_torchrec.clustering.choice import frozen_chunks, is_wanted, why_fixed
+from cce_torchrec.clustering.choice import frozen_chunks, is_wanted
 from cce_torchrec.clustering.chunk_group import ALONE, ChunkGroup
 from cce_torchrec.clustering.chunk_state import ChunkState
 from cce_torchrec.clustering.collections import cce_collections
@@ -46,7 +46,7 @@ def local_chunks(
         for name, codes in own.items():
             assert isinstance(codes, ChunkCodes)
             whole = append_prefix(path, name)
-            can_learn = not why_fixed(codes.config, finalize=options.finalize)
+            can_learn = codes.config.learned_codes and codes.config.helper_rows > 0
             if not (can_learn and is_wanted(whole, options.tables)):
                 continue
             chunks = [physical_table(name, chunk) for chunk in codes.chunks]
@@ -57,7 +57,8 @@ def local_chunks(
                 # Only what has a value a row can follow the rows; step counts stay as they are.
                 kept = {k: v for k, v in state.items() if v.ndim and len(v) == len(weight)}
                 holders = _holders(module, codes, chunk)
-                found = ChunkState(codes, column, weight, kept, options.finalize, holders=holders)
+                drops = options.finalize and codes.config.can_finalize
+                found = ChunkState(codes, column, weight, kept, drops, holders=holders)
                 if found.owned:
                     found.replicas = copies.get(name)
                     found.frozen = frozen.get(chunks[column], "")

@@ -7,7 +7,7 @@ numbers of all tables, whatever chunks it holds, and before anything is written.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -33,7 +33,7 @@ def save_helper_rows(
 
 
 def check_helper_rows(
-    configs: Iterable[EmbeddingBagConfig], state: dict[str, Any], prefix: str
+    configs: Iterable[EmbeddingBagConfig], state: Mapping[str, Any], prefix: str
 ) -> None:
     """Compares the numbers in `state`, which is about to be loaded, with the tables.
 
