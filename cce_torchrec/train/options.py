@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:  # neither the options nor `--help` need torch
-    from cce_torchrec.data import Dataset
+    from cce_torchrec.data import Examples
 
 PIPELINES = ("auto", "sparse-dist", "prefetch", "none")
 DEFAULT_SPLIT_SEED = 20231211
@@ -98,7 +98,7 @@ def _check_clusterings(parser: argparse.ArgumentParser, args: argparse.Namespace
         parser.error(f"{asked}: nothing is clustered, as --clusterings is 0; give 1 or more")
 
 
-def rows_per_table(args: argparse.Namespace, dataset: Dataset) -> dict[str, int]:
+def rows_per_table(args: argparse.Namespace, dataset: Examples) -> dict[str, int]:
     """Main + helper rows of each compressed table, from the one budget that was given."""
     sizes = {name: dataset.features[name] for name in dataset.compressed}
     if args.params_per_dim is not None:
@@ -116,7 +116,7 @@ def rows_per_table(args: argparse.Namespace, dataset: Dataset) -> dict[str, int]
     return rows
 
 
-def set_defaults(args: argparse.Namespace, dataset: Dataset, rows: dict[str, int]) -> None:
+def set_defaults(args: argparse.Namespace, dataset: Examples, rows: dict[str, int]) -> None:
     """Fills in --lr and --clusterings by the rule of docs/train.md."""
     if args.lr is None:
         full = sum(dataset.features[name] for name in dataset.compressed)
