@@ -28,7 +28,7 @@ from cce_torchrec.clustering import ClusteringSchedule
 from cce_torchrec.collectives import Ranks, agree, gather
 from cce_torchrec.distributed.embedding_bag_collection import ShardedCCEEmbeddingBagCollection
 from cce_torchrec.metrics import auc, log_loss
-from cce_torchrec.train import options, pipelines
+from cce_torchrec.train import data_options, options, pipelines
 from cce_torchrec.train.job import Batch, build
 from cce_torchrec.train.model import keyed_jagged, tables
 from cce_torchrec.train.records import Records
@@ -255,8 +255,10 @@ def _same_data(args: argparse.Namespace) -> data.Examples:
         ValueError: on every rank, if reading failed on any, or numbers of rows differ.
     """
 
+    table = data_options.table_options(args, location(args.out))
+
     def read() -> tuple[data.Examples, int]:
-        dataset = data.load(args.dataset, args.data, args.model, args.split_seed)
+        dataset = data.load(args.dataset, args.data, args.model, args.split_seed, table)
         return dataset, dataset.num_train
 
     dataset, rows = agree(read, dist.group.WORLD)
