@@ -11,8 +11,10 @@ from pathlib import Path
 
 import pyarrow as pa
 
+PIECE_ROWS = 8_192
+"""Rows of a piece of parquet, at least. Pieces are read in random order: small ones mix better."""
 BLOCK_ROWS = 32_768
-"""Rows of a file that are in memory at a time, besides those that are being shuffled."""
+"""Rows of a piece that are in memory at a time, besides those that are being shuffled."""
 _CHECKED_BYTES = 65_536
 
 

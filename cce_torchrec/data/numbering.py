@@ -97,7 +97,7 @@ class Vocabulary(Numbering):
         """Adds the keys of rows to train on; those of others alone would have untrained rows."""
         self._new.append(np.unique(trained.values[~trained.missing]))
         # Not at every block: each time all keys are sorted.
-        if sum(map(len, self._new)) > max(1 << 20, len(self.keys)):
+        if sum(map(len, self._new)) > max(1 << 17, len(self.keys)):
             self._add_new()
 
     def _add_new(self) -> None:

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from cce_torchrec.data.files import BLOCK_ROWS, Format, Piece
+from cce_torchrec.data.files import BLOCK_ROWS, PIECE_ROWS, Format, Piece
 
 
 def _open(file: str) -> pq.ParquetFile:
@@ -18,7 +18,7 @@ def _open(file: str) -> pq.ParquetFile:
 
 
 class ParquetFiles(Format):
-    """Parquet: a piece has as many row groups as hold BLOCK_ROWS rows, or one that has more."""
+    """Parquet: a piece has as many row groups as hold PIECE_ROWS rows, or one that has more."""
 
     def columns(self, file: str) -> dict[str, pa.DataType]:
         """The columns of a file with their types."""
@@ -33,7 +33,7 @@ class ParquetFiles(Format):
         cuts, rows = [0], 0
         for group in range(metadata.num_row_groups):
             rows += metadata.row_group(group).num_rows
-            if rows >= BLOCK_ROWS:
+            if rows >= PIECE_ROWS:
                 cuts.append(group + 1)
                 rows = 0
         return cuts if rows == 0 else [*cuts, metadata.num_row_groups]

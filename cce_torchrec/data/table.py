@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +13,7 @@ from cce_torchrec.data.dataset import Bags, Examples, Rows, Share, epoch_generat
 from cce_torchrec.data.even import even_batches
 from cce_torchrec.data.kept_scan import about, read_scan, write_scan
 from cce_torchrec.data.numbering import MAX_PLAIN_ID, PlainIds
+from cce_torchrec.data.regroup import ahead, regrouped
 from cce_torchrec.data.scan import Scan, scan
 from cce_torchrec.data.table_files import TableFiles, open_table
 from cce_torchrec.data.table_options import TableOptions
@@ -108,7 +109,8 @@ class TableDataset(Examples):
             for start in range(first * in_memory, steps, in_memory)
         ]
         start = steps * part.start + first * in_memory * size
-        for n, rows in enumerate(regrouped(self._rows(order, self._scan.train, start), lengths)):
+        blocks = self._rows(order, self._scan.train, start)
+        for n, rows in enumerate(ahead(regrouped(blocks, lengths))):
             # Of numpy, whose generators take several numbers as one seed.
             random = np.random.default_rng([seed % 2**63, epoch, share.rank, first + n])
             shuffled = torch.from_numpy(random.permutation(len(rows)))
@@ -190,35 +192,3 @@ def _scanned(tables: list[TableFiles], ranks: Ranks) -> Scan:
 
 def _path(folder: str | Path) -> Path:
     return Path(folder) if isinstance(folder, str) else folder  # object stores have their own kind
-
-
-def joined(blocks: Sequence[Rows]) -> Rows:
-    """All rows of several blocks."""
-    bags = (
-        Bags(torch.cat([b.values for b in same]), torch.cat([b.lengths for b in same]))
-        for same in zip(*(block.bags for block in blocks), strict=True)
-    )
-    return Rows(
-        torch.cat([block.dense for block in blocks]),
-        torch.cat([block.ids for block in blocks]),
-        torch.cat([block.labels for block in blocks]),
-        tuple(bags),
-    )
-
-
-def regrouped(blocks: Iterator[Rows], lengths: Iterable[int]) -> Iterator[Rows]:
-    """The rows of `blocks` again, in blocks of these `lengths`.
-
-    Raises:
-        ValueError: there are fewer rows.
-    """
-    held: list[Rows] = []
-    for length in lengths:
-        while not held or sum(map(len, held)) < length:
-            block = next(blocks, None)
-            if block is None:
-                raise ValueError("a file has fewer rows than it had when they were counted")
-            held.append(block)
-        rows = joined(held)
-        yield rows.take(torch.arange(length))
-        held = [rows.take(torch.arange(length, len(rows)))]

@@ -43,7 +43,7 @@ class TableOptions:
     validation_fraction: float = 0.1
     split_seed: int = 0
     """Of the rows that validate."""
-    shuffle_rows: int = 131_072
+    shuffle_rows: int = 524_288
     """Rows that a rank holds in memory to shuffle them; 1 takes rows of a piece in their order."""
     log_dense: bool = False
     """Dense values become log(1 + max(x, 0)), missing ones 0; otherwise they are standardised."""

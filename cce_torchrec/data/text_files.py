@@ -19,8 +19,9 @@ from cce_torchrec.data.files import Format, Piece
 
 TEXT_SUFFIXES = {".csv": ",", ".tsv": "\t", ".txt": "\t"}
 """Names of text files, and what separates their values."""
-_BYTES = 8 << 20
-"""Of a piece; a line has at most as many."""
+_PIECE_BYTES = 1 << 20
+_LINE_BYTES = 8 << 20
+"""At most; a file that is no text may have no line's end at all."""
 
 
 @dataclass(frozen=True)
@@ -38,7 +39,7 @@ class TextFiles(Format):
         if self.names and Path(file).suffix != ".csv":
             return 0, list(self.names)
         with Path(file).open("rb") as stream:
-            line = stream.readline(_BYTES)
+            line = stream.readline(_LINE_BYTES)
         if not line.strip():
             raise ValueError(f"{file} is empty, and has no line of names of columns")
         try:
@@ -58,7 +59,7 @@ class TextFiles(Format):
     def cuts(self, file: str) -> list[int]:
         """Bytes about which pieces start."""
         start, size = self._header(file)[0], Path(file).stat().st_size
-        return [*range(start, size, _BYTES), size] if size > start else [start]
+        return [*range(start, size, _PIECE_BYTES), size] if size > start else [start]
 
     def _lines(self, piece: Piece) -> bytes:
         """The lines that begin in the piece."""
@@ -66,16 +67,18 @@ class TextFiles(Format):
             begin, _ = self._header(piece.file)
             stream.seek(max(begin, piece.start - 1))
             if piece.start > begin:
-                stream.readline(_BYTES)  # its beginning is in the piece before; or a mere newline
+                stream.readline(
+                    _LINE_BYTES
+                )  # its beginning is in the piece before; or a mere newline
             first = stream.tell()
             if first >= piece.stop:
                 return b""
             text = stream.read(piece.stop - first)
-            text = text if text.endswith(b"\n") else text + stream.readline(_BYTES)
+            text = text if text.endswith(b"\n") else text + stream.readline(_LINE_BYTES)
             if not text.endswith(b"\n") and stream.read(1):
                 raise ValueError(
-                    f"{piece.file}: the line at byte {first} or after has more than {_BYTES:,} "
-                    "bytes; is it a table of text?"
+                    f"{piece.file}: a line at byte {first} or after has more than "
+                    f"{_LINE_BYTES:,} bytes; is it a table of text?"
                 )
             return text
 
@@ -124,6 +127,6 @@ class TextFiles(Format):
         with Path(piece.file).open("rb") as stream:
             stream.seek(begin)
             rows = 0
-            while stream.tell() < piece.start and (line := stream.readline(_BYTES)):
+            while stream.tell() < piece.start and (line := stream.readline(_LINE_BYTES)):
                 rows += bool(line.strip(b"\r\n"))
         return rows

@@ -31,7 +31,7 @@ def add_options(add: Callable[..., None]) -> None:
     add("--hash-size", type=int, help="ids of each feature with --ids hash; default 1000000")
     add("--validation", help="file or folder of rows that validate; default a fraction of --data")
     add("--validation-fraction", type=float, help="default 0.1")
-    add("--shuffle-rows", type=int, help="rows in memory to shuffle, of a rank; default 131072")
+    add("--shuffle-rows", type=int, help="rows in memory to shuffle, of a rank; default 524288")
     add("--compressed", help="columns whose tables are compressed; default from 1,000 ids on")
     add("--vocabulary", help="folder that keeps vocabulary and counts; default --out")
 

@@ -14,8 +14,10 @@ WRITERS = {"a.parquet": write_parquet, "a.csv": write_csv, "a.tsv": write_csv}
 
 @pytest.fixture(autouse=True)
 def small_pieces(monkeypatch):
-    monkeypatch.setattr("cce_torchrec.data.parquet_files.BLOCK_ROWS", 100)
-    monkeypatch.setattr("cce_torchrec.data.text_files._BYTES", 2000)
+    for name, least in (("PIECE_ROWS", 100), ("BLOCK_ROWS", 70)):
+        monkeypatch.setattr(f"cce_torchrec.data.parquet_files.{name}", least)
+    for name in ("_PIECE_BYTES", "_LINE_BYTES"):
+        monkeypatch.setattr(f"cce_torchrec.data.text_files.{name}", 2000)
 
 
 def refused(path, folder, message, **changes):

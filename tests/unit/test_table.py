@@ -2,7 +2,6 @@
 
 import os
 from collections import Counter
-from hashlib import blake2b
 from pathlib import Path
 from unittest import mock
 
@@ -16,7 +15,8 @@ import torch
 from cce_torchrec.data import Share, TableDataset, TableOptions
 from cce_torchrec.data.dataset import Bags
 from cce_torchrec.data.kept_scan import FILE
-from cce_torchrec.data.table import joined
+from cce_torchrec.data.regroup import joined
+from cce_torchrec.data.values import keys
 from cce_torchrec.train import data_options
 from tests.support.tables import FLAT, OPTIONS, frame, write_criteo, write_csv, write_parquet
 
@@ -40,8 +40,10 @@ def users(rows):
 @pytest.fixture
 def small_pieces(monkeypatch):
     """Files of hundreds of rows in several pieces."""
-    monkeypatch.setattr("cce_torchrec.data.parquet_files.BLOCK_ROWS", 100)
-    monkeypatch.setattr("cce_torchrec.data.text_files._BYTES", 2000)
+    for name, least in (("PIECE_ROWS", 100), ("BLOCK_ROWS", 70)):
+        monkeypatch.setattr(f"cce_torchrec.data.parquet_files.{name}", least)
+    for name in ("_PIECE_BYTES", "_LINE_BYTES"):
+        monkeypatch.setattr(f"cce_torchrec.data.text_files.{name}", 2000)
 
 
 @pytest.mark.parametrize("write, name", [(write_parquet, "a.parquet"), (write_csv, "a.csv")])
@@ -66,7 +68,27 @@ def test_rows_are_those_of_the_file(tmp_path, small_pieces, write, name):
 
 def key(text):
     """Of a vocabulary, as the documents tell other programs."""
-    return int.from_bytes(blake2b(text.encode(), digest_size=8).digest(), "little", signed=True)
+    state, content = mixed(len(text.encode())), text.encode()
+    for first in range(0, len(content), 8):
+        state = mixed(state ^ int.from_bytes(content[first : first + 8], "little"))
+    return state - 2**64 * (state >= 2**63)
+
+
+def mixed(z):
+    """SplitMix64's output of a state."""
+    for shift, multiplier in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
+        z = (z ^ z >> shift) * multiplier % 2**64
+    return z ^ z >> 31
+
+
+@pytest.mark.parametrize("form", [pa.large_string(), pa.string()])
+def test_keys_of_texts(form):
+    texts = ["a", "", "item 12", "eight by", "nine byte", "\0", "\0\0", "ä" * 40, "a", "68fd1e64"]
+    array = pa.array(["cut off", *texts], form)[1:]
+    found = keys(array, "c", text=True)
+    assert found.values.tolist() == [key(text) for text in texts]
+    assert found.missing.tolist() == [not text for text in texts]
+    assert len(set(found.values.tolist())) == len(set(texts))
 
 
 def unfilled(dataset, train):
