@@ -17,6 +17,8 @@ from cce_torchrec.data.table_files import TableFiles
 
 FILE = "vocabulary.parquet"
 _ENTRY = b"cce_torchrec"
+_FORM = 1
+"""Another one where keys or pieces are made otherwise, whose ids are others."""
 _SCHEMA = pa.schema([("column", pa.string()), ("key", pa.int64()), ("id", pa.int64())])
 
 
@@ -24,6 +26,7 @@ def about(tables: list[TableFiles]) -> dict[str, Any]:
     """All that a scan depends on, as plain values."""
     options = tables[0].options
     return {
+        "form": _FORM,
         "files": [table.prints() for table in tables],
         "pieces": [len(table.pieces) for table in tables],
         "label": options.label,

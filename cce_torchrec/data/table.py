@@ -102,6 +102,8 @@ class TableDataset(Examples):
         order = torch.randperm(len(self.pieces), generator=epoch_generator(seed, epoch)).tolist()
         size = len(part)
         in_memory = max(1, self.options.shuffle_rows // max(1, size))  # batches
+        # Alike: rows of a short rest would hardly be shuffled.
+        in_memory = -(-steps // -(-steps // in_memory))
         first = done // in_memory
         skip = done % in_memory
         lengths = [
