@@ -78,6 +78,7 @@ def require(columns: Sequence[str], there: Sequence[str], file: str) -> None:
     """
     missing = [name for name in columns if name not in there]
     if missing:
+        # However far: a user who sees the nearest name knows at once what to type.
         near = {name: difflib.get_close_matches(name, there, 1, 0.0) for name in missing}
         meant = ", ".join(f"{close[0]!r} for {name!r}" for name, close in near.items() if close)
         raise ValueError(

@@ -79,6 +79,7 @@ def read_scan(tables: list[TableFiles], folder: Path, told: dict[str, Any]) -> l
     except (pa.ArrowException, OSError, KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{file} cannot be read ({error}); remove it to have it made") from error
     if entry["about"] != told:
+        # Named with both values, as the user may not know which of the options has changed.
         other = [name for name, value in told.items() if entry["about"].get(name) != value]
         if tables[0].options.resumes:
             differ = "; ".join(f"{n} were {entry['about'].get(n)}, are {told[n]}" for n in other)

@@ -115,6 +115,7 @@ class Vocabulary(Numbering):
 
     def ids(self, found: Keys) -> np.ndarray:
         """1 and the position among the keys, or UNKNOWN."""
+        # Bisection of a sorted array: a dictionary would take ten times the memory.
         place = np.searchsorted(self.keys, found.values)
         there = np.append(self.keys, 0)[place] == found.values
         known = there & (place < len(self.keys)) & ~found.missing

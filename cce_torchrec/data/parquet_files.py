@@ -46,7 +46,7 @@ class ParquetFiles(Format):
             batches = opened.iter_batches(BLOCK_ROWS, row_groups=groups, columns=list(columns))
             try:
                 for batch in batches:
-                    yield batch.select(columns)
+                    yield batch.select(columns)  # parquet gives them in the file's order
             except (pa.ArrowException, OSError) as error:
                 raise ValueError(f"{piece.file} cannot be read ({error})") from error
 

@@ -70,6 +70,7 @@ def scan(parts: Sequence[tuple[TableFiles, Piece]], ranks: Ranks) -> Scan:
     )
 
     def own() -> tuple[dict[int, tuple[int, int, Moments]], list[np.ndarray]]:
+        # Each rank reads some of the pieces; a row's part in the split needs no other piece.
         counts = {n: _piece(parts[n][0], parts[n][1], numberings) for n in bar}
         return counts, [numbering.seen() for numbering in numberings]
 
@@ -79,7 +80,7 @@ def scan(parts: Sequence[tuple[TableFiles, Piece]], ranks: Ranks) -> Scan:
     counts = {n: count for found, _ in by_rank for n, count in found.items()}
     # In the order of the pieces, so that sums are the same on any number of ranks.
     train, validation, moments = zip(*(counts[n] for n in range(len(parts))), strict=True)
-    total = moments[0]
+    total = moments[0]  # a table without pieces is refused before
     for more in moments[1:]:
         total = total.and_of(more)
     spread = np.sqrt(total.squares / np.maximum(total.count, 1))

@@ -43,6 +43,7 @@ class TableDataset(Examples):
         self.options = options
         split = 0.0 if options.validation is not None else options.validation_fraction
 
+        # The first rank alone: storage would list folders of thousands of files for each.
         def opened() -> list[TableFiles]:
             tables = [open_table(path, options, split)]
             if options.validation is not None:
@@ -62,8 +63,11 @@ class TableDataset(Examples):
                 )
         sizes = [numbering.num_ids for numbering in self._scan.numberings]
         self.features = dict(zip(options.features, sizes, strict=True))
+        # Smaller tables cost little, and their ids are frequent.
         large = [name for name, size in self.features.items() if size >= COMPRESSED_FROM]
         self.compressed = list(options.compressed) or large
+        self._held: dict[Share, list[Rows]] = {}
+        """Batches that validate, once they were read."""
         self._check_rows(path, ranks.size)
 
     def _check_rows(self, path: str | Path, world_size: int) -> None:
@@ -92,6 +96,7 @@ class TableDataset(Examples):
 
     def batches(self, share: Share, *, seed: int, epoch: int, done: int = 0) -> Iterator[Rows]:
         """Batches of the rows to train on, in an order of the epoch's own. Collective."""
+        # Counts are equal already; what fails to be read on one rank has to raise on all.
         return even_batches(self._own_batches(share, seed=seed, epoch=epoch, done=done))
 
     def _own_batches(self, share: Share, *, seed: int, epoch: int, done: int) -> Iterator[Rows]:
@@ -125,8 +130,22 @@ class TableDataset(Examples):
         whole, rest = divmod(self.num_validation, share.batch_size)
         parts = [share.part(share.batch_size)] * whole + [share.part(rest)] * (rest > 0)
         start = sum(part.start for part in parts)
+        if share in self._held:
+            return even_batches(iter(self._held[share]))
         rows = self._rows(range(len(self.pieces)), self._scan.validation, start)
-        return even_batches(regrouped(rows, map(len, parts)))
+        return even_batches(self._holding(share, regrouped(rows, map(len, parts))))
+
+    def _holding(self, share: Share, batches: Iterator[Rows]) -> Iterator[Rows]:
+        """The same batches, which stay in memory if they are no more rows than are shuffled."""
+        # Where few rows validate, to read all others to find them costs more than they do.
+        few = share.part(self.num_validation)
+        held: list[Rows] = []
+        for batch in batches:
+            if len(few) <= self.options.shuffle_rows:
+                held.append(batch)
+            yield batch
+        if held:
+            self._held[share] = held
 
     def _rows(self, order: Iterable[int], counts: list[int], start: int) -> Iterator[Rows]:
         """Rows that train or validate, from the `start`-th of the pieces in this order on."""
@@ -140,6 +159,7 @@ class TableDataset(Examples):
             for values in table.values(piece, self._scan.numberings):
                 chosen = table.validates(piece, read, len(values)) != train
                 read += len(values)
+                # Of a piece that another rank begins, the first rows are that rank's.
                 passed = np.cumsum(chosen) <= start
                 start -= int((chosen & passed).sum())
                 yield self._numbered(values.select(chosen & ~passed))

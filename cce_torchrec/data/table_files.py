@@ -107,6 +107,7 @@ def open_table(path: str | Path, options: TableOptions, held_out: float) -> Tabl
     files = files_of(path, () if options.text_columns else (*PARQUET_SUFFIXES, *TEXT_SUFFIXES))
     form = _format(files, options)
     text: dict[str, bool] = {}
+    # All of them: a run that ends at the last file of a folder has wasted hours.
     for file in files:
         columns = form.columns(file)
         require(options.columns, list(columns), file)
@@ -173,6 +174,6 @@ def _texts_that_are_no_integers(
         for name in options.features:
             try:
                 pc.cast(block.column(name), pa.int64())
-            except pa.ArrowInvalid:
+            except pa.ArrowInvalid:  # Arrow's own guess would take floats and dates, too
                 found[name] = True
     return found

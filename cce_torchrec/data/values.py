@@ -136,6 +136,7 @@ def numbers(array: pa.Array, column: str) -> np.ndarray:
     Raises:
         BadValue: a value is no number, or infinite.
     """
+    # float64: standardised later, which float32 would do badly for large numbers such as times.
     found = cast(array, pa.float64(), column, "number").to_numpy(zero_copy_only=False)
     infinite = np.isinf(found)
     if infinite.any():
@@ -185,6 +186,7 @@ def _integers(array: pa.Array, column: str) -> Keys:
     if pa.types.is_floating(array.type):
         # pandas makes floats of integers among which one is missing.
         array = pc.if_else(pc.is_nan(array), pa.scalar(None, array.type), array)
+    # The same 64 bits: a key of the vocabulary or the hash may be any of them.
     if array.type == pa.uint64():
         array = array.view(pa.int64())
     found = cast(array, pa.int64(), column, "integer")
@@ -199,6 +201,7 @@ def _text(array: pa.Array, column: str) -> Keys:
     missing = array.is_null().to_numpy(zero_copy_only=False)
     if not len(texts):
         return Keys(np.zeros(len(array), dtype=np.int64), missing)
+    # Where a value is missing any index does, as it is not read.
     index = array.indices.fill_null(0).to_numpy(zero_copy_only=False)
     empty = pc.equal(pc.binary_length(texts), 0).to_numpy(zero_copy_only=False)
     return Keys(text_keys(texts)[index], missing | empty[index])

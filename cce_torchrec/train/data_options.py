@@ -39,6 +39,7 @@ def add_options(add: Callable[..., None]) -> None:
 def check(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
     """Ends the program where options of files are missing, or would be ignored."""
     given = [name for name in _OF_COLUMNS + _OF_FILES if getattr(args, name) is not None]
+    # An option that nothing reads would leave the user with another run than was asked for.
     ignored = [name for name in given if args.dataset != "table" and name in _OF_COLUMNS]
     if args.dataset not in DATASETS:
         ignored = given
@@ -70,6 +71,7 @@ def table_options(args: argparse.Namespace, folder: Any = None) -> TableOptions 
     given: dict[str, Any] = {
         name: getattr(args, name) for name in _OF_FILES if getattr(args, name) is not None
     }
+    # Options that are not given keep the defaults of `TableOptions`, which are stated once.
     given["compressed"] = _names(given.get("compressed"))
     given["folder"] = given.pop("vocabulary", folder)
     given |= {"split_seed": args.split_seed, "resumes": args.resume}

@@ -161,6 +161,16 @@ def test_a_file_that_validates(tmp_path):
     assert users(validation(dataset)) == list(range(400, 500))
 
 
+@pytest.mark.parametrize("shuffle_rows, reads", [(1000, 1), (10, 2)])
+def test_few_rows_that_validate_are_read_once(tmp_path, small_pieces, shuffle_rows, reads):
+    path = write_parquet(tmp_path / "a.parquet", frame())
+    dataset = TableDataset(path, TableOptions(**OPTIONS, shuffle_rows=shuffle_rows))
+    with mock.patch.object(dataset, "_rows", wraps=dataset._rows) as read_again:
+        first, again = validation(dataset), validation(dataset)
+    assert read_again.call_count == reads
+    assert torch.equal(first.ids, again.ids) and torch.equal(first.labels, again.labels)
+
+
 def test_an_epoch_depends_on_its_number_and_on_nothing_read_before(tmp_path, small_pieces):
     options = TableOptions(**OPTIONS, shuffle_rows=200)
     dataset = TableDataset(write_parquet(tmp_path / "a.parquet", frame()), options)
