@@ -9,11 +9,11 @@ import numpy as np
 import torch
 
 from cce_torchrec.collectives import Ranks
-from cce_torchrec.data.dataset import Bags, Examples, Rows, Share, epoch_generator
+from cce_torchrec.data.dataset import Bags, Dataset, Examples, Rows, Share, epoch_generator
 from cce_torchrec.data.even import even_batches
 from cce_torchrec.data.kept_scan import about, read_scan, write_scan
 from cce_torchrec.data.numbering import MAX_PLAIN_ID, PlainIds
-from cce_torchrec.data.regroup import ahead, regrouped
+from cce_torchrec.data.regroup import ahead, joined, regrouped
 from cce_torchrec.data.scan import Scan, scan
 from cce_torchrec.data.table_files import TableFiles, open_table
 from cce_torchrec.data.table_options import TableOptions
@@ -146,6 +146,15 @@ class TableDataset(Examples):
             yield batch
         if held:
             self._held[share] = held
+
+    def in_memory(self) -> Dataset:
+        """All rows, in the order of the files, for programs that hold the whole of a data set."""
+        every = range(len(self.pieces))
+        train, validation = (
+            joined(list(self._rows(every, counts, 0)))
+            for counts in (self._scan.train, self._scan.validation)
+        )
+        return Dataset(self.name, self.features, self.compressed, train, validation)
 
     def _rows(self, order: Iterable[int], counts: list[int], start: int) -> Iterator[Rows]:
         """Rows that train or validate, from the `start`-th of the pieces in this order on."""

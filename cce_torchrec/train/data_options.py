@@ -64,7 +64,7 @@ def table_options(args: argparse.Namespace, folder: Any = None) -> TableOptions 
     """What the options say about files; None for data sets that have a reader of their own.
 
     Args:
-        folder: keeps the vocabulary, unless --vocabulary names another.
+        folder: keeps the vocabulary.
     """
     if args.dataset not in DATASETS:
         return None
@@ -73,8 +73,8 @@ def table_options(args: argparse.Namespace, folder: Any = None) -> TableOptions 
     }
     # Options that are not given keep the defaults of `TableOptions`, which are stated once.
     given["compressed"] = _names(given.get("compressed"))
-    given["folder"] = given.pop("vocabulary", folder)
-    given |= {"split_seed": args.split_seed, "resumes": args.resume}
+    given.pop("vocabulary", None)
+    given |= {"folder": folder, "split_seed": args.split_seed, "resumes": args.resume}
     if args.dataset == "criteo":
         return criteo_options(**given)
     return TableOptions(

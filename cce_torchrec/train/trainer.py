@@ -255,7 +255,7 @@ def _same_data(args: argparse.Namespace) -> data.Examples:
         ValueError: on every rank, if reading failed on any, or numbers of rows differ.
     """
 
-    table = data_options.table_options(args, location(args.out))
+    table = data_options.table_options(args, location(args.vocabulary or args.out))
 
     def read() -> tuple[data.Examples, int]:
         dataset = data.load(args.dataset, args.data, args.model, args.split_seed, table)

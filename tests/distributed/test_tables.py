@@ -7,10 +7,12 @@ from collections import Counter
 import pytest
 import torch.distributed as dist
 
+from cce_torchrec.checkpoint.location import location
 from cce_torchrec.data import Share, TableDataset, TableOptions
 from cce_torchrec.data.kept_scan import FILE
 from cce_torchrec.train.__main__ import main
 from tests.support.ranks import on_ranks
+from tests.support.s3 import make_bucket, needs_s3, s3_server
 from tests.support.tables import FLAT, OPTIONS, frame, write_csv, write_parquet
 from tests.support.torchrun import forked
 
@@ -117,6 +119,21 @@ def test_a_run_is_resumed_with_the_next_example(tmp_path, kind, ranks):
     write_csv(path, rows[:600]) if kind == "csv" else write_parquet(path, rows[:600])
     done = forked(ranks, main, *options, "--out", parts, "--resume")
     assert f"{FILE} is of other data (files were" in done.stderr
+
+
+@needs_s3
+def test_a_vocabulary_in_an_object_store(tmp_path):
+    path = write_csv(tmp_path / "a.csv", frame(500))
+    options = ["--dataset", "table", "--data", path, *COLUMNS, *SMALL, "--epochs", "1"]
+    with s3_server():
+        make_bucket("tables")
+        for out in ("s3://tables/run", str(tmp_path / "out")):
+            done = forked(1, main, *options, "--out", out, "--vocabulary", "s3://tables/kept")
+            assert done.returncode == 0, done.stderr[-3000:]
+        assert [file.name for file in location("s3://tables/kept").iterdir()] == [FILE]
+        other = [*options, "--dense", "age", "--resume", "--vocabulary", "s3://tables/kept"]
+        done = forked(1, main, *other, "--out", tmp_path / "other")
+        assert f"s3://tables/kept/{FILE} is of other data (dense were" in done.stderr
 
 
 def test_gmf_on_two_columns(tmp_path):

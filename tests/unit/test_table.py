@@ -97,6 +97,18 @@ def unfilled(dataset, train):
     return sorted(set(users(every)) - set(users(train)))
 
 
+def test_all_rows_in_memory(tmp_path, small_pieces):
+    rows = frame()
+    dataset = TableDataset(write_parquet(tmp_path / "a.parquet", rows), TableOptions(**OPTIONS))
+    whole = dataset.in_memory()
+    assert sorted(users(whole.train) + users(whole.validation)) == list(range(1000))
+    assert users(whole.validation) == users(validation(dataset))
+    batch = next(whole.batches(WHOLE, seed=0, epoch=1))
+    assert batch.labels.tolist() == rows["click"][users(batch)].tolist()
+    assert batch.bags[0].lengths.tolist() == rows["tags"][users(batch)].map(len).tolist()
+    assert (whole.num_train, whole.num_dense) == (dataset.num_train, dataset.num_dense)
+
+
 def test_lists_are_bags(tmp_path, small_pieces):
     rows = frame()
     dataset = TableDataset(write_parquet(tmp_path / "a.parquet", rows), TableOptions(**OPTIONS))
