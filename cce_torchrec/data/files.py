@@ -78,11 +78,13 @@ def require(columns: Sequence[str], there: Sequence[str], file: str) -> None:
     """
     missing = [name for name in columns if name not in there]
     if missing:
-        # However far: a user who sees the nearest name knows at once what to type.
-        near = {name: difflib.get_close_matches(name, there, 1, 0.0) for name in missing}
-        meant = ", ".join(f"{close[0]!r} for {name!r}" for name, close in near.items() if close)
+        # Most are of another case or number.
+        lower = {name.lower(): name for name in there}
+        near = {n: difflib.get_close_matches(n.lower(), lower, 1, 0.4) for n in missing}
+        meant = ", ".join(f"{lower[m[0]]!r} for {name!r}" for name, m in near.items() if m)
+        shown = [name[:40] for name in there[:50]] + ["..."] * (len(there) > 50)
         raise ValueError(
-            f"{file} lacks columns {missing}; it has {list(there)}"
+            f"{file} lacks columns {missing}; it has {shown}"
             + (f"; nearest: {meant}" if meant else "")
         )
 

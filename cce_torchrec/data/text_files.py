@@ -113,7 +113,10 @@ class TextFiles(Format):
             )
         except pa.ArrowException as error:
             if not bad:
-                raise ValueError(f"{piece.file} cannot be read ({error})") from error
+                row = self.rows_before(piece) + _first_undecodable(text)
+                raise ValueError(
+                    f"{piece.file}, row {row} or after: it cannot be read as UTF-8 ({error})"
+                ) from error
             row = self.rows_before(piece) + (bad[0].number or 1)
             raise ValueError(
                 f"{piece.file}, row {row}: {bad[0].actual_columns} values, and the table has "
@@ -130,3 +133,13 @@ class TextFiles(Format):
             while stream.tell() < piece.start and (line := stream.readline(_LINE_BYTES)):
                 rows += bool(line.strip(b"\r\n"))
         return rows
+
+
+def _first_undecodable(text: bytes) -> int:
+    """The number, from 1, of the first line that is not UTF-8; 1 where all are."""
+    for number, line in enumerate((line for line in text.splitlines() if line), start=1):
+        try:
+            line.decode()
+        except UnicodeDecodeError:
+            return number
+    return 1

@@ -105,13 +105,13 @@ def cast(array: pa.Array, to: pa.DataType, column: str, wanted: str) -> pa.Array
     """`array` as another type.
 
     Raises:
-        BadValue: of the first value that is none.
-        ValueError: the column's type has none.
+        BadValue: of the first value that is none; all are, where the column's type has none.
     """
     try:
         return pc.cast(array, to)
     except pa.ArrowNotImplementedError:
-        raise ValueError(f"column {column!r} is {array.type}, and {wanted} is needed") from None
+        what = f"values are {array.type}, and a column of {wanted}s is needed"
+        raise BadValue(0, column, what) from None
     except pa.ArrowInvalid:
         row = _first_bad(array, lambda part: pc.cast(part, to))
         raise BadValue(row, column, f"{array[row].as_py()!r} is no {wanted}") from None
@@ -220,7 +220,7 @@ def check_plain(found: Keys, column: str) -> None:
     row = position if found.lengths is None else _row_of(position, found.lengths)
     what = "the id is missing"
     if not found.missing[position]:
-        what = f"the id {found.values[position]} is negative"
+        what = f"the id {found.values[position]} (64 bits with a sign) is negative"
     raise BadValue(
         row,
         column,

@@ -37,6 +37,7 @@ def written(folder, name, rows):
     "missing, message",
     [
         ({"label": "clicked"}, r"\['clicked'\]; it has .*nearest: 'click' for"),
+        ({"dense": ("PRICE",)}, r"\['PRICE'\]; .*nearest: 'price' for 'PRICE'"),
         ({"dense": ("prise", "ages")}, r"\['prise', 'ages'\].*'price' for 'prise', 'age' for"),
         ({"categorical": ("User",)}, r"\['User'\]; .*nearest: 'user' for 'User'"),
     ],
@@ -55,7 +56,7 @@ def test_missing_columns(tmp_path, name, missing, message):
         ("click", 2, "the label is 2; it has to be 0 or 1"),
         ("click", 0.5, "the label is 0.5"),
         ("click", np.nan, "the label is missing"),
-        ("user", -3, "the id -3 is negative"),
+        ("user", -3, r"the id -3 .*is negative"),
         ("user", np.nan, "the id is missing; integers are ids as they are"),
         ("user", 7.25, "no integer"),
         ("price", np.inf, "the value is infinite"),
@@ -126,6 +127,15 @@ def text(path, content):
     return path
 
 
+@pytest.mark.parametrize("row", [1, 120, 350])
+def test_text_that_is_not_utf_8(tmp_path, row):
+    path = write_csv(tmp_path / "a.csv", frame(350))
+    lines = path.read_bytes().splitlines()
+    lines[row] = lines[row].replace(b"item", b"\xe9t\xe9")
+    path.write_bytes(b"\r\n".join(lines))
+    refused(path, tmp_path, rf"a.csv, row {row} or after: it cannot be read as UTF-8")
+
+
 def test_a_folder_of_other_files(tmp_path):
     (tmp_path / "data").mkdir()
     text(tmp_path / "data" / "readme.md", "x")
@@ -155,7 +165,11 @@ def test_a_folder_of_other_files(tmp_path):
             r"2.parquet: column 'user' is list<.*integers or text",
         ),
         ("user", pd.to_datetime, r"2.parquet: column 'user' is timestamp"),
-        ("age", lambda c: [[i] for i in c], r"column 'age' is list<.*number is needed"),
+        (
+            "age",
+            lambda c: [[i] for i in c],
+            r"2.parquet, row 1, column 'age': values are list<.*numbers is needed",
+        ),
     ],
 )
 def test_mixed_files(tmp_path, column, other, message):
