@@ -11,7 +11,7 @@ from torchrec.modules.embedding_configs import EmbeddingBagConfig
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
 from cce_torchrec.config import CCEEmbeddingBagConfig
-from cce_torchrec.data import Dataset, Rows
+from cce_torchrec.data import Examples, Rows
 from cce_torchrec.modules.embedding_bag_collection import CCEEmbeddingBagCollection
 
 
@@ -49,7 +49,7 @@ class DLRMLogits(nn.Module):
 
 
 def tables(
-    dataset: Dataset,
+    dataset: Examples,
     *,
     method: str,
     dim: int,
@@ -99,11 +99,13 @@ def tables(
 
 
 def keyed_jagged(rows: Rows, features: list[str]) -> KeyedJaggedTensor:
-    """One id per feature and row."""
+    """One id per row of the features of `rows.ids`, then the bags of those that have several."""
+    ones = torch.ones(rows.ids.numel(), dtype=torch.int32, device=rows.ids.device)
+    per_key = [len(rows)] * rows.ids.shape[1] + [len(bag.values) for bag in rows.bags]
     return KeyedJaggedTensor(
         keys=features,
-        values=rows.ids.t().reshape(-1),
-        lengths=torch.ones(rows.ids.numel(), dtype=torch.int32, device=rows.ids.device),
+        values=torch.cat([rows.ids.t().reshape(-1), *(bag.values for bag in rows.bags)]),
+        lengths=torch.cat([ones, *(bag.lengths.int() for bag in rows.bags)]),
         stride=len(rows),
-        length_per_key=[len(rows)] * len(features),  # a step on a GPU would wait to count them
+        length_per_key=per_key,  # a step on a GPU would wait to count them
     )

@@ -6,8 +6,10 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from cce_torchrec.train import data_options
+
 if TYPE_CHECKING:  # neither the options nor `--help` need torch
-    from cce_torchrec.data import Dataset
+    from cce_torchrec.data import Examples
 
 PIPELINES = ("auto", "sparse-dist", "prefetch", "none")
 DEFAULT_SPLIT_SEED = 20231211
@@ -23,8 +25,10 @@ def _parser() -> argparse.ArgumentParser:
         parser.add_argument(name, help=help, **kwargs)
 
     add("--model", choices=["dlrm", "gmf"], default="dlrm")
-    add("--dataset", choices=["flights", "ml-1m", "synthetic"], default="flights")
-    add("--data", help="file or folder of the data set; only ml-1m needs it")
+    datasets = ["flights", "ml-1m", "synthetic", *data_options.DATASETS]
+    add("--dataset", choices=datasets, default="flights")
+    add("--data", help="file or folder of the data set; flights and synthetic need none")
+    data_options.add_options(add)
     add("--method", choices=["cce", "full", "hash", "ce"], default="cce")
     add("--embedding-dim", type=int, default=16)
     add("--num-chunks", type=int, default=4)
@@ -79,8 +83,9 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     if args.async_checkpoints and not args.checkpoint_every:
         parser.error("--async-checkpoints says how, and no checkpoint is due: --checkpoint-every")
     _check_clusterings(parser, args)
-    if args.model == "gmf" and args.dataset != "ml-1m":
-        parser.error(f"--model gmf multiplies user and item; {args.dataset} has other features")
+    data_options.check(parser, args)
+    if args.model == "gmf" and args.dataset != "ml-1m" and not data_options.of_two(args):
+        parser.error(f"--model gmf multiplies two features; {args.dataset} has other features")
     return args
 
 
@@ -98,9 +103,14 @@ def _check_clusterings(parser: argparse.ArgumentParser, args: argparse.Namespace
         parser.error(f"{asked}: nothing is clustered, as --clusterings is 0; give 1 or more")
 
 
-def rows_per_table(args: argparse.Namespace, dataset: Dataset) -> dict[str, int]:
+def rows_per_table(args: argparse.Namespace, dataset: Examples) -> dict[str, int]:
     """Main + helper rows of each compressed table, from the one budget that was given."""
     sizes = {name: dataset.features[name] for name in dataset.compressed}
+    if not sizes and args.method != "full":
+        raise ValueError(
+            f"--method {args.method} has no table to compress: all have few ids "
+            f"({dataset.features}); name some by --compressed, or take --method full"
+        )
     if args.params_per_dim is not None:
         rows = dict.fromkeys(sizes, args.params_per_dim)
     elif args.num_rows is not None:
@@ -116,7 +126,7 @@ def rows_per_table(args: argparse.Namespace, dataset: Dataset) -> dict[str, int]
     return rows
 
 
-def set_defaults(args: argparse.Namespace, dataset: Dataset, rows: dict[str, int]) -> None:
+def set_defaults(args: argparse.Namespace, dataset: Examples, rows: dict[str, int]) -> None:
     """Fills in --lr and --clusterings by the rule of docs/train.md."""
     if args.lr is None:
         full = sum(dataset.features[name] for name in dataset.compressed)
@@ -130,7 +140,7 @@ def lasting(args: argparse.Namespace) -> dict[str, Any]:
     """The options that a resumed run must share with the run that saved its checkpoint."""
     # They say where and how the run goes on, and not what is trained.
     free = ("out", "checkpoint_every", "async_checkpoints", "resume", "pipeline", "timeout", "plan",
-            "data")  # fmt: skip
+            "data", *data_options.FREE)  # fmt: skip
     return {name: value for name, value in vars(args).items() if name not in free}
 
 

@@ -28,7 +28,7 @@ from cce_torchrec.clustering import ClusteringSchedule
 from cce_torchrec.collectives import Ranks, agree, gather
 from cce_torchrec.distributed.embedding_bag_collection import ShardedCCEEmbeddingBagCollection
 from cce_torchrec.metrics import auc, log_loss
-from cce_torchrec.train import options, pipelines
+from cce_torchrec.train import data_options, options, pipelines
 from cce_torchrec.train.job import Batch, build
 from cce_torchrec.train.model import keyed_jagged, tables
 from cce_torchrec.train.records import Records
@@ -71,16 +71,15 @@ class Trainer:
             seed=args.seed,
             init_bound=init_bound,
         )
-        self.steps = max(1, len(self.dataset.train) // args.batch_size)
+        self.steps = self.dataset.steps(args.batch_size)
         """Optimizer steps per epoch."""
         self.schedule = ClusteringSchedule.evenly(
             self.steps * args.epochs, args.clusterings, finalize=args.finalize
         )
-        dense_features = self.dataset.train.dense.shape[1]
         self.model, self.optimizer = build(
             args,
             configs,
-            dense_features,
+            self.dataset.num_dense,
             device,
             self.rank,
             pipelines.fused_params(self.pipeline),
@@ -107,7 +106,7 @@ class Trainer:
         if args.checkpoint_every and len(self.records.history) > done:
             self._save()
         finish_pending()
-        examples = self.steps * min(args.batch_size, len(self.dataset.train)) * args.epochs
+        examples = self.steps * min(args.batch_size, self.dataset.num_train) * args.epochs
         _on_first_rank(
             lambda: self.records.write_summary(
                 args, self._configs(), examples, self.world_size, str(self.device)
@@ -174,17 +173,17 @@ class Trainer:
 
     def _batches(self, epoch: int, done: int) -> Iterator[Batch]:
         """This rank's share of each batch of the epoch; the order depends on seed and epoch."""
-        args, train = self.args, self.dataset.train
-        # Not torch's own generator: a resumed run draws the order anew, whatever was drawn between.
-        generator = torch.Generator().manual_seed(args.seed * 1_000_003 + epoch)
-        order = torch.randperm(len(train), generator=generator)
-        for step in range(done, self.steps):
-            rows = order[step * args.batch_size : (step + 1) * args.batch_size]
-            yield self._batch(train, rows)
+        seed = self.args.seed
+        for rows in self.dataset.batches(self._share(), seed=seed, epoch=epoch, done=done):
+            yield self._batch(rows)
 
-    def _batch(self, rows: data.Rows, index: torch.Tensor) -> Batch:
-        mine = rows.take(index.tensor_split(self.world_size)[self.rank])
-        batch = Batch(mine.dense, keyed_jagged(mine, self.features), mine.labels)
+    def _share(self) -> data.Share:
+        return data.Share(
+            batch_size=self.args.batch_size, rank=self.rank, world_size=self.world_size
+        )
+
+    def _batch(self, rows: data.Rows) -> Batch:
+        batch = Batch(rows.dense, keyed_jagged(rows, self.features), rows.labels)
         # A copy to a GPU waits for the device unless it is from pinned memory.
         return batch.pin_memory() if self.device.type == "cuda" else batch
 
@@ -209,10 +208,9 @@ class Trainer:
     @torch.no_grad()
     def _evaluate(self) -> tuple[float, float]:
         self.model.eval()
-        rows = self.dataset.validation
         outputs: list[tuple[torch.Tensor, torch.Tensor]] = []
-        for index in torch.arange(len(rows)).split(self.args.batch_size):
-            batch = self._batch(rows, index)
+        for rows in self.dataset.validation_batches(self._share()):
+            batch = self._batch(rows)
             _, (_, logits) = self.model(batch.to(self.device, non_blocking=True))
             outputs.append((logits.cpu(), batch.labels))
         local = tuple(torch.cat(part) for part in zip(*outputs, strict=True))
@@ -250,16 +248,18 @@ class Trainer:
             print(f"resumed after step {self.step} from {report.path}", flush=True)
 
 
-def _same_data(args: argparse.Namespace) -> data.Dataset:
+def _same_data(args: argparse.Namespace) -> data.Examples:
     """The data set, of which every rank has read the same: each step takes a part of it on each.
 
     Raises:
         ValueError: on every rank, if reading failed on any, or numbers of rows differ.
     """
 
-    def read() -> tuple[data.Dataset, int]:
-        dataset = data.load(args.dataset, args.data, args.model, args.split_seed)
-        return dataset, len(dataset.train)
+    table = data_options.table_options(args, location(args.vocabulary or args.out))
+
+    def read() -> tuple[data.Examples, int]:
+        dataset = data.load(args.dataset, args.data, args.model, args.split_seed, table)
+        return dataset, dataset.num_train
 
     dataset, rows = agree(read, dist.group.WORLD)
     if len(set(rows)) > 1:
