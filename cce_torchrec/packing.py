@@ -76,6 +76,7 @@ class CodePacking:
         Bits of ids beyond the last are 0.
         """
         ids, chunks = codes.shape
+        # int32 holds every code, and moves half of what int64 would.
         groups = codes.new_zeros(self.rows(ids) * self.group, chunks, dtype=torch.int32)
         groups[:ids] = codes
         groups = groups.view(-1, self.group, chunks)
@@ -83,6 +84,7 @@ class CodePacking:
         for byte in range(self.width):
             for member in range(self.group):
                 shift = member * self.bits - 8 * byte
+                # Only members of which some bits are in this byte.
                 if -self.bits < shift < 8:
                     part = groups[:, member]
                     part = part << shift if shift >= 0 else part >> -shift
@@ -116,10 +118,12 @@ class CodePacking:
         if member is None:
             return self._gathered(found, 0) & self._mask
         bit = (member * self.bits).view(-1, 1)
+        # A chunk of a group in one byte needs no second index.
         if self.width == 1:
             return (found.view(-1, chunks).long() >> bit) & self._mask
         out: torch.Tensor | None = None
         for byte in range(self._most_bytes()):
+            # Beyond the last byte is nothing of the code: what is read there is masked out.
             at = (bit // 8 + byte).clamp(max=self.width - 1).unsqueeze(2).expand(-1, chunks, 1)
             part = found.gather(2, at).squeeze(2).long() << 8 * byte
             out = part if out is None else out | part

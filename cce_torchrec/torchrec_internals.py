@@ -290,3 +290,8 @@ of the names of its parameters."""
 def processed_collection(module: nn.Module) -> Any:
     """The collection inside TorchRec's FeatureProcessedEmbeddingBagCollection."""
     return getattr(module, PROCESSED_COLLECTION)
+
+
+def copy_all(to: list[torch.Tensor], values: list[torch.Tensor]) -> None:
+    """Copies each of `values` into its place; few launches on a GPU, however many there are."""
+    torch._foreach_copy_(to, values)

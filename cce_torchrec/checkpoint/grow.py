@@ -165,6 +165,7 @@ class Growth:
             last = min(first + rows * packing.group, config.num_embeddings)
             return range(first, last), range(chunk, chunk + width // packing.width)
 
+        # Whole codes are counted in ids and chunks, packed ones in rows and bytes.
         def saved_place(shard: ShardMetadata) -> ShardMetadata:
             ids, chunks = place_of(shard)
             kept = range(ids.start, min(ids.stop, max(table.ids, ids.start)))

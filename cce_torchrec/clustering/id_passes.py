@@ -256,6 +256,7 @@ class NewCodes:
 
     def _of_on_gpu(self, first: int, last: int) -> torch.Tensor:
         """New codes of ids [first, last), int32."""
+        # A table over pairs is one for all blocks, a list of ids is cut like them.
         codes = self.codes if self.by_pair else self.codes[first - self.first : last - self.first]
         return self.ids.gpu_range(first, last).new_codes(codes, self.by_pair)
 

@@ -174,6 +174,7 @@ def point_books(state: ChunkState) -> tuple[torch.Tensor, torch.Tensor]:
     main, helper = weight[:num_rows], weight[num_rows:]
     if state.levels == 1:
         return main, helper
+    # In double precision, as points are rounded to fixed point afterwards.
     share = shrinkage(weight.device)
     main, helper = main.double(), helper.double()
     # By rows and not by ids, of which each rank of a ROW_WISE table has some.

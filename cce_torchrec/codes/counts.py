@@ -67,7 +67,7 @@ def count(counts: torch.Tensor, ids: torch.Tensor, bits: torch.Tensor) -> None:
     for half in range(_PER_BYTE):
         at = torch.where(rises & (ids & 1 == half), ids >> 1, spare)
         counts[at] = counts[at] + (1 << 4 * half)
-    counts[spare] = 0
+    counts[spare] = 0  # so that counts are the same bytes on every rank and device
 
 
 def together(copies: list[torch.Tensor]) -> torch.Tensor:
@@ -80,6 +80,7 @@ def together(copies: list[torch.Tensor]) -> torch.Tensor:
     for half in (0, 4):
         counts = torch.stack([stands_for[(copy.long() >> half) & 15] for copy in copies])
         total = counts.sum(0) - (len(copies) - 1) * counts.amin(0)
+        # The nearest level, as a lower one would lose what was counted at each merge.
         middles = (stands_for[1:] + stands_for[:-1]) / 2
         out |= (torch.bucketize(total, middles).to(torch.uint8)) << half
     return out

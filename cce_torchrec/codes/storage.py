@@ -64,6 +64,7 @@ def column_of(
     codes: torch.Tensor, packing: CodePacking, column: int, first: int, last: int
 ) -> torch.Tensor:
     """Codes of ids [first, last) of one chunk, int64; counted from the first id of `codes`."""
+    # A tensor without columns does not say how many ids it has.
     if not packing.bits:
         return torch.zeros(last - first, dtype=torch.int64, device=codes.device)
     begin, width = first // packing.group, packing.width

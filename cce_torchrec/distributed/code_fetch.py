@@ -234,6 +234,7 @@ class CodeFetch(Expansion):
         for t, lookup in enumerate(self._row_wise):
             codes, size = lookup.codes, lookup.bytes_per_id
             own = torch.cat(replies[t::tables]) - codes.ids.start
+            # Marked and counted when the batch is looked up, not here: see BatchInFlight.
             if codes.notes:
                 self._answered.append((codes, own))
             # As bytes: gloo refuses int16, and tables of other types go along.

@@ -31,6 +31,7 @@ from torchrec.distributed.utils import append_prefix
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor, KeyedTensor
 
 from cce_torchrec.codes.chunk_codes import local_codes
+from cce_torchrec.distributed import frozen
 from cce_torchrec.distributed.alone import PooledNoWait, is_alone
 from cce_torchrec.distributed.batch_check import BatchCheck
 from cce_torchrec.distributed.batch_form import BatchRefusedError
@@ -38,12 +39,6 @@ from cce_torchrec.distributed.batch_in_flight import BatchInFlight, CacheResets
 from cce_torchrec.distributed.caches import forget_prefetched
 from cce_torchrec.distributed.code_fetch import CodeFetch
 from cce_torchrec.distributed.context import CCEContext
-from cce_torchrec.distributed.frozen import (
-    UntrainedRows,
-    frozen_tables,
-    keep_frozen_apart,
-    stop_training,
-)
 from cce_torchrec.distributed.id_partition import check_group
 from cce_torchrec.distributed.inference import outside_inference_mode, waited_in_inference_mode
 from cce_torchrec.distributed.input_dist import InputDistribution
@@ -55,7 +50,7 @@ from cce_torchrec.distributed.table_placement import TablePlacement
 from cce_torchrec.lookup import narrow
 from cce_torchrec.lookup.backward import take_over
 from cce_torchrec.lookup.bounds import BoundsCheck
-from cce_torchrec.lookup.frozen_main import FrozenMain, forget_main, restore_main
+from cce_torchrec.lookup.frozen_main import FrozenMain
 from cce_torchrec.lookup.inputs import InputCheck
 from cce_torchrec.lookup.pending import PendingLookups
 from cce_torchrec.modules.embedding_bag_collection import CCEEmbeddingBagCollection
@@ -101,7 +96,7 @@ class ShardedCCEEmbeddingBagCollection(
         self.id_partitions = placement.id_partitions
         # A rank pools the rows that it has of a bag, so MEAN is taken of the sum of all parts.
         self.output = module.output.divided(placement.plain_row_wise)
-        self.frozen = frozen_tables(module)
+        self.frozen = frozen.frozen_tables(module)
         """Tables whose parameters required no gradient, which no backward pass trains."""
         self.checked = BatchCheck(
             InputCheck(self.output.slots, self._is_weighted),
@@ -111,7 +106,7 @@ class ShardedCCEEmbeddingBagCollection(
             group=self.process_group,
         )
         """Batches that lookups take; raises on what they do not."""
-        keep_frozen_apart(module, self.frozen)
+        frozen.keep_frozen_apart(module, self.frozen)
         warn_of_optimizers(module, params, ebc_sharder.fused_params or {}, self.frozen, device)
         # Plans name global ranks, also where a sharding group is a part of them (2D parallelism).
         rank = getattr(env, "global_rank", env.rank)
@@ -133,11 +128,9 @@ class ShardedCCEEmbeddingBagCollection(
             self.codes, self.tables, placement, rank, device, env.process_group
         )
         # torch marks hooks, and methods it cannot.
-        self.frozen_main = FrozenMain(UntrainedRows(self))
-        self.register_state_dict_pre_hook(restore_main)
+        self.frozen_main = FrozenMain(self, frozen.UntrainedRows(self))
         self.register_state_dict_post_hook(partial(state.save))
         self.register_load_state_dict_pre_hook(state.load)
-        self.register_load_state_dict_post_hook(forget_main)
         self._prepare_lookups(device)
 
     def _prepare_lookups(self, device: torch.device) -> None:
@@ -171,7 +164,7 @@ class ShardedCCEEmbeddingBagCollection(
         stays = all(sharded.stays for sharded in self.inputs)
         self.checked.ranks_agree = not stays
         self._alone = is_alone(self._env, inner) and stays
-        stop_training(self._lookups, self.frozen)
+        frozen.stop_training(self._lookups, self.frozen)
 
     def input_dist(  # type: ignore[override]  # TorchRec's own modules narrow *input likewise
         self, ctx: CCEContext, features: KeyedJaggedTensor

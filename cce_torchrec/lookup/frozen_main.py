@@ -11,17 +11,20 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch import nn
+
+from cce_torchrec.torchrec_internals import copy_all
 
 Views = list[torch.Tensor]
 
 
 # Functions, as torch marks the hooks that it is given, which methods do not allow.
-def restore_main(module: Any, *_: Any) -> None:
+def _restore_main(module: Any, *_: Any) -> None:
     """Before a collection's state dict is made."""
     module.frozen_main.restore()
 
 
-def forget_main(module: Any, _: Any) -> None:
+def _forget_main(module: Any, _: Any) -> None:
     """After one was loaded."""
     module.frozen_main.forget()
 
@@ -30,10 +33,13 @@ class FrozenMain:
     """Keeps the main rows of a collection's tables as they are.
 
     Args:
+        collection: whose state dicts have these rows, and which has this as `frozen_main`.
         find: gives live views [k, s] of the rows that are not trained, in the same order each time.
     """
 
-    def __init__(self, find: Callable[[], Views]) -> None:
+    def __init__(self, collection: nn.Module, find: Callable[[], Views]) -> None:
+        collection.register_state_dict_pre_hook(_restore_main)
+        collection.register_load_state_dict_post_hook(_forget_main)
         self._find = find
         self._kept: Views = []
 
@@ -45,10 +51,11 @@ class FrozenMain:
     @torch.compiler.disable  # a graph would have the rows of when it was made
     def _put_back(self, found: Views) -> None:
         with torch.no_grad():
+            # At the first lookup, so that whoever has built the model may have filled it.
             if not self._kept:
                 self._kept = [view.detach().clone() for view in found]
             else:
-                torch._foreach_copy_(found, self._kept)
+                copy_all(found, self._kept)
 
     def forget(self) -> None:
         """The rows as they are now are those to be kept: they were clustered, or loaded."""

@@ -50,7 +50,7 @@ def count(  # type: ignore[no-untyped-def]
     table = tl.load(lookup_ptr + table_of_at + feature, mask=on, other=0)
     field = lookup_ptr + table * TABLE_FIELDS
     counts = tl.load(field + 16, mask=on, other=0)
-    on = on & (counts != 0)
+    on = on & (counts != 0)  # tables that count are in one lookup with others
     num_embeddings = tl.load(field, mask=on, other=1)
     is_raw = tl.load(field + 10, mask=on, other=0) != 0
     raw = hashed_raw(ids, tl.load(field + 11, mask=on, other=0), num_embeddings)
@@ -59,6 +59,7 @@ def count(  # type: ignore[no-untyped-def]
     place = counts.to(tl.pointer_type(tl.uint8)) + (ids >> 1)
     pair = tl.load(place, mask=on, other=0).to(tl.int32)
     side = (ids & 1).to(tl.int32)
+    # The other half of the byte is another id's, which only the other launch writes.
     if WRITE:
         new = tl.load(new_ptr + at, mask=on, other=255).to(tl.int32)
         on = on & (side == half) & (new != _STAYS)

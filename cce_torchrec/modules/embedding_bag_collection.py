@@ -25,16 +25,17 @@ from torchrec.sparse.jagged_tensor import KeyedJaggedTensor, KeyedTensor
 
 from cce_torchrec.codes.chunk_codes import ChunkCodes, codes_of, local_codes
 from cce_torchrec.codes.helper_rows import save_helper_rows
-from cce_torchrec.config import CodebookInit, is_cce
+from cce_torchrec.config import is_cce
 from cce_torchrec.lookup.bounds import BoundsCheck
 from cce_torchrec.lookup.expansion import Expansion
 from cce_torchrec.lookup.features import with_weights, without_weights
-from cce_torchrec.lookup.frozen_main import FrozenMain, forget_main, restore_main
+from cce_torchrec.lookup.frozen_main import FrozenMain
 from cce_torchrec.lookup.inputs import InputCheck
 from cce_torchrec.lookup.output import LogicalOutput, divides_by_length, tensor_of
 from cce_torchrec.lookup.pending import PendingLookup
 from cce_torchrec.lookup.table_lookup import TableLookup
 from cce_torchrec.modules import traced
+from cce_torchrec.modules.codebook_init import CodebookInit
 from cce_torchrec.modules.foreign_state import refuse_foreign_state, refuse_shards
 from cce_torchrec.modules.old_names import take_old_names
 from cce_torchrec.modules.quantization import ChecksNames
@@ -106,11 +107,9 @@ class CCEEmbeddingBagCollection(
         self._columns = self.output.column_order(names, dims)
         self.input_check = InputCheck(self.output.slots, is_weighted)
         self.expansion = Expansion(self._table_lookups(), self.output.slots, names)
-        self.frozen_main = FrozenMain(self._frozen_rows)
-        self.register_state_dict_pre_hook(restore_main)
+        self.frozen_main = FrozenMain(self, self._frozen_rows)
         self.register_state_dict_post_hook(_save_helper_rows)
         self.register_load_state_dict_pre_hook(_check_state)
-        self.register_load_state_dict_post_hook(forget_main)
 
     def _frozen_rows(self) -> list[torch.Tensor]:
         """Main rows of all chunks whose table does not train them."""

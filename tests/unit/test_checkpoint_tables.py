@@ -21,7 +21,7 @@ def raw(**kwargs):
 def test_another_format_is_refused(tmp_path):
     """Format 1 hashed ids otherwise."""
     (tmp_path / "manifest.json").write_text('{"format": 1}')
-    with pytest.raises(ValueError, match=r"manifest.json has format 1; this version reads 2, 3 and 4"):
+    with pytest.raises(ValueError, match=r"has format 1; this version reads 2, 3 and 4"):
         load_checkpoint(tmp_path, raw())
 
 
