@@ -95,7 +95,7 @@ def main(folder: str) -> None:
     )
 
     loss_of = nn.functional.binary_cross_entropy_with_logits
-    schedule = ClusteringSchedule.evenly(STEPS, clusterings=8)
+    schedule = ClusteringSchedule.for_training(epochs=1, steps_per_epoch=STEPS)
     for step in range(1, STEPS + 1):
         features, labels = batch(BATCH_SIZE // ranks, device)
         dense.zero_grad()

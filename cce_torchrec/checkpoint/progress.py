@@ -61,7 +61,7 @@ class TrainingProgress:
     save_every: int = field(default=1000, kw_only=True)
     """Steps from one checkpoint to the next. The end of each epoch has one too."""
     schedule: ClusteringSchedule | None = field(default=None, kw_only=True)
-    """By default `ClusteringSchedule.evenly` over all epochs, the last of which finalizes."""
+    """By default `ClusteringSchedule.for_training`, of which the last clustering finalizes."""
     clustering: Mapping[str, Any] = field(default_factory=dict, kw_only=True)
     """Options of `cluster`, by name; `optimizer` is by default that which has unsharded and
     data-parallel tables."""
@@ -74,9 +74,12 @@ class TrainingProgress:
         same_task(lambda: (None, self._settings()), what, ranks.group)
         # Every step is collective, so that no rank takes more than the one with the fewest.
         self.steps_per_epoch = min(ranks.agree(lambda: self.steps_per_epoch))
-        total = self.epochs * self.steps_per_epoch
-        default = ClusteringSchedule.evenly(total, finalize=True) if total else None
-        self._when = self.schedule or default or ClusteringSchedule.never()
+        default = ClusteringSchedule.never()
+        if self.epochs:
+            default = ClusteringSchedule.for_training(
+                self.epochs, self.steps_per_epoch, finalize=True
+            )
+        self._when = self.schedule or default
         self._is_late = False
         # Now, as what cannot be saved would else be found when hours of training are to be.
         ranks.agree(self._extra)

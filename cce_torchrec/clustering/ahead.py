@@ -116,7 +116,7 @@ def has_helpers(model: nn.Module, arguments: Mapping[str, Any]) -> bool:
     """Whether this rank has a chunk that `finalize(model, **arguments)` would finalize."""
     options = _options(arguments, finalize=True)
     chunks = local_chunks(model, arguments.get("optimizer"), options)
-    return any(state.finalize and not state.frozen for _, state in chunks)
+    return any(not state.frozen for _, state in chunks)
 
 
 def _options(arguments: Mapping[str, Any], finalize: bool) -> Options:

@@ -23,20 +23,28 @@ _NO_GRADIENT = "frozen: its parameters require no gradient"
 _NO_RATE = "frozen: its learning rate is 0 (a schedule may have ended there)"
 
 
-def fixed_tables(model: nn.Module) -> dict[str, str]:
-    """Every CCE table of `model` by its path, with why its codes cannot be learned, or ""."""
+def fixed_tables(model: nn.Module, *, finalize: bool = False) -> dict[str, str]:
+    """Every CCE table by its path, and why it cannot be clustered, or finalized; or ""."""
     out = {}
     for path, module in cce_collections(model):
         for table in module.tables:
             if table.cce is not None:
-                out[append_prefix(path, table.name)] = _why_fixed(table.cce)
+                out[append_prefix(path, table.name)] = _why_fixed(table.cce, finalize)
     return out
 
 
-def _why_fixed(config: CCEEmbeddingBagConfig) -> str:
+def _why_fixed(config: CCEEmbeddingBagConfig, finalize: bool) -> str:
     if not config.learned_codes:
         return "its codes are a hash (learned_codes=False)"
-    return "" if config.helper_rows else "it has no helper: it is finalized, or configured so"
+    if not config.helper_rows:
+        return "it has no helper: it is finalized, or configured so"
+    if finalize and not config.can_finalize:
+        bits = config.finalized().code_bits
+        return (
+            f"its recipe is 'rare': codes of all its rows would have {bits} bits instead of "
+            f"{config.code_bits}; it is served with its helper"
+        )
+    return ""
 
 
 def frozen_chunks(

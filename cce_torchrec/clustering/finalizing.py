@@ -41,9 +41,9 @@ def finalize(
     checkpoints. A plan made before stays valid.
 
     Tables without learned codes or without a helper are left alone, so a second call does
-    nothing but say so, and frozen ones are, which keep their helper. Those of the recipe "rare"
-    are clustered as by `cluster` and keep it too: their few bits a code could not tell all rows
-    apart. If any chunk of any rank fails, nothing is written anywhere.
+    nothing but say so, and frozen ones are, which keep their helper. So do those of the recipe
+    "rare", whose few bits a code could not tell all rows apart. If any chunk of any rank fails,
+    nothing is written anywhere.
     """
     options = Options(
         iterations=iterations,
@@ -61,7 +61,7 @@ def finalize(
     # On every rank, also where other ranks alone hold a table's chunks: all describe it alike.
     for path, module in cce_collections(model):
         for table in module.tables:
-            if append_prefix(path, table.name) in paths and table.compressed.can_finalize:
+            if append_prefix(path, table.name) in paths:
                 table.finalize()
         for name in module.codes:
             local_codes(module.codes, name).follow_table()

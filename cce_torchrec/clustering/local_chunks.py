@@ -47,6 +47,7 @@ def local_chunks(
             assert isinstance(codes, ChunkCodes)
             whole = append_prefix(path, name)
             can_learn = codes.config.learned_codes and codes.config.helper_rows > 0
+            can_learn &= codes.config.can_finalize or not options.finalize
             if not (can_learn and is_wanted(whole, options.tables)):
                 continue
             chunks = [physical_table(name, chunk) for chunk in codes.chunks]
@@ -57,8 +58,7 @@ def local_chunks(
                 # Only what has a value a row can follow the rows; step counts stay as they are.
                 kept = {k: v for k, v in state.items() if v.ndim and len(v) == len(weight)}
                 holders = _holders(module, codes, chunk)
-                drops = options.finalize and codes.config.can_finalize
-                found = ChunkState(codes, column, weight, kept, drops, holders=holders)
+                found = ChunkState(codes, column, weight, kept, options.finalize, holders=holders)
                 if found.owned:
                     found.replicas = copies.get(name)
                     found.frozen = frozen.get(chunks[column], "")

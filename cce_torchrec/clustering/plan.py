@@ -25,7 +25,7 @@ def task_of(path: str, state: ChunkState, options: Options) -> Task:
         limit,
         samples_per_centroid=options.samples_per_centroid,
         engine=options.engine(state.weight.device),
-        finalize=state.finalize,
+        finalize=options.finalize,
     )
     wider = new.nbytes(shape.num_ids, 1) if new != old else 0
     return Task(

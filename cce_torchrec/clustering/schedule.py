@@ -85,6 +85,30 @@ class ClusteringSchedule:
         return (finalize if step == self.final else cluster)(model, **options)
 
     @classmethod
+    def for_training(
+        cls, epochs: int, steps_per_epoch: int, *, finalize: bool = False
+    ) -> ClusteringSchedule:
+        """What suits both recipes: twice an epoch, the last time a whole epoch before the end.
+
+        So at 90 % of ten epochs, and at 50 % of two. In a single pass once, after 30 % of it. Rows
+        are then trained on every example once more. With `finalize` tables are finalized after
+        90 % of the steps, in place of a clustering that is due then.
+
+        Raises:
+            ValueError: no epoch, or none of a step.
+        """
+        if epochs < 1 or steps_per_epoch < 1:
+            raise ValueError(
+                f"epochs {epochs} of {steps_per_epoch} steps: there is nothing to train; give 1 or "
+                "more of both"
+            )
+        halves = {round(half * steps_per_epoch / 2) for half in range(1, 2 * epochs - 1)}
+        # The first step is the earliest that is ever due.
+        steps = halves - {0} if epochs > 1 else {max(1, round(0.3 * steps_per_epoch))}
+        final = max(max(steps), round(0.9 * epochs * steps_per_epoch)) if finalize else 0
+        return cls(frozenset(steps), final=final)
+
+    @classmethod
     def evenly(
         cls,
         total_steps: int,
@@ -95,8 +119,8 @@ class ClusteringSchedule:
     ) -> ClusteringSchedule:
         """`clusterings` times, evenly spread to the share `until` of `total_steps` (default).
 
-        18 suits several epochs and 8 a single pass. Fewer steps than clusterings give one a step.
-        With `finalize` the last of them finalizes the tables.
+        Fewer steps than clusterings give one a step. With `finalize` the last of them finalizes
+        the tables. `for_training` chooses when.
         """
         if total_steps < 1 or clusterings < 0 or not 0 < until <= 1:
             raise ValueError(

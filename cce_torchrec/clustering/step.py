@@ -219,7 +219,8 @@ def _prepared(
     make_backend(options.scorer, device)  # raises what is missing before anything is computed
     kernels = usable(device) if device.type == "cuda" else None
     digests = replicas.digests(states, options)
-    ready = _Ready(tasks, fixed_tables(model), frozen, digests, options.fingerprint(), kernels)
+    fixed = fixed_tables(model, finalize=options.finalize)
+    ready = _Ready(tasks, fixed, frozen, digests, options.fingerprint(), kernels)
     return states, ready
 
 

@@ -42,7 +42,11 @@ def _parser() -> argparse.ArgumentParser:
     add("--optimizer", choices=["rowwise_adagrad", "adagrad", "sgd"], default="rowwise_adagrad")
     add("--lr", type=float, help="of the tables; default 0.1 at compression 10 or more, else 0.03")
     add("--dense-lr", type=float, default=1e-3, help="Adam, of everything but the tables")
-    add("--clusterings", type=int, help="default 18, in a single epoch 8")
+    add(
+        "--clusterings",
+        type=int,
+        help="evenly spread; default twice an epoch but the last, in a single epoch once",
+    )
     add("--clustering-memory", type=int, help="bytes beside the model; see cluster(memory_limit=)")
     add("--finalize", action="store_true", help="the last clustering gives main the helper's rows")
     add("--seed", type=int, default=0, help="of hashes, initial values and order")
@@ -127,13 +131,13 @@ def rows_per_table(args: argparse.Namespace, dataset: Examples) -> dict[str, int
 
 
 def set_defaults(args: argparse.Namespace, dataset: Examples, rows: dict[str, int]) -> None:
-    """Fills in --lr and --clusterings by the rule of docs/train.md."""
+    """Fills in --lr by the rule of docs/train.md."""
     if args.lr is None:
         full = sum(dataset.features[name] for name in dataset.compressed)
         compression = 1.0 if args.method == "full" else full / sum(rows.values())
         args.lr = 0.1 if compression >= 10 else 0.03
-    if args.clusterings is None:
-        args.clusterings = (18 if args.epochs > 1 else 8) if args.method == "cce" else 0
+    if args.clusterings is None and args.method != "cce":
+        args.clusterings = 0
 
 
 def lasting(args: argparse.Namespace) -> dict[str, Any]:

@@ -73,8 +73,12 @@ class Trainer:
         )
         self.steps = self.dataset.steps(args.batch_size)
         """Optimizer steps per epoch."""
-        self.schedule = ClusteringSchedule.evenly(
-            self.steps * args.epochs, args.clusterings, finalize=args.finalize
+        self.schedule = (
+            ClusteringSchedule.for_training(args.epochs, self.steps, finalize=args.finalize)
+            if args.clusterings is None
+            else ClusteringSchedule.evenly(
+                self.steps * args.epochs, args.clusterings, finalize=args.finalize
+            )
         )
         self.model, self.optimizer = build(
             args,

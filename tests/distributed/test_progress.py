@@ -58,11 +58,12 @@ def test_a_restart_goes_on_after_what_was_saved(rank, world_size, done, tmp_path
 
 
 @on_ranks(2)
-def test_the_schedule_is_evenly_with_finalize_unless_given(rank, world_size, tmp_path):
+def test_the_schedule_is_that_for_training_with_finalize_unless_given(rank, world_size, tmp_path):
     made = job(tmp_path, steps_per_epoch=10, schedule=None, save_every=19)
     train(made, 19)
     info = checkpoint_info(tmp_path)
-    assert info.schedule == ClusteringSchedule.evenly(20, finalize=True) and info.step == 19
+    assert info.schedule == ClusteringSchedule.for_training(2, 10, finalize=True)
+    assert info.step == 19
     assert info.finalized == ["collection.t", "collection.u"]
     assert place(job(tmp_path, steps_per_epoch=10, schedule=None)[-1]) == (19, 1, 9)
 

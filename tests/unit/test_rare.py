@@ -209,18 +209,15 @@ def test_without_counts_nothing_is_shrunk():
         assert torch.equal(distances.argmin(1), rows[:, chunk])
 
 
-def test_finalize_clusters_a_table_of_rare_ids_which_keeps_its_helper():
-    module, other = (
-        collection(config(), config(name="u", feature_names=["f"], recipe="frequent"))
-        for _ in range(2)
-    )
+def test_a_table_of_rare_ids_is_not_finalized():
+    module = collection(config(), config(name="u", feature_names=["f"], recipe="frequent"))
     report = finalize(module)
-    cluster(other)
-    assert {chunk.table for chunk in report.chunks} == {"t", "u"}
+    assert "its recipe is 'rare': codes of all its rows would have 6 bits" in report.left_alone["t"]
+    assert {chunk.table for chunk in report.chunks} == {"u"}
     kept, finalized = module.embedding_bag_configs()
     assert (kept.num_rows, kept.helper_rows) == (4, 60) and finalized.helper_rows == 0
-    assert torch.equal(module.codes["t"].codes, other.codes["t"].codes)
-    assert torch.equal(weights(module, 0), weights(other, 0))
+    with pytest.raises(ValueError, match=r"'t'.*recipe is 'rare'"):
+        finalize(module, tables=["t"])
 
 
 def test_the_recipe_follows_from_the_examples_of_an_id():

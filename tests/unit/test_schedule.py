@@ -99,3 +99,30 @@ def test_options_reach_the_clustering(monkeypatch):
     schedule = ClusteringSchedule.every(2)
     assert schedule.cluster_if_due(None, 2, iterations=3) == {"iterations": 3}
     assert schedule.cluster_if_due(None, 3, iterations=3) is None
+
+
+@pytest.mark.parametrize(
+    ("epochs", "steps", "expected"),
+    [
+        (1, 100, [30]),
+        (1, 1, [1]),
+        (2, 100, [50, 100]),
+        (3, 10, [5, 10, 15, 20]),
+        (10, 100, [50 * half for half in range(1, 19)]),
+        (2, 1, [1]),
+    ],
+)
+def test_schedule_for_training(epochs, steps, expected):
+    """Twice an epoch until one before the end; in a single pass once, after 30 % of it."""
+    schedule = ClusteringSchedule.for_training(epochs, steps)
+    assert sorted(schedule.steps) == expected and schedule.final == 0
+    # Late, and not before it was clustered last: earlier it costs .005 in a single pass on flights.
+    finalizes = ClusteringSchedule.for_training(epochs, steps, finalize=True)
+    assert finalizes.steps == schedule.steps
+    assert finalizes.final == max(expected[-1], round(0.9 * epochs * steps))
+
+
+@pytest.mark.parametrize(("epochs", "steps"), [(0, 5), (5, 0), (-1, 5)])
+def test_schedule_of_no_training(epochs, steps):
+    with pytest.raises(ValueError, match=f"epochs {epochs} of {steps} steps: there is nothing"):
+        ClusteringSchedule.for_training(epochs, steps)
