@@ -1,0 +1,73 @@
+"""The data sets of the benchmark, split and ready to train on, each with its model and budgets."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from benchmarks.quality.networks import DLRMNetwork, GMFNetwork
+from cce_torchrec import data
+from cce_torchrec.data import Dataset
+
+
+@dataclass(frozen=True, kw_only=True)
+class Problem:
+    """A data set, its model, and what is asked of it."""
+
+    name: str
+    load: Callable[[int], Dataset]
+    """From the number of the split."""
+    model: str
+    """dlrm or gmf."""
+    dim: int
+    batch: int
+    passes: tuple[int, ...]
+    """The first one is that of all budgets."""
+    budgets: tuple[str, ...]
+    other_budgets: tuple[str, ...] = ()
+    """Of the further numbers of passes."""
+    splits: tuple[int, ...] = (0, 1, 2, 3)
+
+    def network(self, dataset: Dataset) -> torch.nn.Module:
+        """The network above the embeddings."""
+        if self.model == "gmf":
+            return GMFNetwork()
+        return DLRMNetwork(dataset.train.dense.shape[1], len(dataset.features), self.dim)
+
+    def bound(self, num_ids: int) -> float:
+        """A full table of `num_ids` starts uniform between minus and plus this."""
+        # A dot product of embeddings near zero has no gradient; DLRM's dense part has its own.
+        return self.dim**-0.5 if self.model == "gmf" else num_ids**-0.5
+
+
+def data_folder() -> Path | None:
+    """Where the files of data sets are: CCE_DATA_DIR (or --data, which sets it)."""
+    folder = os.environ.get("CCE_DATA_DIR")
+    return Path(folder) if folder else None
+
+
+def _flights(split: int) -> Dataset:
+    folder = data_folder()
+    file = folder / "flights.parquet" if folder else None
+    return data.load("flights", str(file) if file and file.exists() else None, "dlrm", split)
+
+
+PROBLEMS = {
+    problem.name: problem
+    for problem in [
+        Problem(
+            name="flights",
+            load=_flights,
+            model="dlrm",
+            dim=16,
+            batch=256,
+            passes=(2, 1),
+            budgets=("bytes=880000", "bytes=420000", "bytes=200000", "bytes=100000", "share=0.05"),
+            other_budgets=("bytes=420000",),
+        ),
+    ]
+}
