@@ -34,6 +34,8 @@ class Cell:
     optimizer: str
     """Of the compressed tables; the network and the other tables are the same for all."""
     rate: float
+    form: str = ""
+    """Of the method, where it has several that are chosen from as rates are."""
 
     @property
     def key(self) -> str:
@@ -47,7 +49,7 @@ class Cell:
                 g.method,
                 f"split={self.split}",
                 f"seed={self.seed}",
-                f"{self.optimizer}={self.rate:g}",
+                f"{self.form} {self.optimizer}={self.rate:g}".strip(),
                 "early stopping",
                 f"version={TRAINING_VERSION}.{g.version}",
             ]

@@ -25,11 +25,13 @@ class Tables:
     dim: int
     seed: int
     training: Training
+    form: str = ""
+    """Of the method, where it has several."""
+    counts: list[torch.Tensor]
+    """Training examples in one pass of each id of each table."""
     steps: int
     """Of the whole run."""
     passes: int
-    examples: int
-    """To train on, in one pass."""
 
     @property
     def num_ids(self) -> int:
@@ -65,8 +67,12 @@ class Embedder(ABC):
     def after(self, step: int) -> None:  # noqa: B027  # most methods do nothing then
         """What the method does between steps: clusterings, a restart, moving ids."""
 
-    def finish(self) -> None:  # noqa: B027  # only methods that compress after training do
-        """Compresses what was trained whole."""
+    def before_evaluation(self) -> None:  # noqa: B027  # as above
+        """Makes what is evaluated, where that is not what is trained."""
+
+    def penalty(self) -> torch.Tensor | None:
+        """What is added to the loss of a step, after its lookup."""
+        return None
 
     @property
     @abstractmethod

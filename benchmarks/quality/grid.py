@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from benchmarks.quality.cells import FINAL_SPLITS, TUNING_SPLIT, Cell, Group
-from benchmarks.quality.methods import METHODS, Method
+from benchmarks.quality.methods import METHODS, Method, Try
 from benchmarks.quality.problems import PROBLEMS, Problem
 from benchmarks.quality.store import Record
 
@@ -58,20 +58,21 @@ def _asked(method: Method, budget: str, selection: Selection) -> bool:
 
 def tuning_cells(group: Group) -> list[Cell]:
     """The cells that choose the rate of `group`, before any edge is looked beyond."""
-    rates = METHODS[group.method].rates
-    return [_tuning(group, name, rate) for name, own in rates.items() for rate in own]
+    return [
+        _tuning(group, tried, rate) for tried in METHODS[group.method].tries for rate in tried.rates
+    ]
 
 
-def _tuning(group: Group, optimizer: str, rate: float) -> Cell:
-    return Cell(group, TUNING_SPLIT, TUNING_SPLIT, optimizer, rate)
+def _tuning(group: Group, tried: Try, rate: float) -> Cell:
+    return Cell(group, TUNING_SPLIT, TUNING_SPLIT, tried.optimizer, rate, tried.form)
 
 
 @dataclass(frozen=True)
 class Choice:
     """The rate of a group, by the tuning split."""
 
-    optimizer: str
-    rate: float
+    cell: Cell
+    """The best one."""
     at_edge: bool
     """Whether no further rate on its side was tried."""
 
@@ -91,8 +92,8 @@ def missing(group: Group, records: Mapping[str, Record], splits: Sequence[int]) 
     beyond = _beyond(group, records)
     if beyond is not None and beyond.key not in records:
         return [beyond]
-    choice = chosen(group, records)
-    finals = [Cell(group, split, split, choice.optimizer, choice.rate) for split in splits]
+    best = chosen(group, records).cell
+    finals = [replace(best, split=split, seed=split) for split in splits]
     return [cell for cell in finals if cell.key not in records]
 
 
@@ -103,18 +104,19 @@ def chosen(group: Group, records: Mapping[str, Record]) -> Choice:
     if beyond is not None and beyond.key in records:
         cells.append(beyond)
     best = min(cells, key=lambda cell: _loss(cell, records))
-    rates = [cell.rate for cell in cells if cell.optimizer == best.optimizer]
-    return Choice(best.optimizer, best.rate, best.rate in (min(rates), max(rates)))
+    beside = [c.rate for c in cells if (c.form, c.optimizer) == (best.form, best.optimizer)]
+    return Choice(best, best.rate in (min(beside), max(beside)))
 
 
 def _beyond(group: Group, records: Mapping[str, Record]) -> Cell | None:
     """The cell of one rate further, if the best of the first ones is at their edge."""
     best = min(tuning_cells(group), key=lambda cell: _loss(cell, records))
-    rates = METHODS[group.method].rates[best.optimizer]
-    if best.rate == max(rates):
-        return _tuning(group, best.optimizer, float(f"{best.rate * _FACTOR:.3g}"))
-    if best.rate == min(rates):
-        return _tuning(group, best.optimizer, float(f"{best.rate / _FACTOR:.3g}"))
+    for tried in METHODS[group.method].tries:
+        if (tried.form, tried.optimizer) == (best.form, best.optimizer):
+            if best.rate == max(tried.rates):
+                return _tuning(group, tried, float(f"{best.rate * _FACTOR:.3g}"))
+            if best.rate == min(tried.rates):
+                return _tuning(group, tried, float(f"{best.rate / _FACTOR:.3g}"))
     return None
 
 

@@ -131,7 +131,7 @@ def _sums(rows: torch.Tensor, grads: torch.Tensor, num_rows: int) -> torch.Tenso
 
 
 def means(rows: torch.Tensor, values: torch.Tensor, num_rows: int) -> torch.Tensor:
-    """Mean [num_rows, s] of the `values` [N, s] of each row of `rows` [N]; 0 where there is none."""
+    """Mean [num_rows, s] of the `values` [N, s] of each row of `rows` [N]; 0 of none."""
     counts = torch.bincount(rows, minlength=num_rows).clamp(min=1)
     return _sums(rows, values, num_rows) / counts[:, None]
 

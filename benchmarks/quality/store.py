@@ -52,7 +52,7 @@ def _read(file: Path) -> dict[str, Record]:
             out[record["key"]] = record
         except (ValueError, KeyError, TypeError) as error:
             raise ValueError(
-                f"{file}, line {number} is no finished cell ({error}); delete the line, and a rerun "
-                "computes its cell again"
+                f"{file}, line {number} is no finished cell ({error}); delete the line, and a "
+                "rerun computes its cell again"
             ) from error
     return out

@@ -43,6 +43,11 @@ def tables_of(
     compressed = names == dataset.compressed
     budget = Budget.parse(cell.group.budget) if compressed else Budget("none")
     steps = max(1, len(dataset.train) // problem.batch)
+    columns = [list(dataset.features).index(name) for name in names]
+    counts = [
+        torch.bincount(dataset.train.ids[:, column], minlength=size)
+        for column, size in zip(columns, sizes, strict=True)
+    ]
     return Tables(
         names=names,
         sizes=sizes,
@@ -51,9 +56,10 @@ def tables_of(
         dim=problem.dim,
         seed=cell.seed,
         training=training,
+        form=cell.form,
+        counts=counts,
         steps=steps * cell.group.passes,
         passes=cell.group.passes,
-        examples=len(dataset.train),
     )
 
 
@@ -120,7 +126,9 @@ class Run:
 
     def _step(self, dense: torch.Tensor, ids: torch.Tensor, labels: torch.Tensor) -> None:
         logits = self.logits(dense, ids, training=True)
-        nn.functional.binary_cross_entropy_with_logits(logits, labels).backward()
+        loss = nn.functional.binary_cross_entropy_with_logits(logits, labels)
+        penalty = self.embedder.penalty()
+        (loss if penalty is None else loss + penalty).backward()
         self.embedder.step()
         if self.other_tables is not None:
             self.other_tables.step()
@@ -132,6 +140,7 @@ class Run:
     def evaluate(self, step: int, rows: Rows, ids: torch.Tensor) -> None:
         """Notes log loss and AUC of `rows` after `step` steps."""
         self.network.eval()
+        self.embedder.before_evaluation()
         parts = zip(rows.dense.split(8192), ids.split(8192), strict=True)
         logits = torch.cat([self.logits(dense, some, training=False) for dense, some in parts])
         self.network.train()
@@ -152,6 +161,7 @@ def record_of(cell: Cell) -> dict[str, Any]:
         "seed": cell.seed,
         "optimizer": cell.optimizer,
         "rate": cell.rate,
+        "form": cell.form,
     }
     began, began_cpu = time.perf_counter(), time.process_time()
     try:

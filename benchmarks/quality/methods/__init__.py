@@ -3,13 +3,23 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from dataclasses import dataclass
 
 from benchmarks.quality.embedder import Embedder, Tables
 from benchmarks.quality.methods.hashed import FullTables, HashedRows
 
-ROW_RATES: Mapping[str, tuple[float, ...]] = {"rowwise_adagrad": (0.03, 0.1, 0.3)}
+
+@dataclass(frozen=True)
+class Try:
+    """Rates, ascending, of one optimizer and one form of a method."""
+
+    optimizer: str
+    rates: tuple[float, ...]
+    form: str = ""
+
+
+ROW_TRIES = (Try("rowwise_adagrad", (0.03, 0.1, 0.3)),)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -21,8 +31,8 @@ class Method:
     version: int = 1
     """To be raised by whoever changes what the method computes: its cells are then run again."""
     group: str = "compressed while it trains"
-    rates: Mapping[str, tuple[float, ...]] = field(default_factory=lambda: ROW_RATES)
-    """By optimizer, ascending; the best one on the split for tuning is taken."""
+    tries: tuple[Try, ...] = ROW_TRIES
+    """Of all, the best one on the split for tuning is taken."""
     any_budget: bool = True
     """False for full tables, which have one size."""
 
@@ -35,7 +45,7 @@ METHODS = {
             name="full",
             build=FullTables,
             group=FULL_GROUP,
-            rates={"rowwise_adagrad": (0.01, 0.03, 0.1)},
+            tries=(Try("rowwise_adagrad", (0.01, 0.03, 0.1)),),
             any_budget=False,
         ),
         Method(name="hash", build=lambda t: HashedRows(t, num_chunks=1, restarts=False)),

@@ -1,7 +1,7 @@
 """Row lookups: full tables, the hashing trick, CE, and their restart.
 
-The hashing trick: Weinberger et al., ICML 2009. CE, compositional embeddings by concatenation: Tsang
-and Ahle, NeurIPS 2023, section 2.
+The hashing trick: Weinberger et al., ICML 2009. CE, compositional embeddings by concatenation:
+Tsang and Ahle, NeurIPS 2023, section 2.
 """
 
 from __future__ import annotations
@@ -44,8 +44,9 @@ class FullTables(Embedder):
 class HashedRows(Embedder):
     """An embedding is `num_chunks` hashed rows side by side: CE, or with one the hashing trick.
 
-    With `restarts` the hash is drawn anew once (`Tables.restart_step`): each new row is the mean, over
-    all ids that now share it, of what they had, and its optimizer state a tenth of the old mean.
+    With `restarts` the hash is drawn anew once (`Tables.restart_step`): each new row is the mean,
+    over all ids that now share it, of what they had, and its optimizer state a tenth of the old
+    mean.
     """
 
     def __init__(self, tables: Tables, *, num_chunks: int, restarts: bool) -> None:
