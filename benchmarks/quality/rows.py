@@ -15,6 +15,10 @@ import torch
 _EPSILON = 1e-8
 _SPARSE_FROM = 16
 """Times more rows than are looked up, from which rows are updated one by one."""
+DENSE: dict[str, type[torch.optim.Optimizer]] = {
+    "adam": torch.optim.Adam,
+    "adamw": torch.optim.AdamW,
+}
 
 
 @dataclass(frozen=True)
@@ -22,7 +26,7 @@ class Training:
     """How the compressed tables are trained."""
 
     optimizer: str
-    """rowwise_adagrad, adagrad, or adam (dense: every row has momentum in every step)."""
+    """rowwise_adagrad, adagrad, adam or adamw; the last two step all rows, read or not."""
     rate: float
 
 
@@ -50,9 +54,9 @@ class Rows:
         columns = 1 if training.optimizer == "rowwise_adagrad" else width
         self.state = torch.zeros(len(self.weight), columns)
         self.adam: torch.optim.Optimizer | None = None
-        if training.optimizer == "adam":
+        if training.optimizer in DENSE:
             self.weight.requires_grad_()
-            self.adam = torch.optim.Adam([self.weight], lr=training.rate, fused=True)
+            self.adam = DENSE[training.optimizer]([self.weight], lr=training.rate, fused=True)
         self._read: list[tuple[torch.Tensor, torch.Tensor]] = []
 
     @property
@@ -85,16 +89,16 @@ class Rows:
 
     def _update(self, rows: torch.Tensor, grads: torch.Tensor) -> None:
         if self.adam is not None:
-            self.weight.grad = _sums(rows, grads, len(self.weight))
+            self.weight.grad = sums(rows, grads, len(self.weight))
             self.adam.step()
             return
         if len(self.weight) < _SPARSE_FROM * len(rows):
-            total = _sums(rows, grads, len(self.weight))
+            total = sums(rows, grads, len(self.weight))
             self.state += self._squares(total)
             self.weight.addcdiv_(total, self.state.sqrt() + _EPSILON, value=-self.training.rate)
             return
         own, inverse = torch.unique(rows, return_inverse=True)
-        total = _sums(inverse, grads, len(own))
+        total = sums(inverse, grads, len(own))
         state = self.state.index_select(0, own) + self._squares(total)
         self.state.index_copy_(0, own, state)
         moved = self.weight.index_select(0, own)
@@ -105,26 +109,27 @@ class Rows:
         squares = total.square()
         return squares.mean(1, keepdim=True) if self.state.shape[1] < self.width else squares
 
-    def forget_state(self, share: float = 0.1) -> None:
-        """All rows of a block get `share` of the mean of its state; Adam's first moment zero.
+    def forget_state(self, share: float = 0.1, first_block: int = 0) -> None:
+        """From the `first_block` on, all rows of a block get `share` of the mean of its state.
 
-        Adam's second moment becomes its mean: it forgets by itself, and a small one beside the
-        running count of steps would make steps of several times the rate.
+        Adam's first moment becomes zero and its second one its mean: it forgets by itself, and a
+        small one beside the running count of steps would make steps of several times the rate.
         """
         if self.adam is not None:
             kept = self.adam.state[self.weight]
-            for block in self._blocks_of(kept["exp_avg_sq"]):
+            for block in self.blocks_of(kept["exp_avg_sq"])[first_block:]:
                 block.copy_(block.mean(0, keepdim=True).expand_as(block))
             kept["exp_avg"].zero_()
             return
-        for block in self._blocks_of(self.state):
+        for block in self.blocks_of(self.state)[first_block:]:
             block.copy_((share * block.mean(0, keepdim=True)).expand_as(block))
 
-    def _blocks_of(self, values: torch.Tensor) -> list[torch.Tensor]:
+    def blocks_of(self, values: torch.Tensor) -> list[torch.Tensor]:
+        """Views of `values` [R, ...], block by block."""
         return list(values.split([b.rows for b in self.blocks]))
 
 
-def _sums(rows: torch.Tensor, grads: torch.Tensor, num_rows: int) -> torch.Tensor:
+def sums(rows: torch.Tensor, grads: torch.Tensor, num_rows: int) -> torch.Tensor:
     """Sums [num_rows, s] of `grads` [M, s] by `rows` [M]."""
     # Many times faster on CPUs than index_add_, which adds row by row.
     return torch.ops.aten.embedding_dense_backward(grads, rows, num_rows, -1, False)
@@ -133,7 +138,7 @@ def _sums(rows: torch.Tensor, grads: torch.Tensor, num_rows: int) -> torch.Tenso
 def means(rows: torch.Tensor, values: torch.Tensor, num_rows: int) -> torch.Tensor:
     """Mean [num_rows, s] of the `values` [N, s] of each row of `rows` [N]; 0 of none."""
     counts = torch.bincount(rows, minlength=num_rows).clamp(min=1)
-    return _sums(rows, values, num_rows) / counts[:, None]
+    return sums(rows, values, num_rows) / counts[:, None]
 
 
 def _starts(counts: Sequence[int]) -> list[int]:

@@ -4,10 +4,22 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
 
 from benchmarks.quality.embedder import Embedder, Tables
+from benchmarks.quality.methods.cafe import CAFE
+from benchmarks.quality.methods.clustered import as_published, frequent_recipe
+from benchmarks.quality.methods.deep_hash import DHE
+from benchmarks.quality.methods.differentiable_pq import DifferentiablePQ
+from benchmarks.quality.methods.hash_embeddings import HashEmbeddings
 from benchmarks.quality.methods.hashed import FullTables, HashedRows
+from benchmarks.quality.methods.low_rank import LowRank
+from benchmarks.quality.methods.product_quantization import ProductQuantized
+from benchmarks.quality.methods.quotient_remainder import QuotientRemainder
+from benchmarks.quality.methods.robe import Robe
+from benchmarks.quality.methods.tensor_train import TTRec
 
 
 @dataclass(frozen=True)
@@ -37,7 +49,30 @@ class Method:
     """False for full tables, which have one size."""
 
 
+OWN_TRIES = (Try("adam", (0.001, 0.003, 0.01)), Try("adagrad", (0.01, 0.03, 0.1)))
+"""Of methods that are modules of their own: rates of either optimizer."""
 FULL_GROUP = "holds the full table while it trains"
+
+
+def tries_of(forms: tuple[str, ...], tries: tuple[Try, ...] = ROW_TRIES) -> tuple[Try, ...]:
+    """Every one of `tries` in every one of `forms`."""
+    return tuple(replace(tried, form=form) for form in forms for tried in tries)
+
+
+def _restartable(
+    name: str, build: Callable[..., Embedder], tries: tuple[Try, ...] = ROW_TRIES, **kwargs: Any
+) -> list[Method]:
+    """The method as it is, and restarted."""
+    return [
+        Method(
+            name=f"{name} restarted" if restarts else name,
+            build=partial(build, restarts=restarts, **kwargs),
+            tries=tries,
+        )
+        for restarts in (False, True)
+    ]
+
+
 METHODS = {
     method.name: method
     for method in [
@@ -48,10 +83,41 @@ METHODS = {
             tries=(Try("rowwise_adagrad", (0.01, 0.03, 0.1)),),
             any_budget=False,
         ),
-        Method(name="hash", build=lambda t: HashedRows(t, num_chunks=1, restarts=False)),
-        Method(name="hash restarted", build=lambda t: HashedRows(t, num_chunks=1, restarts=True)),
-        Method(name="CE", build=lambda t: HashedRows(t, num_chunks=4, restarts=False)),
-        Method(name="CE restarted", build=lambda t: HashedRows(t, num_chunks=4, restarts=True)),
+        *_restartable("hash", HashedRows, num_chunks=1),
+        *_restartable("CE", HashedRows, num_chunks=4),
+        *_restartable("QR", QuotientRemainder, tries_of(("times", "plus"))),
+        *_restartable("hash embeddings", HashEmbeddings, tries_of(("weights=0.1", "weights=0.3"))),
+        *_restartable("ROBE", Robe, (Try("adagrad", (0.03, 0.1, 0.3)),)),
+        *_restartable("CAFE", CAFE, tries_of(("hot=0.3", "hot=0.7"))),
+        Method(
+            name="CCE, as published",
+            build=as_published,
+            tries=(
+                Try("adamw", (0.001, 0.003, 0.01), "4 chunks"),
+                *tries_of(("4 chunks", "2 chunks")),
+            ),
+        ),
+        Method(
+            name="CCE, frequent recipe",
+            build=frequent_recipe,
+            tries=tries_of(("4 chunks", "2 chunks")),
+        ),
+        Method(name="DHE", build=DHE, tries=tries_of(("1024", "wide"), OWN_TRIES)),
+        Method(name="TT-Rec", build=TTRec, tries=OWN_TRIES),
+        Method(name="low rank", build=LowRank, tries=OWN_TRIES),
+        Method(
+            name="DPQ",
+            build=partial(DifferentiablePQ, tail_share=1.0),
+            group=FULL_GROUP,
+            tries=OWN_TRIES,
+        ),
+        Method(
+            name="MGQE",
+            build=partial(DifferentiablePQ, tail_share=0.25),
+            group=FULL_GROUP,
+            tries=OWN_TRIES,
+        ),
+        Method(name="product quantisation", build=ProductQuantized, group=FULL_GROUP),
     ]
 }
 
