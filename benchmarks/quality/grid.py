@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from benchmarks.quality.cells import FINAL_SPLITS, TUNING_SPLIT, Cell, Group
+from benchmarks.quality.cells import TUNING_SPLIT, Cell, Group
 from benchmarks.quality.methods import METHODS, Method, Try
 from benchmarks.quality.problems import PROBLEMS, Problem
 from benchmarks.quality.store import Record
@@ -22,7 +22,8 @@ class Selection:
     methods: Sequence[str] = tuple(METHODS)
     budgets: Sequence[str] = ()
     """None means all of each data set."""
-    splits: Sequence[int] = FINAL_SPLITS
+    splits: Sequence[int] = ()
+    """None means those of each data set."""
     passes: Sequence[int] = ()
     """None means all of each data set."""
 
@@ -77,7 +78,12 @@ class Choice:
     """Whether no further rate on its side was tried."""
 
 
-def missing(group: Group, records: Mapping[str, Record], splits: Sequence[int]) -> list[Cell]:
+def splits_of(group: Group, asked: Sequence[int]) -> Sequence[int]:
+    """The splits that are reported of `group`."""
+    return asked or PROBLEMS[group.dataset].splits
+
+
+def missing(group: Group, records: Mapping[str, Record], asked: Sequence[int]) -> list[Cell]:
     """The cells of `group` that can be computed now; when they are, there may be more.
 
     First those of tuning; then, if the best rate is the lowest or the highest, the one beyond it;
@@ -93,6 +99,7 @@ def missing(group: Group, records: Mapping[str, Record], splits: Sequence[int]) 
     if beyond is not None and beyond.key not in records:
         return [beyond]
     best = chosen(group, records).cell
+    splits = splits_of(group, asked)
     finals = [replace(best, split=split, seed=split) for split in splits]
     return [cell for cell in finals if cell.key not in records]
 

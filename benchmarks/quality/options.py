@@ -7,7 +7,7 @@ import os
 from pathlib import Path
 
 from benchmarks.quality.budgets import Budget
-from benchmarks.quality.cells import FINAL_SPLITS, TUNING_SPLIT
+from benchmarks.quality.cells import TUNING_SPLIT
 from benchmarks.quality.grid import Selection
 from benchmarks.quality.methods import METHODS, known
 from benchmarks.quality.problems import PROBLEMS
@@ -46,7 +46,7 @@ def selection(args: argparse.Namespace) -> Selection:
         return QUICK
     if args.jobs < 1:
         raise ValueError(f"--jobs {args.jobs} must be 1 or more")
-    splits = args.splits or FINAL_SPLITS
+    splits = args.splits or ()
     if TUNING_SPLIT in splits:
         raise ValueError(
             f"--splits {TUNING_SPLIT} chooses the rates and is not reported; give others"

@@ -9,7 +9,10 @@ from pathlib import Path
 
 import torch
 
+from benchmarks.quality.cells import FINAL_SPLITS
+from benchmarks.quality.gowalla import gowalla
 from benchmarks.quality.networks import DLRMNetwork, GMFNetwork
+from benchmarks.quality.power_law import power_law
 from cce_torchrec import data
 from cce_torchrec.data import Dataset
 
@@ -30,7 +33,8 @@ class Problem:
     budgets: tuple[str, ...]
     other_budgets: tuple[str, ...] = ()
     """Of the further numbers of passes."""
-    splits: tuple[int, ...] = (0, 1, 2, 3)
+    splits: tuple[int, ...] = FINAL_SPLITS
+    """Those that are reported."""
 
     def network(self, dataset: Dataset) -> torch.nn.Module:
         """The network above the embeddings."""
@@ -76,6 +80,38 @@ def _flights(split: int) -> Dataset:
     return renumbered(data.load("flights", path, "dlrm", split))
 
 
+def _file(name: str, what: str) -> str:
+    folder = data_folder()
+    if folder is None:
+        raise ValueError(f"{what} cannot be shipped; give --data (or CCE_DATA_DIR) a folder")
+    return str(folder / name)
+
+
+def _ml_1m(split: int) -> Dataset:
+    return renumbered(data.load("ml-1m", _file("ml-1m", "MovieLens-1M"), "gmf", split))
+
+
+def _gowalla(split: int) -> Dataset:
+    return renumbered(gowalla(Path(_file("gowalla.parquet", "Gowalla's check-ins")), split))
+
+
+def _power_law(split: int) -> Dataset:
+    return renumbered(power_law(split))
+
+
+def _synthetic(name: str, dim: int, budgets: tuple[str, ...]) -> Problem:
+    return Problem(
+        name=name,
+        load=_power_law,
+        model="dlrm",
+        dim=dim,
+        batch=1024,
+        passes=(1,),
+        budgets=budgets,
+        splits=(0,),
+    )
+
+
 PROBLEMS = {
     problem.name: problem
     for problem in [
@@ -89,5 +125,25 @@ PROBLEMS = {
             budgets=("bytes=880000", "bytes=420000", "bytes=200000", "bytes=100000", "share=0.05"),
             other_budgets=("bytes=420000",),
         ),
+        Problem(
+            name="ml-1m",
+            load=_ml_1m,
+            model="gmf",
+            dim=32,
+            batch=4096,
+            passes=(10,),
+            budgets=("bytes=300000", "bytes=104000", "ppd=1024", "ppd=256", "ppd=64"),
+        ),
+        Problem(
+            name="gowalla",
+            load=_gowalla,
+            model="gmf",
+            dim=32,
+            batch=16_384,
+            passes=(5,),
+            budgets=("bytes=2000000", "bytes=700000", "bytes=250000"),
+        ),
+        _synthetic("synthetic-16", 16, ("bytes=4000000", "bytes=1000000")),
+        _synthetic("synthetic-64", 64, ("bytes=16000000", "bytes=4000000")),
     ]
 }

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import multiprocessing
+import os
 import sys
 from collections.abc import Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from threading import Thread
 
 import torch
 from tqdm import tqdm
 
 from benchmarks.quality.cells import Group
-from benchmarks.quality.grid import missing, tuning_cells
+from benchmarks.quality.grid import missing, splits_of, tuning_cells
 from benchmarks.quality.store import Record, Store
 from benchmarks.quality.training import record_of
 
@@ -63,11 +65,21 @@ def _submit(
 
 
 def _one_thread() -> None:
+    """One core a cell, and no cell without the run that waits for it, however that ends."""
     torch.set_num_threads(1)
+    Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        parent.join()
+        os._exit(1)
 
 
 def remaining(group: Group, records: Mapping[str, Record], splits: Sequence[int]) -> int:
     """Cells of `group` that are still to be computed, without a rate beyond the edge."""
     now = missing(group, records, splits)
     tuning = {cell.key for cell in tuning_cells(group)}
-    return len(now) + (len(splits) if any(cell.key in tuning for cell in now) else 0)
+    later = splits_of(group, splits) if any(cell.key in tuning for cell in now) else ()
+    return len(now) + len(later)
