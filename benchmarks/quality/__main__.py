@@ -6,9 +6,13 @@ import os
 import sys
 
 from benchmarks.quality import options
-from benchmarks.quality.grid import groups
+from benchmarks.quality.curves import write_curves
+from benchmarks.quality.estimate import estimate
+from benchmarks.quality.grid import Selection, groups
 from benchmarks.quality.running import run
 from benchmarks.quality.store import Store
+from benchmarks.quality.summary import rows_of, unreproduced
+from benchmarks.quality.table import markdown
 
 
 def main() -> None:
@@ -19,7 +23,17 @@ def main() -> None:
     try:
         selection = options.selection(args)
         store = Store(args.results)
-        run(store, groups(selection), selection.splits, args.jobs)
+        asked = groups(selection)
+        if args.estimate:
+            print(estimate(asked, store.records, selection.splits, args.jobs))
+            return
+        if not args.table:
+            run(store, asked, selection.splits, args.jobs)
+        rows = rows_of(asked, store.records, selection.splits)
+        # Whether a rival is reproduced does not depend on what is asked for.
+        every = groups(Selection())
+        print(markdown(rows, unreproduced(rows_of(every, store.records, ()))))
+        write_curves(rows, args.results)
     except ValueError as error:
         sys.exit(f"error: {error}")
 

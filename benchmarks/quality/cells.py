@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 TUNING_SPLIT = 100
 """The split on which rates are chosen; it is in no reported figure."""
@@ -36,6 +36,10 @@ class Cell:
     rate: float
     form: str = ""
     """Of the method, where it has several that are chosen from as rates are."""
+
+    def on(self, split: int) -> Cell:
+        """The same cell of another split, with the seed of that."""
+        return replace(self, split=split, seed=split)
 
     @property
     def key(self) -> str:

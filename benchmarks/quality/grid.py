@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from benchmarks.quality.cells import TUNING_SPLIT, Cell, Group
 from benchmarks.quality.methods import METHODS, Method, Try
@@ -90,17 +90,17 @@ def missing(group: Group, records: Mapping[str, Record], asked: Sequence[int]) -
     then the reported splits at the best rate.
     """
     cells = tuning_cells(group)
-    if any("does_not_fit" in records.get(cell.key, {}) for cell in cells):
-        return []
     absent = [cell for cell in cells if cell.key not in records]
     if absent:
         return absent
+    if all("does_not_fit" in records[cell.key] for cell in cells):
+        return []  # of no form
     beyond = _beyond(group, records)
     if beyond is not None and beyond.key not in records:
         return [beyond]
     best = chosen(group, records).cell
     splits = splits_of(group, asked)
-    finals = [replace(best, split=split, seed=split) for split in splits]
+    finals = [best.on(split) for split in splits]
     return [cell for cell in finals if cell.key not in records]
 
 

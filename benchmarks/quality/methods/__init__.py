@@ -42,7 +42,8 @@ class Method:
     build: Callable[[Tables], Embedder]
     version: int = 1
     """To be raised by whoever changes what the method computes: its cells are then run again."""
-    group: str = "compressed while it trains"
+    holds_full: bool = False
+    """Whether training holds the full table: where that can be, such methods win."""
     tries: tuple[Try, ...] = ROW_TRIES
     """Of all, the best one on the split for tuning is taken."""
     any_budget: bool = True
@@ -51,7 +52,6 @@ class Method:
 
 OWN_TRIES = (Try("adam", (0.001, 0.003, 0.01)), Try("adagrad", (0.01, 0.03, 0.1)))
 """Of methods that are modules of their own: rates of either optimizer."""
-FULL_GROUP = "holds the full table while it trains"
 
 
 def tries_of(forms: tuple[str, ...], tries: tuple[Try, ...] = ROW_TRIES) -> tuple[Try, ...]:
@@ -79,7 +79,7 @@ METHODS = {
         Method(
             name="full",
             build=FullTables,
-            group=FULL_GROUP,
+            holds_full=True,
             tries=(Try("rowwise_adagrad", (0.01, 0.03, 0.1)),),
             any_budget=False,
         ),
@@ -108,16 +108,16 @@ METHODS = {
         Method(
             name="DPQ",
             build=partial(DifferentiablePQ, tail_share=1.0),
-            group=FULL_GROUP,
+            holds_full=True,
             tries=OWN_TRIES,
         ),
         Method(
             name="MGQE",
             build=partial(DifferentiablePQ, tail_share=0.25),
-            group=FULL_GROUP,
+            holds_full=True,
             tries=OWN_TRIES,
         ),
-        Method(name="product quantisation", build=ProductQuantized, group=FULL_GROUP),
+        Method(name="product quantisation", build=ProductQuantized, holds_full=True),
     ]
 }
 

@@ -9,7 +9,7 @@ from benchmarks.quality.embedder import Tables
 from benchmarks.quality.methods.hashed import FullTables
 from benchmarks.quality.packing import packed_bytes
 
-_BITS = range(1, 13)
+_BITS = range(1, 9)
 
 
 class ProductQuantized(FullTables):
