@@ -7,6 +7,8 @@ import torch
 from benchmarks.quality.rows import means, sums
 
 _ITERATIONS = 20
+_SOLVED = 1e-12
+"""Share of the squared residual at which it is."""
 
 
 def fitted_rows(
@@ -19,7 +21,8 @@ def fitted_rows(
     """
     if index.shape[1] == 1 and weights is None:
         return means(index[:, 0], targets, num_rows)
-    ones = torch.ones(index.shape, dtype=targets.dtype) if weights is None else weights
+    exact = targets.double()
+    ones = exact.new_ones(index.shape) if weights is None else weights.double()
     parts = [(index[:, p].contiguous(), ones[:, p : p + 1]) for p in range(index.shape[1])]
 
     def forward(rows: torch.Tensor) -> torch.Tensor:
@@ -28,11 +31,13 @@ def fitted_rows(
     def backward(values: torch.Tensor) -> torch.Tensor:
         return torch.stack([sums(i, w * values, num_rows) for i, w in parts]).sum(0)
 
-    rows = torch.zeros(num_rows, targets.shape[1])
-    residual = backward(targets)
+    rows = exact.new_zeros(num_rows, targets.shape[1])
+    residual = backward(exact)
     direction, norm = residual, residual.square().sum()
+    enough = _SOLVED * norm
     for _ in range(_ITERATIONS):
-        if norm <= 1e-12:
+        # Where the solution is not unique, what rounding leaves would grow along the other ones.
+        if norm <= enough:
             break
         image = backward(forward(direction))
         step = norm / (direction * image).sum()
@@ -40,4 +45,4 @@ def fitted_rows(
         residual = residual - step * image
         before, norm = norm, residual.square().sum()
         direction = residual + norm / before * direction
-    return rows
+    return rows.to(targets.dtype)
