@@ -26,7 +26,7 @@ def scaled(num_ids: int) -> int:
     return max(min(num_ids, _KEPT), num_ids // _SCALE)
 
 
-def power_law(split: int, num_rows: int = 2_000_000, scale: int = 1) -> Dataset:
+def power_law(split: int, num_rows: int = 1_000_000, scale: int = 1) -> Dataset:
     """`num_rows` rows; nine tenths of the ids of the large features have few examples.
 
     An id of rank r occurs in proportion to r^-1.1. Labels are drawn from a planted model: every id

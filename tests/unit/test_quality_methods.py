@@ -156,13 +156,10 @@ def test_fitted_rows_are_the_least_squares_solution():
     torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
 
 
-@pytest.mark.parametrize(
-    ("kind", "form"),
-    [(QuotientRemainder, "times"), (QuotientRemainder, "plus"), (HashEmbeddings, "weights=0.1")],
-)
-def test_a_restart_of_other_lookups_keeps_much_of_the_embeddings(kind, form):
+@pytest.mark.parametrize("kind", [QuotientRemainder, HashEmbeddings])
+def test_a_restart_of_other_lookups_keeps_what_any_hash_can(kind):
     """A constant table is reproduced by any hash, and so has to be by the new one."""
-    made = kind(tables(form=form), restarts=True)
+    made = kind(tables(form="weights=0.1"), restarts=True)
     with torch.no_grad():
         made.rows.weight.fill_(1.0)
     old = made.lookup(all_ids(), training=False)

@@ -50,7 +50,8 @@ class Method:
     """False for full tables, which have one size."""
 
 
-OWN_TRIES = (Try("adam", (0.001, 0.003, 0.01)), Try("adagrad", (0.01, 0.03, 0.1)))
+ADAM_TRIES = (Try("adam", (0.001, 0.003, 0.01)),)
+OWN_TRIES = (*ADAM_TRIES, Try("adagrad", (0.01, 0.03, 0.1)))
 """Of methods that are modules of their own: rates of either optimizer."""
 
 
@@ -85,7 +86,7 @@ METHODS = {
         ),
         *_restartable("hash", HashedRows, num_chunks=1),
         *_restartable("CE", HashedRows, num_chunks=4),
-        *_restartable("QR", QuotientRemainder, tries_of(("times", "plus"))),
+        *_restartable("QR", QuotientRemainder),
         *_restartable("hash embeddings", HashEmbeddings, tries_of(("weights=0.1", "weights=0.3"))),
         *_restartable("ROBE", Robe, (Try("adagrad", (0.03, 0.1, 0.3)),)),
         *_restartable("CAFE", CAFE, tries_of(("hot=0.3", "hot=0.7"))),
@@ -102,20 +103,20 @@ METHODS = {
             build=frequent_recipe,
             tries=tries_of(("4 chunks", "2 chunks")),
         ),
-        Method(name="DHE", build=DHE, tries=tries_of(("1024", "wide"), OWN_TRIES)),
+        Method(name="DHE", build=DHE, tries=tries_of(("1024", "wide"), ADAM_TRIES)),
         Method(name="TT-Rec", build=TTRec, tries=OWN_TRIES),
         Method(name="low rank", build=LowRank, tries=OWN_TRIES),
         Method(
             name="DPQ",
             build=partial(DifferentiablePQ, tail_share=1.0),
             holds_full=True,
-            tries=OWN_TRIES,
+            tries=ADAM_TRIES,
         ),
         Method(
             name="MGQE",
             build=partial(DifferentiablePQ, tail_share=0.25),
             holds_full=True,
-            tries=OWN_TRIES,
+            tries=ADAM_TRIES,
         ),
         Method(name="product quantisation", build=ProductQuantized, holds_full=True),
     ]
