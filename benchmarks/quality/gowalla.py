@@ -20,13 +20,13 @@ def gowalla(file: Path, split: int) -> Dataset:
     Raises:
         ValueError: the file is not there, or lacks a column.
     """
-    import pandas as pd
-
     if not file.exists():
         raise ValueError(
             f"no file {file}; give --data (or CCE_DATA_DIR) the folder that has gowalla.parquet: "
             "columns user and item, the 10-core set of check-ins that LightGCN's authors publish"
         )
+    import pandas as pd
+
     frame = pd.read_parquet(file)
     require_columns(frame, ["user", "item"], file)
     (users, num_users), (items, num_items) = (distinct_ids(frame, [n]) for n in ("user", "item"))

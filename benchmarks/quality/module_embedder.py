@@ -7,7 +7,7 @@ from abc import abstractmethod
 import torch
 from torch import nn
 
-from benchmarks.quality.budgets import FLOAT_BYTES, Share
+from benchmarks.quality.budgets import FLOAT_BYTES
 from benchmarks.quality.embedder import Embedder, Tables
 from benchmarks.quality.rows import Training
 
@@ -24,15 +24,16 @@ class ModuleEmbedder(Embedder):
 
     def __init__(self, tables: Tables) -> None:
         super().__init__(tables)
-        self.modules = nn.ModuleList(
-            self.module(size, share, bound)
-            for size, share, bound in zip(tables.sizes, tables.shares, tables.bounds, strict=True)
-        )
+        self.modules = nn.ModuleList(self.module(t) for t in range(len(tables.sizes)))
         self.optimizer = dense_optimizer(list(self.modules.parameters()), tables.training)
 
     @abstractmethod
-    def module(self, size: int, share: Share, bound: float) -> nn.Module:
-        """The module of a table of `size` ids, within `share`."""
+    def module(self, table: int) -> nn.Module:
+        """The module of one of the tables, within its share.
+
+        Raises:
+            DoesNotFit: the share is too small.
+        """
 
     def lookup(self, ids: torch.Tensor, training: bool) -> torch.Tensor:
         """See `Embedder`."""

@@ -21,7 +21,7 @@ from benchmarks.quality.training import record_of
 def run(store: Store, groups: Sequence[Group], splits: Sequence[int], jobs: int) -> None:
     """Computes what `store` lacks of `groups`, `jobs` cells at once, and adds each when it is done.
 
-    A cell that fails stops the run, after those beside it are done.
+    A cell that fails stops the run, after those beside it are done; it is named.
     """
     total = sum(remaining(group, store.records, splits) for group in groups)
     # Not forked: threads of torch and of data readers do not survive a fork.
@@ -38,12 +38,16 @@ def run(store: Store, groups: Sequence[Group], splits: Sequence[int], jobs: int)
                     return
                 done, _ = wait(running, return_when=FIRST_COMPLETED)
                 for future in done:
-                    del running[future]
+                    key = running.pop(future)
+                    if future.exception() is not None:
+                        print(f"failed: {key}", file=sys.stderr)
                     store.add(future.result())
                     bar.update()
-        except BaseException:
+        finally:
             pool.shutdown(cancel_futures=True)
-            raise
+            for future in running:  # none, unless a cell has failed
+                if future.done() and not future.cancelled() and future.exception() is None:
+                    store.add(future.result())
 
 
 def _submit(

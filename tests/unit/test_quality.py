@@ -152,7 +152,10 @@ class InThisProcess:
 
     def submit(self, function, cell):
         future = running.Future()
-        future.set_result(function(cell))
+        try:
+            future.set_result(function(cell))
+        except MemoryError as error:
+            future.set_exception(error)
         return future
 
 
@@ -182,6 +185,20 @@ def test_an_interrupted_run_goes_on_where_it_was(in_process, tmp_path):
         assert len(set(computed)) == len(computed) == len(before) + 3
         running.run(Store(tmp_path), [GROUP], (), 1)
     assert len(computed) == len(before) + 3
+
+
+def test_a_cell_that_fails_is_named_and_those_beside_it_are_kept(in_process, tmp_path, capsys):
+    def fake(cell):
+        if cell.rate == 0.1:
+            raise MemoryError("too large")
+        return finished(cell, cell.rate)
+
+    with mock.patch.object(running, "record_of", fake), pytest.raises(MemoryError):
+        running.run(Store(tmp_path), [GROUP], (), 3)
+    kept = Store(tmp_path).records
+    assert {record["split"] for record in kept.values()} == {TUNING_SPLIT}
+    assert len(kept) == 2
+    assert "failed: tiny|passes=2|bytes=12000|CE|split=100" in capsys.readouterr().err
 
 
 def test_runs_that_share_a_folder_keep_each_others_cells(tmp_path):

@@ -7,7 +7,7 @@ import math
 import torch
 from torch import nn
 
-from benchmarks.quality.budgets import DoesNotFit, Share
+from benchmarks.quality.budgets import DoesNotFit
 from benchmarks.quality.hashing import hashed_rows
 from benchmarks.quality.module_embedder import ModuleEmbedder
 
@@ -62,9 +62,9 @@ class DHE(ModuleEmbedder):
     wide, without which a small budget would be spent on the first layer alone.
     """
 
-    def module(self, size: int, share: Share, bound: float) -> nn.Module:
+    def module(self, table: int) -> nn.Module:
         """See `ModuleEmbedder`."""
-        values, dim = share.values(), self.tables.dim
+        values, dim = self.tables.shares[table].values(), self.tables.dim
         wide = self.tables.form == "wide"
 
         def fits(width: int) -> bool:
@@ -78,6 +78,6 @@ class DHE(ModuleEmbedder):
                 f"a table has {values:,} values, and a network of width 1 has "
                 f"{values_of(1 if wide else HASHES, 1, dim):,}"
             )
+        size, name = self.tables.sizes[table], self.tables.names[table]
         hashes = min(HASHES, width) if wide else HASHES
-        # Hashes of a table are named by its size, which tells tables of a data set apart.
-        return DeepHash(size, dim, hashes, width, f"{size}", self.tables.seed)
+        return DeepHash(size, dim, hashes, width, name, self.tables.seed)

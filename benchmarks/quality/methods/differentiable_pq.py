@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from benchmarks.quality.budgets import FLOAT_BYTES, DoesNotFit, Share
+from benchmarks.quality.budgets import FLOAT_BYTES, DoesNotFit
 from benchmarks.quality.embedder import Tables
 from benchmarks.quality.module_embedder import ModuleEmbedder
 from benchmarks.quality.packing import code_bits, packed_bytes
@@ -84,12 +84,11 @@ class DifferentiablePQ(ModuleEmbedder):
 
     def __init__(self, tables: Tables, *, tail_share: float) -> None:
         self.tail_share = tail_share
-        self._counts = list(tables.counts)
         super().__init__(tables)
 
-    def module(self, size: int, share: Share, bound: float) -> nn.Module:
+    def module(self, table: int) -> nn.Module:
         """See `ModuleEmbedder`."""
-        dim = self.tables.dim
+        size, share, dim = self.tables.sizes[table], self.tables.shares[table], self.tables.dim
         shapes = [
             Shape(parts, keys)
             for parts in (2, 4, 8)
@@ -102,12 +101,12 @@ class DifferentiablePQ(ModuleEmbedder):
                 f"{self._code_bytes(size, Shape(2, 4)) + 4 * dim * FLOAT_BYTES:,}"
             )
         shape = max(shapes, key=lambda s: (s.bits(), s.keys))
-        counts = self._counts.pop(0)
         allowed = None
         if self.tail_share < 1:
             allowed = torch.full((size,), self._tail_keys(shape))
-            allowed[counts.argsort(descending=True)[: self._head(size)]] = shape.keys
-        return QuantizedTable(size, dim, shape, bound, allowed=allowed)
+            frequent = self.tables.counts[table].argsort(descending=True)[: self._head(size)]
+            allowed[frequent] = shape.keys
+        return QuantizedTable(size, dim, shape, self.tables.bounds[table], allowed=allowed)
 
     def _tail_keys(self, shape: Shape) -> int:
         return max(2, int(shape.keys * self.tail_share))

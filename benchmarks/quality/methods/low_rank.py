@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from benchmarks.quality.budgets import DoesNotFit, Share
+from benchmarks.quality.budgets import DoesNotFit
 from benchmarks.quality.module_embedder import ModuleEmbedder
 
 
@@ -28,11 +28,11 @@ class LowRankTable(nn.Module):
 class LowRank(ModuleEmbedder):
     """The largest rank that fits; at least 1, a value for every id."""
 
-    def module(self, size: int, share: Share, bound: float) -> nn.Module:
+    def module(self, table: int) -> nn.Module:
         """See `ModuleEmbedder`."""
-        rank = share.values() // (size + self.tables.dim)
+        tables = self.tables
+        size, values = tables.sizes[table], tables.shares[table].values()
+        rank = values // (size + tables.dim)
         if rank < 1:
-            raise DoesNotFit(
-                f"a table of {size:,} ids has {share.values():,} values and needs one an id"
-            )
-        return LowRankTable(size, self.tables.dim, min(rank, self.tables.dim), bound)
+            raise DoesNotFit(f"a table of {size:,} ids has {values:,} values and needs one an id")
+        return LowRankTable(size, tables.dim, min(rank, tables.dim), tables.bounds[table])

@@ -7,7 +7,7 @@ import math
 import torch
 from torch import nn
 
-from benchmarks.quality.budgets import DoesNotFit, Share
+from benchmarks.quality.budgets import DoesNotFit
 from benchmarks.quality.module_embedder import ModuleEmbedder
 
 
@@ -42,18 +42,19 @@ class TensorTrain(nn.Module):
 class TTRec(ModuleEmbedder):
     """The largest rank that fits, of cores as equal as can be."""
 
-    def module(self, size: int, share: Share, bound: float) -> nn.Module:
+    def module(self, table: int) -> nn.Module:
         """See `ModuleEmbedder`."""
+        size, values = self.tables.sizes[table], self.tables.shares[table].values()
         sizes, dims = thirds(size), factors(self.tables.dim)
         rank = 0
-        while _values(sizes, dims, rank + 1) <= share.values():
+        while _values(sizes, dims, rank + 1) <= values:
             rank += 1
         if rank < 1:
             raise DoesNotFit(
-                f"a table of {size:,} ids has {share.values():,} values and needs "
+                f"a table of {size:,} ids has {values:,} values and needs "
                 f"{_values(sizes, dims, 1):,}"
             )
-        return TensorTrain(sizes, dims, rank, bound)
+        return TensorTrain(sizes, dims, rank, self.tables.bounds[table])
 
 
 def _values(sizes: list[int], dims: list[int], rank: int) -> int:
