@@ -32,6 +32,11 @@ def write_curves(rows: Sequence[Row], folder: Path) -> list[Path]:
     return out
 
 
+def _in_bytes(row: Row) -> bool:
+    """Whether the budget is one of bytes: by parameters, codes are free and many are bought."""
+    return row.group.budget.startswith(("bytes", "none"))
+
+
 def _plot(rows: list[Row], title: str, file: Path) -> None:
     from matplotlib import pyplot as plt
 
@@ -41,7 +46,13 @@ def _plot(rows: list[Row], title: str, file: Path) -> None:
     for (y, label), line in zip(_Y.items(), grid, strict=True):
         for (x, below), axes in zip(_X.items(), line, strict=True):
             for number, method in enumerate(methods):
-                own = [row for row in rows if row.group.method == method]
+                own = [
+                    row
+                    for row in rows
+                    if row.group.method == method and (x != "table_bytes" or _in_bytes(row))
+                ]
+                if not own:
+                    continue
                 points = sorted((row.mean(x), row.mean(y)) for row in own)
                 axes.plot(
                     *zip(*points, strict=True),
@@ -55,7 +66,7 @@ def _plot(rows: list[Row], title: str, file: Path) -> None:
             axes.set_xscale("log")
             axes.set_xlabel(below)
             axes.set_ylabel(label)
-    grid[0][0].legend(fontsize=7)
+    grid[0][1].legend(fontsize=7)
     figure.suptitle(title)
     figure.tight_layout()
     figure.savefig(file, dpi=110)

@@ -10,6 +10,7 @@ import pytest
 from benchmarks.quality import options, problems, running, training
 from benchmarks.quality.budgets import Budget
 from benchmarks.quality.cells import TUNING_SPLIT, Cell, Group
+from benchmarks.quality.curves import write_curves
 from benchmarks.quality.estimate import estimate
 from benchmarks.quality.gowalla import gowalla, unvisited
 from benchmarks.quality.grid import Selection, chosen, groups, missing, tuning_cells
@@ -245,6 +246,25 @@ def test_tables_show_paired_differences_and_edges():
     assert "| hash † | 0.4700 | +0.0200 (0.0000) | 0.7000 | 12 |" in text
     assert "rowwise_adagrad 0.01* |" in text
     assert "- hash: ppd=64: AUC 0.5" in text
+
+
+def complete(group):
+    """Records of all cells of `group`, the middle rate the best."""
+    records = {c.key: finished(c, abs(c.rate - 0.1)) for c in tuning_cells(group)}
+    return records | {c.key: finished(c, 0.4) for c in missing(group, records, ())}
+
+
+def test_curves_are_written_for_each_data_set_and_number_of_passes(tmp_path):
+    pytest.importorskip("matplotlib", reason="of the extra benchmarks")
+    rows = rows_of([GROUP], complete(GROUP), ())
+    (file,) = write_curves(rows, tmp_path)
+    assert file.name == "tiny-2.png" and file.stat().st_size > 1000
+
+
+def test_without_matplotlib_there_are_no_curves_and_it_says_why(tmp_path, capsys):
+    with mock.patch.dict("sys.modules", {"matplotlib": None}):
+        assert write_curves(rows_of([GROUP], complete(GROUP), ()), tmp_path) == []
+    assert "pip install -e '.[benchmarks]'" in capsys.readouterr().out
 
 
 def test_a_rival_below_its_authors_figures_is_unreproduced():
