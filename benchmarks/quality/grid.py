@@ -1,0 +1,132 @@
+"""Which cells there are, and which of them are still to be computed."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+from benchmarks.quality.cells import TUNING_SPLIT, Cell, Group
+from benchmarks.quality.methods import METHODS, Method, Try
+from benchmarks.quality.problems import PROBLEMS, Problem
+from benchmarks.quality.store import Record
+
+_FACTOR = 3
+"""Between a rate at the edge of those that were tried and the further one."""
+
+
+@dataclass(frozen=True)
+class Selection:
+    """What part of the grid is asked for."""
+
+    datasets: Sequence[str] = tuple(PROBLEMS)
+    methods: Sequence[str] = tuple(METHODS)
+    budgets: Sequence[str] = ()
+    """None means all of each data set."""
+    splits: Sequence[int] = ()
+    """None means those of each data set."""
+    passes: Sequence[int] = ()
+    """None means all of each data set."""
+
+
+def groups(selection: Selection) -> list[Group]:
+    """The groups of cells that `selection` asks for."""
+    out = []
+    for dataset in selection.datasets:
+        problem = PROBLEMS[dataset]
+        for passes, budget in _settings(problem):
+            if selection.passes and passes not in selection.passes:
+                continue
+            for name in selection.methods:
+                method = METHODS[name]
+                if _asked(method, budget, selection):
+                    out.append(Group(dataset, passes, name, method.version, budget))
+    return out
+
+
+def _settings(problem: Problem) -> Iterator[tuple[int, str]]:
+    for passes in problem.passes:
+        yield passes, "none"
+        first = passes == problem.passes[0]
+        for budget in problem.budgets if first else problem.other_budgets:
+            yield passes, budget
+
+
+def _asked(method: Method, budget: str, selection: Selection) -> bool:
+    if method.any_budget == (budget == "none"):
+        return False
+    return not method.any_budget or not selection.budgets or budget in selection.budgets
+
+
+def tuning_cells(group: Group) -> list[Cell]:
+    """The cells that choose the rate of `group`, before any edge is looked beyond."""
+    return [
+        _tuning(group, tried, rate) for tried in METHODS[group.method].tries for rate in tried.rates
+    ]
+
+
+def _tuning(group: Group, tried: Try, rate: float) -> Cell:
+    return Cell(group, TUNING_SPLIT, TUNING_SPLIT, tried.optimizer, rate, tried.form)
+
+
+@dataclass(frozen=True)
+class Choice:
+    """The rate of a group, by the tuning split."""
+
+    cell: Cell
+    """The best one."""
+    at_edge: bool
+    """Whether no further rate on its side was tried."""
+
+
+def splits_of(group: Group, asked: Sequence[int]) -> Sequence[int]:
+    """The splits that are reported of `group`."""
+    return asked or PROBLEMS[group.dataset].splits
+
+
+def missing(group: Group, records: Mapping[str, Record], asked: Sequence[int]) -> list[Cell]:
+    """The cells of `group` that can be computed now; when they are, there may be more.
+
+    First those of tuning; then, if the best rate is the lowest or the highest, the one beyond it;
+    then the reported splits at the best rate.
+    """
+    cells = tuning_cells(group)
+    absent = [cell for cell in cells if cell.key not in records]
+    if absent:
+        return absent
+    if all("does_not_fit" in records[cell.key] for cell in cells):
+        return []  # of no form
+    beyond = _beyond(group, records)
+    if beyond is not None and beyond.key not in records:
+        return [beyond]
+    best = chosen(group, records).cell
+    splits = splits_of(group, asked)
+    finals = [best.on(split) for split in splits]
+    return [cell for cell in finals if cell.key not in records]
+
+
+def chosen(group: Group, records: Mapping[str, Record]) -> Choice:
+    """The best rate of all that were tried on the tuning split."""
+    cells = tuning_cells(group)
+    beyond = _beyond(group, records)
+    if beyond is not None and beyond.key in records:
+        cells.append(beyond)
+    best = min(cells, key=lambda cell: _loss(cell, records))
+    beside = [c.rate for c in cells if (c.form, c.optimizer) == (best.form, best.optimizer)]
+    return Choice(best, best.rate in (min(beside), max(beside)))
+
+
+def _beyond(group: Group, records: Mapping[str, Record]) -> Cell | None:
+    """The cell of one rate further, if the best of the first ones is at their edge."""
+    best = min(tuning_cells(group), key=lambda cell: _loss(cell, records))
+    for tried in METHODS[group.method].tries:
+        if (tried.form, tried.optimizer) == (best.form, best.optimizer):
+            if best.rate == max(tried.rates):
+                return _tuning(group, tried, float(f"{best.rate * _FACTOR:.3g}"))
+            if best.rate == min(tried.rates):
+                return _tuning(group, tried, float(f"{best.rate / _FACTOR:.3g}"))
+    return None
+
+
+def _loss(cell: Cell, records: Mapping[str, Record]) -> float:
+    loss = records.get(cell.key, {}).get("log_loss")
+    return float("inf") if loss is None else loss

@@ -1,0 +1,136 @@
+"""The methods by the names of the table."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+from benchmarks.quality.embedder import Embedder, Tables
+from benchmarks.quality.methods.cafe import CAFE
+from benchmarks.quality.methods.clustered import as_published, frequent_recipe
+from benchmarks.quality.methods.deep_hash import DHE
+from benchmarks.quality.methods.differentiable_pq import DifferentiablePQ
+from benchmarks.quality.methods.hash_embeddings import HashEmbeddings
+from benchmarks.quality.methods.hashed import FullTables, HashedRows
+from benchmarks.quality.methods.low_rank import LowRank
+from benchmarks.quality.methods.product_quantization import ProductQuantized
+from benchmarks.quality.methods.quotient_remainder import QuotientRemainder
+from benchmarks.quality.methods.robe import Robe
+from benchmarks.quality.methods.tensor_train import TTRec
+
+
+@dataclass(frozen=True)
+class Try:
+    """Rates, ascending, of one optimizer and one form of a method."""
+
+    optimizer: str
+    rates: tuple[float, ...]
+    form: str = ""
+
+
+ROW_TRIES = (Try("rowwise_adagrad", (0.03, 0.1, 0.3)),)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Method:
+    """A method as the benchmark runs it."""
+
+    name: str
+    build: Callable[[Tables], Embedder]
+    version: int = 1
+    """To be raised by whoever changes what the method computes: its cells are then run again."""
+    holds_full: bool = False
+    """Whether training holds the full table: where that can be, such methods win."""
+    tries: tuple[Try, ...] = ROW_TRIES
+    """Of all, the best one on the split for tuning is taken."""
+    any_budget: bool = True
+    """False for full tables, which have one size."""
+
+
+ADAM_TRIES = (Try("adam", (0.001, 0.003, 0.01)),)
+OWN_TRIES = (*ADAM_TRIES, Try("adagrad", (0.01, 0.03, 0.1)))
+"""Of methods that are modules of their own: rates of either optimizer."""
+
+
+def tries_of(forms: tuple[str, ...], tries: tuple[Try, ...] = ROW_TRIES) -> tuple[Try, ...]:
+    """Every one of `tries` in every one of `forms`."""
+    return tuple(replace(tried, form=form) for form in forms for tried in tries)
+
+
+def _restartable(
+    name: str, build: Callable[..., Embedder], tries: tuple[Try, ...] = ROW_TRIES, **kwargs: Any
+) -> list[Method]:
+    """The method as it is, and restarted."""
+    return [
+        Method(
+            name=f"{name} restarted" if restarts else name,
+            build=partial(build, restarts=restarts, **kwargs),
+            tries=tries,
+        )
+        for restarts in (False, True)
+    ]
+
+
+METHODS = {
+    method.name: method
+    for method in [
+        Method(
+            name="full",
+            build=FullTables,
+            holds_full=True,
+            tries=(Try("rowwise_adagrad", (0.01, 0.03, 0.1)),),
+            any_budget=False,
+        ),
+        *_restartable("hash", HashedRows, num_chunks=1),
+        *_restartable("CE", HashedRows, num_chunks=4),
+        *_restartable("QR", QuotientRemainder),
+        *_restartable("hash embeddings", HashEmbeddings, tries_of(("weights=0.1", "weights=0.3"))),
+        *_restartable("ROBE", Robe, (Try("adagrad", (0.03, 0.1, 0.3)),)),
+        *_restartable("CAFE", CAFE, tries_of(("hot=0.3", "hot=0.7"))),
+        Method(
+            name="CCE, as published",
+            build=as_published,
+            tries=(
+                Try("adamw", (0.001, 0.003, 0.01), "4 chunks"),
+                *tries_of(("4 chunks", "2 chunks")),
+            ),
+        ),
+        Method(
+            name="CCE, frequent recipe",
+            build=frequent_recipe,
+            tries=tries_of(("4 chunks", "2 chunks")),
+        ),
+        Method(name="DHE", build=DHE, tries=tries_of(("1024", "wide"), ADAM_TRIES)),
+        Method(name="TT-Rec", build=TTRec, tries=OWN_TRIES),
+        Method(name="low rank", build=LowRank, tries=OWN_TRIES),
+        Method(
+            name="DPQ",
+            build=partial(DifferentiablePQ, tail_share=1.0),
+            holds_full=True,
+            tries=ADAM_TRIES,
+        ),
+        Method(
+            name="MGQE",
+            build=partial(DifferentiablePQ, tail_share=0.25),
+            holds_full=True,
+            tries=ADAM_TRIES,
+        ),
+        Method(name="product quantisation", build=ProductQuantized, holds_full=True),
+    ]
+}
+
+
+def known(name: str, names: list[str], what: str) -> str:
+    """`name`, if it is one of `names`.
+
+    Raises:
+        ValueError: with the nearest known one.
+    """
+    if name in names:
+        return name
+    near = difflib.get_close_matches(name, names, n=1, cutoff=0.3)
+    hint = f"did you mean {near[0]!r}? " if near else ""
+    raise ValueError(f"unknown {what} {name!r}; {hint}choose from: {', '.join(names)}")

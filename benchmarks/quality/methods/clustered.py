@@ -1,0 +1,191 @@
+"""CCE by the package's own clustering step: as published, and by the defaults of the package.
+
+The collection of the package has the codes, hashes and the clustering; its codebooks are views of
+`Rows`, which train them. Tsang and Ahle, NeurIPS 2023, algorithm 3.
+"""
+
+from __future__ import annotations
+
+import torch
+import torchrec
+
+from benchmarks.quality.budgets import FLOAT_BYTES, DoesNotFit, Share
+from benchmarks.quality.embedder import Embedder, Tables
+from benchmarks.quality.packing import code_bits, packed_bytes
+from benchmarks.quality.rows import Block, Rows
+from cce_torchrec import (
+    CCEEmbeddingBagCollection,
+    CCEEmbeddingBagConfig,
+    ClusteringSchedule,
+    cluster,
+)
+from cce_torchrec.codes.chunk_codes import local_codes
+from cce_torchrec.config import DEFAULT_HELPER_RATIO
+from cce_torchrec.table import physical_table
+
+
+class Clustered(Embedder):
+    """CCE tables; the form is their number of chunks.
+
+    Args:
+        helper_ratio: helper rows for each main row.
+        clusterings: after which steps.
+        resets_state: whether a clustering renews the optimizer's state, as the package's step does;
+            published code keeps it.
+    """
+
+    def __init__(
+        self, tables: Tables, *, helper_ratio: int, clusterings: set[int], resets_state: bool
+    ) -> None:
+        super().__init__(tables)
+        self.clusterings = clusterings
+        chunks = int(tables.form.removesuffix(" chunks"))
+        self.configs = []
+        for name, size, share, bound in zip(
+            tables.names, tables.sizes, tables.shares, tables.bounds, strict=True
+        ):
+            rows = main_rows_within(size, share, tables.dim, chunks, helper_ratio)
+            self.configs.append(
+                CCEEmbeddingBagConfig(
+                    name=name,
+                    num_embeddings=size,
+                    embedding_dim=tables.dim,
+                    feature_names=[name],
+                    num_chunks=chunks,
+                    num_rows=rows,
+                    num_helper_rows=helper_ratio * rows,
+                    seed=tables.seed,
+                    weight_init_min=-bound,
+                    weight_init_max=bound,
+                )
+            )
+        self.collection = CCEEmbeddingBagCollection(tables=self.configs)
+        self.rows = self._adopted()
+        self.optimizer = self._optimizer() if resets_state else None
+        self.index = self._index()
+
+    def _bags(self) -> list[torch.nn.Module]:
+        bags = self.collection.embedding_bags
+        return [
+            bags[physical_table(config.name, chunk)]
+            for config in self.configs
+            for chunk in range(config.num_chunks)
+        ]
+
+    def _adopted(self) -> Rows:
+        """`Rows` with the values of the collection, whose weights become views of them."""
+        bags = self._bags()
+        blocks = [Block(len(bag.weight), 0.0) for bag in bags]
+        rows = Rows(blocks, bags[0].weight.shape[1], self.tables.training)
+        with torch.no_grad():
+            for bag, part in zip(bags, rows.blocks_of(rows.weight.detach()), strict=True):
+                part.copy_(bag.weight)
+                bag.weight.data = part
+        return rows
+
+    def _optimizer(self) -> torch.optim.Optimizer | None:
+        """An optimizer by which the clustering step finds the state of `Rows`."""
+        if self.rows.adam is not None:
+            raise ValueError("state of Adam is not reset here; train by row-wise Adagrad")
+        weights = [bag.weight for bag in self._bags()]
+        kind = (
+            torchrec.optim.RowWiseAdagrad if self.rows.state.shape[1] == 1 else torch.optim.Adagrad
+        )
+        optimizer = kind(weights)
+        for weight, state in zip(weights, self.rows.blocks_of(self.rows.state), strict=True):
+            optimizer.state[weight]["sum"] = state
+        return optimizer
+
+    def _index(self) -> torch.Tensor:
+        """Rows [N, 2 c] of all ids: main rows of all chunks, then helper rows."""
+        out, block = [], 0
+        for config in self.configs:
+            codes = local_codes(self.collection.codes, config.name)
+            ids = torch.arange(config.num_embeddings)
+            first = torch.tensor(self.rows.first[block : block + config.num_chunks])[:, None]
+            block += config.num_chunks
+            main = codes.main_rows(ids) + first
+            helper = codes.helper_rows(ids) + first + config.num_rows
+            out.append(torch.cat([main, helper]).t())
+        return torch.cat(out)
+
+    def lookup(self, ids: torch.Tensor, training: bool) -> torch.Tensor:
+        """See `Embedder`."""
+        rows = self.index.index_select(0, ids.reshape(-1))
+        parts = self.rows.read(rows.view(len(rows), 2, -1), training)
+        return parts.sum(1).view(*ids.shape, self.tables.dim)
+
+    def step(self) -> None:
+        """See `Embedder`."""
+        self.rows.step()
+
+    def after(self, step: int) -> None:
+        """A clustering, when one is due."""
+        if step in self.clusterings:
+            cluster(self.collection, optimizer=self.optimizer)
+            self.index = self._index()
+
+    @property
+    def parameters(self) -> int:
+        """See `Embedder`."""
+        return self.rows.weight.numel()
+
+    @property
+    def stored_bytes(self) -> int:
+        """See `Embedder`."""
+        return sum(
+            packed_bytes(c.num_embeddings, c.num_chunks * code_bits(c.num_rows))
+            for c in self.configs
+        )
+
+    @property
+    def training_bytes(self) -> int:
+        """See `Embedder`; with codes in whole bytes, as the package holds them."""
+        codes = sum(config.code_bytes for config in self.configs)
+        return FLOAT_BYTES * (self.parameters + self.rows.state_values) + codes
+
+
+def main_rows_within(size: int, share: Share, dim: int, chunks: int, helper_ratio: int) -> int:
+    """The most main rows that fit `share` with their helper rows and the codes of `size` ids.
+
+    Raises:
+        DoesNotFit: not even two rows, and one bit a code, do.
+    """
+
+    def fits(rows: int) -> bool:
+        codes = packed_bytes(size, chunks * code_bits(rows))
+        return (1 + helper_ratio) * rows * dim <= share.values(codes)
+
+    if not fits(2):
+        codes = packed_bytes(size, chunks)
+        needed = codes + 2 * (1 + helper_ratio) * dim * FLOAT_BYTES
+        raise DoesNotFit(
+            f"a table of {size:,} ids has {share.amount:,} "
+            f"{'bytes' if share.counts_bytes else 'parameters'}, and two main rows in {chunks} "
+            f"chunks need {needed:,} bytes, {codes:,} of them for codes"
+        )
+    low, high = 2, share.amount
+    while low < high:
+        middle = (low + high + 1) // 2
+        low, high = (middle, high) if fits(middle) else (low, middle - 1)
+    return low
+
+
+def as_published(tables: Tables) -> Clustered:
+    """CCE as its paper trains it: k' = k, 7 clusterings to 70 % of training, all state kept.
+
+    For ten passes those are the ends of passes 1 to 7.
+    """
+    steps = {round(tables.steps * (i + 1) / 10) for i in range(7)}
+    return Clustered(tables, helper_ratio=1, clusterings=steps, resets_state=False)
+
+
+def frequent_recipe(tables: Tables) -> Clustered:
+    """CCE by the defaults of this package so far, which suit ids that occur often."""
+    schedule = ClusteringSchedule.evenly(tables.steps, 8 if tables.passes == 1 else 18)
+    return Clustered(
+        tables,
+        helper_ratio=DEFAULT_HELPER_RATIO,
+        clusterings=set(schedule.steps),
+        resets_state=True,
+    )

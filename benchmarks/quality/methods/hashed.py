@@ -1,0 +1,122 @@
+"""Row lookups: full tables, the hashing trick, CE, and their restart.
+
+The hashing trick: Weinberger et al., ICML 2009. CE, compositional embeddings by concatenation:
+Tsang and Ahle, NeurIPS 2023, section 2.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from benchmarks.quality.budgets import FLOAT_BYTES
+from benchmarks.quality.embedder import Embedder, Tables
+from benchmarks.quality.hashing import hashed_rows
+from benchmarks.quality.rows import Block, Rows, means
+
+
+class FullTables(Embedder):
+    """A row for every id."""
+
+    def __init__(self, tables: Tables) -> None:
+        super().__init__(tables)
+        blocks = [Block(n, b) for n, b in zip(tables.sizes, tables.bounds, strict=True)]
+        self.rows = Rows(blocks, tables.dim, tables.training)
+
+    def lookup(self, ids: torch.Tensor, training: bool) -> torch.Tensor:
+        """See `Embedder`."""
+        return self.rows.read(ids, training)
+
+    def step(self) -> None:
+        """See `Embedder`."""
+        self.rows.step()
+
+    @property
+    def parameters(self) -> int:
+        """See `Embedder`."""
+        return self.rows.weight.numel()
+
+    @property
+    def training_bytes(self) -> int:
+        """See `Embedder`."""
+        return FLOAT_BYTES * (self.parameters + self.rows.state_values)
+
+
+class HashedRows(Embedder):
+    """An embedding is `num_chunks` hashed rows side by side: CE, or with one the hashing trick.
+
+    With `restarts` the hash is drawn anew once (`Tables.restart_step`): each new row is the mean,
+    over all ids that now share it, of what they had, and its optimizer state a tenth of the old
+    mean.
+    """
+
+    def __init__(self, tables: Tables, *, num_chunks: int, restarts: bool) -> None:
+        super().__init__(tables)
+        self.num_chunks, self.restarts = num_chunks, restarts
+        self.counts = [
+            min(size, share.rows(tables.dim))
+            for size, share in zip(tables.sizes, tables.shares, strict=True)
+        ]
+        """Rows of each table, in each chunk."""
+        # Table after table, and in each chunk after chunk: blocks are a chunk of a table.
+        self.rows = Rows(
+            [
+                Block(rows, bound)
+                for rows, bound in zip(self.counts, tables.bounds, strict=True)
+                for _ in range(num_chunks)
+            ],
+            tables.dim // num_chunks,
+            tables.training,
+        )
+        self.index = self._index(drawn=0)
+
+    def _index(self, drawn: int) -> torch.Tensor:
+        """Rows [N, c] of all ids."""
+        tables, out = self.tables, []
+        for t, (name, size, rows) in enumerate(
+            zip(tables.names, tables.sizes, self.counts, strict=True)
+        ):
+            ids = torch.arange(size)
+            columns = [
+                self.rows.first[t * self.num_chunks + chunk]
+                + hashed_rows(ids, rows, seed=tables.seed, table=name, chunk=chunk, drawn=drawn)
+                for chunk in range(self.num_chunks)
+            ]
+            out.append(torch.stack(columns, dim=1))
+        return torch.cat(out)
+
+    def lookup(self, ids: torch.Tensor, training: bool) -> torch.Tensor:
+        """See `Embedder`."""
+        rows = self.index.index_select(0, ids.reshape(-1))
+        return self.rows.read(rows, training).view(*ids.shape, self.tables.dim)
+
+    def step(self) -> None:
+        """See `Embedder`."""
+        self.rows.step()
+
+    def after(self, step: int) -> None:
+        """The restart, when it is due."""
+        if self.restarts and step == self.tables.restart_step:
+            self.restart()
+
+    @torch.no_grad()
+    def restart(self) -> None:
+        """Draws the hash anew; see the class."""
+        new = self._index(drawn=1)
+        # Rows of a chunk only ever come from rows of the same chunk.
+        weight = sum(
+            means(new[:, chunk], self.rows.weight[self.index[:, chunk]], len(self.rows.weight))
+            for chunk in range(self.num_chunks)
+        )
+        self.rows.weight.copy_(weight)
+        self.rows.forget_state()
+        self.index = new
+
+    @property
+    def parameters(self) -> int:
+        """See `Embedder`."""
+        return self.rows.weight.numel()
+
+    @property
+    def training_bytes(self) -> int:
+        """See `Embedder`; hashes are computed, and take none."""
+        return FLOAT_BYTES * (self.parameters + self.rows.state_values)

@@ -1,0 +1,90 @@
+"""ROBE-Z: all tables share one array, read in blocks at hashes (Desai et al., MLSys 2022)."""
+
+from __future__ import annotations
+
+import torch
+
+from benchmarks.quality.budgets import FLOAT_BYTES, DoesNotFit
+from benchmarks.quality.embedder import Embedder, Tables
+from benchmarks.quality.hashing import hashed_rows
+from benchmarks.quality.rows import Block, Rows, means
+
+BLOCKS = 4
+"""Of an embedding: as many as CE has chunks."""
+
+
+class Robe(Embedder):
+    """Block j of id x of table t starts at a hash of (t, x, j) in an array that wraps around."""
+
+    def __init__(self, tables: Tables, *, restarts: bool) -> None:
+        super().__init__(tables)
+        self.restarts = restarts
+        self.width = tables.dim // BLOCKS
+        self.length = sum(share.values() for share in tables.shares)
+        if self.length < tables.dim:
+            raise DoesNotFit(f"{self.length} values are fewer than an embedding of {tables.dim}")
+        # One array: of the tables' bounds the mean, weighted by ids.
+        pairs = zip(tables.bounds, tables.sizes, strict=True)
+        bound = sum(bound * size for bound, size in pairs) / tables.num_ids
+        self.rows = Rows([Block(self.length, bound)], 1, tables.training)
+        self.start = self._start(0)
+
+    def _start(self, drawn: int) -> torch.Tensor:
+        """Where the blocks [N, blocks] of all ids start."""
+        tables = self.tables
+        return torch.cat(
+            [
+                torch.stack(
+                    [
+                        hashed_rows(
+                            torch.arange(size),
+                            self.length,
+                            seed=tables.seed,
+                            table=name,
+                            chunk=block,
+                            drawn=drawn,
+                        )
+                        for block in range(BLOCKS)
+                    ],
+                    dim=1,
+                )
+                for name, size in zip(tables.names, tables.sizes, strict=True)
+            ]
+        )
+
+    def _places(self, start: torch.Tensor) -> torch.Tensor:
+        """Places [n, D] in the array of ids whose blocks start at `start` [n, blocks]."""
+        places = start[:, :, None] + torch.arange(self.width)
+        return (places % self.length).flatten(1)
+
+    def lookup(self, ids: torch.Tensor, training: bool) -> torch.Tensor:
+        """See `Embedder`."""
+        places = self._places(self.start.index_select(0, ids.reshape(-1)))
+        return self.rows.read(places, training).view(*ids.shape, self.tables.dim)
+
+    def step(self) -> None:
+        """See `Embedder`."""
+        self.rows.step()
+
+    def after(self, step: int) -> None:
+        """The restart, when it is due."""
+        if self.restarts and step == self.tables.restart_step:
+            self.restart()
+
+    @torch.no_grad()
+    def restart(self) -> None:
+        """Draws the hash anew; each value is the mean of all that now read it."""
+        old = self.rows.weight[self._places(self.start)].view(-1, 1)
+        self.start = self._start(1)
+        self.rows.weight.copy_(means(self._places(self.start).view(-1), old, self.length))
+        self.rows.forget_state()
+
+    @property
+    def parameters(self) -> int:
+        """See `Embedder`."""
+        return self.length
+
+    @property
+    def training_bytes(self) -> int:
+        """See `Embedder`."""
+        return FLOAT_BYTES * (self.parameters + self.rows.state_values)

@@ -1,0 +1,89 @@
+"""Computes the missing cells in parallel processes; what is finished is kept."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import sys
+from collections.abc import Mapping, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from threading import Thread
+
+import torch
+from tqdm import tqdm
+
+from benchmarks.quality.cells import Group
+from benchmarks.quality.grid import missing, splits_of, tuning_cells
+from benchmarks.quality.store import Record, Store
+from benchmarks.quality.training import record_of
+
+
+def run(store: Store, groups: Sequence[Group], splits: Sequence[int], jobs: int) -> None:
+    """Computes what `store` lacks of `groups`, `jobs` cells at once, and adds each when it is done.
+
+    A cell that fails stops the run, after those beside it are done; it is named.
+    """
+    total = sum(remaining(group, store.records, splits) for group in groups)
+    # Not forked: threads of torch and of data readers do not survive a fork.
+    context = multiprocessing.get_context("spawn")
+    with (
+        ProcessPoolExecutor(jobs, mp_context=context, initializer=_one_thread) as pool,
+        tqdm(total=total, unit="cell", disable=not sys.stderr.isatty()) as bar,
+    ):
+        running: dict[Future[Record], str] = {}
+        try:
+            while True:
+                _submit(pool, running, store, groups, splits, jobs)
+                if not running:
+                    return
+                done, _ = wait(running, return_when=FIRST_COMPLETED)
+                for future in done:
+                    key = running.pop(future)
+                    if future.exception() is not None:
+                        print(f"failed: {key}", file=sys.stderr)
+                    store.add(future.result())
+                    bar.update()
+        finally:
+            pool.shutdown(cancel_futures=True)
+            for future in running:  # none, unless a cell has failed
+                if future.done() and not future.cancelled() and future.exception() is None:
+                    store.add(future.result())
+
+
+def _submit(
+    pool: ProcessPoolExecutor,
+    running: dict[Future[Record], str],
+    store: Store,
+    groups: Sequence[Group],
+    splits: Sequence[int],
+    jobs: int,
+) -> None:
+    """Keeps as many cells under way as there are processes."""
+    under_way = set(running.values())
+    for group in groups:
+        for cell in missing(group, store.records, splits):
+            if len(running) >= jobs:
+                return
+            if cell.key not in under_way:
+                running[pool.submit(record_of, cell)] = cell.key
+
+
+def _one_thread() -> None:
+    """One core a cell, and no cell without the run that waits for it, however that ends."""
+    torch.set_num_threads(1)
+    Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        parent.join()
+        os._exit(1)
+
+
+def remaining(group: Group, records: Mapping[str, Record], splits: Sequence[int]) -> int:
+    """Cells of `group` that are still to be computed, without a rate beyond the edge."""
+    now = missing(group, records, splits)
+    tuning = {cell.key for cell in tuning_cells(group)}
+    later = splits_of(group, splits) if any(cell.key in tuning for cell in now) else ()
+    return len(now) + len(later)

@@ -1,0 +1,117 @@
+"""What the finished cells say: one row for each method at each budget of each data set."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from benchmarks.quality.authors import below_author
+from benchmarks.quality.cells import Cell, Group
+from benchmarks.quality.grid import Choice, chosen, missing, splits_of, tuning_cells
+from benchmarks.quality.methods import METHODS
+from benchmarks.quality.store import Record
+
+BASELINE = "CE"
+"""Differences are taken from it, split by split."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Row:
+    """A method at a budget, over the reported splits that are finished."""
+
+    group: Group
+    choice: Choice | None
+    """The rate; None where the budget is too small."""
+    records: list[Record]
+    """Of the reported splits."""
+    complete: bool
+    """Whether every split that was asked for is there."""
+    difference: tuple[float, float] | None
+    """Log loss minus that of `BASELINE`, and its standard error over splits."""
+    why_not: str = ""
+    """Why the method does not fit the budget."""
+
+    def mean(self, name: str) -> float:
+        """Of a number of the records."""
+        return statistics.fmean(record[name] for record in self.records)
+
+    @property
+    def holds_full(self) -> bool:
+        """Whether training holds the full table."""
+        return METHODS[self.group.method].holds_full
+
+
+def rows_of(
+    groups: Sequence[Group], records: Mapping[str, Record], asked: Sequence[int]
+) -> list[Row]:
+    """The rows of all `groups` of which something is to be said."""
+    out = []
+    for group in groups:
+        cells = tuning_cells(group)
+        failed = [records.get(cell.key, {}).get("does_not_fit", "") for cell in cells]
+        if failed and all(failed):
+            out.append(
+                Row(
+                    group=group,
+                    choice=None,
+                    records=[],
+                    complete=True,
+                    difference=None,
+                    why_not=failed[0],
+                )
+            )
+            continue
+        if any(cell.key not in records for cell in cells):
+            continue
+        choice = chosen(group, records)
+        own = reported(choice.cell, group, records, asked)
+        if own:
+            out.append(
+                Row(
+                    group=group,
+                    choice=choice,
+                    records=own,
+                    complete=not missing(group, records, asked),
+                    difference=_difference(group, own, records),
+                )
+            )
+    return out
+
+
+def reported(
+    cell: Cell, group: Group, records: Mapping[str, Record], asked: Sequence[int]
+) -> list[Record]:
+    """The finished records of the reported splits at the rate of `cell`."""
+    keys = [cell.on(split).key for split in splits_of(group, asked)]
+    return [records[key] for key in keys if records.get(key, {}).get("log_loss") is not None]
+
+
+def _difference(
+    group: Group, own: list[Record], records: Mapping[str, Record]
+) -> tuple[float, float] | None:
+    """Paired over the splits that both have; full tables are compared at no budget."""
+    baseline = Group(group.dataset, group.passes, BASELINE, METHODS[BASELINE].version, group.budget)
+    if group.budget == "none" or any(c.key not in records for c in tuning_cells(baseline)):
+        return None
+    cell = chosen(baseline, records).cell
+    pairs = [
+        record["log_loss"] - records[key]["log_loss"]
+        for record in own
+        if (key := cell.on(record["split"]).key) in records
+    ]
+    if not pairs:
+        return None
+    error = statistics.stdev(pairs) / len(pairs) ** 0.5 if len(pairs) > 1 else 0.0
+    return statistics.fmean(pairs), error
+
+
+def unreproduced(rows: Sequence[Row]) -> dict[str, list[str]]:
+    """For each method that is below its author's figures, where it is."""
+    out: dict[str, list[str]] = {}
+    for row in rows:
+        if row.records:
+            fault = below_author(row.group, row.mean("auc"))
+            if fault:
+                out.setdefault(row.group.method, []).append(fault)
+    return out

@@ -1,0 +1,198 @@
+"""Training of one cell, and the record of what came out."""
+
+from __future__ import annotations
+
+import math
+import time
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch import nn
+
+from benchmarks.machine import device_name
+from benchmarks.quality.budgets import Budget, DoesNotFit
+from benchmarks.quality.cells import Cell
+from benchmarks.quality.embedder import Embedder, Tables
+from benchmarks.quality.methods import METHODS
+from benchmarks.quality.methods.hashed import FullTables
+from benchmarks.quality.problems import PROBLEMS, Problem
+from benchmarks.quality.rows import Training
+from cce_torchrec.data import Dataset, Rows
+from cce_torchrec.metrics import auc, log_loss
+from cce_torchrec.versions import installed_versions
+
+DENSE_RATE = 1e-3
+"""Of Adam, for the network."""
+UNCOMPRESSED = Training("rowwise_adagrad", 0.03)
+"""Of the tables that no method compresses."""
+EVALUATIONS_A_PASS = 4
+
+
+@lru_cache(maxsize=2)
+def dataset_of(name: str, split: int) -> Dataset:
+    """The data set, kept: the cells of a process mostly come one split after the other."""
+    return PROBLEMS[name].load(split)
+
+
+def tables_of(
+    problem: Problem, dataset: Dataset, cell: Cell, names: list[str], training: Training
+) -> Tables:
+    """The tables `names` of `dataset` as `cell` trains them."""
+    sizes = [dataset.features[name] for name in names]
+    compressed = names == dataset.compressed
+    budget = Budget.parse(cell.group.budget) if compressed else Budget("none")
+    steps = max(1, len(dataset.train) // problem.batch)
+    columns = [list(dataset.features).index(name) for name in names]
+    counts = [
+        torch.bincount(dataset.train.ids[:, column], minlength=size)
+        for column, size in zip(columns, sizes, strict=True)
+    ]
+    return Tables(
+        names=names,
+        sizes=sizes,
+        shares=budget.shares(sizes, problem.dim),
+        bounds=[problem.bound(size) for size in sizes],
+        dim=problem.dim,
+        seed=cell.seed,
+        training=training,
+        form=cell.form,
+        counts=counts,
+        steps=steps * cell.group.passes,
+        passes=cell.group.passes,
+    )
+
+
+class Run:
+    """The training of one cell."""
+
+    def __init__(self, cell: Cell) -> None:
+        group = cell.group
+        self.cell, self.problem = cell, PROBLEMS[group.dataset]
+        self.dataset = dataset_of(group.dataset, cell.split)
+        torch.manual_seed(cell.seed)
+        # First, so that its start is the same whatever the method draws.
+        self.network = self.problem.network(self.dataset)
+        names = list(self.dataset.features)
+        self.compressed = self.dataset.compressed
+        self.others = [name for name in names if name not in self.compressed]
+        other = tables_of(self.problem, self.dataset, cell, self.others, UNCOMPRESSED)
+        self.other_tables = FullTables(other) if self.others else None
+        own = Training(cell.optimizer, cell.rate)
+        self.tables = tables_of(self.problem, self.dataset, cell, self.compressed, own)
+        self.embedder: Embedder = METHODS[group.method].build(self.tables)
+        self.order = [names.index(name) for name in (*self.compressed, *self.others)]
+        first = torch.tensor([*self.tables.first, *other.first])
+        self.ids_of = lambda rows: rows.ids[:, self.order] + first
+        dense = list(self.network.parameters())
+        self.optimizer = torch.optim.Adam(dense, lr=DENSE_RATE, fused=True) if dense else None
+        self.curve: list[tuple[int, float, float]] = []
+
+    def logits(self, dense: torch.Tensor, ids: torch.Tensor, training: bool) -> torch.Tensor:
+        """Logits [B]."""
+        count = len(self.compressed)
+        embeddings = self.embedder.lookup(ids[:, :count], training)
+        if self.other_tables is not None:
+            others = self.other_tables.lookup(ids[:, count:], training)
+            embeddings = torch.cat([embeddings, others], dim=1)
+        return self.network(dense, embeddings)
+
+    def train(self) -> None:
+        """All steps, with an evaluation every quarter pass and at the end."""
+        train, batch, steps = self.dataset.train, self.problem.batch, self.tables.steps
+        passes = self.cell.group.passes
+        a_pass = steps // passes
+        count = EVALUATIONS_A_PASS * passes
+        due = {round(steps * (i + 1) / count) for i in range(count)}
+        ids = self.ids_of(train)
+        validation = self.dataset.validation
+        validation_ids = self.ids_of(validation)
+        for step in range(steps):
+            if step % a_pass == 0:
+                order = self._order(step // a_pass)
+                shuffled = Rows(train.dense[order], ids[order], train.labels[order])
+            at = slice(step % a_pass * batch, (step % a_pass + 1) * batch)
+            self._step(shuffled.dense[at], shuffled.ids[at], shuffled.labels[at])
+            if step + 1 in due:
+                self.evaluate(step + 1, validation, validation_ids)
+                if not math.isfinite(self.curve[-1][1]):
+                    return  # a rate that is too high: what follows is not a number either
+            self.embedder.after(step + 1)
+
+    def _order(self, number: int) -> torch.Tensor:
+        """The order of the training rows in a pass: the same for every method."""
+        generator = torch.Generator().manual_seed(self.cell.seed * 1_000_003 + number + 1)
+        return torch.randperm(len(self.dataset.train), generator=generator)
+
+    def _step(self, dense: torch.Tensor, ids: torch.Tensor, labels: torch.Tensor) -> None:
+        logits = self.logits(dense, ids, training=True)
+        loss = nn.functional.binary_cross_entropy_with_logits(logits, labels)
+        penalty = self.embedder.penalty()
+        (loss if penalty is None else loss + penalty).backward()
+        self.embedder.step()
+        if self.other_tables is not None:
+            self.other_tables.step()
+        if self.optimizer is not None:
+            self.optimizer.step()
+            self.optimizer.zero_grad()
+
+    @torch.no_grad()
+    def evaluate(self, step: int, rows: Rows, ids: torch.Tensor) -> None:
+        """Notes log loss and AUC of `rows` after `step` steps."""
+        self.network.eval()
+        self.embedder.before_evaluation()
+        parts = zip(rows.dense.split(8192), ids.split(8192), strict=True)
+        logits = torch.cat([self.logits(dense, some, training=False) for dense, some in parts])
+        self.network.train()
+        self.curve.append((step, log_loss(logits, rows.labels), auc(logits, rows.labels)))
+
+
+def record_of(cell: Cell) -> dict[str, Any]:
+    """Trains `cell`; a cell whose budget is too small for its method says so instead."""
+    group = cell.group
+    record: dict[str, Any] = {
+        "key": cell.key,
+        "dataset": group.dataset,
+        "passes": group.passes,
+        "budget": group.budget,
+        "method": group.method,
+        "method_version": group.version,
+        "split": cell.split,
+        "seed": cell.seed,
+        "optimizer": cell.optimizer,
+        "rate": cell.rate,
+        "form": cell.form,
+    }
+    began, began_cpu = time.perf_counter(), time.process_time()
+    try:
+        run = Run(cell)
+        run.train()
+    except DoesNotFit as error:
+        return {**record, "does_not_fit": str(error)}
+    took = {
+        "seconds": round(time.perf_counter() - began, 2),
+        "cpu_seconds": round(time.process_time() - began_cpu, 2),
+    }
+    return {**record, **results(run), **took}
+
+
+def results(run: Run) -> dict[str, Any]:
+    """The measured part of a record."""
+    finite = [point for point in run.curve if math.isfinite(point[1])]
+    best = min(finite, key=lambda point: point[1], default=(0, None, None))
+    last = run.curve[-1][1]
+    embedder = run.embedder
+    return {
+        "log_loss": best[1],
+        "auc": best[2],
+        "best_step": best[0],
+        "final_log_loss": last if math.isfinite(last) else None,
+        "curve": [[step, round(loss, 5), round(area, 5)] for step, loss, area in finite],
+        "steps": run.tables.steps,
+        "table_bytes": embedder.table_bytes,
+        "parameters": embedder.parameters,
+        "stored_bytes": embedder.stored_bytes,
+        "training_bytes": embedder.training_bytes,
+        "device": device_name(torch.device("cpu")),
+        "versions": installed_versions(),
+    }
