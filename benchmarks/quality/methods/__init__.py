@@ -10,7 +10,7 @@ from typing import Any
 
 from benchmarks.quality.embedder import Embedder, Tables
 from benchmarks.quality.methods.cafe import CAFE
-from benchmarks.quality.methods.clustered import as_published, frequent_recipe
+from benchmarks.quality.methods.clustered import as_published, frequent_recipe, rare_recipe
 from benchmarks.quality.methods.deep_hash import DHE
 from benchmarks.quality.methods.differentiable_pq import DifferentiablePQ
 from benchmarks.quality.methods.hash_embeddings import HashEmbeddings
@@ -102,6 +102,17 @@ METHODS = {
             name="CCE, frequent recipe",
             build=frequent_recipe,
             tries=tries_of(("4 chunks", "2 chunks")),
+        ),
+        Method(
+            name="CCE, rare recipe",
+            build=rare_recipe,
+            tries=tries_of(
+                ("4 chunks, 16 rows", "4 chunks, 4 rows", "4 chunks, 2 rows", "2 chunks, 4 rows")
+            ),
+        ),
+        # A table of one row has no codes, and so is no CCE: what clusterings do to it is restarts.
+        Method(
+            name="CE restarted and shrunk", build=rare_recipe, tries=tries_of(("4 chunks, 1 row",))
         ),
         Method(name="DHE", build=DHE, tries=tries_of(("1024", "wide"), ADAM_TRIES)),
         Method(name="TT-Rec", build=TTRec, tries=OWN_TRIES),

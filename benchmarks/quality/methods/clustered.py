@@ -6,6 +6,9 @@ The collection of the package has the codes, hashes and the clustering; its code
 
 from __future__ import annotations
 
+from collections.abc import Callable, Collection
+from typing import Any
+
 import torch
 import torchrec
 
@@ -21,44 +24,48 @@ from cce_torchrec import (
 )
 from cce_torchrec.codes.chunk_codes import local_codes
 from cce_torchrec.config import DEFAULT_HELPER_RATIO
+from cce_torchrec.packing import CodePacking
 from cce_torchrec.table import physical_table
+
+Settings = dict[str, Any]
+"""Of a table: what `CCEEmbeddingBagConfig` is told beside its shape."""
 
 
 class Clustered(Embedder):
-    """CCE tables; the form is their number of chunks.
+    """CCE tables.
 
     Args:
-        helper_ratio: helper rows for each main row.
+        settings: of a table, by its number of ids and its share of the budget.
         clusterings: after which steps.
         resets_state: whether a clustering renews the optimizer's state, as the package's step does;
             published code keeps it.
     """
 
     def __init__(
-        self, tables: Tables, *, helper_ratio: int, clusterings: set[int], resets_state: bool
+        self,
+        tables: Tables,
+        *,
+        settings: Callable[[int, Share], Settings],
+        clusterings: Collection[int],
+        resets_state: bool,
     ) -> None:
         super().__init__(tables)
         self.clusterings = clusterings
-        chunks = int(tables.form.removesuffix(" chunks"))
-        self.configs = []
-        for name, size, share, bound in zip(
-            tables.names, tables.sizes, tables.shares, tables.bounds, strict=True
-        ):
-            rows = main_rows_within(size, share, tables.dim, chunks, helper_ratio)
-            self.configs.append(
-                CCEEmbeddingBagConfig(
-                    name=name,
-                    num_embeddings=size,
-                    embedding_dim=tables.dim,
-                    feature_names=[name],
-                    num_chunks=chunks,
-                    num_rows=rows,
-                    num_helper_rows=helper_ratio * rows,
-                    seed=tables.seed,
-                    weight_init_min=-bound,
-                    weight_init_max=bound,
-                )
+        self.configs = [
+            CCEEmbeddingBagConfig(
+                name=name,
+                num_embeddings=size,
+                embedding_dim=tables.dim,
+                feature_names=[name],
+                seed=tables.seed,
+                weight_init_min=-bound,
+                weight_init_max=bound,
+                **settings(size, share),
             )
+            for name, size, share, bound in zip(
+                tables.names, tables.sizes, tables.shares, tables.bounds, strict=True
+            )
+        ]
         self.collection = CCEEmbeddingBagCollection(tables=self.configs)
         self.rows = self._adopted()
         self.optimizer = self._optimizer() if resets_state else None
@@ -111,6 +118,10 @@ class Clustered(Embedder):
 
     def lookup(self, ids: torch.Tensor, training: bool) -> torch.Tensor:
         """See `Embedder`."""
+        for column, config in enumerate(self.configs if training else ()):
+            codes = local_codes(self.collection.codes, config.name)
+            codes.begin_batch()
+            codes.note(ids[:, column] - self.tables.first[column])
         rows = self.index.index_select(0, ids.reshape(-1))
         parts = self.rows.read(rows.view(len(rows), 2, -1), training)
         return parts.sum(1).view(*ids.shape, self.tables.dim)
@@ -118,6 +129,7 @@ class Clustered(Embedder):
     def step(self) -> None:
         """See `Embedder`."""
         self.rows.step()
+        self.collection.frozen_main.restore()
 
     def after(self, step: int) -> None:
         """A clustering, when one is due."""
@@ -177,7 +189,7 @@ def as_published(tables: Tables) -> Clustered:
     For ten passes those are the ends of passes 1 to 7.
     """
     steps = {round(tables.steps * (i + 1) / 10) for i in range(7)}
-    return Clustered(tables, helper_ratio=1, clusterings=steps, resets_state=False)
+    return Clustered(tables, settings=in_ratio(tables, 1), clusterings=steps, resets_state=False)
 
 
 def frequent_recipe(tables: Tables) -> Clustered:
@@ -185,7 +197,35 @@ def frequent_recipe(tables: Tables) -> Clustered:
     schedule = ClusteringSchedule.evenly(tables.steps, 8 if tables.passes == 1 else 18)
     return Clustered(
         tables,
-        helper_ratio=DEFAULT_HELPER_RATIO,
-        clusterings=set(schedule.steps),
+        settings=in_ratio(tables, DEFAULT_HELPER_RATIO),
+        clusterings=schedule.steps,
         resets_state=True,
     )
+
+
+def in_ratio(tables: Tables, helper_ratio: int) -> Callable[[int, Share], Settings]:
+    """As many main rows as fit, with `helper_ratio` helper rows each; the form has the chunks."""
+    chunks = int(tables.form.removesuffix(" chunks"))
+
+    def settings(size: int, share: Share) -> Settings:
+        rows = main_rows_within(size, share, tables.dim, chunks, helper_ratio)
+        return {
+            "num_chunks": chunks, "num_rows": rows, "num_helper_rows": helper_ratio * rows,
+        }  # fmt: skip
+
+    return settings
+
+
+def rare_recipe(tables: Tables) -> Clustered:
+    """CCE by the package's recipe for ids with few examples; "4 chunks, 16 rows" of main."""
+    chunks, rows = (int(part.split()[0]) for part in tables.form.split(", "))
+
+    def settings(size: int, share: Share) -> Settings:
+        codes = CodePacking.of_rows(rows).nbytes(size, chunks)
+        helper = share.rows(tables.dim, codes, at_least=rows + 1) - rows
+        return {
+            "num_chunks": chunks, "num_rows": rows, "num_helper_rows": helper, "recipe": "rare",
+        }  # fmt: skip
+
+    schedule = ClusteringSchedule.for_training(tables.passes, tables.steps // tables.passes)
+    return Clustered(tables, settings=settings, clusterings=schedule.steps, resets_state=True)
