@@ -24,6 +24,9 @@ from cce_torchrec.packing import CodePacking  # noqa: E402
 DEFAULT_HELPER_RATIO = 3
 MAX_ROWS = 2**31 - 1
 RECIPES = ("frequent", "rare", "auto")
+RARE_ROWS = (16, 4, 2)
+RARE_CODE_SHARE = 20
+"""Of the bytes of a table of rare ids, `from_bytes` gives codes at most one in so many."""
 _SEEN, _COUNTS = {"seen": 8}, {"counts": 2}
 RARE_BELOW = 100.0
 """Examples an id in one pass, below which the recipe "auto" is "rare"."""
@@ -306,16 +309,20 @@ class CCEEmbeddingBagConfig(EmbeddingBagConfig):
     ) -> CCEEmbeddingBagConfig:
         """The largest table of at most `table_bytes` bytes of codebooks and codes.
 
+        Main and helper rows are 1 : `helper_ratio`. With the recipe "rare" main has the most of 1,
+        2, 4 or 16 rows whose codes take at most a twentieth of the bytes, and the helper the rest.
+
         Raises:
             ValueError: if not even two rows a chunk fit beside the codes.
         """
+        of_rare = cls.from_params_per_dim(2, helper_ratio=helper_ratio, **kwargs).recipe == "rare"
 
-        def bytes_of(params_per_dim: int) -> int:
-            return cls.from_params_per_dim(
-                params_per_dim, helper_ratio=helper_ratio, **kwargs
-            ).table_bytes
+        def made(params_per_dim: int) -> CCEEmbeddingBagConfig:
+            if of_rare:
+                return cls._rare_within(table_bytes, params_per_dim, **kwargs)
+            return cls.from_params_per_dim(params_per_dim, helper_ratio=helper_ratio, **kwargs)
 
-        smallest = bytes_of(2)
+        smallest = made(2).table_bytes
         if smallest > table_bytes:
             raise ValueError(
                 f"table {kwargs.get('name', '')!r}: {table_bytes} bytes do not hold its codes and "
@@ -324,8 +331,21 @@ class CCEEmbeddingBagConfig(EmbeddingBagConfig):
         low, high = 2, max(2, min(MAX_ROWS, int(table_bytes) // kwargs["embedding_dim"]))
         while low < high:
             middle = (low + high + 1) // 2
-            low, high = (middle, high) if bytes_of(middle) <= table_bytes else (low, middle - 1)
-        return cls.from_params_per_dim(low, helper_ratio=helper_ratio, **kwargs)
+            fits = made(middle).table_bytes <= table_bytes
+            low, high = (middle, high) if fits else (low, middle - 1)
+        return made(low)
+
+    @classmethod
+    def _rare_within(
+        cls, table_bytes: int, params_per_dim: int, **kwargs: Any
+    ) -> CCEEmbeddingBagConfig:
+        # Where there are fewer bytes, they are better spent on rows (docs/results.md).
+        for rows in RARE_ROWS:
+            if rows < params_per_dim:
+                found = cls(num_rows=rows, num_helper_rows=params_per_dim - rows, **kwargs)
+                if found.code_bytes * RARE_CODE_SHARE <= table_bytes:
+                    return found
+        return cls(num_rows=1, num_helper_rows=params_per_dim - 1, **kwargs)
 
 
 def is_cce(config: Any) -> TypeGuard[CCEEmbeddingBagConfig]:

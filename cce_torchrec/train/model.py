@@ -55,6 +55,8 @@ def tables(
     dim: int,
     num_chunks: int,
     rows: dict[str, int],
+    table_bytes: dict[str, int],
+    recipe: str,
     seed: int,
     init_bound: float | None,
 ) -> list[EmbeddingBagConfig]:
@@ -63,6 +65,8 @@ def tables(
     Args:
         method: cce, ce (hashed codes, no helper), hash (one chunk of that) or full.
         rows: per compressed feature, main + helper rows.
+        table_bytes: per compressed feature, what a CCE table may take instead, or empty.
+        recipe: of CCE tables.
         init_bound: embeddings start uniform in +-init_bound; None is TorchRec's
             1 / sqrt(num_embeddings).
     """
@@ -79,10 +83,12 @@ def tables(
         if method == "full" or name not in dataset.compressed:
             out.append(EmbeddingBagConfig(**common))
         elif method == "cce":
+            common |= {"num_chunks": num_chunks, "seed": seed, "recipe": recipe}
+            common["examples_per_id"] = dataset.num_train / size
             out.append(
-                CCEEmbeddingBagConfig.from_params_per_dim(
-                    rows[name], num_chunks=num_chunks, seed=seed, **common
-                )
+                CCEEmbeddingBagConfig.from_bytes(table_bytes[name], **common)
+                if table_bytes
+                else CCEEmbeddingBagConfig.from_params_per_dim(rows[name], **common)
             )
         else:
             out.append(

@@ -37,6 +37,11 @@ def _parser() -> argparse.ArgumentParser:
     budget.add_argument("--params-per-dim", type=int, help="main + helper rows of each table")
     budget.add_argument("--num-rows", type=int, help="main rows of each table; 3x helper beside")
     budget.add_argument("--compression", type=float, help="full over compressed rows; default 20")
+    budget.add_argument(
+        "--table-bytes", type=int, help="of all compressed tables, codes counted; by their ids"
+    )
+    recipes = ["frequent", "rare", "auto"]
+    add("--recipe", choices=recipes, default="frequent", help="auto: by the examples of an id")
     add("--epochs", type=int, default=10, help="the same in a resumed run")
     add("--batch-size", type=int, help="of all ranks; default 4096 for gmf, 256 for dlrm")
     add("--optimizer", choices=["rowwise_adagrad", "adagrad", "sgd"], default="rowwise_adagrad")
@@ -117,6 +122,11 @@ def rows_per_table(args: argparse.Namespace, dataset: Examples) -> dict[str, int
         )
     if args.params_per_dim is not None:
         rows = dict.fromkeys(sizes, args.params_per_dim)
+    elif args.table_bytes is not None:
+        rows = {
+            name: share // (4 * args.embedding_dim)
+            for name, share in bytes_per_table(args, dataset).items()
+        }
     elif args.num_rows is not None:
         rows = dict.fromkeys(sizes, 4 * args.num_rows)
     else:
@@ -128,6 +138,12 @@ def rows_per_table(args: argparse.Namespace, dataset: Examples) -> dict[str, int
     if bad:
         raise ValueError(f"tables {bad}: at least 2 rows are needed; raise the budget")
     return rows
+
+
+def bytes_per_table(args: argparse.Namespace, dataset: Examples) -> dict[str, int]:
+    """Of --table-bytes, what each compressed table gets: in proportion to its ids."""
+    total = sum(dataset.features[name] for name in dataset.compressed)
+    return {name: args.table_bytes * dataset.features[name] // total for name in dataset.compressed}
 
 
 def set_defaults(args: argparse.Namespace, dataset: Examples, rows: dict[str, int]) -> None:

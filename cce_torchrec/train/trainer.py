@@ -68,6 +68,10 @@ class Trainer:
             dim=args.embedding_dim,
             num_chunks=args.num_chunks,
             rows=rows,
+            table_bytes={}
+            if args.table_bytes is None
+            else options.bytes_per_table(args, self.dataset),
+            recipe=args.recipe,
             seed=args.seed,
             init_bound=init_bound,
         )

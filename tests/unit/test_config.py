@@ -95,3 +95,18 @@ def test_bad_collections():
     plain = EmbeddingBagConfig(name="a#b", num_embeddings=3, embedding_dim=4, feature_names=["f"])
     with pytest.raises(ValueError, match="'#' marks the chunks"):
         CCEEmbeddingBagCollection(tables=[plain])
+
+
+@pytest.mark.parametrize(
+    ("table_bytes", "rows"), [(3_000, 1), (9_000, 1), (11_000, 2), (21_000, 4), (41_000, 16)]
+)
+def test_budgets_of_rare_ids(table_bytes, rows):
+    """Codes of 1, 2 or 4 bits take at most a twentieth of the bytes."""
+    kwargs = dict(name="t", num_embeddings=1000, embedding_dim=16, feature_names=["f"])
+    table = CCEEmbeddingBagConfig.from_bytes(table_bytes, recipe="rare", **kwargs)
+    assert table.num_rows == rows and table.recipe == "rare"
+    assert table_bytes - 64 < table.table_bytes <= table_bytes
+    auto = CCEEmbeddingBagConfig.from_bytes(table_bytes, recipe="auto", examples_per_id=2, **kwargs)
+    assert auto.num_rows == rows
+    with pytest.raises(ValueError, match=r"'t': 100 bytes do not hold its codes and two rows"):
+        CCEEmbeddingBagConfig.from_bytes(100, recipe="rare", **kwargs)
