@@ -24,9 +24,8 @@ from cce_torchrec.packing import CodePacking  # noqa: E402
 DEFAULT_HELPER_RATIO = 3
 MAX_ROWS = 2**31 - 1
 RECIPES = ("frequent", "rare", "auto")
-RARE_ROWS = (16, 4, 2)
-RARE_CODE_SHARE = 20
-"""Of the bytes of a table of rare ids, `from_bytes` gives codes at most one in so many."""
+RARE_ROWS, RARE_CODE_SHARE = (16, 4, 2), 20
+"""`from_bytes` gives codes of rare ids at most one in so many bytes."""
 _SEEN, _COUNTS = {"seen": 8}, {"counts": 2}
 RARE_BELOW = 100.0
 """Examples an id in one pass, below which the recipe "auto" is "rare"."""
@@ -85,15 +84,13 @@ class CCEEmbeddingBagConfig(EmbeddingBagConfig):
     `cluster(weights="seen")` spends centroids on ids that were trained."""
 
     recipe: str = "frequent"
-    """How the table is trained: "frequent", where main and helper are, or "rare", for ids with few
-    examples: main is set by `cluster` alone, from vectors that are shrunk towards the mean by how
-    often their ids were trained, and until then an id reads its helper row only. "auto" is "rare"
-    below `RARE_BELOW` examples an id."""
+    """How it is trained: "frequent", or "rare" for ids with few examples: main is set by `cluster`
+    alone, from vectors shrunk by how often their ids were trained, and until then an id reads its
+    helper row only. "auto" is "rare" below `RARE_BELOW` examples an id."""
     examples_per_id: float | None = None
     """Mean number of training examples an id, in one pass over the data; "auto" needs it."""
     track_counts: bool | None = None
-    """Keep counts of 4 bits an id while training, by which `cluster` shrinks vectors; None: where
-    the recipe is "rare"."""
+    """Keep counts of 4 bits an id, by which `cluster` shrinks; None: if the recipe is "rare"."""
 
     def __post_init__(self) -> None:
         self._check_whole_numbers()

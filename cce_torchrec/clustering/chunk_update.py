@@ -72,6 +72,7 @@ class Relabelling:
         main = update.weight[: task.num_clusters]
         self._centroids = (main.double() * points.scale).round().int()
         rows, dim = task.shape.helper_rows, task.shape.dim
+        # Helper rows of the table: points may have them once a level.
         size, device = rows * dim, points.helper.device
         self.totals = torch.zeros(size + rows + 1, dtype=torch.int64, device=device)
         """Sums of residuals, their numbers and changed codes so far; ranks may add them up."""

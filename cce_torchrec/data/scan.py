@@ -75,6 +75,7 @@ def scan(parts: Sequence[tuple[TableFiles, Piece]], ranks: Ranks) -> Scan:
         return counts, [numbering.seen() for numbering in numberings]
 
     by_rank = ranks.agree(own)
+    # Every rank merges all of them, and so numbers ids alike.
     for numbering, *seen in zip(numberings, *(seen for _, seen in by_rank), strict=True):
         numbering.merge(seen)
     counts = {n: count for found, _ in by_rank for n, count in found.items()}
@@ -84,6 +85,7 @@ def scan(parts: Sequence[tuple[TableFiles, Piece]], ranks: Ranks) -> Scan:
     for more in moments[1:]:
         total = total.and_of(more)
     spread = np.sqrt(total.squares / np.maximum(total.count, 1))
+    # A column of one value is left as it is.
     deviation = np.where(spread > 0, spread, 1.0).tolist()
     return Scan(numberings, list(train), list(validation), total.mean.tolist(), deviation)
 

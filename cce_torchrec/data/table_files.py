@@ -71,12 +71,14 @@ class TableFiles:
             try:
                 yield self._checked(block, numberings)
             except BadValue as bad:
+                # Rows are counted now, as only bad values need their numbers.
                 row = self.format.rows_before(piece) + first + bad.row + 1
                 raise ValueError(f"{piece.file}, row {row}, column {bad.column!r}: {bad}") from None
             first += len(block)
 
     def validates(self, piece: Piece, first: int, num_rows: int) -> np.ndarray:
         """Which rows of a piece validate, from its `first` on, bool: by a hash of the place."""
+        # By place and not by a draw: whoever reads the row, in whatever order, decides alike.
         places = torch.arange(first, first + num_rows) + (piece.number << 32)
         hashed = hash_function(self.options.split_seed, "validation", 0, role=SAMPLE_ROLE)
         return (hashed.bits31(places) < self.held_out * 2**31).numpy()

@@ -66,10 +66,9 @@ class TextFiles(Format):
         with Path(piece.file).open("rb") as stream:
             begin, _ = self._header(piece.file)
             stream.seek(max(begin, piece.start - 1))
+            # A line belongs to the piece in which it begins; here may be a mere newline.
             if piece.start > begin:
-                stream.readline(
-                    _LINE_BYTES
-                )  # its beginning is in the piece before; or a mere newline
+                stream.readline(_LINE_BYTES)
             first = stream.tell()
             if first >= piece.stop:
                 return b""
@@ -88,6 +87,7 @@ class TextFiles(Format):
         if not text.strip():
             return
         _, names = self._header(piece.file)
+        # Arrow says which row it is only to a handler, and not in its error.
         bad: list[pyarrow.csv.InvalidRow] = []
 
         def stop(row: pyarrow.csv.InvalidRow) -> str:
@@ -129,6 +129,7 @@ class TextFiles(Format):
         begin, _ = self._header(piece.file)
         with Path(piece.file).open("rb") as stream:
             stream.seek(begin)
+            # Counted once a row is bad, and not of every piece.
             rows = 0
             while stream.tell() < piece.start and (line := stream.readline(_LINE_BYTES)):
                 rows += bool(line.strip(b"\r\n"))

@@ -56,6 +56,7 @@ def count(  # type: ignore[no-untyped-def]
     raw = hashed_raw(ids, tl.load(field + 11, mask=on, other=0), num_embeddings)
     ids = tl.where(is_raw, raw, ids)
     ids = tl.where((ids < 0) | (ids >= num_embeddings), 0, ids)
+    # Bad ids are read as 0, and counted as such, as lookups read them.
     place = counts.to(tl.pointer_type(tl.uint8)) + (ids >> 1)
     pair = tl.load(place, mask=on, other=0).to(tl.int32)
     side = (ids & 1).to(tl.int32)

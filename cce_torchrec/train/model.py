@@ -84,6 +84,7 @@ def tables(
             out.append(EmbeddingBagConfig(**common))
         elif method == "cce":
             common |= {"num_chunks": num_chunks, "seed": seed, "recipe": recipe}
+            # In one pass, which is what the recipe goes by.
             common["examples_per_id"] = dataset.num_train / size
             out.append(
                 CCEEmbeddingBagConfig.from_bytes(table_bytes[name], **common)

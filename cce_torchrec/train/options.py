@@ -123,6 +123,7 @@ def rows_per_table(args: argparse.Namespace, dataset: Examples) -> dict[str, int
     if args.params_per_dim is not None:
         rows = dict.fromkeys(sizes, args.params_per_dim)
     elif args.table_bytes is not None:
+        # Of tables without codes; those of CCE are paid for when they are configured.
         rows = {
             name: share // (4 * args.embedding_dim)
             for name, share in bytes_per_table(args, dataset).items()
