@@ -28,7 +28,7 @@ RARE_ROWS, RARE_CODE_SHARE = (16, 4, 2), 20
 """`from_bytes` gives codes of rare ids at most one in so many bytes."""
 _SEEN, _COUNTS = {"seen": 8}, {"counts": 2}
 RARE_BELOW = 100.0
-"""Examples an id in one pass, below which the recipe "auto" is "rare"."""
+"""Examples an id in one pass, sampled negatives left out, below which "auto" is "rare"."""
 _UNSUPPORTED_FIELDS = (
     "num_embeddings_post_pruning",
     "need_pos",
@@ -88,7 +88,7 @@ class CCEEmbeddingBagConfig(EmbeddingBagConfig):
     alone, from vectors shrunk by how often their ids were trained, and until then an id reads its
     helper row only. "auto" is "rare" below `RARE_BELOW` examples an id."""
     examples_per_id: float | None = None
-    """Mean number of training examples an id, in one pass over the data; "auto" needs it."""
+    """Mean training examples of an id in one pass, without sampled negatives; "auto" needs it."""
     track_counts: bool | None = None
     """Keep counts of 4 bits an id, by which `cluster` shrinks; None: if the recipe is "rare"."""
 

@@ -23,9 +23,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "one chunk": {"num_chunks": 1},
     "two chunks": {"num_chunks": 2},
     "wide codes": {"num_rows": 300},
-    "one row": {"num_rows": 1},
-    "rare": {"recipe": "rare", "num_rows": 4},
-    "rare and hash_ids": {"recipe": "rare", "num_rows": 2, "hash_ids": True},
+    "rare": {"recipe": "rare", "num_rows": 1, "hash_ids": True},
 }
 
 
