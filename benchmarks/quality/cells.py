@@ -8,7 +8,10 @@ TUNING_SPLIT = 100
 """The split on which rates are chosen; it is in no reported figure."""
 FINAL_SPLITS = (0, 1, 2, 3)
 TRAINING_VERSION = 1
-"""To be raised by whoever changes the training of all methods: division, networks, evaluations."""
+"""To be raised by whoever changes the training of all methods: division, networks, evaluations.
+
+A data set and its model (`Problem`), and a method (`Method`), have versions of their own.
+"""
 
 
 @dataclass(frozen=True, order=True)
@@ -18,8 +21,8 @@ class Group:
     dataset: str
     passes: int
     method: str
-    version: int
-    """Of the method; whoever changes a method raises it."""
+    version: str
+    """Of the data set, and of the method (`grid.group_of`)."""
     budget: str
     """As `Budget.parse` reads it."""
 

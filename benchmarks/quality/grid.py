@@ -39,8 +39,14 @@ def groups(selection: Selection) -> list[Group]:
             for name in selection.methods:
                 method = METHODS[name]
                 if _asked(method, budget, selection):
-                    out.append(Group(dataset, passes, name, method.version, budget))
+                    out.append(group_of(dataset, passes, name, budget))
     return out
+
+
+def group_of(dataset: str, passes: int, method: str, budget: str) -> Group:
+    """The group, with the versions that its data set and its method have now."""
+    version = f"{PROBLEMS[dataset].version}.{METHODS[method].version}"
+    return Group(dataset, passes, method, version, budget)
 
 
 def _settings(problem: Problem) -> Iterator[tuple[int, str]]:

@@ -33,6 +33,8 @@ class Problem:
     budgets: tuple[str, ...]
     other_budgets: tuple[str, ...] = ()
     """Of the further numbers of passes."""
+    version: int = 1
+    """To be raised by whoever changes the data, the model or the batch: its cells run again."""
     splits: tuple[int, ...] = FINAL_SPLITS
     """Those that are reported."""
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from benchmarks.quality.authors import below_author
 from benchmarks.quality.cells import Cell, Group
-from benchmarks.quality.grid import Choice, chosen, missing, splits_of, tuning_cells
+from benchmarks.quality.grid import Choice, chosen, group_of, missing, splits_of, tuning_cells
 from benchmarks.quality.methods import METHODS
 from benchmarks.quality.store import Record
 
@@ -91,7 +91,7 @@ def _difference(
     group: Group, own: list[Record], records: Mapping[str, Record]
 ) -> tuple[float, float] | None:
     """Paired over the splits that both have; full tables are compared at no budget."""
-    baseline = Group(group.dataset, group.passes, BASELINE, METHODS[BASELINE].version, group.budget)
+    baseline = group_of(group.dataset, group.passes, BASELINE, group.budget)
     if group.budget == "none" or any(c.key not in records for c in tuning_cells(baseline)):
         return None
     cell = chosen(baseline, records).cell

@@ -156,7 +156,7 @@ def record_of(cell: Cell) -> dict[str, Any]:
         "passes": group.passes,
         "budget": group.budget,
         "method": group.method,
-        "method_version": group.version,
+        "version": group.version,
         "split": cell.split,
         "seed": cell.seed,
         "optimizer": cell.optimizer,
