@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import copy
+import json
+from dataclasses import replace
+from pathlib import Path
 from unittest import mock
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
 from torchrec import EmbeddingBagCollection, EmbeddingCollection
 from torchrec.modules.embedding_configs import EmbeddingBagConfig, EmbeddingConfig
 
+from cce_torchrec import CCEEmbeddingBagConfig
 from cce_torchrec.checkpoint import load_checkpoint, save_checkpoint
 from cce_torchrec.checkpoint.optimizers import optimizer_states
 from cce_torchrec.clustering import cluster
@@ -100,6 +105,42 @@ BITS = [(1, "unsharded"), (3, "tw"), (2, "cw"), (4, "rw"), (2, "dp")]
 @pytest.mark.parametrize(("world_size", "kind"), BITS)
 def test_codes_of_any_bits_from_any_plan_to_any_other(rank_pool, world_size, kind, saved_bits):
     rank_pool.run(world_size, load_jobs, kind, saved_bits, BitsNet)
+
+
+FORMAT_3 = Path(__file__).with_name("format_3")
+"""Of the last version with codes of whole bytes: saved by two ranks, of chunks on both."""
+
+
+def old_tables():
+    """Those of FORMAT_3: no codes, and such that have 1, 4 and 10 bits instead of 8 and 16 now."""
+    return [
+        CCEEmbeddingBagConfig(
+            name=f"t{rows}", num_embeddings=45, embedding_dim=8, num_chunks=2,
+            feature_names=[feature], num_rows=rows, num_helper_rows=3, track_seen=rows == 16,
+        )
+        for rows, feature in zip((1, 2, 16, 300), "fghf", strict=True)
+    ]  # fmt: skip
+
+
+def load_format_3(rank, world_size, kind, num_embeddings=45):
+    configs = [replace(config, num_embeddings=num_embeddings) for config in old_tables()]
+    model, own = build(kind, seed=5 + rank, configs=configs)
+    grow = [config.name for config in configs] if num_embeddings > 45 else []
+    report = load_checkpoint(FORMAT_3, model, optimizers=[own], grow=grow)
+    assert report.step == 3 and sorted(report.loaded) == [
+        *(f"collection.{name}" for name in ("t1", "t16", "t2", "t300")), "over.bias", "over.weight",
+    ]  # fmt: skip
+    for found, expected in zip(outputs(model), json.loads(OUTPUTS.read_text()), strict=True):
+        assert np.array_equal(found, np.array(expected, dtype=np.float32))
+
+
+OUTPUTS = FORMAT_3 / "outputs.json"
+
+
+@pytest.mark.parametrize("num_embeddings", [45, 70])
+@pytest.mark.parametrize(("world_size", "kind"), [(1, "unsharded"), (2, "tw"), (3, "rw")])
+def test_format_3_is_read(rank_pool, world_size, kind, num_embeddings):
+    rank_pool.run(world_size, load_format_3, kind, num_embeddings)
 
 
 SEQUENCES = [(1, "unsharded"), (2, "tw"), (2, "cw"), (3, "cw"), (3, "rw"), (2, "dp")]
