@@ -169,7 +169,7 @@ def test_a_restart_of_other_lookups_keeps_what_any_hash_can(kind):
 
 
 def test_robe_reads_blocks_of_one_array_and_restarts_by_means():
-    made = Robe(tables(optimizer="adagrad"), restarts=True)
+    made = Robe(tables(form="Z=4", optimizer="adagrad"), restarts=True)
     array = made.rows.weight.flatten()
     for table, first in ((0, 0), (1, 300)):
         starts = made.start[first + 7].tolist()

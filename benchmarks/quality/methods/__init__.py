@@ -87,8 +87,8 @@ METHODS = {
         *_restartable("hash", HashedRows, num_chunks=1),
         *_restartable("CE", HashedRows, num_chunks=4),
         *_restartable("QR", QuotientRemainder),
-        *_restartable("hash embeddings", HashEmbeddings, tries_of(("weights=0.1", "weights=0.3"))),
-        *_restartable("ROBE", Robe, (Try("adagrad", (0.03, 0.1, 0.3)),)),
+        *_restartable("hash embeddings", HashEmbeddings, tries_of(("weights=0.1", "weights=0.8"))),
+        *_restartable("ROBE", Robe, tries_of(("Z=1", "Z=4"), (Try("adagrad", (0.03, 0.1, 0.3)),))),
         *_restartable("CAFE", CAFE, tries_of(("hot=0.3", "hot=0.7"))),
         Method(
             name="CCE, as published",

@@ -9,17 +9,17 @@ from benchmarks.quality.embedder import Embedder, Tables
 from benchmarks.quality.hashing import hashed_rows
 from benchmarks.quality.rows import Block, Rows, means
 
-BLOCKS = 4
-"""Of an embedding: as many as CE has chunks."""
-
 
 class Robe(Embedder):
-    """Block j of id x of table t starts at a hash of (t, x, j) in an array that wraps around."""
+    """Block j of id x of table t starts at a hash of (t, x, j) in an array that wraps around.
+
+    The form is the number Z of values in a block.
+    """
 
     def __init__(self, tables: Tables, *, restarts: bool) -> None:
         super().__init__(tables)
         self.restarts = restarts
-        self.width = tables.dim // BLOCKS
+        self.width = int(tables.form.removeprefix("Z="))
         self.length = sum(share.values() for share in tables.shares)
         if self.length < tables.dim:
             raise DoesNotFit(f"{self.length} values are fewer than an embedding of {tables.dim}")
@@ -44,7 +44,7 @@ class Robe(Embedder):
                             chunk=block,
                             drawn=drawn,
                         )
-                        for block in range(BLOCKS)
+                        for block in range(tables.dim // self.width)
                     ],
                     dim=1,
                 )
