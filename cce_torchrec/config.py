@@ -25,10 +25,10 @@ DEFAULT_HELPER_RATIO = 3
 MAX_ROWS = 2**31 - 1
 RECIPES = ("frequent", "rare", "auto")
 RARE_ROWS, RARE_CODE_SHARE = (16, 4, 2), 20
-"""`from_bytes` gives codes of rare ids at most one in so many bytes."""
+"""Codes of rare ids get at most one byte for so many of codebooks."""
 _SEEN, _COUNTS = {"seen": 8}, {"counts": 2}
 RARE_BELOW = 100.0
-"""Examples an id in one pass, sampled negatives left out, below which "auto" is "rare"."""
+"""Examples an id in a pass, without sampled negatives, below which "auto" is "rare"."""
 _UNSUPPORTED_FIELDS = (
     "num_embeddings_post_pruning",
     "need_pos",
@@ -278,11 +278,25 @@ class CCEEmbeddingBagConfig(EmbeddingBagConfig):
         out.num_rows, out.num_helper_rows = self.rows_per_chunk, 0
         return out
 
+    def _with_codes(self) -> CCEEmbeddingBagConfig:
+        """This table of rare ids with the codes that its bytes are enough for."""
+        for rows in RARE_ROWS:
+            packing = CodePacking.of_rows(rows)
+            codes = packing.nbytes(self.num_embeddings, self.num_chunks)
+            if rows < self.rows_per_chunk and codes * RARE_CODE_SHARE <= self.codebook_bytes:
+                out = copy.copy(self)
+                out.num_rows, out.num_helper_rows = rows, self.rows_per_chunk - rows
+                return out
+        return self
+
     @classmethod
     def from_params_per_dim(
         cls, params_per_dim: int, *, helper_ratio: float = DEFAULT_HELPER_RATIO, **kwargs: Any
     ) -> CCEEmbeddingBagConfig:
         """A table with num_rows + num_helper_rows = `params_per_dim`, split 1 : `helper_ratio`.
+
+        With the recipe "rare" main has the most of 1, 2, 4 or 16 rows whose codes take at most a
+        twentieth of the codebooks' bytes.
 
         Raises:
             ValueError: if `params_per_dim` is below 2, which leaves no row for one of the two, or
@@ -297,6 +311,9 @@ class CCEEmbeddingBagConfig(EmbeddingBagConfig):
                 f"table {kwargs.get('name', '')!r}: params_per_dim {params_per_dim} must be at "
                 "least 2, one main and one helper row"
             )
+        whole = cls(num_rows=1, num_helper_rows=params_per_dim - 1, **kwargs)
+        if whole.recipe == "rare":
+            return whole._with_codes()
         num_rows = max(1, min(params_per_dim - 1, round(params_per_dim / (1 + helper_ratio))))
         return cls(num_rows=num_rows, num_helper_rows=params_per_dim - num_rows, **kwargs)
 
@@ -306,17 +323,13 @@ class CCEEmbeddingBagConfig(EmbeddingBagConfig):
     ) -> CCEEmbeddingBagConfig:
         """The largest table of at most `table_bytes` bytes of codebooks and codes.
 
-        Main and helper rows are 1 : `helper_ratio`. With the recipe "rare" main has the most of 1,
-        2, 4 or 16 rows whose codes take at most a twentieth of the bytes, and the helper the rest.
+        Its rows are those of `from_params_per_dim`.
 
         Raises:
             ValueError: if not even two rows a chunk fit beside the codes.
         """
-        of_rare = cls.from_params_per_dim(2, helper_ratio=helper_ratio, **kwargs).recipe == "rare"
 
         def made(params_per_dim: int) -> CCEEmbeddingBagConfig:
-            if of_rare:
-                return cls._rare_within(table_bytes, params_per_dim, **kwargs)
             return cls.from_params_per_dim(params_per_dim, helper_ratio=helper_ratio, **kwargs)
 
         smallest = made(2).table_bytes
@@ -331,18 +344,6 @@ class CCEEmbeddingBagConfig(EmbeddingBagConfig):
             fits = made(middle).table_bytes <= table_bytes
             low, high = (middle, high) if fits else (low, middle - 1)
         return made(low)
-
-    @classmethod
-    def _rare_within(
-        cls, table_bytes: int, params_per_dim: int, **kwargs: Any
-    ) -> CCEEmbeddingBagConfig:
-        # Where there are fewer bytes, they are better spent on rows (docs/results.md).
-        for rows in RARE_ROWS:
-            if rows < params_per_dim:
-                found = cls(num_rows=rows, num_helper_rows=params_per_dim - rows, **kwargs)
-                if found.code_bytes * RARE_CODE_SHARE <= table_bytes:
-                    return found
-        return cls(num_rows=1, num_helper_rows=params_per_dim - 1, **kwargs)
 
 
 def is_cce(config: Any) -> TypeGuard[CCEEmbeddingBagConfig]:

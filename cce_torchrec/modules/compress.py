@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, fields
 from functools import partial
 
@@ -84,6 +84,7 @@ def compress_model(
     compression: float | None = None,
     num_rows: int | None = None,
     table_bytes: int | None = None,
+    examples_per_id: Mapping[str, float] | None = None,
     num_chunks: int = 4,
     seed: int = 0,
     verbose: bool = True,
@@ -102,6 +103,8 @@ def compress_model(
         num_rows: main rows of each table, with 3 times as many helper rows.
         table_bytes: bytes for all tables that this call compresses, codes counted; one compression
             ratio is found for all of them.
+        examples_per_id: by table, the mean training examples of an id in one pass. Tables that are
+            named get the recipe "auto" (see `CCEEmbeddingBagConfig`), others "frequent".
         num_chunks: most chunks of a table; fewer where embedding_dim asks for it.
         seed: of the hashes.
         verbose: print the report too, on the first rank.
@@ -115,8 +118,10 @@ def compress_model(
     ratio = _checked_ratio(compression, num_rows, table_bytes, num_chunks)
     found = collections_of(model)
     chosen = _choose(model, found, tables, min_bytes)
+    form = Form(num_chunks=num_chunks, seed=seed, examples_per_id=examples_per_id or {})
+    form.check_names({name for _, name in chosen})
     if table_bytes is not None:
-        ratio = _ratio_for(list(chosen.values()), table_bytes, num_chunks, seed)
+        ratio = _ratio_for(list(chosen.values()), table_bytes, form)
     made: list[CompressedTable] = []
     replacements: dict[nn.Module, nn.Module] = {}
     for at in found:
@@ -124,7 +129,7 @@ def compress_model(
         for config in at.configs:
             table, reason = config, at.reason or (_ALREADY if is_cce(config) else "not chosen")
             if (at.path, config.name) in chosen:
-                table, reason = compressed(config, ratio, num_rows, num_chunks, seed)
+                table, reason = compressed(config, ratio, form, num_rows)
             new.append(table)
             made.append(_describe(at.path, config, table, reason))
         if any(table is not config for table, config in zip(new, at.configs, strict=True)):
@@ -214,16 +219,38 @@ def _chunks(dim: int, most: int) -> int:
     return next((c for c in range(most, 0, -1) if dim % (4 * c) == 0), 0)
 
 
+@dataclass(frozen=True, kw_only=True)
+class Form:
+    """What compressed tables have in common."""
+
+    num_chunks: int
+    """At most."""
+    seed: int
+    examples_per_id: Mapping[str, float]
+    """Of the tables whose recipe follows from it, by name."""
+
+    def check_names(self, tables: Collection[str]) -> None:
+        """Raises ValueError if examples are given of a table that is not compressed."""
+        unknown = sorted(set(self.examples_per_id) - set(tables))
+        if unknown:
+            raise ValueError(
+                f"examples_per_id has {unknown}, which are not compressed; those that are are "
+                f"{sorted(tables)}"
+            )
+
+
 def compressed(
-    config: BaseEmbeddingConfig, ratio: float, num_rows: int | None, num_chunks: int, seed: int
+    config: BaseEmbeddingConfig, ratio: float, form: Form, num_rows: int | None = None
 ) -> tuple[BaseEmbeddingConfig, str]:
     """The CCE form of `config`, or `config` itself and why it stays."""
-    chunks = _chunks(config.embedding_dim, num_chunks)
+    chunks = _chunks(config.embedding_dim, form.num_chunks)
     if not chunks:
         return config, f"embedding_dim {config.embedding_dim} is not a multiple of 4"
     names = {field.name for field in fields(EmbeddingBagConfig)}
     kept = {f.name: getattr(config, f.name) for f in fields(config) if f.name in names}
-    kept |= {"num_chunks": chunks, "seed": seed}
+    kept |= {"num_chunks": chunks, "seed": form.seed}
+    if config.name in form.examples_per_id:
+        kept |= {"recipe": "auto", "examples_per_id": form.examples_per_id[config.name]}
     if _is_default_init(config):
         # As a custom one, it would leave the helper rows at zero (CodebookInit).
         kept["init_fn"] = None
@@ -251,13 +278,11 @@ def _is_default_init(config: BaseEmbeddingConfig) -> bool:
     )
 
 
-def _ratio_for(
-    configs: list[BaseEmbeddingConfig], budget: int, num_chunks: int, seed: int
-) -> float:
+def _ratio_for(configs: list[BaseEmbeddingConfig], budget: int, form: Form) -> float:
     """The least compression ratio at which the tables fit `budget` bytes."""
 
     def total(ratio: float) -> int:
-        tables = [compressed(c, ratio, None, num_chunks, seed)[0] for c in configs]
+        tables = [compressed(c, ratio, form)[0] for c in configs]
         return sum(t.table_bytes if is_cce(t) else full_bytes(t) for t in tables)
 
     low, high = 1.0, float(max((c.num_embeddings for c in configs), default=1))

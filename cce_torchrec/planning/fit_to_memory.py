@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 import torchrec
@@ -14,7 +14,7 @@ from torchrec.optim.apply_optimizer_in_backward import apply_optimizer_in_backwa
 
 from cce_torchrec.config import is_cce
 from cce_torchrec.distributed.sharders import get_default_sharders
-from cce_torchrec.modules.compress import compressed
+from cce_torchrec.modules.compress import Form, compressed
 from cce_torchrec.modules.compressible import full_bytes
 from cce_torchrec.modules.embedding_bag_collection import CCEEmbeddingBagCollection
 from cce_torchrec.planning.planner import make_planner
@@ -32,6 +32,7 @@ def tables_for_memory(
     min_bytes: int = 1 << 20,
     num_chunks: int = 4,
     seed: int = 0,
+    examples_per_id: Mapping[str, float] | None = None,
 ) -> list[EmbeddingBagConfig]:
     """`tables` with the large ones compressed just so far that a plan fits every rank.
 
@@ -50,20 +51,22 @@ def tables_for_memory(
         min_bytes: bytes from which a table is compressed.
         num_chunks: most chunks of a table; fewer where embedding_dim asks for it.
         seed: of the hashes.
+        examples_per_id: by table, the mean training examples of an id in one pass; see
+            `compress_model`.
 
     Raises:
-        ValueError: no tables, or not even two rows a chunk fit.
+        ValueError: no tables, examples of one that stays as it is, or not even two rows a chunk
+            fit.
     """
     if not tables or num_chunks < 1:
         raise ValueError(f"{len(tables)} tables, num_chunks {num_chunks}: at least 1 of each")
     device = device if device is not None else torch.device("cpu")
+    form = Form(num_chunks=num_chunks, seed=seed, examples_per_id=examples_per_id or {})
     large = {t.name for t in tables if not is_cce(t) and full_bytes(t) >= min_bytes}
+    form.check_names(large)
 
     def at(ratio: float) -> list[EmbeddingBagConfig]:
-        return [
-            compressed(t, ratio, None, num_chunks, seed)[0] if t.name in large else t
-            for t in tables
-        ]
+        return [compressed(t, ratio, form)[0] if t.name in large else t for t in tables]
 
     def fits(ratio: float) -> bool:
         configs = at(ratio)

@@ -330,3 +330,17 @@ def test_the_same_call_again_changes_nothing_and_says_so(tables, caplog):
     assert all(a is b for a, b in zip(before, model.modules(), strict=True))
     assert [table.reason for table in report.tables[:2]] == ["compressed already"] * 2
     assert "nothing was compressed" in caplog.text
+
+
+def test_tables_of_rare_ids_are_told_by_their_examples():
+    """They get few main rows, or one, within the same budget."""
+    budget = {"table_bytes": 4000, "min_bytes": 1, "verbose": False}
+    rare = next(t.name for t in compress_model(dlrm(), **budget).tables if not t.reason)
+    model = dlrm()
+    report = compress_model(model, examples_per_id={rare: 2.0}, **budget)
+    collections = [m for m in model.modules() if isinstance(m, CCEEmbeddingBagCollection)]
+    configs = {c.name: c for made in collections for c in made.embedding_bag_configs()}
+    assert configs[rare].recipe == "rare" and configs[rare].num_rows in (1, 2, 4, 16)
+    assert sum(t.bytes for t in report.tables if not t.reason) <= 4000
+    with pytest.raises(ValueError, match=r"examples_per_id has \['usr'\], which are not comp"):
+        compress_model(dlrm(), compression=5, min_bytes=1, examples_per_id={"usr": 2.0})

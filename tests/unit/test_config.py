@@ -98,10 +98,10 @@ def test_bad_collections():
 
 
 @pytest.mark.parametrize(
-    ("table_bytes", "rows"), [(3_000, 1), (9_000, 1), (11_000, 2), (21_000, 4), (41_000, 16)]
+    ("table_bytes", "rows"), [(3_000, 1), (9_000, 1), (11_000, 2), (22_000, 4), (43_000, 16)]
 )
 def test_budgets_of_rare_ids(table_bytes, rows):
-    """Codes of 1, 2 or 4 bits take at most a twentieth of the bytes."""
+    """Codes of 1, 2 or 4 bits take at most a twentieth of what codebooks do."""
     kwargs = dict(name="t", num_embeddings=1000, embedding_dim=16, feature_names=["f"])
     table = CCEEmbeddingBagConfig.from_bytes(table_bytes, recipe="rare", **kwargs)
     assert table.num_rows == rows and table.recipe == "rare"
