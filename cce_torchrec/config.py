@@ -23,11 +23,10 @@ from cce_torchrec.packing import CodePacking  # noqa: E402
 
 DEFAULT_HELPER_RATIO = 3
 MAX_ROWS = 2**31 - 1
-RECIPES = ("frequent", "rare", "auto")
+_SEEN, _COUNTS = {"seen": 8}, {"counts": 2}
 RARE_ROWS, RARE_CODE_SHARE = (16, 4, 2), 20
 """Codes of rare ids get at most one byte for so many of codebooks."""
-_SEEN, _COUNTS = {"seen": 8}, {"counts": 2}
-RARE_BELOW = 100.0
+RECIPES, RARE_BELOW = ("frequent", "rare", "auto"), 100.0
 """Examples an id in a pass, without sampled negatives, below which "auto" is "rare"."""
 _UNSUPPORTED_FIELDS = (
     "num_embeddings_post_pruning",
