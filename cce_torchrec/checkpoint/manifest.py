@@ -64,6 +64,11 @@ class CCETableRecord(TableRecord):
     hash_ids: bool
     track_counts: bool = False
 
+    def to_json(self) -> dict[str, Any]:
+        """The record as JSON has it; what older manifests lack is left out where it is False."""
+        found = super().to_json()
+        return {key: value for key, value in found.items() if value or key != "track_counts"}
+
 
 _TABLES = {record.kind: record for record in (TableRecord, CCETableRecord)}
 

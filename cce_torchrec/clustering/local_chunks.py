@@ -141,7 +141,7 @@ def unsharded_rows(
 ) -> dict[str, tuple[torch.Tensor, dict[str, torch.Tensor]]]:
     """Weight and optimizer state of each physical table of an unsharded collection."""
     out = {}
-    module.frozen_main.restore()
+    module.restore_main()
     for name, bag in module.embedding_bag_collection.embedding_bags.items():
         weight = bag.weight
         optimizers = optimizers_in_backward(weight)
@@ -160,7 +160,7 @@ def fused_rows(
     The state of data-parallel tables, whose kernels have none, is in `optimizer`.
     """
     inner = module.embedding_bag_collection
-    module.frozen_main.restore()
+    module.restore_main()
     out = {}
     for tables, tbe in fused_kernels(lookups_of(inner)):
         states = fused_state(tbe, len(tables))

@@ -204,12 +204,9 @@ class ChunkCodes(nn.Module):
                 first = local.ids.start // self.packing.group
                 rows = self.codes[first : first + len(local.codes)]
                 local.codes.copy_(rows[:, self.packing.bytes_of(chunks)])
-            if local.seen is not None and self.seen is not None:
-                first = local.ids.start // 8
-                local.seen.copy_(self.seen[first : first + len(local.seen)])
-            if local.counts is not None and self.counts is not None:
-                first = local.ids.start // 2
-                local.counts.copy_(self.counts[first : first + len(local.counts)])
+            for name, ids_per_byte in self.config.notes.items():
+                own, first = local.get_buffer(name), local.ids.start // ids_per_byte
+                own.copy_(self.get_buffer(name)[first : first + len(own)])
             if local.batches is not None and self.batches is not None:
                 local.batches.copy_(self.batches)
         return local

@@ -7,6 +7,7 @@ codes live. Codes of ROW_WISE tables are fetched before (code_fetch.py).
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 from functools import partial
 from typing import Any
@@ -128,10 +129,14 @@ class ShardedCCEEmbeddingBagCollection(
             self.codes, self.tables, placement, rank, device, env.process_group
         )
         # torch marks hooks, and methods it cannot.
-        self.frozen_main = FrozenMain(self, frozen.UntrainedRows(self))
+        self.frozen_main = FrozenMain(self)
         self.register_state_dict_post_hook(partial(state.save))
         self.register_load_state_dict_pre_hook(state.load)
         self._prepare_lookups(device)
+
+    def restore_main(self) -> None:
+        """Main rows that no optimizer trains become what they were."""
+        self.frozen_main.restore(frozen.untrained_rows(self._lookups, self.tables))
 
     def _prepare_lookups(self, device: torch.device) -> None:
         """What is between the input, TorchRec's lookups, and the output."""
@@ -219,7 +224,7 @@ class ShardedCCEEmbeddingBagCollection(
         """Expands the received ids against the local codes and looks the rows up."""
         with outside_inference_mode():
             rows = self._expand(ctx, dist_input)
-            self.frozen_main.restore()
+            self.restore_main()
             with span("lookup"):
                 return self.embedding_bag_collection.compute(ctx, rows)
 
@@ -236,7 +241,7 @@ class ShardedCCEEmbeddingBagCollection(
         """`compute` and `output_dist` in one, as the train pipelines call it."""
         with outside_inference_mode():
             rows = self._expand(ctx, input)
-            self.frozen_main.restore()
+            self.restore_main()
             if self._is_direct(ctx):
                 with span("lookup"):
                     pooled = [look(own) for look, own in zip(self._lookups, rows, strict=True)]
@@ -337,10 +342,8 @@ class ShardedCCEEmbeddingBagCollection(
 
     def sharded_parameter_names(self, prefix: str = "") -> Iterator[str]:
         """Names of everything that DDP must leave alone: parameters and codes."""
-        for name, _ in self.named_parameters():
-            yield append_prefix(prefix, name)
-        # DDP broadcasts buffers: ranks have different codes, and gloo refuses int16.
-        for name, _ in self.named_buffers():
+        # Buffers as well, which DDP broadcasts: ranks have different codes.
+        for name, _ in itertools.chain(self.named_parameters(), self.named_buffers()):
             yield append_prefix(prefix, name)
 
     @property

@@ -6,9 +6,8 @@ puts it into kernels of its own, and what comes out of these passes no gradient 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
-from typing import Any, Protocol
+from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch import nn
@@ -44,31 +43,17 @@ def keep_frozen_apart(module: CCEEmbeddingBagCollection, tables: set[str]) -> No
             keep_apart(bag.weight, "frozen")
 
 
-class Lookups(Protocol):
-    """What is read of a sharded collection."""
-
-    tables: Sequence[Table]
-    _lookups: Sequence[nn.Module]
-
-
-@dataclass(frozen=True)
-class UntrainedRows:
-    """Views of the first rows of those chunks of a collection whose table does not train them."""
-
-    collection: Lookups
-
-    def __call__(self) -> list[torch.Tensor]:
-        """As they are now."""
-        tables = self.collection.tables
-        rows = {name: count for table in tables for name, count in table.frozen_rows.items()}
-        if not rows:
-            return []
-        return [
-            weight[: rows[held.name]]
-            for configs, kernel in fused_kernels(self.collection._lookups)
-            for held, weight in zip(configs, kernel.split_embedding_weights(), strict=True)
-            if held.name in rows
-        ]
+def untrained_rows(lookups: Iterable[nn.Module], tables: Iterable[Table]) -> list[torch.Tensor]:
+    """Views of the first rows of those chunks in `lookups` whose table does not train them."""
+    rows = {name: count for table in tables for name, count in table.frozen_rows.items()}
+    if not rows:
+        return []
+    return [
+        weight[: rows[held.name]]
+        for configs, kernel in fused_kernels(lookups)
+        for held, weight in zip(configs, kernel.split_embedding_weights(), strict=True)
+        if held.name in rows
+    ]
 
 
 def stop_training(lookups: Iterable[nn.Module], tables: set[str]) -> None:

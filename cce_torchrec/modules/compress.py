@@ -139,9 +139,14 @@ def compress_model(
     if not replacements:
         reasons = {f"{table.collection}.{table.name}": table.reason for table in made}
         logger.warning("nothing was compressed, every table stays as it is: %s", reasons)
-    if verbose and not (dist.is_initialized() and dist.get_rank()):
-        print(report)
+    if verbose:
+        _print_on_first_rank(report)
     return report
+
+
+def _print_on_first_rank(report: CompressionReport) -> None:
+    if not (dist.is_initialized() and dist.get_rank()):
+        print(report)
 
 
 def _checked_ratio(

@@ -107,15 +107,15 @@ class CCEEmbeddingBagCollection(
         self._columns = self.output.column_order(names, dims)
         self.input_check = InputCheck(self.output.slots, is_weighted)
         self.expansion = Expansion(self._table_lookups(), self.output.slots, names)
-        self.frozen_main = FrozenMain(self, self._frozen_rows)
+        self.frozen_main = FrozenMain(self)
         self.register_state_dict_post_hook(_save_helper_rows)
         self.register_load_state_dict_pre_hook(_check_state)
 
-    def _frozen_rows(self) -> list[torch.Tensor]:
-        """Main rows of all chunks whose table does not train them."""
+    def restore_main(self) -> None:
+        """Main rows that no optimizer trains become what they were (recipe "rare")."""
         bags = self.embedding_bag_collection.embedding_bags
         rows = [item for table in self.tables for item in table.frozen_rows.items()]
-        return [bags[name].weight.data[:count] for name, count in rows]
+        self.frozen_main.restore([bags[name].weight.data[:count] for name, count in rows])
 
     def _table_lookups(self) -> list[TableLookup]:
         lookups, position = [], 0
@@ -136,7 +136,7 @@ class CCEEmbeddingBagCollection(
                 indices that do not fit, or an id out of bounds in FATAL mode.
         """
         if traced.is_traced(features):
-            self.frozen_main.restore()
+            self.restore_main()
             return traced.pooled(self, features)
         with span("input_check"):
             features = self.input_check(features)
@@ -156,7 +156,7 @@ class CCEEmbeddingBagCollection(
         """Before ids are expanded and rows are read, of this or the next batch."""
         for codes in self._every_codes:
             codes.begin_batch()
-        self.frozen_main.restore()
+        self.restore_main()
 
     def refuse_late_gradients(self, outputs: Iterable[torch.Tensor]) -> None:
         """Has the gradient of a lookup's `outputs` refused if codes change before it comes."""

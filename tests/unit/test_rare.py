@@ -1,5 +1,8 @@
 """The recipe for rare ids: what is frozen, what is counted, and how vectors are shrunk."""
 
+import gc
+import weakref
+
 import pytest
 import torch
 import torchrec
@@ -177,7 +180,7 @@ def test_clustering_follows_the_definition(monkeypatch, compiled, options):
         ids = (torch.rand(200, generator=g) ** 3 * N).long()
         module(batch(ids)).values().square().sum().backward()
     own = module.codes["t"]
-    module.frozen_main.restore()
+    module.restore_main()
     levels = counts.levels_of(own.counts, torch.arange(N))
     assert len(levels.unique()) > 4
     points = reference(module, counts.shrinkage()[levels])
@@ -257,3 +260,16 @@ def test_counts_are_saved_and_grow(tmp_path):
     assert not levels[N:].any()
     with pytest.raises(ValueError, match="track_counts is True in the checkpoint, False in the mo"):
         load_checkpoint(tmp_path, collection(config(track_counts=False)))
+
+
+def test_a_collection_is_freed_with_its_last_reference():
+    """Not when the collector of cycles comes by: its codes may be most of a machine's memory."""
+    module = collection()
+    module(batch(torch.arange(9)))
+    gc.disable()
+    try:
+        codes = weakref.ref(module.codes["t"])
+        del module
+        assert codes() is None
+    finally:
+        gc.enable()

@@ -129,7 +129,7 @@ class Clustered(Embedder):
     def step(self) -> None:
         """See `Embedder`."""
         self.rows.step()
-        self.collection.frozen_main.restore()
+        self.collection.restore_main()
 
     def after(self, step: int) -> None:
         """A clustering, when one is due."""
