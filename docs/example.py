@@ -24,6 +24,7 @@ from cce_torchrec.distributed.sharders import get_default_sharders
 from cce_torchrec.planning import make_plan
 
 USERS, COUNTRIES, DIM, STEPS, BATCH_SIZE = 5_000, 50, 16, 800, 2048
+EPOCHS = 10  # of 80 steps, in which a user comes 33 times
 
 
 class Model(nn.Module):
@@ -95,7 +96,7 @@ def main(folder: str) -> None:
     )
 
     loss_of = nn.functional.binary_cross_entropy_with_logits
-    schedule = ClusteringSchedule.for_training(epochs=1, steps_per_epoch=STEPS)
+    schedule = ClusteringSchedule.for_training(EPOCHS, STEPS // EPOCHS)
     for step in range(1, STEPS + 1):
         features, labels = batch(BATCH_SIZE // ranks, device)
         dense.zero_grad()

@@ -327,14 +327,10 @@ class ShardedCCEEmbeddingBagCollection(
     @property
     def process_group(self) -> dist.ProcessGroup | None:
         """The ranks that share the tables; None without such."""
-        # In 2D parallelism, `process_group` is that of the whole job.
-        return getattr(self._env, "sharding_pg", self._env.process_group)
+        return getattr(self._env, "sharding_pg", self._env.process_group)  # of 2D parallelism
 
     def replica_groups(self) -> dict[str, dist.ProcessGroup]:
-        """Ranks that hold copies of a table's chunks, per table that has copies.
-
-        All ranks for data-parallel tables; those of TorchRec's replica group in 2D parallelism.
-        """
+        """Ranks that hold copies of a table's chunks: of data-parallel tables, and in 2D."""
         of_chunks = getattr(self._env, "replica_pg", None)
         groups = {table.name: of_chunks for table in self.tables}
         groups |= dict.fromkeys(self.data_parallel, self._env.process_group)
