@@ -25,7 +25,9 @@ def parser() -> argparse.ArgumentParser:
     add("--datasets", nargs="+", metavar="NAME", help=", ".join(PROBLEMS))
     add("--only", nargs="+", metavar="METHOD", help=", ".join(METHODS))
     add("--budgets", nargs="+", metavar="BUDGET", help="bytes=420000, share=0.05 or ppd=64")
-    add("--splits", nargs="+", type=int, help="default 20 to 23, or 0 alone where there is one seed")
+    add(
+        "--splits", nargs="+", type=int, help="default 20 to 23, or 0 alone where there is one seed"
+    )
     add("--passes", nargs="+", type=int, help="over the data; default all of each data set")
     add("--data", type=Path, help="folder of the files of data sets; default CCE_DATA_DIR")
     add("--jobs", type=int, default=os.cpu_count() or 1, help="cells at once; default the cores")
