@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import torch
 
-from benchmarks.quality.budgets import FLOAT_BYTES
-from benchmarks.quality.embedder import Embedder, Tables
+from benchmarks.quality.embedder import Tables
 from benchmarks.quality.hashing import hashed_rows
+from benchmarks.quality.methods.of_rows import OfRows, RestartedRows
 from benchmarks.quality.rows import Block, Rows, means
 
 
-class FullTables(Embedder):
+class FullTables(OfRows):
     """A row for every id."""
 
     def __init__(self, tables: Tables) -> None:
@@ -26,22 +26,8 @@ class FullTables(Embedder):
         """See `Embedder`."""
         return self.rows.read(ids, training)
 
-    def step(self) -> None:
-        """See `Embedder`."""
-        self.rows.step()
 
-    @property
-    def parameters(self) -> int:
-        """See `Embedder`."""
-        return self.rows.weight.numel()
-
-    @property
-    def training_bytes(self) -> int:
-        """See `Embedder`."""
-        return FLOAT_BYTES * (self.parameters + self.rows.state_values)
-
-
-class HashedRows(Embedder):
+class HashedRows(RestartedRows):
     """An embedding is `num_chunks` hashed rows side by side: CE, or with one the hashing trick.
 
     With `restarts` the hash is drawn anew once (`Tables.restart_step`): each new row is the mean,
@@ -89,15 +75,6 @@ class HashedRows(Embedder):
         rows = self.index.index_select(0, ids.reshape(-1))
         return self.rows.read(rows, training).view(*ids.shape, self.tables.dim)
 
-    def step(self) -> None:
-        """See `Embedder`."""
-        self.rows.step()
-
-    def after(self, step: int) -> None:
-        """The restart, when it is due."""
-        if self.restarts and step == self.tables.restart_step:
-            self.restart()
-
     @torch.no_grad()
     def restart(self) -> None:
         """Draws the hash anew; see the class."""
@@ -110,13 +87,3 @@ class HashedRows(Embedder):
         self.rows.weight.copy_(weight)
         self.rows.forget_state()
         self.index = new
-
-    @property
-    def parameters(self) -> int:
-        """See `Embedder`."""
-        return self.rows.weight.numel()
-
-    @property
-    def training_bytes(self) -> int:
-        """See `Embedder`; hashes are computed, and take none."""
-        return FLOAT_BYTES * (self.parameters + self.rows.state_values)

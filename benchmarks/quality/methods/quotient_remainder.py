@@ -7,15 +7,16 @@ from __future__ import annotations
 
 import torch
 
-from benchmarks.quality.budgets import FLOAT_BYTES, DoesNotFit
-from benchmarks.quality.embedder import Embedder, Tables
+from benchmarks.quality.budgets import DoesNotFit
+from benchmarks.quality.embedder import Tables
+from benchmarks.quality.methods.of_rows import RestartedRows
 from benchmarks.quality.rows import Block, Rows, means
 
 _SPREAD = 0.1
 """Rows of quotients start so far around 1, and products as varied as the rows of remainders."""
 
 
-class QuotientRemainder(Embedder):
+class QuotientRemainder(RestartedRows):
     """Remainders by as large a divisor as the budget allows: the finest hash has most rows.
 
     A restart renumbers the ids at random, as a hash is drawn anew. Rows of remainders become the
@@ -50,15 +51,6 @@ class QuotientRemainder(Embedder):
         parts = self.rows.read(self.index.index_select(0, ids.reshape(-1)), training)
         return (parts[:, 0] * parts[:, 1]).view(*ids.shape, self.tables.dim)
 
-    def step(self) -> None:
-        """See `Embedder`."""
-        self.rows.step()
-
-    def after(self, step: int) -> None:
-        """The restart, when it is due."""
-        if self.restarts and step == self.tables.restart_step:
-            self.restart()
-
     @torch.no_grad()
     def restart(self) -> None:
         """Renumbers the ids; see the class."""
@@ -69,16 +61,6 @@ class QuotientRemainder(Embedder):
         new[self.index[:, 1]] = 1.0
         rows.weight.copy_(new)
         rows.forget_state()
-
-    @property
-    def parameters(self) -> int:
-        """See `Embedder`."""
-        return self.rows.weight.numel()
-
-    @property
-    def training_bytes(self) -> int:
-        """See `Embedder`."""
-        return FLOAT_BYTES * (self.parameters + self.rows.state_values)
 
 
 def _divisor(size: int, rows: int) -> int:

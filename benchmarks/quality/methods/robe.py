@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import torch
 
-from benchmarks.quality.budgets import FLOAT_BYTES, DoesNotFit
-from benchmarks.quality.embedder import Embedder, Tables
+from benchmarks.quality.budgets import DoesNotFit
+from benchmarks.quality.embedder import Tables
 from benchmarks.quality.hashing import hashed_rows
+from benchmarks.quality.methods.of_rows import RestartedRows
 from benchmarks.quality.rows import Block, Rows, means
 
 
-class Robe(Embedder):
+class Robe(RestartedRows):
     """Block j of id x of table t starts at a hash of (t, x, j) in an array that wraps around.
 
     The form is the number Z of values in a block.
@@ -62,15 +63,6 @@ class Robe(Embedder):
         places = self._places(self.start.index_select(0, ids.reshape(-1)))
         return self.rows.read(places, training).view(*ids.shape, self.tables.dim)
 
-    def step(self) -> None:
-        """See `Embedder`."""
-        self.rows.step()
-
-    def after(self, step: int) -> None:
-        """The restart, when it is due."""
-        if self.restarts and step == self.tables.restart_step:
-            self.restart()
-
     @torch.no_grad()
     def restart(self) -> None:
         """Draws the hash anew; each value is the mean of all that now read it."""
@@ -78,13 +70,3 @@ class Robe(Embedder):
         self.start = self._start(1)
         self.rows.weight.copy_(means(self._places(self.start).view(-1), old, self.length))
         self.rows.forget_state()
-
-    @property
-    def parameters(self) -> int:
-        """See `Embedder`."""
-        return self.length
-
-    @property
-    def training_bytes(self) -> int:
-        """See `Embedder`."""
-        return FLOAT_BYTES * (self.parameters + self.rows.state_values)
