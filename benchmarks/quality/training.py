@@ -80,7 +80,7 @@ class Run:
         self.other_tables = FullTables(other) if self.others else None
         own = Training(cell.optimizer, cell.rate)
         self.tables = tables_of(self.problem, self.dataset, cell, self.compressed, own)
-        self.embedder: Embedder = METHODS[group.method].build(self.tables)
+        self.embedder: Embedder = METHODS[group.method].embedder(self.tables)
         self.order = [names.index(name) for name in (*self.compressed, *self.others)]
         first = torch.tensor([*self.tables.first, *other.first])
         self.ids_of = lambda rows: rows.ids[:, self.order] + first

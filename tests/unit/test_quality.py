@@ -1,6 +1,7 @@
 """benchmarks.quality: cells, resumption, tables, data sets, bad input."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from unittest import mock
 
@@ -14,6 +15,7 @@ from benchmarks.quality.curves import write_curves
 from benchmarks.quality.estimate import estimate
 from benchmarks.quality.gowalla import gowalla, unvisited
 from benchmarks.quality.grid import Selection, chosen, groups, missing, tuning_cells
+from benchmarks.quality.methods import METHODS
 from benchmarks.quality.power_law import CRITEO_IDS, power_law
 from benchmarks.quality.problems import PROBLEMS, Problem, renumbered
 from benchmarks.quality.store import Store
@@ -37,7 +39,9 @@ GROUP = Group("tiny", 2, "CE", "1.1", "bytes=12000")
 
 @pytest.fixture(autouse=True)
 def tiny():
-    with mock.patch.dict(PROBLEMS, {"tiny": TINY}):
+    # Of three tries: what the tests count.
+    ce = replace(METHODS["CE"], shares=False)
+    with mock.patch.dict(PROBLEMS, {"tiny": TINY}), mock.patch.dict(METHODS, {"CE": ce}):
         yield
     training.dataset_of.cache_clear()
 
@@ -119,6 +123,15 @@ def test_rates_first_then_one_beyond_the_edge_then_the_splits():
     assert [(cell.split, cell.seed, cell.rate) for cell in finals] == [(0, 0, 0.3), (1, 1, 0.3)]
     records[beyond.key] = finished(beyond, 0.2)
     assert chosen(GROUP, records).at_edge
+
+
+def test_tables_of_their_own_and_one_for_all_are_tried_where_a_method_has_both():
+    both = replace(METHODS["CE"], shares=True)
+    assert [tried.form for tried in both.tries] == ["", "shared"]
+    assert [tried.form for tried in replace(both, holds_full=True).tries] == [""]
+    assert [tried.form for tried in METHODS["ROBE"].tries] == ["Z=1", "Z=4"]
+    forms = [tried.form for tried in METHODS["CCE, frequent recipe"].tries]
+    assert forms == ["4 chunks", "2 chunks", "shared, 4 chunks", "shared, 2 chunks"]
 
 
 def test_a_rate_in_the_middle_needs_no_other():

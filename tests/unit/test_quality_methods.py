@@ -20,15 +20,22 @@ from cce_torchrec.train.model import keyed_jagged
 from tests.support.quality import SIZES, all_ids, tables
 
 
-def first_try(name, budget="bytes=12000"):
-    tried = METHODS[name].tries[0]
-    return METHODS[name].build(tables(budget, tried.form, tried.optimizer, tried.rates[0]))
+def first_try(name, budget="bytes=12000", shared=False):
+    tries = [tried for tried in METHODS[name].tries if tried.form.startswith("shared") == shared]
+    tried = tries[0]
+    return METHODS[name].embedder(tables(budget, tried.form, tried.optimizer, tried.rates[0]))
 
 
-@pytest.mark.parametrize("name", [name for name in METHODS if METHODS[name].any_budget])
-def test_stays_within_its_bytes_and_learns(name):
+def names_and_sharing():
+    names = [name for name in METHODS if METHODS[name].any_budget]
+    both = [name for name in names if METHODS[name].shares and not METHODS[name].holds_full]
+    return [(name, False) for name in names] + [(name, True) for name in both]
+
+
+@pytest.mark.parametrize(("name", "shared"), names_and_sharing())
+def test_stays_within_its_bytes_and_learns(name, shared):
     torch.manual_seed(0)
-    embedder = first_try(name)
+    embedder = first_try(name, shared=shared)
     assert embedder.table_bytes <= 12_000
     assert embedder.training_bytes >= 4 * embedder.parameters
     ids = torch.tensor([[0, 300], [1, 499]])
@@ -43,6 +50,22 @@ def test_stays_within_its_bytes_and_learns(name):
         embedder.after(step)
     embedder.before_evaluation()
     assert embedder.lookup(ids, training=False).sum() < old.sum()
+
+
+def test_one_table_for_all_has_the_ids_of_each_one_after_the_other():
+    torch.manual_seed(0)
+    made = first_try("CE", shared=True)
+    ids = torch.tensor([[0, 300], [7, 499]])
+    found = made.lookup(ids, training=False)
+    for row, example in zip(found, ids, strict=True):
+        for embedding, number in zip(row, example, strict=True):
+            assert torch.equal(embedding, made.one.lookup(number.view(1, 1), False)[0, 0])
+    rows = 12_000 // 4 // 16
+    assert made.one.counts == [rows] and made.parameters == rows * 16
+    bounds = made.tables.bounds
+    expected = (300 * bounds[0] + 200 * bounds[1]) / 500
+    assert made.one.tables.bounds == pytest.approx([expected])
+    assert made.one.tables.counts[0].tolist() == [*range(300), *range(200)]
 
 
 def library_ce(num_chunks, rows):

@@ -19,6 +19,7 @@ from benchmarks.quality.methods.low_rank import LowRank
 from benchmarks.quality.methods.product_quantization import ProductQuantized
 from benchmarks.quality.methods.quotient_remainder import QuotientRemainder
 from benchmarks.quality.methods.robe import Robe
+from benchmarks.quality.methods.shared import built, shared
 from benchmarks.quality.methods.tensor_train import TTRec
 
 
@@ -44,10 +45,24 @@ class Method:
     """To be raised by whoever changes what the method computes: its cells are then run again."""
     holds_full: bool = False
     """Whether training holds the full table: where that can be, such methods win."""
-    tries: tuple[Try, ...] = ROW_TRIES
-    """Of all, the best one on the split for tuning is taken."""
+    own_tries: tuple[Try, ...] = ROW_TRIES
+    """With a table of its own for each table that is replaced."""
+    shares: bool = True
+    """Whether one table for all is tried as well."""
     any_budget: bool = True
     """False for full tables, which have one size."""
+
+    @property
+    def tries(self) -> tuple[Try, ...]:
+        """Of all, the best one on the split for tuning is taken."""
+        together = tuple(replace(tried, form=shared(tried.form)) for tried in self.own_tries)
+        return (
+            (*self.own_tries, *together) if self.shares and not self.holds_full else self.own_tries
+        )
+
+    def embedder(self, tables: Tables) -> Embedder:
+        """The compressed form of `tables`, of the form that they say."""
+        return built(self.build, tables)
 
 
 ADAM_TRIES = (Try("adam", (0.001, 0.003, 0.01)),)
@@ -61,14 +76,19 @@ def tries_of(forms: tuple[str, ...], tries: tuple[Try, ...] = ROW_TRIES) -> tupl
 
 
 def _restartable(
-    name: str, build: Callable[..., Embedder], tries: tuple[Try, ...] = ROW_TRIES, **kwargs: Any
+    name: str,
+    build: Callable[..., Embedder],
+    tries: tuple[Try, ...] = ROW_TRIES,
+    shares: bool = True,
+    **kwargs: Any,
 ) -> list[Method]:
     """The method as it is, and restarted."""
     return [
         Method(
             name=f"{name} restarted" if restarts else name,
             build=partial(build, restarts=restarts, **kwargs),
-            tries=tries,
+            own_tries=tries,
+            shares=shares,
         )
         for restarts in (False, True)
     ]
@@ -81,19 +101,25 @@ METHODS = {
             name="full",
             build=FullTables,
             holds_full=True,
-            tries=(Try("rowwise_adagrad", (0.01, 0.03, 0.1)),),
+            own_tries=(Try("rowwise_adagrad", (0.01, 0.03, 0.1)),),
             any_budget=False,
         ),
         *_restartable("hash", HashedRows, num_chunks=1),
         *_restartable("CE", HashedRows, num_chunks=4),
         *_restartable("QR", QuotientRemainder),
         *_restartable("hash embeddings", HashEmbeddings, tries_of(("weights=0.1", "weights=0.8"))),
-        *_restartable("ROBE", Robe, tries_of(("Z=1", "Z=4"), (Try("adagrad", (0.03, 0.1, 0.3)),))),
+        # Whose tables share one array anyway.
+        *_restartable(
+            "ROBE",
+            Robe,
+            tries_of(("Z=1", "Z=4"), (Try("adagrad", (0.03, 0.1, 0.3)),)),
+            shares=False,
+        ),
         *_restartable("CAFE", CAFE, tries_of(("hot=0.3", "hot=0.7"))),
         Method(
             name="CCE, as published",
             build=as_published,
-            tries=(
+            own_tries=(
                 Try("adamw", (0.001, 0.003, 0.01), "4 chunks"),
                 *tries_of(("4 chunks", "2 chunks")),
             ),
@@ -101,33 +127,35 @@ METHODS = {
         Method(
             name="CCE, frequent recipe",
             build=frequent_recipe,
-            tries=tries_of(("4 chunks", "2 chunks")),
+            own_tries=tries_of(("4 chunks", "2 chunks")),
         ),
         Method(
             name="CCE, rare recipe",
             build=rare_recipe,
-            tries=tries_of(
+            own_tries=tries_of(
                 ("4 chunks, 16 rows", "4 chunks, 4 rows", "4 chunks, 2 rows", "2 chunks, 4 rows")
             ),
         ),
         # A table of one row has no codes, and so is no CCE: what clusterings do to it is restarts.
         Method(
-            name="CE restarted and shrunk", build=rare_recipe, tries=tries_of(("4 chunks, 1 row",))
+            name="CE restarted and shrunk",
+            build=rare_recipe,
+            own_tries=tries_of(("4 chunks, 1 row",)),
         ),
-        Method(name="DHE", build=DHE, tries=tries_of(("1024", "wide"), ADAM_TRIES)),
-        Method(name="TT-Rec", build=TTRec, tries=OWN_TRIES),
-        Method(name="low rank", build=LowRank, tries=OWN_TRIES),
+        Method(name="DHE", build=DHE, own_tries=tries_of(("1024", "wide"), ADAM_TRIES)),
+        Method(name="TT-Rec", build=TTRec, own_tries=OWN_TRIES),
+        Method(name="low rank", build=LowRank, own_tries=OWN_TRIES),
         Method(
             name="DPQ",
             build=partial(DifferentiablePQ, tail_share=1.0),
             holds_full=True,
-            tries=ADAM_TRIES,
+            own_tries=ADAM_TRIES,
         ),
         Method(
             name="MGQE",
             build=partial(DifferentiablePQ, tail_share=0.25),
             holds_full=True,
-            tries=ADAM_TRIES,
+            own_tries=ADAM_TRIES,
         ),
         Method(name="product quantisation", build=ProductQuantized, holds_full=True),
     ]
