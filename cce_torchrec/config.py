@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
-import operator
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Any, TypeGuard
 
 from cce_torchrec.versions import check_installation
@@ -13,12 +12,16 @@ from cce_torchrec.versions import check_installation
 check_installation()  # before TorchRec is loaded, whose errors do not say what to do
 
 from torchrec.modules.embedding_configs import (  # noqa: E402
-    DataType,
     EmbeddingBagConfig,
-    PoolingType,
     data_type_to_dtype,
 )
 
+from cce_torchrec.config_checks import (  # noqa: E402
+    check_id_ranges,
+    check_inherited_fields,
+    check_width,
+    whole_number,
+)
 from cce_torchrec.packing import CodePacking  # noqa: E402
 
 DEFAULT_HELPER_RATIO = 3
@@ -28,16 +31,6 @@ RARE_ROWS, RARE_CODE_SHARE = (16, 4, 2), 20
 """Codes of rare ids get at most one byte for so many of codebooks."""
 RECIPES, RARE_BELOW = ("frequent", "rare", "auto"), 100.0
 """Examples an id in a pass, without sampled negatives, below which "auto" is "rare"."""
-_UNSUPPORTED_FIELDS = (
-    "num_embeddings_post_pruning",
-    "need_pos",
-    "input_dim",
-    "total_num_buckets",
-    "use_virtual_table",
-    "virtual_table_eviction_policy",
-    "enable_embedding_update",
-    "stash_weights",
-)
 _WHOLE_NUMBERS = (
     "num_embeddings",
     "embedding_dim",
@@ -82,6 +75,10 @@ class CCEEmbeddingBagConfig(EmbeddingBagConfig):
     """Keep one bit per id, set by lookups in training since the last clustering, so that
     `cluster(weights="seen")` spends centroids on ids that were trained."""
 
+    id_ranges: dict[str, range] | None = None
+    """Which ids of the table each feature reads, whose own are counted from the first of them: so
+    features with ids of their own share codebooks. None: all read the same ids, as in TorchRec."""
+
     recipe: str = "frequent"
     """How it is trained: "frequent", or "rare" for ids with few examples: main is set by `cluster`
     alone, from vectors shrunk by how often their ids were trained, and until then an id reads its
@@ -95,7 +92,8 @@ class CCEEmbeddingBagConfig(EmbeddingBagConfig):
         self._check_whole_numbers()
         self._check_shape()
         self._resolve_recipe()
-        self._check_inherited_fields()
+        check_inherited_fields(self._who, self)
+        check_id_ranges(self._who, self.id_ranges, self.feature_names, self.num_embeddings)
         self.num_helper_rows = self.helper_rows
         if self.num_helper_rows < 0:
             raise ValueError(f"{self._who}: num_helper_rows {self.num_helper_rows} is negative")
@@ -112,12 +110,7 @@ class CCEEmbeddingBagConfig(EmbeddingBagConfig):
             value = getattr(self, name)
             if value is None:
                 continue
-            try:
-                setattr(self, name, operator.index(value))  # NumPy's become Python's
-            except TypeError as error:
-                raise ValueError(
-                    f"{self._who}: {name} {value!r} is not a whole number; round it"
-                ) from error
+            setattr(self, name, whole_number(self._who, name, value))
 
     def _check_shape(self) -> None:
         if "#" in self.name or not self.name:
@@ -131,17 +124,7 @@ class CCEEmbeddingBagConfig(EmbeddingBagConfig):
                 f"num_chunks {self.num_chunks} must all be at least 1; num_rows has no default, "
                 "give it or use CCEEmbeddingBagConfig.from_params_per_dim or .from_bytes"
             )
-        if self.embedding_dim < 1 or self.embedding_dim % (4 * self.num_chunks):
-            unit = 4 * self.num_chunks
-            low = max(0, self.embedding_dim // unit * unit)
-            allowed = f"{low} or {low + unit}" if low else f"{unit}"
-            width, rest = divmod(self.embedding_dim, self.num_chunks)
-            fault = "is not divisible by" if rest else f"is {width} times"
-            raise ValueError(
-                f"{self._who}: embedding_dim {self.embedding_dim} {fault} num_chunks "
-                f"{self.num_chunks}; a chunk's width must be a multiple of 4 (FBGEMM reads 4 "
-                f"values at once), use {allowed}"
-            )
+        check_width(self._who, self.embedding_dim, self.num_chunks)
 
     def _resolve_recipe(self) -> None:
         if self.recipe not in RECIPES:
@@ -162,24 +145,6 @@ class CCEEmbeddingBagConfig(EmbeddingBagConfig):
                 f"{self._who}: track_counts is for clusterings, and learned_codes=False has none; "
                 "leave it out"
             )
-
-    def _check_inherited_fields(self) -> None:
-        if not isinstance(self.pooling, PoolingType) or self.pooling not in (
-            PoolingType.SUM,
-            PoolingType.MEAN,
-        ):
-            raise ValueError(f"{self._who}: pooling {self.pooling!r} is not SUM or MEAN")
-        if self.data_type not in (DataType.FP32, DataType.FP16, DataType.BF16):
-            raise ValueError(
-                f"{self._who}: data_type {self.data_type} cannot be trained; use FP32, FP16 or BF16"
-            )
-        defaults = {field.name: field.default for field in fields(EmbeddingBagConfig)}
-        for name in _UNSUPPORTED_FIELDS:
-            if name in defaults and getattr(self, name) != defaults[name]:
-                raise ValueError(
-                    f"{self._who}: {name}={getattr(self, name)!r} has no meaning for a CCE table; "
-                    "leave it at its default"
-                )
 
     @property
     def _who(self) -> str:

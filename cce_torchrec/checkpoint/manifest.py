@@ -63,11 +63,13 @@ class CCETableRecord(TableRecord):
     track_seen: bool
     hash_ids: bool
     track_counts: bool = False
+    id_ranges: dict[str, list[int]] | None = None
+    """Where the ids of each feature start and end; None where all features read the same ids."""
 
     def to_json(self) -> dict[str, Any]:
-        """The record as JSON has it; what older manifests lack is left out where it is False."""
-        found = super().to_json()
-        return {key: value for key, value in found.items() if value or key != "track_counts"}
+        """The record as JSON has it, where what older manifests lack is left out if empty."""
+        added = ("track_counts", "id_ranges")
+        return {key: value for key, value in super().to_json().items() if value or key not in added}
 
 
 _TABLES = {record.kind: record for record in (TableRecord, CCETableRecord)}

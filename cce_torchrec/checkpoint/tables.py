@@ -42,7 +42,10 @@ def describe_tables(model: nn.Module) -> dict[str, TableRecord]:
 def _record(collection: str, config: Any) -> TableRecord:
     kind = CCETableRecord if is_cce(config) else TableRecord
     names = {field.name for field in fields(kind)} - {"collection"}
-    return kind(collection=collection, **{name: getattr(config, name) for name in names})
+    found = {name: getattr(config, name) for name in names}
+    if found.get("id_ranges"):
+        found["id_ranges"] = {f: [ids.start, ids.stop] for f, ids in config.id_ranges.items()}
+    return kind(collection=collection, **found)
 
 
 def configs_of(module: nn.Module) -> list[Any]:
@@ -155,10 +158,24 @@ def _differences(saved: TableRecord, current: TableRecord, may_grow: bool) -> li
     ]
     if may_grow and current.num_embeddings > saved.num_embeddings:
         differing.remove("num_embeddings")
+    if may_grow and "id_ranges" in differing and _ids_stay(saved, current):
+        differing.remove("id_ranges")
     budgets = _budgets(saved, current)
     if budgets:  # one difference, of which both numbers of rows tell a part
         differing = [name for name in differing if name not in ("num_rows", "num_helper_rows")]
     return budgets + [_difference(name, saved, current) for name in differing]
+
+
+def _ids_stay(saved: TableRecord, current: TableRecord) -> bool:
+    """Whether every feature has the ids that it had, and perhaps more."""
+    assert isinstance(saved, CCETableRecord) and isinstance(current, CCETableRecord)
+    if saved.id_ranges is None or current.id_ranges is None:
+        return False
+    now = {name: current.id_ranges.get(name) for name in saved.id_ranges}
+    return all(
+        own is not None and own[0] == first and own[1] >= end
+        for (first, end), own in zip(saved.id_ranges.values(), now.values(), strict=True)
+    )
 
 
 def _budgets(saved: TableRecord, current: TableRecord) -> list[str]:
@@ -191,6 +208,8 @@ def _difference(field: str, saved: TableRecord, current: TableRecord) -> str:
     if field == "learned_codes":
         lacks = "model" if before else "checkpoint"
         return f"the {lacks} has no codes, the other side has; {remedy}"
+    if field == "id_ranges":
+        remedy += f"; only later ends and more features are taken, by grow=[{current.name!r}]"
     if field == "num_embeddings" and now > before:
         new = "ids then start from their hash" if saved.kind == "CCE" else "rows stay as they are"
         remedy += f", or pass grow=[{current.name!r}]: new {new}"

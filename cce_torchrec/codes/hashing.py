@@ -156,10 +156,18 @@ def code_hash(seed: int, table: str, chunk: int) -> HashFunction:
     return hash_function(seed, table, chunk, role=CODE_ROLE)
 
 
-def hash_ids(ids: torch.Tensor, seed: int, table: str, num_embeddings: int) -> torch.Tensor:
-    """Ids in [0, num_embeddings) of raw `ids`: any integers, negative ones included; int64."""
+def hash_ids(
+    ids: torch.Tensor, key: int | torch.Tensor, num_embeddings: int | torch.Tensor
+) -> torch.Tensor:
+    """Ids in [0, num_embeddings) of raw `ids`: any integers, negative ones included; int64.
+
+    Args:
+        ids: any shape.
+        key: `raw_id_key` of the table, or of each id.
+        num_embeddings: of the table, or of each id.
+    """
     # Xor and mix are bijections, so that raw ids meet only in the remainder of the upper 63 bits.
-    return _shifted(mix(ids.long() ^ raw_id_key(seed, table)), 1) % num_embeddings
+    return _shifted(mix(ids.long() ^ key), 1) % num_embeddings
 
 
 def raw_id_key(seed: int, table: str) -> int:

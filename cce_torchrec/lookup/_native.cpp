@@ -183,3 +183,42 @@ extern "C" ID_CLONES void cce_count_bags(const void *lengths, int64_t length_byt
   if (length_bytes == 4) count_bags((const int32_t *)lengths, sizes, num_keys, out);
   else count_bags((const int64_t *)lengths, sizes, num_keys, out);
 }
+
+// A feature of `count` ids: those of its table start at `first`, and `size` of them are its own.
+struct IdRange {
+  int64_t count, first, size;
+  int64_t checked;       // whether ids out of bounds are read as the feature's 0
+  int64_t hashed, key;   // whether ids are raw, and what they are xored with
+  int64_t bad, first_bad;  // the result: ids out of bounds, and the position of the first
+};
+
+template <typename Id>
+INLINE int64_t into_ranges(const Id *ids, IdRange *features, int64_t num_features, int64_t *out) {
+  int64_t total = 0;
+  for (IdRange *f = features; f < features + num_features; f++) {
+    f->bad = 0, f->first_bad = -1;
+    if (f->hashed)
+      for (int64_t i = 0; i < f->count; i++) {
+        const uint64_t upper = (uint64_t)mix((int64_t)ids[i] ^ f->key) >> 1;
+        out[i] = f->first + (int64_t)(upper % (uint64_t)f->size);
+      }
+    else
+      for (int64_t i = 0; i < f->count; i++) {
+        const bool bad = f->checked && (uint64_t)(int64_t)ids[i] >= (uint64_t)f->size;
+        f->bad += bad;
+        out[i] = f->first + (bad ? 0 : (int64_t)ids[i]);
+      }
+    for (int64_t i = 0; f->bad && f->first_bad < 0; i++)
+      if ((uint64_t)(int64_t)ids[i] >= (uint64_t)f->size) f->first_bad = i;
+    total += f->bad, ids += f->count, out += f->count;
+  }
+  return total;
+}
+
+// Ids of `features`, one's after the other's, as their tables count them; returns how many are out
+// of bounds.
+extern "C" ID_CLONES int64_t cce_into_ranges(const void *ids, int64_t id_bytes, IdRange *features,
+                                             int64_t num_features, int64_t *out) {
+  return id_bytes == 4 ? into_ranges((const int32_t *)ids, features, num_features, out)
+                       : into_ranges((const int64_t *)ids, features, num_features, out);
+}

@@ -47,19 +47,27 @@ class BoundsCheck:
         if self.mode == BoundsCheckMode.NONE or ids.numel() == 0 or ids.is_meta:
             return ids
         invalid = (ids < 0) | (ids >= num_embeddings)
-        if self.mode == BoundsCheckMode.WARNING and ids.is_cuda:
-            if name not in self._on_device:
-                self._on_device[name] = torch.zeros((), dtype=torch.int64, device=ids.device)
-            # To read the number would wait for the device in every batch.
-            self._on_device[name].add_(invalid.sum())
-        elif self.mode != BoundsCheckMode.IGNORE:
-            if ids.is_cuda:
-                self.refuse_capture()
+        if self.tells and not self.counted_on_device(name, invalid):
             count = int(invalid.sum())
             if count == 0:
                 return ids
             self.found(name, count, int(ids[invalid][0]), num_embeddings)
         return ids.masked_fill(invalid, 0)  # a copy, as the batch is the caller's
+
+    def counted_on_device(self, name: str, invalid: torch.Tensor) -> bool:
+        """Whether `invalid` ids were counted where they are: in WARNING mode, on CUDA.
+
+        To read the number would wait for the device in every batch.
+        """
+        if not invalid.is_cuda:
+            return False
+        if self.mode != BoundsCheckMode.WARNING:
+            self.refuse_capture()
+            return False
+        if name not in self._on_device:
+            self._on_device[name] = torch.zeros((), dtype=torch.int64, device=invalid.device)
+        self._on_device[name].add_(invalid.sum())
+        return True
 
     def without_counting(self) -> BoundsCheck:
         """For ids that were checked before, and shall not be counted again."""

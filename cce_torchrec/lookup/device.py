@@ -183,14 +183,14 @@ class DeviceTables:
         return Bags(
             offsets,
             1,
-            _starts_of(sizes, offsets.device),
-            _starts_of(out_sizes, offsets.device),
+            starts_of(sizes, offsets.device),
+            starts_of(out_sizes, offsets.device),
             num_out=sum(out_sizes),
         )
 
 
-def _starts_of(sizes: Sequence[int], device: torch.device) -> torch.Tensor:
-    """int64 [len(sizes) + 1]."""
+def starts_of(sizes: Sequence[int], device: torch.device) -> torch.Tensor:
+    """Where parts of `sizes` start and the last one ends, int64 [len(sizes) + 1] on `device`."""
     starts = torch.tensor(list(itertools.accumulate(sizes, initial=0)))
     # The host waits for a copy to a GPU unless it is from pinned memory.
     if device.type == "cuda":

@@ -17,6 +17,7 @@ from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
 from cce_torchrec.lookup import device, native
 from cce_torchrec.lookup.bounds import BoundsCheck
+from cce_torchrec.lookup.id_ranges import IdRanges
 from cce_torchrec.lookup.narrow import MOST
 from cce_torchrec.lookup.table_lookup import TableLookup
 from cce_torchrec.table import TableFeature
@@ -43,6 +44,7 @@ class Expansion:
         # The kernels take the ids in their order.
         in_order = [s for lookup in table_lookups for s in lookup.slots]
         self._kernel_takes = len(table_lookups) > 0 and in_order == list(range(len(slots)))
+        self._ranges = IdRanges(table_lookups, slots)
         self._invalid: dict[torch.device, torch.Tensor] = {}
         self.narrow = False
         """Whether rows may be int32, where kernels write them (narrow.py)."""
@@ -80,6 +82,8 @@ class Expansion:
         # A table that was finalized since has one row per id instead of two.
         if self._counted != [t.table.config for t in self.table_lookups]:
             self._count_rows()
+        if self._ranges.any:
+            features = self._ranges(features, check)
         if self._fits_device(features):
             # Only a graph needs to be kept away from the kernels, which read codes by address.
             compiling = torch.compiler.is_compiling()

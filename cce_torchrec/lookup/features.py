@@ -45,3 +45,19 @@ def without_weights(features: KeyedJaggedTensor) -> KeyedJaggedTensor:
 def with_weights(features: KeyedJaggedTensor, weights: torch.Tensor | None) -> KeyedJaggedTensor:
     """`features` with other weights, sharing everything else."""
     return remade(features, features.values(), weights, features.length_per_key_or_none())
+
+
+def with_ids(features: KeyedJaggedTensor, ids: torch.Tensor) -> KeyedJaggedTensor:
+    """`features` with other ids, of which those beyond the last bag may be left out."""
+    variable, weights = features.variable_stride_per_key(), features.weights_or_none()
+    return KeyedJaggedTensor(
+        keys=features.keys(),
+        values=ids,
+        weights=None if weights is None else weights[: len(ids)],
+        lengths=features.lengths_or_none(),
+        offsets=features.offsets_or_none(),
+        stride=None if variable else features.stride(),
+        stride_per_key_per_rank=features.stride_per_key_per_rank() if variable else None,
+        length_per_key=features.length_per_key_or_none(),
+        inverse_indices=features.inverse_indices_or_none(),
+    )

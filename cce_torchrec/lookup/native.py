@@ -18,7 +18,8 @@ from cce_torchrec import compiled
 
 _FIELDS = 17
 """int64 of a `Job` in _native.cpp, the last two of which are its result."""
-_LIBRARY = (Path(__file__).parent, ("cce_expand_packed", "cce_count_bags", "cce_rowwise_adagrad"))
+_FUNCTIONS = ("cce_expand_packed", "cce_count_bags", "cce_into_ranges", "cce_rowwise_adagrad")
+_LIBRARY = (Path(__file__).parent, _FUNCTIONS)
 _IDS = compiled.Pointer(torch.int32, torch.int64)
 _INT64 = compiled.Pointer(torch.int64)
 
@@ -39,6 +40,8 @@ def kernels() -> ctypes.CDLL:
     bags: list[Any] = [_IDS, integer, pointer, integer, pointer]
     found.cce_count_bags.argtypes = bags
     found.cce_count_bags.restype = None
+    ranges: list[Any] = [_IDS, integer, pointer, integer, _INT64]
+    found.cce_into_ranges.argtypes, found.cce_into_ranges.restype = ranges, integer
     found.cce_rowwise_adagrad.argtypes = table + batch
     found.cce_rowwise_adagrad.restype = None
     return found
@@ -108,6 +111,30 @@ def count_bags(lengths: torch.Tensor, sizes: Sequence[int]) -> list[int]:
     out = (ctypes.c_int64 * (len(sizes) + 2))()
     kernels().cce_count_bags(lengths, lengths.element_size(), own, len(sizes), out)
     return out[:]
+
+
+def into_ranges(
+    ids: torch.Tensor, features: Sequence[Sequence[int]], out: torch.Tensor
+) -> list[tuple[int, int]]:
+    """Writes the ids of each feature as its table counts them.
+
+    Args:
+        ids: int32 or int64 [V], contiguous; the features' one after the other.
+        features: of each how many ids there are, the first one in the table, how many are its own,
+            whether others are read as its 0, whether they are raw, and what they are hashed with.
+        out: int64 [V].
+
+    Returns:
+        Per feature, how many ids are out of bounds and the position of the first among them; empty
+        if none are.
+    """
+    fields = [number for feature in features for number in (*feature, 0, -1)]
+    described = (ctypes.c_int64 * len(fields))(*fields)
+    address = ctypes.addressof(described)
+    if not kernels().cce_into_ranges(ids, ids.element_size(), address, len(features), out):
+        return []
+    size = len(fields) // len(features)
+    return list(zip(described[size - 2 :: size], described[size - 1 :: size], strict=True))
 
 
 def _by_address(jobs: Sequence[Job]) -> list[tuple[int, int]]:

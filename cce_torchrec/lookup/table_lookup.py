@@ -44,7 +44,8 @@ class TableLookup:
     @property
     def hashes_ids(self) -> bool:
         """Whether ids are raw, to be hashed into [0, num_embeddings)."""
-        return is_cce(self.config) and self.config.hash_ids
+        # Into the ranges of features they are before (id_ranges.py).
+        return is_cce(self.config) and self.config.hash_ids and not self.config.id_ranges
 
     def hashed(self, ids: torch.Tensor) -> torch.Tensor:
         """`ids`, or what a table with `hash_ids` makes of them."""
@@ -52,7 +53,7 @@ class TableLookup:
             return ids
         config = self.config
         assert is_cce(config)
-        return hash_ids(ids, config.seed, config.name, config.num_embeddings)
+        return hash_ids(ids, raw_id_key(config.seed, config.name), config.num_embeddings)
 
     def rows(self, ids: torch.Tensor) -> torch.Tensor:
         """Codebook rows of `ids` [V], all in bounds, int64 [chunks, V, rows per id]."""
@@ -112,7 +113,7 @@ class TableLookup:
             num_rows=config.num_rows,
             helper_rows=config.helper_rows,
             chunks=tuple(tuple(hashes[column]) for column in self.columns),
-            raw_id_key=raw_id_key(config.seed, config.name) if config.hash_ids else None,
+            raw_id_key=raw_id_key(config.seed, config.name) if self.hashes_ids else None,
             seen=codes.seen if codes.training else None,
             counts=codes.counts if codes.training else None,
             batches=codes.batches,

@@ -24,6 +24,7 @@ from torchrec.sparse.jagged_tensor import KeyedJaggedTensor, KeyedTensor
 
 from cce_torchrec.codes.hashing import code_hash, hash_rows, helper_hashes
 from cce_torchrec.lookup.expansion import Expansion
+from cce_torchrec.lookup.id_ranges import id_range
 from cce_torchrec.lookup.output import LogicalOutput
 from cce_torchrec.lookup.table_lookup import TableLookup
 from cce_torchrec.table import physical_table
@@ -121,7 +122,7 @@ def pooled(bags: Bags, features: KeyedJaggedTensor) -> KeyedTensor:
         for slot in lookup.slots:
             own, parts = jagged[bags.output.slots[slot].feature], []
             weights = own.weights().repeat_interleave(rows_per_id) if bags.is_weighted() else None
-            for name, rows in _chunks(bags, lookup, own.values()):
+            for name, rows in _chunks(bags, lookup, slot, own.values()):
                 bag = bags.embedding_bag_collection.embedding_bags[name]
                 ends = own.offsets() * rows_per_id
                 parts.append(bag(rows.reshape(-1), ends, per_sample_weights=weights).float())
@@ -148,7 +149,7 @@ def each_by_itself(bags: Bags, features: KeyedJaggedTensor) -> dict[str, torch.T
         for slot in lookup.slots:
             ids = jagged[bags.output.slots[slot].feature].values()
             names = bags.output.physical[slot]
-            for physical, (name, rows) in zip(names, _chunks(bags, lookup, ids), strict=True):
+            for physical, (name, rows) in zip(names, _chunks(bags, lookup, slot, ids), strict=True):
                 bag: Any = bags.embedding_bag_collection.embedding_bags[name]
                 # Not by `bag`, whose bags of one would need offsets, whose number is not known.
                 out[physical] = embedding(rows, bag.weight).sum(1).float()
@@ -156,12 +157,16 @@ def each_by_itself(bags: Bags, features: KeyedJaggedTensor) -> dict[str, torch.T
 
 
 def _chunks(
-    bags: Bags, lookup: TableLookup, ids: torch.Tensor
+    bags: Bags, lookup: TableLookup, slot: int, ids: torch.Tensor
 ) -> Iterator[tuple[str, torch.Tensor]]:
     """The TorchRec table of each chunk of a table, and its rows of `ids` [V], [V, rows per id]."""
     # Hashes of int32 ids would wrap.
     ids, codes, size = lookup.hashed(ids.long()), lookup.codes, lookup.config.num_embeddings
-    if bags.bounds_check_mode == BoundsCheckMode.FATAL and not lookup.hashes_ids:
+    own = id_range(lookup, bags.expansion.slots[slot].feature)
+    if own is not None:
+        ids = own.apply(ids, checked=bags.bounds_check_mode != BoundsCheckMode.NONE)
+    raw = lookup.hashes_ids or (own is not None and own.key is not None)
+    if bags.bounds_check_mode == BoundsCheckMode.FATAL and not raw:
         raise ValueError(
             f"table {lookup.config.name!r}: bounds_check_mode FATAL looks at the ids of a batch, "
             "and a graph cannot; trace a collection that was made with WARNING or IGNORE"

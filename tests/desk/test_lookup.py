@@ -5,7 +5,7 @@ import torch
 from fbgemm_gpu.split_table_batched_embeddings_ops_common import BoundsCheckMode
 from torchrec.modules.embedding_configs import PoolingType
 
-from cce_torchrec import CCEEmbeddingCollection
+from cce_torchrec import CCEEmbeddingBagConfig, CCEEmbeddingCollection
 from cce_torchrec.clustering import cluster
 from cce_torchrec.lookup import triton_expand
 from tests.desk.emulated import on_cpu
@@ -13,6 +13,7 @@ from tests.desk.twins import (
     OPTIONS,
     assert_same_state,
     batch,
+    joint_tables,
     mixed_tables,
     table,
     twins,
@@ -60,6 +61,27 @@ def test_all_options_together(weighted):
         lookup(cpu, cuda, batch(26, seed=seed, bad=-1, weighted=weighted))
     assert cuda.num_invalid_ids == cpu.num_invalid_ids > 0
     assert_same_state(cpu, cuda)
+
+
+@pytest.mark.parametrize("weighted", [False, True], ids=["", "weighted"])
+@pytest.mark.parametrize("option", ["none", "hash_ids", "track_seen", "rare"])
+def test_features_with_ids_of_their_own(option, weighted):
+    cpu, cuda = twins(joint_tables(**OPTIONS[option]), is_weighted=weighted)
+    for seed, beyond in ((0, 0), (1, 7)):
+        features = batch(seed=seed, bad=-1, beyond=beyond, weighted=weighted)
+        lookup(cpu, cuda, features)
+    assert cuda.num_invalid_ids == cpu.num_invalid_ids
+    assert_same_state(cpu, cuda)
+
+
+def test_a_batch_size_per_feature_of_ids_of_their_own():
+    ranges = {"f": range(100, 140), "g": range(40), "h": range(40, 80), "unused": range(100, 140)}
+    shape = dict(num_embeddings=200, embedding_dim=16, num_rows=20)
+    config = CCEEmbeddingBagConfig(
+        name="joint", feature_names=list(ranges), id_ranges=ranges, **shape
+    )
+    cpu, cuda = twins([config])
+    lookup(cpu, cuda, vbe_batch(0, False))
 
 
 @pytest.mark.parametrize("dtype", [torch.int32, torch.int64], ids=str)

@@ -40,6 +40,19 @@ def two_tables(**settings: Any) -> list[EmbeddingBagConfig]:
     return [table(0, **settings), table(1, pooling=PoolingType.MEAN, **settings)]
 
 
+def joint_tables(**settings: Any) -> list[EmbeddingBagConfig]:
+    """A table of two features with ids of their own, and one whose features share its ids."""
+    shape = {"num_rows": 20, **settings, "num_embeddings": 2 * N, "embedding_dim": 16}
+    ranges = {"f1": range(N), "f0": range(N + 5, 2 * N)}
+    return [
+        CCEEmbeddingBagConfig(
+            name="joint", feature_names=["f1", "f0"], id_ranges=ranges, pooling=PoolingType.MEAN,
+            **shape,
+        ),
+        CCEEmbeddingBagConfig(name="shared", feature_names=["f0", "f1"], **shape),
+    ]  # fmt: skip
+
+
 def mixed_tables(count: int = 26) -> list[EmbeddingBagConfig]:
     """Tables of every option, and plain ones, in turn."""
     kinds = [*OPTIONS.values(), None]

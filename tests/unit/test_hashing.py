@@ -15,6 +15,7 @@ from cce_torchrec.codes.hashing import (
     helper_hash,
     helper_hashes,
     mix,
+    raw_id_key,
 )
 
 WORD = 2**64
@@ -141,11 +142,12 @@ def test_raw_ids_golden_values():
     raw = [0, 1, -1, -(2**63), 2**63 - 1, 123456789012345]
     expected = [230233549, 996321501, 186325290, 886126774, 735781666, 875730154]
     _, key = parameters(7, "t", 0, 3, 0)
-    assert hash_ids(torch.tensor(raw), 7, "t", 10**9).tolist() == expected
+    assert hash_ids(torch.tensor(raw), raw_id_key(7, "t"), 10**9).tolist() == expected
     assert [(mixed(x % WORD ^ key) >> 1) % 10**9 for x in raw] == expected
     expected = [3399400654, 829389145, 2873024075, 8490204374, 8848821938, 7151024223]
-    assert hash_ids(torch.tensor(raw), 0, "user", 10**10 + 19).tolist() == expected
-    both = [hash_ids(torch.tensor([-1, 5], dtype=d), 7, "t", 99) for d in (torch.int32, torch.long)]
+    assert hash_ids(torch.tensor(raw), raw_id_key(0, "user"), 10**10 + 19).tolist() == expected
+    key = raw_id_key(7, "t")
+    both = [hash_ids(torch.tensor([-1, 5], dtype=d), key, 99) for d in (torch.int32, torch.long)]
     assert torch.equal(*both)
 
 
@@ -153,7 +155,7 @@ def test_raw_ids_golden_values():
 def test_raw_ids_meet_as_seldom_as_random_ones(step):
     """Time stamps and packed fields: n ids in n places fill 1 - 1/e of them."""
     ids = torch.arange(100_000) * step
-    filled = len(hash_ids(ids, 0, "t", 100_000).unique()) / 100_000
+    filled = len(hash_ids(ids, raw_id_key(0, "t"), 100_000).unique()) / 100_000
     assert abs(filled - 0.632) < 0.01  # standard deviation 0.001
 
 

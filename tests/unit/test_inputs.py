@@ -18,7 +18,7 @@ from torchrec.modules.mc_modules import (
 from cce_torchrec import CCEEmbeddingBagCollection, CCEEmbeddingBagConfig, CCEEmbeddingCollection
 from cce_torchrec.clustering import cluster
 from cce_torchrec.clustering.local_chunks import unsharded_rows
-from cce_torchrec.codes.hashing import hash_ids
+from cce_torchrec.codes.hashing import hash_ids, raw_id_key
 from tests.support.models import MEAN, SUM, batch, every_example, tables, vbe_batch
 from tests.unit.test_collection import embedding
 
@@ -61,7 +61,7 @@ def test_raw_ids(dtype):
     make = lambda values: KeyedJaggedTensor(  # noqa: E731
         keys=["f"], values=values, lengths=torch.ones(len(ids), dtype=torch.long)
     )
-    expected = plain(make(hash_ids(ids, 3, "t", 50))).values()
+    expected = plain(make(hash_ids(ids, raw_id_key(3, "t"), 50))).values()
     assert torch.equal(raw(make(ids)).values(), expected)
     assert raw.num_invalid_ids == 0
 

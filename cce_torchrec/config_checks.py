@@ -1,0 +1,97 @@
+"""Checks of the fields of a CCE table; each raises ValueError with table, value and remedy."""
+
+from __future__ import annotations
+
+import itertools
+import operator
+from collections.abc import Sequence
+from dataclasses import fields
+from typing import Any
+
+from torchrec.modules.embedding_configs import DataType, EmbeddingBagConfig, PoolingType
+
+_UNSUPPORTED_FIELDS = (
+    "num_embeddings_post_pruning",
+    "need_pos",
+    "input_dim",
+    "total_num_buckets",
+    "use_virtual_table",
+    "virtual_table_eviction_policy",
+    "enable_embedding_update",
+    "stash_weights",
+)
+
+
+def whole_number(who: str, name: str, value: Any) -> int:
+    """`value` as a Python integer, NumPy's included."""
+    try:
+        return operator.index(value)
+    except TypeError as error:
+        raise ValueError(f"{who}: {name} {value!r} is not a whole number; round it") from error
+
+
+def check_width(who: str, embedding_dim: int, num_chunks: int) -> None:
+    """Refuses chunks of a width that FBGEMM cannot read."""
+    unit = 4 * num_chunks
+    if embedding_dim >= 1 and embedding_dim % unit == 0:
+        return
+    low = max(0, embedding_dim // unit * unit)
+    allowed = f"{low} or {low + unit}" if low else f"{unit}"
+    width, rest = divmod(embedding_dim, num_chunks)
+    fault = "is not divisible by" if rest else f"is {width} times"
+    raise ValueError(
+        f"{who}: embedding_dim {embedding_dim} {fault} num_chunks "
+        f"{num_chunks}; a chunk's width must be a multiple of 4 (FBGEMM reads 4 "
+        f"values at once), use {allowed}"
+    )
+
+
+def check_inherited_fields(who: str, config: EmbeddingBagConfig) -> None:
+    """Refuses what TorchRec's own fields may say and a CCE table cannot do."""
+    if not isinstance(config.pooling, PoolingType) or config.pooling not in (
+        PoolingType.SUM,
+        PoolingType.MEAN,
+    ):
+        raise ValueError(f"{who}: pooling {config.pooling!r} is not SUM or MEAN")
+    if config.data_type not in (DataType.FP32, DataType.FP16, DataType.BF16):
+        raise ValueError(
+            f"{who}: data_type {config.data_type} cannot be trained; use FP32, FP16 or BF16"
+        )
+    defaults = {field.name: field.default for field in fields(EmbeddingBagConfig)}
+    for name in _UNSUPPORTED_FIELDS:
+        if name in defaults and getattr(config, name) != defaults[name]:
+            raise ValueError(
+                f"{who}: {name}={getattr(config, name)!r} has no meaning for a CCE table; "
+                "leave it at its default"
+            )
+
+
+def check_id_ranges(
+    who: str, ranges: dict[str, range] | None, features: Sequence[str], num_embeddings: int
+) -> None:
+    """Refuses ranges of other features, outside of the table, or that overlap in part."""
+    if ranges is None:
+        return
+    if not isinstance(ranges, dict) or not all(isinstance(r, range) for r in ranges.values()):
+        raise ValueError(
+            f"{who}: id_ranges {ranges!r} is no dictionary of features to ranges; give "
+            '{"user": range(0, 100), "item": range(100, 150)}'
+        )
+    if set(ranges) != set(features):
+        raise ValueError(
+            f"{who}: id_ranges are of features {sorted(ranges)}, and the table is read by "
+            f"{sorted(features)}; give one for each"
+        )
+    for name, ids in ranges.items():
+        if ids.step != 1 or not 0 <= ids.start < ids.stop <= num_embeddings:
+            raise ValueError(
+                f"{who}: the id_ranges of feature {name!r} are {ids}; give one id or more of "
+                f"range(0, {num_embeddings}), by num_embeddings, one after the other"
+            )
+    rising = sorted(ranges, key=lambda name: ranges[name].start)
+    for one, other in itertools.pairwise(rising):
+        if ranges[one] != ranges[other] and ranges[other].start < ranges[one].stop:
+            raise ValueError(
+                f"{who}: the id_ranges of features {one!r} and {other!r} are {ranges[one]} and "
+                f"{ranges[other]}, which overlap; give the same ids or others"
+            )
