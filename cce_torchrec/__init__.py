@@ -30,6 +30,7 @@ if TYPE_CHECKING:  # what `__getattr__` finds, for type checkers and editors
     from cce_torchrec.data import even_batches
     from cce_torchrec.distributed.process_group import end_process_group, start_process_group
     from cce_torchrec.distributed.sharders import get_default_sharders, register_sharders
+    from cce_torchrec.joint import joint_table
     from cce_torchrec.modules.compress import compress_model
     from cce_torchrec.modules.embedding_bag_collection import CCEEmbeddingBagCollection
     from cce_torchrec.modules.embedding_collection import CCEEmbeddingCollection
@@ -37,6 +38,7 @@ if TYPE_CHECKING:  # what `__getattr__` finds, for type checkers and editors
 
 _MODULES = {
     "config": ["CCEEmbeddingBagConfig"],
+    "joint": ["joint_table"],
     "modules.embedding_bag_collection": ["CCEEmbeddingBagCollection"],
     "modules.embedding_collection": ["CCEEmbeddingCollection"],
     "modules.compress": ["compress_model"],
@@ -74,6 +76,7 @@ __all__ = [
     "even_batches",
     "finalize",
     "get_default_sharders",
+    "joint_table",
     "latest_checkpoint",
     "load_checkpoint",
     "make_plan",

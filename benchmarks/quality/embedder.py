@@ -32,6 +32,8 @@ class Tables:
     steps: int
     """Of the whole run."""
     passes: int
+    model: str
+    """Of the network: dlrm, or gmf, which multiplies two embeddings and nothing else."""
 
     @property
     def num_ids(self) -> int:
@@ -73,6 +75,11 @@ class Embedder(ABC):
     def penalty(self) -> torch.Tensor | None:
         """What is added to the loss of a step, after its lookup."""
         return None
+
+    @property
+    def made(self) -> str:
+        """What came of the budget, where the method chooses."""
+        return ""
 
     @property
     @abstractmethod

@@ -67,7 +67,8 @@ def _line(row: Row, unreproduced: dict[str, list[str]]) -> str:
     if row.choice is None:
         return f"| {name} | does not fit: {row.why_not} | | | | | | | |"
     cell = row.choice.cell
-    rate = f"{cell.form} {cell.optimizer} {cell.rate:g}".strip() + "*" * row.choice.at_edge
+    form = cell.form or row.records[0].get("made", "")
+    rate = f"{form} {cell.optimizer} {cell.rate:g}".strip() + "*" * row.choice.at_edge
     loss = f"{row.mean('log_loss'):.4f}" + ("" if row.complete else f" ({len(row.records)} splits)")
     cells = [
         name,

@@ -60,6 +60,7 @@ def tables_of(
         counts=counts,
         steps=steps * cell.group.passes,
         passes=cell.group.passes,
+        model=problem.model,
     )
 
 
@@ -189,6 +190,7 @@ def results(run: Run) -> dict[str, Any]:
         "final_log_loss": last if math.isfinite(last) else None,
         "curve": [[step, round(loss, 5), round(area, 5)] for step, loss, area in finite],
         "steps": run.tables.steps,
+        "made": embedder.made,
         "table_bytes": embedder.table_bytes,
         "parameters": embedder.parameters,
         "stored_bytes": embedder.stored_bytes,

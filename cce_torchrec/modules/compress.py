@@ -5,14 +5,13 @@ from __future__ import annotations
 import logging
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, fields
-from functools import partial
 
-import torch
 import torch.distributed as dist
 from torch import nn
 from torchrec.modules.embedding_configs import BaseEmbeddingConfig, EmbeddingBagConfig
 
 from cce_torchrec.config import CCEEmbeddingBagConfig, is_cce
+from cce_torchrec.joint import has_default_init
 from cce_torchrec.modules.compressible import Found, collections_of, full_bytes, remade
 from cce_torchrec.table import refuse_none
 from cce_torchrec.torchrec_internals import optimizers_in_backward
@@ -256,7 +255,7 @@ def compressed(
     kept |= {"num_chunks": chunks, "seed": form.seed}
     if config.name in form.examples_per_id:
         kept |= {"recipe": "auto", "examples_per_id": form.examples_per_id[config.name]}
-    if _is_default_init(config):
+    if has_default_init(config):
         # As a custom one, it would leave the helper rows at zero (CodebookInit).
         kept["init_fn"] = None
     try:
@@ -271,16 +270,6 @@ def compressed(
     if made.table_bytes >= full_bytes(config):
         return config, f"compressed it would take {made.table_bytes:,} bytes"
     return made, ""
-
-
-def _is_default_init(config: BaseEmbeddingConfig) -> bool:
-    """Whether `init_fn` is what TorchRec fills in: uniform between the config's bounds."""
-    low, high = config.get_weight_init_min(), config.get_weight_init_max()
-    return (
-        isinstance(config.init_fn, partial)
-        and config.init_fn.func is torch.nn.init.uniform_
-        and config.init_fn.keywords == {"a": low, "b": high}
-    )
 
 
 def _ratio_for(configs: list[BaseEmbeddingConfig], budget: int, form: Form) -> float:

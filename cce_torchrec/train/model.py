@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -10,8 +12,9 @@ from torchrec.models.dlrm import DLRM
 from torchrec.modules.embedding_configs import EmbeddingBagConfig
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
-from cce_torchrec.config import CCEEmbeddingBagConfig
+from cce_torchrec.config import RARE_BELOW, CCEEmbeddingBagConfig
 from cce_torchrec.data import Examples, Rows
+from cce_torchrec.joint import joint_table
 from cce_torchrec.modules.embedding_bag_collection import CCEEmbeddingBagCollection
 
 
@@ -48,31 +51,69 @@ class DLRMLogits(nn.Module):
         return self.dlrm(dense, ids).squeeze(1)
 
 
+@dataclass(frozen=True, kw_only=True)
+class Compression:
+    """How the compressed features of a run are compressed."""
+
+    method: str
+    """cce, ce (hashed codes, no helper), hash (one chunk of that) or full."""
+    num_chunks: int
+    rows: dict[str, int]
+    """Per compressed feature, main + helper rows."""
+    table_bytes: dict[str, int]
+    """Per compressed feature, what a CCE table may take instead, or empty."""
+    recipe: str
+    """Of CCE tables."""
+    joint: str
+    """Features that share one table, of the rows or bytes of all of them: "no", those of "rare"
+    ids, or "all"."""
+    seed: int
+
+    def joins(self, examples_per_id: float) -> bool:
+        """Whether a feature is one of those that share a table."""
+        if self.joint != "rare":
+            return self.joint == "all"
+        if self.method != "cce":
+            return False
+        return self.recipe == "rare" or (self.recipe == "auto" and examples_per_id < RARE_BELOW)
+
+    def table(
+        self, names: Sequence[str], examples_per_id: float, common: dict[str, Any]
+    ) -> CCEEmbeddingBagConfig:
+        """The compressed table of the features `names`, whose other fields are `common`."""
+        rows = sum(self.rows[name] for name in names)
+        if self.method != "cce":
+            return CCEEmbeddingBagConfig(
+                num_rows=rows,
+                num_helper_rows=0,
+                learned_codes=False,
+                num_chunks=1 if self.method == "hash" else self.num_chunks,
+                seed=self.seed,
+                **common,
+            )
+        common |= {"num_chunks": self.num_chunks, "seed": self.seed, "recipe": self.recipe}
+        common["examples_per_id"] = examples_per_id
+        if self.table_bytes:
+            share = sum(self.table_bytes[name] for name in names)
+            return CCEEmbeddingBagConfig.from_bytes(share, **common)
+        return CCEEmbeddingBagConfig.from_params_per_dim(rows, **common)
+
+
 def tables(
-    dataset: Examples,
-    *,
-    method: str,
-    dim: int,
-    num_chunks: int,
-    rows: dict[str, int],
-    table_bytes: dict[str, int],
-    recipe: str,
-    seed: int,
-    init_bound: float | None,
+    dataset: Examples, compression: Compression, *, dim: int, init_bound: float | None
 ) -> list[EmbeddingBagConfig]:
-    """One table per feature: compressed by `method` to `rows` rows per dimension, or full.
+    """The tables of all features: a full one for each, or compressed ones, which some may share.
 
     Args:
-        method: cce, ce (hashed codes, no helper), hash (one chunk of that) or full.
-        rows: per compressed feature, main + helper rows.
-        table_bytes: per compressed feature, what a CCE table may take instead, or empty.
-        recipe: of CCE tables.
+        dataset: with its features and their ids.
+        compression: of those that it says are to be compressed.
+        dim: of embeddings.
         init_bound: embeddings start uniform in +-init_bound; None is TorchRec's
             1 / sqrt(num_embeddings).
     """
-    out: list[EmbeddingBagConfig] = []
+    full, out = {}, []
     for name, size in dataset.features.items():
-        common: dict[str, Any] = {
+        full[name] = {
             "name": name,
             "num_embeddings": size,
             "embedding_dim": dim,
@@ -80,28 +121,19 @@ def tables(
             "weight_init_min": None if init_bound is None else -init_bound,
             "weight_init_max": init_bound,
         }
-        if method == "full" or name not in dataset.compressed:
+    compressed = [] if compression.method == "full" else dataset.compressed
+    # In one pass, which is what the recipe goes by.
+    examples = {name: dataset.num_train / dataset.features[name] for name in compressed}
+    joint = [name for name in compressed if compression.joins(examples[name])]
+    for name, common in full.items():
+        if name not in compressed:
             out.append(EmbeddingBagConfig(**common))
-        elif method == "cce":
-            common |= {"num_chunks": num_chunks, "seed": seed, "recipe": recipe}
-            # In one pass, which is what the recipe goes by.
-            common["examples_per_id"] = dataset.num_train / size
-            out.append(
-                CCEEmbeddingBagConfig.from_bytes(table_bytes[name], **common)
-                if table_bytes
-                else CCEEmbeddingBagConfig.from_params_per_dim(rows[name], **common)
-            )
-        else:
-            out.append(
-                CCEEmbeddingBagConfig(
-                    num_rows=rows[name],
-                    num_helper_rows=0,
-                    learned_codes=False,
-                    num_chunks=1 if method == "hash" else num_chunks,
-                    seed=seed,
-                    **common,
-                )
-            )
+        elif name not in joint or len(joint) == 1:
+            out.append(compression.table([name], examples[name], common))
+        elif name == joint[0]:
+            fields = joint_table([EmbeddingBagConfig(**full[other]) for other in joint])
+            mean = len(joint) * dataset.num_train / fields["num_embeddings"]
+            out.append(compression.table(joint, mean, fields))
     return out
 
 

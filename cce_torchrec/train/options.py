@@ -42,6 +42,8 @@ def _parser() -> argparse.ArgumentParser:
     )
     recipes = ["frequent", "rare", "auto"]
     add("--recipe", choices=recipes, default="frequent", help="auto: by the examples of an id")
+    joints = ["no", "rare", "all"]
+    add("--joint", choices=joints, default="no", help="compressed features that share one table")
     add("--epochs", type=int, default=10, help="the same in a resumed run")
     add("--batch-size", type=int, help="of all ranks; default 4096 for gmf, 256 for dlrm")
     add("--optimizer", choices=["rowwise_adagrad", "adagrad", "sgd"], default="rowwise_adagrad")

@@ -30,7 +30,7 @@ from cce_torchrec.distributed.embedding_bag_collection import ShardedCCEEmbeddin
 from cce_torchrec.metrics import auc, log_loss
 from cce_torchrec.train import data_options, options, pipelines
 from cce_torchrec.train.job import Batch, build
-from cce_torchrec.train.model import keyed_jagged, tables
+from cce_torchrec.train.model import Compression, keyed_jagged, tables
 from cce_torchrec.train.records import Records
 
 T = TypeVar("T")
@@ -62,19 +62,18 @@ class Trainer:
         torch.manual_seed(args.seed)
         # A dot product of embeddings near zero has no gradient; DLRM's dense part has its own.
         init_bound = args.embedding_dim**-0.5 if args.model == "gmf" else None
-        configs = tables(
-            self.dataset,
+        compression = Compression(
             method=args.method,
-            dim=args.embedding_dim,
             num_chunks=args.num_chunks,
             rows=rows,
             table_bytes={}
             if args.table_bytes is None
             else options.bytes_per_table(args, self.dataset),
             recipe=args.recipe,
+            joint=args.joint,
             seed=args.seed,
-            init_bound=init_bound,
         )
+        configs = tables(self.dataset, compression, dim=args.embedding_dim, init_bound=init_bound)
         self.steps = self.dataset.steps(args.batch_size)
         """Optimizer steps per epoch."""
         self.schedule = (

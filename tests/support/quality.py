@@ -37,6 +37,7 @@ def tables(budget="bytes=12000", form="", optimizer="rowwise_adagrad", rate=0.1,
         counts=[torch.arange(n) for n in sizes],
         steps=28,
         passes=2,
+        model="dlrm",
     )
     return replace(made, **changes)
 

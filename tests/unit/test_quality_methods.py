@@ -55,17 +55,19 @@ def test_stays_within_its_bytes_and_learns(name, shared):
 def test_one_table_for_all_has_the_ids_of_each_one_after_the_other():
     torch.manual_seed(0)
     made = first_try("CE", shared=True)
+    ((columns, one),) = made.parts
+    assert columns == [0, 1]
     ids = torch.tensor([[0, 300], [7, 499]])
     found = made.lookup(ids, training=False)
     for row, example in zip(found, ids, strict=True):
         for embedding, number in zip(row, example, strict=True):
-            assert torch.equal(embedding, made.one.lookup(number.view(1, 1), False)[0, 0])
+            assert torch.equal(embedding, one.lookup(number.view(1, 1), False)[0, 0])
     rows = 12_000 // 4 // 16
-    assert made.one.counts == [rows] and made.parameters == rows * 16
+    assert one.counts == [rows] and made.parameters == rows * 16
     bounds = made.tables.bounds
     expected = (300 * bounds[0] + 200 * bounds[1]) / 500
-    assert made.one.tables.bounds == pytest.approx([expected])
-    assert made.one.tables.counts[0].tolist() == [*range(300), *range(200)]
+    assert one.tables.bounds == pytest.approx([expected])
+    assert one.tables.counts[0].tolist() == [*range(300), *range(200)]
 
 
 def library_ce(num_chunks, rows):

@@ -10,7 +10,7 @@ from typing import Any
 
 from benchmarks.quality.embedder import Embedder, Tables
 from benchmarks.quality.methods.cafe import CAFE
-from benchmarks.quality.methods.clustered import as_published, frequent_recipe, rare_recipe
+from benchmarks.quality.methods.clustered import as_published, frequent_recipe, ours, rare_recipe
 from benchmarks.quality.methods.deep_hash import DHE
 from benchmarks.quality.methods.differentiable_pq import DifferentiablePQ
 from benchmarks.quality.methods.hash_embeddings import HashEmbeddings
@@ -136,6 +136,7 @@ METHODS = {
                 ("4 chunks, 16 rows", "4 chunks, 4 rows", "4 chunks, 2 rows", "2 chunks, 4 rows")
             ),
         ),
+        Method(name="ours", build=ours, shares=False),
         # A table of one row has no codes, and so is no CCE: what clusterings do to it is restarts.
         Method(
             name="CE restarted and shrunk",

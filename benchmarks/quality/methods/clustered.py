@@ -14,6 +14,7 @@ import torchrec
 
 from benchmarks.quality.budgets import FLOAT_BYTES, DoesNotFit, Share
 from benchmarks.quality.embedder import Embedder, Tables
+from benchmarks.quality.methods.shared import Joined
 from benchmarks.quality.packing import code_bits, packed_bytes
 from benchmarks.quality.rows import Block, Rows
 from cce_torchrec import (
@@ -23,7 +24,7 @@ from cce_torchrec import (
     cluster,
 )
 from cce_torchrec.codes.chunk_codes import local_codes
-from cce_torchrec.config import DEFAULT_HELPER_RATIO
+from cce_torchrec.config import DEFAULT_HELPER_RATIO, RARE_BELOW
 from cce_torchrec.packing import CodePacking
 from cce_torchrec.table import physical_table
 
@@ -35,7 +36,7 @@ class Clustered(Embedder):
     """CCE tables.
 
     Args:
-        settings: of a table, by its number of ids and its share of the budget.
+        settings: of a table, by its number.
         clusterings: after which steps.
         resets_state: whether a clustering renews the optimizer's state, as the package's step does;
             published code keeps it.
@@ -45,7 +46,7 @@ class Clustered(Embedder):
         self,
         tables: Tables,
         *,
-        settings: Callable[[int, Share], Settings],
+        settings: Callable[[int], Settings],
         clusterings: Collection[int],
         resets_state: bool,
     ) -> None:
@@ -60,10 +61,10 @@ class Clustered(Embedder):
                 seed=tables.seed,
                 weight_init_min=-bound,
                 weight_init_max=bound,
-                **settings(size, share),
+                **settings(number),
             )
-            for name, size, share, bound in zip(
-                tables.names, tables.sizes, tables.shares, tables.bounds, strict=True
+            for number, (name, size, bound) in enumerate(
+                zip(tables.names, tables.sizes, tables.bounds, strict=True)
             )
         ]
         self.collection = CCEEmbeddingBagCollection(tables=self.configs)
@@ -143,6 +144,12 @@ class Clustered(Embedder):
         return self.rows.weight.numel()
 
     @property
+    def made(self) -> str:
+        """See `Embedder`; a table of one main row has no codes, and is restarted CE."""
+        rows = sorted({config.num_rows for config in self.configs})
+        return f"{', '.join(map(str, rows))} main row{'s' if rows != [1] else ''}"
+
+    @property
     def stored_bytes(self) -> int:
         """See `Embedder`."""
         return sum(
@@ -152,9 +159,9 @@ class Clustered(Embedder):
 
     @property
     def training_bytes(self) -> int:
-        """See `Embedder`; with codes in whole bytes, as the package holds them."""
-        codes = sum(config.code_bytes for config in self.configs)
-        return FLOAT_BYTES * (self.parameters + self.rows.state_values) + codes
+        """See `Embedder`."""
+        held = sum(c.code_bytes + c.notes_bytes(c.num_embeddings) for c in self.configs)
+        return FLOAT_BYTES * (self.parameters + self.rows.state_values) + held
 
 
 def main_rows_within(size: int, share: Share, dim: int, chunks: int, helper_ratio: int) -> int:
@@ -203,11 +210,12 @@ def frequent_recipe(tables: Tables) -> Clustered:
     )
 
 
-def in_ratio(tables: Tables, helper_ratio: int) -> Callable[[int, Share], Settings]:
+def in_ratio(tables: Tables, helper_ratio: int) -> Callable[[int], Settings]:
     """As many main rows as fit, with `helper_ratio` helper rows each; the form has the chunks."""
     chunks = int(tables.form.removesuffix(" chunks"))
 
-    def settings(size: int, share: Share) -> Settings:
+    def settings(number: int) -> Settings:
+        size, share = tables.sizes[number], tables.shares[number]
         rows = main_rows_within(size, share, tables.dim, chunks, helper_ratio)
         return {
             "num_chunks": chunks, "num_rows": rows, "num_helper_rows": helper_ratio * rows,
@@ -220,11 +228,53 @@ def rare_recipe(tables: Tables) -> Clustered:
     """CCE by the package's recipe for ids with few examples; "4 chunks, 16 rows" of main."""
     chunks, rows = (int(part.split()[0]) for part in tables.form.split(", "))
 
-    def settings(size: int, share: Share) -> Settings:
+    def settings(number: int) -> Settings:
+        size, share = tables.sizes[number], tables.shares[number]
         codes = CodePacking.of_rows(rows).nbytes(size, chunks)
         helper = share.rows(tables.dim, codes, at_least=rows + 1) - rows
         return {
             "num_chunks": chunks, "num_rows": rows, "num_helper_rows": helper, "recipe": "rare",
+        }  # fmt: skip
+
+    schedule = ClusteringSchedule.for_training(tables.passes, tables.steps // tables.passes)
+    return Clustered(tables, settings=settings, clusterings=schedule.steps, resets_state=True)
+
+
+def ours(tables: Tables) -> Embedder:
+    """CCE as the package makes it of bytes alone: rows, recipe and joint tables by its rules.
+
+    Those are the ones of the training program: recipe "auto", schedule `for_training`, and, but
+    where a network multiplies two embeddings, one table for all features of rare ids.
+    """
+    if not tables.shares[0].counts_bytes:
+        raise DoesNotFit("chosen by bytes, and the budget is in parameters")
+    examples = {
+        name: float(counts.sum()) / size
+        for name, size, counts in zip(tables.names, tables.sizes, tables.counts, strict=True)
+    }
+    rare = {name for name in examples if examples[name] < RARE_BELOW}
+    if tables.model != "gmf" and len(rare) > 1:
+        return Joined(_by_bytes, tables, rare)
+    return _by_bytes(tables)
+
+
+def _by_bytes(tables: Tables) -> Clustered:
+    def settings(number: int) -> Settings:
+        size, share = tables.sizes[number], tables.shares[number]
+        try:
+            made = CCEEmbeddingBagConfig.from_bytes(
+                share.amount,
+                name="sized",
+                num_embeddings=size,
+                embedding_dim=tables.dim,
+                recipe="auto",
+                examples_per_id=float(tables.counts[number].sum()) / size,
+            )
+        except ValueError as error:
+            raise DoesNotFit(str(error)) from error
+        return {
+            "num_chunks": made.num_chunks, "num_rows": made.num_rows,
+            "num_helper_rows": made.helper_rows, "recipe": made.recipe,
         }  # fmt: skip
 
     schedule = ClusteringSchedule.for_training(tables.passes, tables.steps // tables.passes)
