@@ -30,7 +30,7 @@ def tensor_of(values: tuple[int, ...], device: torch.device) -> torch.Tensor:
 
 @dataclass(frozen=True)
 class LogicalOutput:
-    """Names, dimensions and sources of the logical output, in configured order."""
+    """Names, dimensions and sources of the logical output, feature by feature of the tables."""
 
     names: list[str]
     dims: list[int]
@@ -40,13 +40,22 @@ class LogicalOutput:
     pooling: list[PoolingType]
     mean: list[bool]
     """Whether the pooled sum is divided by the bag length here."""
+    order: list[int]
+    """Which of them is first in the output, second, and so on."""
 
     @classmethod
     def from_configs(
-        cls, configs: Sequence[EmbeddingBagConfig], is_weighted: bool
+        cls,
+        configs: Sequence[EmbeddingBagConfig],
+        is_weighted: bool,
+        order: Sequence[str] | None = None,
     ) -> LogicalOutput:
-        """The output of a collection of these tables."""
-        out = cls([], [], [], [], [], [])
+        """The output of a collection of these tables, in their order or that of the names `order`.
+
+        Raises:
+            ValueError: `order` has other names.
+        """
+        out = cls([], [], [], [], [], [], [])
         for config, names in zip(configs, get_embedding_names_by_table(list(configs)), strict=True):
             chunks = Table(config).chunks
             for feature, name in zip(config.feature_names, names, strict=True):
@@ -56,7 +65,22 @@ class LogicalOutput:
                 out.physical.append([physical_feature(config.name, feature, j) for j in chunks])
                 out.pooling.append(config.pooling)
                 out.mean.append(divides_by_length(config, is_weighted))
+        if order is not None and sorted(order) != sorted(out.names):
+            raise ValueError(
+                f"output_order is {list(order)}, and the output has {out.names}; name each once"
+            )
+        out.order.extend(out.names.index(name) for name in (out.names if order is None else order))
         return out
+
+    @property
+    def keys(self) -> list[str]:
+        """Names in the order of the output."""
+        return [self.names[i] for i in self.order]
+
+    @property
+    def length_per_key(self) -> list[int]:
+        """Dimensions in the order of the output."""
+        return [self.dims[i] for i in self.order]
 
     def divided(self, row_wise: Collection[str]) -> LogicalOutput:
         """The same where tables `row_wise` are cut by rows: their MEAN is that of all ranks."""
@@ -75,7 +99,7 @@ class LogicalOutput:
         """
         position = {name: i for i, name in enumerate(names)}
         runs: list[list[int]] = []
-        for i in (position[name] for features in self.physical for name in features):
+        for i in (position[name] for own in self.order for name in self.physical[own]):
             if runs and runs[-1][-1] + 1 == i:
                 runs[-1].append(i)
             else:
@@ -90,17 +114,20 @@ class LogicalOutput:
         position = {key: i for i, key in enumerate(features.keys())}
         # An empty bag has the sum 0, and 0 / 1 for its mean.
         bags = features.lengths().clamp(min=1).split(features.stride_per_key())
-        found = [bags[position[slot.feature]] for slot in self.slots]
+        slots = [self.slots[i] for i in self.order]
+        found = [bags[position[slot.feature]] for slot in slots]
         if features.variable_stride_per_key():
             names, inverse = features.inverse_indices()
-            rows = [inverse[names.index(slot.feature)] for slot in self.slots]
+            rows = [inverse[names.index(slot.feature)] for slot in slots]
             found = [bag[row] for bag, row in zip(found, rows, strict=True)]
         columns = [
-            own if mean else torch.ones_like(own)
-            for own, mean in zip(found, self.mean, strict=True)
+            own if self.mean[i] else torch.ones_like(own)
+            for own, i in zip(found, self.order, strict=True)
         ]
         return torch.stack(columns, dim=1).repeat_interleave(
-            tensor_of(tuple(self.dims), features.device()), dim=1, output_size=sum(self.dims)
+            tensor_of(tuple(self.length_per_key), features.device()),
+            dim=1,
+            output_size=sum(self.dims),
         )
 
     def assemble(
@@ -117,4 +144,4 @@ class LogicalOutput:
             values = torch.cat([parts[i] for i in order], dim=1)
         if divisor is not None:
             values = values / divisor.to(values.dtype)
-        return KeyedTensor(keys=self.names, length_per_key=self.dims, values=values)
+        return KeyedTensor(keys=self.keys, length_per_key=self.length_per_key, values=values)

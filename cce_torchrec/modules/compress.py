@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, fields
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 import torch.distributed as dist
 from torch import nn
-from torchrec.modules.embedding_configs import BaseEmbeddingConfig, EmbeddingBagConfig
+from torchrec.modules.embedding_configs import BaseEmbeddingConfig
 
-from cce_torchrec.config import CCEEmbeddingBagConfig, is_cce
-from cce_torchrec.joint import has_default_init
+from cce_torchrec.config import is_cce
+from cce_torchrec.modules.compressed_tables import Form, Made, made_of, ratio_for
 from cce_torchrec.modules.compressible import Found, collections_of, full_bytes, remade
 from cce_torchrec.table import refuse_none
 from cce_torchrec.torchrec_internals import optimizers_in_backward
@@ -37,6 +37,8 @@ class CompressedTable:
     num_chunks: int
     reason: str
     """Why the table stayed as it was; empty where it was compressed."""
+    joint: str = ""
+    """Name of the table that it is a part of, whose rows these are; empty where it is alone."""
 
 
 @dataclass(frozen=True)
@@ -65,7 +67,7 @@ class CompressionReport:
                     *(f"{n:,}" for n in (t.num_embeddings, t.full_bytes, t.bytes)),
                     *(f"{n:,}" if t.num_rows else "-" for n in (t.num_rows, t.num_helper_rows)),
                     str(t.num_chunks) if t.num_rows else "-",
-                    t.reason,
+                    t.reason or (t.joint and f"in {t.joint!r}"),
                 )
             )
         widths = [max(len(row[i]) for row in rows) for i in range(len(header))]
@@ -84,6 +86,7 @@ def compress_model(
     num_rows: int | None = None,
     table_bytes: int | None = None,
     examples_per_id: Mapping[str, float] | None = None,
+    joint: str = "no",
     num_chunks: int = 4,
     seed: int = 0,
     verbose: bool = True,
@@ -104,6 +107,10 @@ def compress_model(
             ratio is found for all of them.
         examples_per_id: by table, the mean training examples of an id in one pass. Tables that are
             named get the recipe "auto" (see `CCEEmbeddingBagConfig`), others "frequent".
+        joint: which tables of a collection become one, whose codebooks their features share (see
+            `joint_table`): "no", those of "rare" ids by `examples_per_id`, or "all"; those of one
+            embedding_dim, data_type and pooling, whose features no other table reads. The output
+            keeps its order.
         num_chunks: most chunks of a table; fewer where embedding_dim asks for it.
         seed: of the hashes.
         verbose: print the report too, on the first rank.
@@ -117,26 +124,29 @@ def compress_model(
     ratio = _checked_ratio(compression, num_rows, table_bytes, num_chunks)
     found = collections_of(model)
     chosen = _choose(model, found, tables, min_bytes)
-    form = Form(num_chunks=num_chunks, seed=seed, examples_per_id=examples_per_id or {})
+    form = Form(
+        num_chunks=num_chunks, seed=seed, examples_per_id=examples_per_id or {}, joint=joint
+    )
     form.check_names({name for _, name in chosen})
     if table_bytes is not None:
-        ratio = _ratio_for(list(chosen.values()), table_bytes, form)
-    made: list[CompressedTable] = []
+        each = [[c for c in at.configs if (at.path, c.name) in chosen] for at in found]
+        ratio = ratio_for(each, table_bytes, form)
+    described: list[CompressedTable] = []
     replacements: dict[nn.Module, nn.Module] = {}
     for at in found:
-        new = []
-        for config in at.configs:
-            table, reason = config, at.reason or (_ALREADY if is_cce(config) else "not chosen")
-            if (at.path, config.name) in chosen:
-                table, reason = compressed(config, ratio, form, num_rows)
-            new.append(table)
-            made.append(_describe(at.path, config, table, reason))
-        if any(table is not config for table, config in zip(new, at.configs, strict=True)):
-            replacements[at.module] = _replacement(at, new)
+        stay = {
+            c.name: at.reason or (_ALREADY if is_cce(c) else "not chosen")
+            for c in at.configs
+            if (at.path, c.name) not in chosen
+        }
+        made = made_of(at.configs, stay, ratio, form, num_rows)
+        described += [one for own in made for one in _describe(at.path, own)]
+        if any(own.table is not own.of[0] for own in made):
+            replacements[at.module] = _replacement(at, [own.table for own in made])
     _replace(model, replacements)
-    report = CompressionReport(made)
+    report = CompressionReport(described)
     if not replacements:
-        reasons = {f"{table.collection}.{table.name}": table.reason for table in made}
+        reasons = {f"{table.collection}.{table.name}": table.reason for table in described}
         logger.warning("nothing was compressed, every table stays as it is: %s", reasons)
     if verbose:
         _print_on_first_rank(report)
@@ -218,96 +228,32 @@ def _refuse_itself(model: nn.Module, chosen: dict[tuple[str, str], BaseEmbedding
         )
 
 
-def _chunks(dim: int, most: int) -> int:
-    """The largest number of chunks up to `most` whose width is a multiple of 4; 0 if none is."""
-    return next((c for c in range(most, 0, -1) if dim % (4 * c) == 0), 0)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Form:
-    """What compressed tables have in common."""
-
-    num_chunks: int
-    """At most."""
-    seed: int
-    examples_per_id: Mapping[str, float]
-    """Of the tables whose recipe follows from it, by name."""
-
-    def check_names(self, tables: Collection[str]) -> None:
-        """Raises ValueError if examples are given of a table that is not compressed."""
-        unknown = sorted(set(self.examples_per_id) - set(tables))
-        if unknown:
-            raise ValueError(
-                f"examples_per_id has {unknown}, which are not compressed; those that are are "
-                f"{sorted(tables)}"
+def _describe(path: str, made: Made) -> list[CompressedTable]:
+    """Each table that became `made`; bytes of a joint one in proportion to their ids."""
+    cce = made.table if is_cce(made.table) else None
+    out: list[CompressedTable] = []
+    ids, rest = sum(config.num_embeddings for config in made.of), cce.table_bytes if cce else 0
+    for config in made.of:
+        own = full_bytes(config)
+        if cce is not None:
+            last = config is made.of[-1]
+            own = rest if last else cce.table_bytes * config.num_embeddings // ids
+            rest -= own
+        out.append(
+            CompressedTable(
+                collection=path,
+                name=config.name,
+                num_embeddings=config.num_embeddings,
+                full_bytes=full_bytes(config),
+                bytes=own,
+                num_rows=cce.num_rows if cce else 0,
+                num_helper_rows=cce.helper_rows if cce else 0,
+                num_chunks=cce.num_chunks if cce else 0,
+                reason=made.reason,
+                joint=made.table.name if len(made.of) > 1 else "",
             )
-
-
-def compressed(
-    config: BaseEmbeddingConfig, ratio: float, form: Form, num_rows: int | None = None
-) -> tuple[BaseEmbeddingConfig, str]:
-    """The CCE form of `config`, or `config` itself and why it stays."""
-    chunks = _chunks(config.embedding_dim, form.num_chunks)
-    if not chunks:
-        return config, f"embedding_dim {config.embedding_dim} is not a multiple of 4"
-    names = {field.name for field in fields(EmbeddingBagConfig)}
-    kept = {f.name: getattr(config, f.name) for f in fields(config) if f.name in names}
-    kept |= {"num_chunks": chunks, "seed": form.seed}
-    if config.name in form.examples_per_id:
-        kept |= {"recipe": "auto", "examples_per_id": form.examples_per_id[config.name]}
-    if has_default_init(config):
-        # As a custom one, it would leave the helper rows at zero (CodebookInit).
-        kept["init_fn"] = None
-    try:
-        CCEEmbeddingBagConfig(num_rows=1, **kept)
-    except ValueError as error:  # a data type or an option that CCE tables do not have
-        return config, str(error)
-    if num_rows is not None:
-        made = CCEEmbeddingBagConfig(num_rows=num_rows, **kept)
-    else:
-        rows = max(2, round(config.num_embeddings / ratio))
-        made = CCEEmbeddingBagConfig.from_params_per_dim(rows, **kept)
-    if made.table_bytes >= full_bytes(config):
-        return config, f"compressed it would take {made.table_bytes:,} bytes"
-    return made, ""
-
-
-def _ratio_for(configs: list[BaseEmbeddingConfig], budget: int, form: Form) -> float:
-    """The least compression ratio at which the tables fit `budget` bytes."""
-
-    def total(ratio: float) -> int:
-        tables = [compressed(c, ratio, form)[0] for c in configs]
-        return sum(t.table_bytes if is_cce(t) else full_bytes(t) for t in tables)
-
-    low, high = 1.0, float(max((c.num_embeddings for c in configs), default=1))
-    if total(high) > budget:
-        raise ValueError(
-            f"table_bytes {budget} does not hold the codes of {len(configs)} tables and two rows "
-            f"each, which take {total(high)}; use more bytes or fewer chunks"
         )
-    # Of the logarithm: the ratio may be of any order of magnitude up to the number of ids.
-    for _ in range(60):
-        middle = (low * high) ** 0.5
-        low, high = (low, middle) if total(middle) <= budget else (middle, high)
-    return high
-
-
-def _describe(
-    path: str, config: BaseEmbeddingConfig, table: BaseEmbeddingConfig, reason: str
-) -> CompressedTable:
-    before = full_bytes(config)
-    cce = table if is_cce(table) else None
-    return CompressedTable(
-        collection=path,
-        name=config.name,
-        num_embeddings=config.num_embeddings,
-        full_bytes=before,
-        bytes=cce.table_bytes if cce else before,
-        num_rows=cce.num_rows if cce else 0,
-        num_helper_rows=cce.helper_rows if cce else 0,
-        num_chunks=cce.num_chunks if cce else 0,
-        reason=reason,
-    )
+    return out
 
 
 def _replacement(at: Found, tables: list[BaseEmbeddingConfig]) -> nn.Module:

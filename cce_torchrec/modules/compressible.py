@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -18,6 +19,7 @@ from torchrec.modules.embedding_modules import (
     EmbeddingBagCollectionInterface,
     EmbeddingCollection,
     EmbeddingCollectionInterface,
+    get_embedding_names_by_table,
 )
 from torchrec.modules.embedding_tower import EmbeddingTower, EmbeddingTowerCollection
 from torchrec.modules.itep_embedding_modules import (
@@ -146,7 +148,15 @@ def _like(module: nn.Module, tables: Sequence[BaseEmbeddingConfig]) -> nn.Module
     if isinstance(module, _COMPRESSIBLE[2:]):
         modes["bounds_check_mode"] = _bags(module).bounds_check_mode
     if isinstance(module, CCEEmbeddingBagCollection | EmbeddingBagCollection):
-        return CCEEmbeddingBagCollection(tables, module.device, module.is_weighted(), **modes)
+        # A joint table brings features together that were apart.
+        if isinstance(module, CCEEmbeddingBagCollection):
+            order = module.output.keys
+        else:
+            by_table = get_embedding_names_by_table(module.embedding_bag_configs())
+            order = list(itertools.chain.from_iterable(by_table))
+        return CCEEmbeddingBagCollection(
+            tables, module.device, module.is_weighted(), **modes, output_order=order
+        )
     assert isinstance(module, CCEEmbeddingCollection | EmbeddingCollection)
     return CCEEmbeddingCollection(tables, module.device, module.need_indices(), **modes)
 

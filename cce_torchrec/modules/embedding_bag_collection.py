@@ -65,9 +65,12 @@ class CCEEmbeddingBagCollection(
         is_weighted: pool by the KJT's per-sample weights. MEAN is then sum(w * x) / L.
         bounds_check_mode: what happens to an id outside [0, num_embeddings): FATAL raises,
             WARNING (the default) and IGNORE read id 0, as FBGEMM does; NONE does not look.
+        output_order: names of the output in another order than the tables', which a model may read
+            by position; see `joint_table`.
 
     Raises:
-        ValueError: duplicate table names, a feature twice in a table, unsupported pooling.
+        ValueError: duplicate table names, a feature twice in a table, unsupported pooling, other
+            names in `output_order`.
     """
 
     def __init__(
@@ -76,6 +79,7 @@ class CCEEmbeddingBagCollection(
         device: torch.device | str | None = None,
         is_weighted: bool = False,
         bounds_check_mode: BoundsCheckMode = BoundsCheckMode.WARNING,
+        output_order: Sequence[str] | None = None,
     ) -> None:
         super().__init__()
         tables = with_features(tables)
@@ -101,7 +105,7 @@ class CCEEmbeddingBagCollection(
             }
         )
         self._every_codes = [local_codes(self.codes, name) for name in self.codes]
-        self.output = LogicalOutput.from_configs(tables, is_weighted)
+        self.output = LogicalOutput.from_configs(tables, is_weighted, output_order)
         names = [feature for config in physical for feature in config.feature_names]
         dims = [config.embedding_dim for config in physical for _ in config.feature_names]
         self._columns = self.output.column_order(names, dims)

@@ -113,7 +113,7 @@ def pooled(bags: Bags, features: KeyedJaggedTensor) -> KeyedTensor:
         ValueError: bounds_check_mode FATAL, as a graph does not look at ids; and in the graph,
             batch sizes per feature without inverse indices.
     """
-    names = [slot.feature for slot in bags.output.slots]
+    names = [bags.output.slots[i].feature for i in bags.output.order]
     features = with_examples(features, names)
     inverse = reorder_inverse_indices(features.inverse_indices_or_none(), names)
     jagged, out = features.to_dict(), []
@@ -132,9 +132,9 @@ def pooled(bags: Bags, features: KeyedJaggedTensor) -> KeyedTensor:
                 vectors = vectors / own.lengths().clamp(min=1).unsqueeze(1)
             out.append(vectors)
     return KeyedTensor(
-        keys=bags.output.names,
-        length_per_key=bags.output.dims,
-        values=process_pooled_embeddings(out, inverse),
+        keys=bags.output.keys,
+        length_per_key=bags.output.length_per_key,
+        values=process_pooled_embeddings([out[i] for i in bags.output.order], inverse),
     )
 
 

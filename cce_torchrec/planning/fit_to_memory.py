@@ -14,7 +14,7 @@ from torchrec.optim.apply_optimizer_in_backward import apply_optimizer_in_backwa
 
 from cce_torchrec.config import is_cce
 from cce_torchrec.distributed.sharders import get_default_sharders
-from cce_torchrec.modules.compress import Form, compressed
+from cce_torchrec.modules.compressed_tables import Form, made_of
 from cce_torchrec.modules.compressible import full_bytes
 from cce_torchrec.modules.embedding_bag_collection import CCEEmbeddingBagCollection
 from cce_torchrec.planning.planner import make_planner
@@ -33,6 +33,7 @@ def tables_for_memory(
     num_chunks: int = 4,
     seed: int = 0,
     examples_per_id: Mapping[str, float] | None = None,
+    joint: str = "no",
 ) -> list[EmbeddingBagConfig]:
     """`tables` with the large ones compressed just so far that a plan fits every rank.
 
@@ -53,6 +54,8 @@ def tables_for_memory(
         seed: of the hashes.
         examples_per_id: by table, the mean training examples of an id in one pass; see
             `compress_model`.
+        joint: which tables become one; see `compress_model`. The one stands where the first of
+            them stood.
 
     Raises:
         ValueError: no tables, examples of one that stays as it is, or not even two rows a chunk
@@ -61,12 +64,15 @@ def tables_for_memory(
     if not tables or num_chunks < 1:
         raise ValueError(f"{len(tables)} tables, num_chunks {num_chunks}: at least 1 of each")
     device = device if device is not None else torch.device("cpu")
-    form = Form(num_chunks=num_chunks, seed=seed, examples_per_id=examples_per_id or {})
+    form = Form(
+        num_chunks=num_chunks, seed=seed, examples_per_id=examples_per_id or {}, joint=joint
+    )
     large = {t.name for t in tables if not is_cce(t) and full_bytes(t) >= min_bytes}
     form.check_names(large)
+    small = {t.name: "small, or compressed" for t in tables if t.name not in large}
 
     def at(ratio: float) -> list[EmbeddingBagConfig]:
-        return [compressed(t, ratio, form)[0] if t.name in large else t for t in tables]
+        return [made.table for made in made_of(tables, small, ratio, form)]
 
     def fits(ratio: float) -> bool:
         configs = at(ratio)

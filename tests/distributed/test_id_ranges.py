@@ -15,14 +15,16 @@ from tests.support.models import MEAN, SUM, batch, tables
 from tests.support.ranks import on_ranks
 from tests.support.twins import Pair, compare
 
+ORDER = ["h@u", "g", "f@p", "f@t", "h@p"]
 
-def made(pooling=SUM, weighted=False, **settings):
+
+def made(pooling=SUM, weighted=False, order=None, **settings):
     configs = tables(pooling)
     shape = {**vars(configs[0]), "id_ranges": {"f": range(200, 300), "g": range(3, 150)}}
     shape |= settings
     del shape["has_custom_init"], shape["init_fn"]
     configs[0] = type(configs[0])(**shape)
-    return CCEEmbeddingBagCollection(configs, is_weighted=weighted)
+    return CCEEmbeddingBagCollection(configs, is_weighted=weighted, output_order=order)
 
 
 @on_ranks(2)
@@ -31,8 +33,9 @@ def made(pooling=SUM, weighted=False, **settings):
 )
 def test_sharded_equals_unsharded(rank, world_size, plan, make):
     kind, data_parallel = PLANS[plan]
-    pair = Pair(kind, data_parallel, MEAN, True, make=lambda: made(MEAN, True))
+    pair = Pair(kind, data_parallel, MEAN, True, make=lambda: made(MEAN, True, ORDER))
     pair.check(make)
+    assert list(pair.plain(make(0, True)).keys()) == ORDER
     # "f" is read by the plain table too, whose ids are its own.
     assert pair.sharded.num_invalid_ids == 0
 

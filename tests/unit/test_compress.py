@@ -12,6 +12,7 @@ from torchrec import (
     EmbeddingConfig,
     KeyedJaggedTensor,
 )
+from torchrec.fx import symbolic_trace
 from torchrec.models.dlrm import DLRM
 from torchrec.modules.embedding_configs import PoolingType
 from torchrec.modules.embedding_tower import EmbeddingTower
@@ -33,6 +34,7 @@ from cce_torchrec import (
     cluster,
     compress_model,
     finalize,
+    joint_table,
 )
 from cce_torchrec.config import is_cce
 
@@ -344,3 +346,154 @@ def test_tables_of_rare_ids_are_told_by_their_examples():
     assert sum(t.bytes for t in report.tables if not t.reason) <= 4000
     with pytest.raises(ValueError, match=r"examples_per_id has \['usr'\], which are not comp"):
         compress_model(dlrm(), compression=5, min_bytes=1, examples_per_id={"usr": 2.0})
+
+
+def joint_model(pooling=PoolingType.SUM):
+    """Tables a and d may be one; b differs in dim, and c shares a feature with e."""
+    shape = dict(embedding_dim=16, pooling=pooling)
+    configs = [
+        EmbeddingBagConfig(name="a", num_embeddings=900, feature_names=["fa", "ga"], **shape),
+        EmbeddingBagConfig(name="b", num_embeddings=500, feature_names=["fb"], embedding_dim=8),
+        EmbeddingBagConfig(name="c", num_embeddings=700, feature_names=["fc"], **shape),
+        EmbeddingBagConfig(name="d", num_embeddings=300, feature_names=["fd"], **shape),
+        EmbeddingBagConfig(name="e", num_embeddings=40, feature_names=["fc"], **shape),
+    ]
+    return nn.ModuleDict({"ebc": EmbeddingBagCollection(tables=configs)})
+
+
+JOINT_KEYS = ["fa", "ga", "fb", "fc@c", "fd", "fc@e"]
+
+
+@pytest.mark.parametrize("pooling", [PoolingType.SUM, PoolingType.MEAN])
+def test_joint_tables_keep_ids_and_the_order_of_the_output(pooling):
+    torch.manual_seed(0)
+    model = joint_model(pooling)
+    features = KeyedJaggedTensor(
+        ["fa", "ga", "fb", "fc", "fd"], torch.arange(10) % 40, lengths=torch.ones(10).int()
+    )
+    before = model["ebc"](features)
+    report = compress_model(
+        model, tables=["a", "b", "c", "d"], compression=10, joint="all", verbose=False
+    )
+    after = model["ebc"](features)
+    assert before.keys() == after.keys() == JOINT_KEYS
+    assert before.length_per_key() == after.length_per_key()
+    configs = {c.name: c for c in model["ebc"].embedding_bag_configs()}
+    assert list(configs) == ["joint", "b", "c", "e"]
+    joint = configs["joint"]
+    first = range(900)
+    assert joint.id_ranges == {"fa": first, "ga": first, "fd": range(900, 1200)}
+    assert joint.rows_per_chunk == 120 and joint.pooling == pooling
+    assert torch.equal(after["fc@e"], before["fc@e"])  # a plain table keeps its weights
+    # By position, as models read it too.
+    parts = after.values().split(after.length_per_key(), dim=1)
+    for name, part in zip(JOINT_KEYS, parts, strict=True):
+        assert torch.equal(after[name], part)
+    graph = symbolic_trace(model["ebc"])(features)
+    assert graph.keys() == JOINT_KEYS
+    torch.testing.assert_close(graph.values(), after.values())
+    rows = {table.name: table for table in report.tables}
+    assert rows["a"].joint == rows["d"].joint == "joint" and not rows["c"].joint
+    assert rows["a"].bytes + rows["d"].bytes == joint.table_bytes
+    assert report.bytes == sum(
+        c.table_bytes if is_cce(c) else 4 * c.num_embeddings * c.embedding_dim
+        for c in configs.values()
+    )
+    assert "in 'joint'" in str(report)
+
+
+def test_a_second_call_keeps_the_order():
+    model = joint_model()
+    compress_model(model, tables=["a", "d"], compression=10, joint="all", verbose=False)
+    compress_model(model, tables=["b"], compression=10, verbose=False)
+    assert model["ebc"].output.keys == JOINT_KEYS
+
+
+@pytest.mark.parametrize("budget", [{"table_bytes": 20_000}, {"num_rows": 5}])
+def test_joint_tables_of_rare_ids(budget):
+    model = joint_model()
+    examples = {"a": 2.0, "c": 5000.0, "d": 6.0}
+    report = compress_model(
+        model,
+        tables=["a", "c", "d"],
+        examples_per_id=examples,
+        joint="rare",
+        verbose=False,
+        **budget,
+    )
+    configs = {c.name: c for c in model["ebc"].embedding_bag_configs()}
+    assert list(configs) == ["joint", "b", "c", "e"]
+    assert configs["joint"].recipe == "rare" and configs["c"].recipe == "frequent"
+    assert configs["joint"].examples_per_id == pytest.approx((2 * 900 + 6 * 300) / 1200)
+    if "table_bytes" in budget:
+        used = sum(table.bytes for table in report.tables if table.num_rows)
+        assert 19_000 < used <= 20_000
+    else:
+        assert configs["joint"].num_rows == 10 and configs["c"].num_rows == 5
+
+
+def test_a_joint_table_takes_a_name_that_is_free():
+    configs = [
+        EmbeddingBagConfig(name=name, num_embeddings=90, embedding_dim=16, feature_names=[name])
+        for name in ("x", "joint", "y")
+    ]
+    model = nn.ModuleDict({"ebc": EmbeddingBagCollection(tables=configs)})
+    compress_model(model, tables=["x", "y"], compression=10, joint="all", verbose=False)
+    assert [c.name for c in model["ebc"].embedding_bag_configs()] == ["joint1", "joint"]
+    assert model["ebc"].output.keys == ["x", "joint", "y"]
+
+
+def test_joint_tables_of_sequences():
+    configs = [
+        EmbeddingConfig(name=name, num_embeddings=90, embedding_dim=16, feature_names=[name])
+        for name in ("x", "y")
+    ]
+    model = nn.ModuleDict({"ec": EmbeddingCollection(tables=configs)})
+    compress_model(model, tables=["x", "y"], compression=10, joint="all", verbose=False)
+    kjt = KeyedJaggedTensor(["x", "y"], torch.tensor([89, 3]), lengths=torch.ones(2).int())
+    assert list(model["ec"](kjt)) == ["x", "y"]
+    (joint,) = model["ec"].embedding_configs()
+    assert joint.num_embeddings == 180 and joint.id_ranges["y"] == range(90, 180)
+
+
+def test_joining_needs_to_know_what_is_rare():
+    with pytest.raises(ValueError, match="joint 'some' is none of"):
+        compress_model(joint_model(), tables=["a"], compression=9, joint="some")
+    with pytest.raises(ValueError, match="joint='rare' goes by the examples of an id; give"):
+        compress_model(joint_model(), tables=["a"], compression=9, joint="rare")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"embedding_dim": 32}, "table 'one': embedding_dim of 'a' is 16, and of 'b' 32; join"),
+        ({"pooling": PoolingType.MEAN}, "pooling of 'a' is PoolingType.SUM, and of 'b'"),
+        ({"feature_names": ["fa"]}, "feature 'fa' is read by table 'b' and another of those"),
+        ({"init_fn": torch.nn.init.zeros_}, "table 'b' has an init_fn of its own"),
+    ],
+)
+def test_tables_that_cannot_be_one(change, message):
+    shape = dict(num_embeddings=50, embedding_dim=16)
+    first = EmbeddingBagConfig(name="a", feature_names=["fa"], **shape)
+    second = EmbeddingBagConfig(**{"name": "b", "feature_names": ["fb"], **shape, **change})
+    with pytest.raises(ValueError, match=message):
+        joint_table([first, second], "one")
+
+
+def test_fields_of_a_joint_table():
+    shape = dict(embedding_dim=16, weight_init_min=-0.1, weight_init_max=0.3)
+    a = EmbeddingBagConfig(name="a", num_embeddings=30, **shape)
+    b = EmbeddingBagConfig(name="b", num_embeddings=90, feature_names=["x", "y"], embedding_dim=16)
+    fields = joint_table([a, b], "one")
+    assert fields["id_ranges"] == {"a": range(30), "x": range(30, 120), "y": range(30, 120)}
+    assert fields["weight_init_max"] == pytest.approx((0.3 * 30 + 90**-0.5 * 90) / 120)
+    made = CCEEmbeddingBagConfig.from_bytes(2000, **fields)
+    assert made.name == "one" and made.num_embeddings == 120
+    with pytest.raises(ValueError, match="table 'a' is compressed already"):
+        joint_table([CCEEmbeddingBagConfig(num_rows=2, **vars_of(a)), b])
+    with pytest.raises(ValueError, match="1 tables to join; give two or more"):
+        joint_table([b])
+
+
+def vars_of(config):
+    return {key: value for key, value in vars(config).items() if key != "init_fn"}

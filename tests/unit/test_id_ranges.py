@@ -19,7 +19,7 @@ from cce_torchrec.checkpoint import load_checkpoint, save_checkpoint
 from cce_torchrec.codes.counts import levels_of
 from cce_torchrec.codes.hashing import hash_ids, raw_id_key
 from cce_torchrec.codes.storage import seen_ids
-from tests.support.models import KEYS, MEAN, STRIDE, SUM, batch, vbe_batch
+from tests.support.models import KEYS, MEAN, STRIDE, SUM, batch, tables, vbe_batch
 
 RANGES = {"f": range(100, 140), "g": range(0, 40), "h": range(45, 85), "unused": range(100, 140)}
 """Two features share their ids, and some ids are nobody's."""
@@ -207,8 +207,8 @@ def test_a_graph_has_the_same_ranges():
 
 
 def test_sequences():
-    tables = [[table(id_ranges=ranges)] for ranges in (RANGES, None)]
-    ours, plain = (CCEEmbeddingCollection(configs, need_indices=True) for configs in tables)
+    both = [[table(id_ranges=ranges)] for ranges in (RANGES, None)]
+    ours, plain = (CCEEmbeddingCollection(configs, need_indices=True) for configs in both)
     plain.load_state_dict(ours.state_dict())
     kjt = batch(4, False)
     got, expected = ours(kjt), plain(counted_on(kjt))
@@ -293,3 +293,21 @@ def test_ranges_grow_at_their_end(tmp_path):
     moved = {**more, "h": range(46, 90)}
     with pytest.raises(ValueError, match="id_ranges is"):
         load_checkpoint(tmp_path, grown(moved), grow=["t"])
+
+
+@pytest.mark.parametrize("make", [batch, vbe_batch])
+def test_the_output_has_the_order_that_was_asked_for(make):
+    order = ["h@u", "g", "f@p", "f@t", "h@p"]
+    torch.manual_seed(0)
+    usual = CCEEmbeddingBagCollection(tables(MEAN))
+    ours = CCEEmbeddingBagCollection(tables(MEAN), output_order=order)
+    ours.load_state_dict(usual.state_dict())
+    kjt = make(1, False)
+    expected, got = usual(kjt), ours(kjt)
+    assert got.keys() == order
+    assert torch.equal(got.values(), torch.cat([expected[name] for name in order], dim=1))
+    graph = symbolic_trace(ours)(kjt)
+    assert graph.keys() == order
+    torch.testing.assert_close(graph.values(), got.values())
+    with pytest.raises(ValueError, match=r"output_order is \['g'\], and the output has \['f@t'"):
+        CCEEmbeddingBagCollection(tables(SUM), output_order=["g"])

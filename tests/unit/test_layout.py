@@ -9,8 +9,9 @@ ROOT = Path(cce_torchrec.__file__).parent
 LAYERS = [
     {"packing"},
     {"collectives", "compiled", "gpu", "torchrec_internals", "versions"},
+    {"config_checks"},
     {"config", "spans"},
-    {"optimizer_state", "table"},
+    {"joint", "optimizer_state", "table"},
     {"codes"},
     {"lookup"},
     {"data", "kmeans", "metrics"},

@@ -1,0 +1,197 @@
+"""The compressed forms of tables, each by itself or several as one, and the ratio for a budget."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, fields
+from typing import Any
+
+from torchrec.modules.embedding_configs import BaseEmbeddingConfig, EmbeddingBagConfig
+
+from cce_torchrec.config import RARE_BELOW, CCEEmbeddingBagConfig, is_cce
+from cce_torchrec.joint import has_default_init, joint_table, shape_of
+from cce_torchrec.modules.compressible import full_bytes
+
+JOINT = ("no", "rare", "all")
+"""Which compressed tables are one."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Form:
+    """What compressed tables have in common."""
+
+    num_chunks: int
+    """At most."""
+    seed: int
+    examples_per_id: Mapping[str, float]
+    """Of the tables whose recipe follows from it, by name."""
+    joint: str = "no"
+    """One of `JOINT`."""
+
+    def __post_init__(self) -> None:
+        if self.joint not in JOINT:
+            raise ValueError(f"joint {self.joint!r} is none of {list(JOINT)}")
+        if self.joint == "rare" and not self.examples_per_id:
+            raise ValueError(
+                "joint='rare' goes by the examples of an id; give examples_per_id, by table, or "
+                "joint='all'"
+            )
+
+    def check_names(self, tables: Collection[str]) -> None:
+        """Raises ValueError if examples are given of a table that is not compressed."""
+        unknown = sorted(set(self.examples_per_id) - set(tables))
+        if unknown:
+            raise ValueError(
+                f"examples_per_id has {unknown}, which are not compressed; those that are are "
+                f"{sorted(tables)}"
+            )
+
+    def joins(self, table: BaseEmbeddingConfig) -> bool:
+        """Whether `table` may be one of several that are one."""
+        examples = self.examples_per_id.get(table.name, RARE_BELOW)
+        return self.joint == "all" or (self.joint == "rare" and examples < RARE_BELOW)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Made:
+    """One table of a collection as it becomes."""
+
+    table: BaseEmbeddingConfig
+    of: list[BaseEmbeddingConfig]
+    """What it replaces: itself, or several that it joins."""
+    reason: str = ""
+    """Why it stays as it was; empty where it is compressed."""
+
+
+def made_of(
+    tables: Sequence[BaseEmbeddingConfig],
+    stay: Mapping[str, str],
+    ratio: float,
+    form: Form,
+    num_rows: int | None = None,
+) -> list[Made]:
+    """What becomes of the tables of one collection, in their order, a joint one at its first.
+
+    Args:
+        tables: of the collection.
+        stay: why those stay that are not to be compressed, by name.
+        ratio: full over compressed rows.
+        form: of those that are compressed.
+        num_rows: main rows of a table, in place of `ratio`.
+    """
+    groups: dict[str, list[BaseEmbeddingConfig]] = {}
+    for table in tables:
+        if table.name not in stay:
+            groups.setdefault(_group(table, tables, form), []).append(table)
+    out: list[Made] = []
+    for table in tables:
+        if table.name in stay:
+            out.append(Made(table=table, of=[table], reason=stay[table.name]))
+            continue
+        group = groups[_group(table, tables, form)]
+        if len(group) == 1:
+            config, reason = compressed(table, ratio, form, num_rows)
+            out.append(Made(table=config, of=[table], reason=reason))
+        elif table is group[0]:
+            taken = {t.name for t in tables} - {t.name for t in group}
+            out += _joined(group, ratio, form, num_rows, _name(taken))
+    return out
+
+
+def _group(table: BaseEmbeddingConfig, tables: Sequence[BaseEmbeddingConfig], form: Form) -> str:
+    """Tables of one group become one."""
+    others = {f for t in tables if t is not table for f in t.feature_names or [t.name]}
+    alone = others.intersection(table.feature_names or [table.name]) or not has_default_init(table)
+    if alone or not form.joins(table):
+        return table.name
+    return f"joint: {shape_of(table)}"
+
+
+def _name(taken: Collection[str]) -> str:
+    """Of a joint table, which no other table has."""
+    return next(name for i in range(len(taken) + 1) if (name := f"joint{i or ''}") not in taken)
+
+
+def _joined(
+    group: list[BaseEmbeddingConfig], ratio: float, form: Form, num_rows: int | None, name: str
+) -> list[Made]:
+    """One table for all of `group`; each as it was, where it would not be smaller."""
+    joint = EmbeddingBagConfig(**_plain(joint_table(group, name)))
+    ids = sum(table.num_embeddings for table in group)
+    known = [t for t in group if t.name in form.examples_per_id]
+    examples = {}
+    if len(known) == len(group):
+        seen = sum(form.examples_per_id[t.name] * t.num_embeddings for t in group)
+        examples[name] = seen / ids
+    rows = None if num_rows is None else num_rows * len(group)
+    own = Form(num_chunks=form.num_chunks, seed=form.seed, examples_per_id=examples)
+    ranges = joint_table(group, name)["id_ranges"]
+    config, reason = compressed(joint, ratio, own, rows, ranges)
+    if reason:
+        return [Made(table=table, of=[table], reason=reason) for table in group]
+    return [Made(table=config, of=group)]
+
+
+def _plain(joint: dict[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in joint.items() if key != "id_ranges"}
+
+
+def _chunks(dim: int, most: int) -> int:
+    """The largest number of chunks up to `most` whose width is a multiple of 4; 0 if none is."""
+    return next((c for c in range(most, 0, -1) if dim % (4 * c) == 0), 0)
+
+
+def compressed(
+    config: BaseEmbeddingConfig,
+    ratio: float,
+    form: Form,
+    num_rows: int | None = None,
+    id_ranges: dict[str, range] | None = None,
+) -> tuple[BaseEmbeddingConfig, str]:
+    """The CCE form of `config`, or `config` itself and why it stays."""
+    chunks = _chunks(config.embedding_dim, form.num_chunks)
+    if not chunks:
+        return config, f"embedding_dim {config.embedding_dim} is not a multiple of 4"
+    names = {field.name for field in fields(EmbeddingBagConfig)}
+    kept = {f.name: getattr(config, f.name) for f in fields(config) if f.name in names}
+    kept |= {"num_chunks": chunks, "seed": form.seed, "id_ranges": id_ranges}
+    if config.name in form.examples_per_id:
+        kept |= {"recipe": "auto", "examples_per_id": form.examples_per_id[config.name]}
+    if has_default_init(config):
+        # As a custom one, it would leave the helper rows at zero (CodebookInit).
+        kept["init_fn"] = None
+    try:
+        CCEEmbeddingBagConfig(num_rows=1, **kept)
+    except ValueError as error:  # a data type or an option that CCE tables do not have
+        return config, str(error)
+    if num_rows is not None:
+        made = CCEEmbeddingBagConfig(num_rows=num_rows, **kept)
+    else:
+        rows = max(2, round(config.num_embeddings / ratio))
+        made = CCEEmbeddingBagConfig.from_params_per_dim(rows, **kept)
+    if made.table_bytes >= full_bytes(config):
+        return config, f"compressed it would take {made.table_bytes:,} bytes"
+    return made, ""
+
+
+def ratio_for(
+    collections: Sequence[Sequence[BaseEmbeddingConfig]], budget: int, form: Form
+) -> float:
+    """The least compression ratio at which the tables of all `collections` fit `budget` bytes."""
+
+    def total(ratio: float) -> int:
+        made = [one.table for tables in collections for one in made_of(tables, {}, ratio, form)]
+        return sum(t.table_bytes if is_cce(t) else full_bytes(t) for t in made)
+
+    every = [table for tables in collections for table in tables]
+    low, high = 1.0, float(max((c.num_embeddings for c in every), default=1))
+    if total(high) > budget:
+        raise ValueError(
+            f"table_bytes {budget} does not hold the codes of {len(every)} tables and two rows "
+            f"each, which take {total(high)}; use more bytes or fewer chunks"
+        )
+    # Of the logarithm: the ratio may be of any order of magnitude up to the number of ids.
+    for _ in range(60):
+        middle = (low * high) ** 0.5
+        low, high = (low, middle) if total(middle) <= budget else (middle, high)
+    return high
