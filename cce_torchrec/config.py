@@ -27,8 +27,8 @@ from cce_torchrec.packing import CodePacking  # noqa: E402
 DEFAULT_HELPER_RATIO = 3
 MAX_ROWS = 2**31 - 1
 _SEEN, _COUNTS = {"seen": 8}, {"counts": 2}
-RARE_ROWS, RARE_CODE_SHARE = (16, 4, 2), 20
-"""Codes of rare ids get at most one byte for so many of codebooks."""
+RARE_ROWS, RARE_CODE_SHARE = (16, 4, 2), 1 / 20
+"""Main rows of rare ids, and what their codes get of a budget of bytes, for each of codebooks."""
 RECIPES, RARE_BELOW = ("frequent", "rare", "auto"), 100.0
 """Examples an id in a pass, without sampled negatives, below which "auto" is "rare"."""
 _WHOLE_NUMBERS = (
@@ -242,12 +242,12 @@ class CCEEmbeddingBagConfig(EmbeddingBagConfig):
         out.num_rows, out.num_helper_rows = self.rows_per_chunk, 0
         return out
 
-    def _with_codes(self) -> CCEEmbeddingBagConfig:
-        """This table of rare ids with the codes that its bytes are enough for."""
+    def _with_codes(self, share: float) -> CCEEmbeddingBagConfig:
+        """This table of rare ids with codes of at most `share` of its codebooks' bytes."""
         for rows in RARE_ROWS:
             packing = CodePacking.of_rows(rows)
             codes = packing.nbytes(self.num_embeddings, self.num_chunks)
-            if rows < self.rows_per_chunk and codes * RARE_CODE_SHARE <= self.codebook_bytes:
+            if 2 * rows <= self.rows_per_chunk and codes <= share * self.codebook_bytes:
                 out = copy.copy(self)
                 out.num_rows, out.num_helper_rows = rows, self.rows_per_chunk - rows
                 return out
@@ -255,12 +255,17 @@ class CCEEmbeddingBagConfig(EmbeddingBagConfig):
 
     @classmethod
     def from_params_per_dim(
-        cls, params_per_dim: int, *, helper_ratio: float = DEFAULT_HELPER_RATIO, **kwargs: Any
+        cls,
+        params_per_dim: int,
+        *,
+        helper_ratio: float = DEFAULT_HELPER_RATIO,
+        code_share: float = math.inf,
+        **kwargs: Any,
     ) -> CCEEmbeddingBagConfig:
         """A table with num_rows + num_helper_rows = `params_per_dim`, split 1 : `helper_ratio`.
 
-        With the recipe "rare" main has the most of 1, 2, 4 or 16 rows whose codes take at most a
-        twentieth of the codebooks' bytes.
+        With the recipe "rare" main has 16 rows, or as many of 4, 2 or 1 as are at most half of all
+        and whose codes take at most `code_share` of the codebooks' bytes.
 
         Raises:
             ValueError: if `params_per_dim` is below 2, which leaves no row for one of the two, or
@@ -277,7 +282,7 @@ class CCEEmbeddingBagConfig(EmbeddingBagConfig):
             )
         whole = cls(num_rows=1, num_helper_rows=params_per_dim - 1, **kwargs)
         if whole.recipe == "rare":
-            return whole._with_codes()
+            return whole._with_codes(code_share)
         num_rows = max(1, min(params_per_dim - 1, round(params_per_dim / (1 + helper_ratio))))
         return cls(num_rows=num_rows, num_helper_rows=params_per_dim - num_rows, **kwargs)
 
@@ -287,14 +292,18 @@ class CCEEmbeddingBagConfig(EmbeddingBagConfig):
     ) -> CCEEmbeddingBagConfig:
         """The largest table of at most `table_bytes` bytes of codebooks and codes.
 
-        Its rows are those of `from_params_per_dim`.
+        Its rows are those of `from_params_per_dim`, with a twentieth for codes of rare ids.
 
         Raises:
             ValueError: if not even two rows a chunk fit beside the codes.
         """
 
         def made(params_per_dim: int) -> CCEEmbeddingBagConfig:
-            return cls.from_params_per_dim(params_per_dim, helper_ratio=helper_ratio, **kwargs)
+            return cls.from_params_per_dim(
+                params_per_dim,
+                helper_ratio=helper_ratio,
+                **{"code_share": RARE_CODE_SHARE, **kwargs},
+            )
 
         smallest = made(2).table_bytes
         if smallest > table_bytes:

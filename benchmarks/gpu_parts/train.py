@@ -94,6 +94,8 @@ def train(part: Part, out: Path, epochs: int, more: list[str]) -> None:
         "16" if part.quick else "64",
         "--epochs",
         str(epochs),
+        "--recipe",
+        "frequent",  # clusterings of many rows, as they were timed before
         "--out",
         str(out),
         *more,

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 from torchrec.modules.embedding_configs import BaseEmbeddingConfig, EmbeddingBagConfig
@@ -27,6 +28,8 @@ class Form:
     """Of the tables whose recipe follows from it, by name."""
     joint: str = "no"
     """One of `JOINT`."""
+    code_share: float = math.inf
+    """What codes of rare ids may take, for each byte of codebooks."""
 
     def __post_init__(self) -> None:
         if self.joint not in JOINT:
@@ -124,7 +127,7 @@ def _joined(
         seen = sum(form.examples_per_id[t.name] * t.num_embeddings for t in group)
         examples[name] = seen / ids
     rows = None if num_rows is None else num_rows * len(group)
-    own = Form(num_chunks=form.num_chunks, seed=form.seed, examples_per_id=examples)
+    own = replace(form, examples_per_id=examples, joint="no")
     ranges = joint_table(group, name)["id_ranges"]
     config, reason = compressed(joint, ratio, own, rows, ranges)
     if reason:
@@ -168,7 +171,7 @@ def compressed(
         made = CCEEmbeddingBagConfig(num_rows=num_rows, **kept)
     else:
         rows = max(2, round(config.num_embeddings / ratio))
-        made = CCEEmbeddingBagConfig.from_params_per_dim(rows, **kept)
+        made = CCEEmbeddingBagConfig.from_params_per_dim(rows, code_share=form.code_share, **kept)
     if made.table_bytes >= full_bytes(config):
         return config, f"compressed it would take {made.table_bytes:,} bytes"
     return made, ""

@@ -12,7 +12,7 @@ from torchrec.distributed.planner.types import PlannerError
 from torchrec.modules.embedding_configs import EmbeddingBagConfig
 from torchrec.optim.apply_optimizer_in_backward import apply_optimizer_in_backward
 
-from cce_torchrec.config import is_cce
+from cce_torchrec.config import RARE_CODE_SHARE, is_cce
 from cce_torchrec.distributed.sharders import get_default_sharders
 from cce_torchrec.modules.compressed_tables import Form, made_of
 from cce_torchrec.modules.compressible import full_bytes
@@ -65,7 +65,11 @@ def tables_for_memory(
         raise ValueError(f"{len(tables)} tables, num_chunks {num_chunks}: at least 1 of each")
     device = device if device is not None else torch.device("cpu")
     form = Form(
-        num_chunks=num_chunks, seed=seed, examples_per_id=examples_per_id or {}, joint=joint
+        num_chunks=num_chunks,
+        seed=seed,
+        examples_per_id=examples_per_id or {},
+        joint=joint,
+        code_share=RARE_CODE_SHARE,
     )
     large = {t.name for t in tables if not is_cce(t) and full_bytes(t) >= min_bytes}
     form.check_names(large)

@@ -73,8 +73,6 @@ class Compression:
         """Whether a feature is one of those that share a table."""
         if self.joint != "rare":
             return self.joint == "all"
-        if self.method != "cce":
-            return False
         return self.recipe == "rare" or (self.recipe == "auto" and examples_per_id < RARE_BELOW)
 
     def table(

@@ -41,9 +41,9 @@ def _parser() -> argparse.ArgumentParser:
         "--table-bytes", type=int, help="of all compressed tables, codes counted; by their ids"
     )
     recipes = ["frequent", "rare", "auto"]
-    add("--recipe", choices=recipes, default="frequent", help="auto: by the examples of an id")
+    add("--recipe", choices=recipes, default="auto", help="auto: by the examples of an id")
     joints = ["no", "rare", "all"]
-    add("--joint", choices=joints, default="no", help="compressed features that share one table")
+    add("--joint", choices=joints, help="features that share a table; default rare, no for gmf")
     add("--epochs", type=int, default=10, help="the same in a resumed run")
     add("--batch-size", type=int, help="of all ranks; default 4096 for gmf, 256 for dlrm")
     add("--optimizer", choices=["rowwise_adagrad", "adagrad", "sgd"], default="rowwise_adagrad")
@@ -86,6 +86,8 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     if args.batch_size is None:
         args.batch_size = 4096 if args.model == "gmf" else 256
+    if args.joint is None:
+        args.joint = "no" if args.model == "gmf" else "rare"
     if args.checkpoint_every < 0:
         parser.error(f"--checkpoint-every {args.checkpoint_every} must be 0 or more steps")
     for name in ("embedding_dim", "num_chunks", "epochs", "batch_size"):
@@ -167,12 +169,17 @@ def lasting(args: argparse.Namespace) -> dict[str, Any]:
     return {name: value for name, value in vars(args).items() if name not in free}
 
 
+BEFORE = {"recipe": "frequent", "joint": "no"}
+"""What runs did that were saved before there were these options."""
+
+
 def check_same(saved: dict[str, Any], current: dict[str, Any], checkpoint: Path) -> None:
     """Refuses to resume a run with other options.
 
     Raises:
         ValueError: naming each option with both values.
     """
+    saved = BEFORE | saved
     differing = [name for name in current if saved.get(name) != current[name]]
     if differing:
         changes = ", ".join(

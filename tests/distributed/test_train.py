@@ -68,7 +68,7 @@ def train(out, *options, ranks=1, check=True, start=forked, program=(main,)):
 
 @pytest.mark.parametrize("plan", ["tw", "cw"])
 def test_cce_on_two_ranks(tmp_path, plan):
-    options = ["--plan", plan, "--compression", "40", "--clusterings", "4"]
+    options = ["--plan", plan, "--compression", "40", "--clusterings", "4", "--recipe", "frequent"]
     if plan == "cw":
         summary = train(tmp_path, *options, "--finalize", ranks=2)
     else:
@@ -133,7 +133,7 @@ def test_a_run_in_an_object_store_is_resumed():
 
 def test_resumed_under_another_pipeline(tmp_path):
     """Batches that a pipeline had read ahead are trained on after all: the losses are the same."""
-    options = ["--clusterings", "3", "--compression", "40"]
+    options = ["--clusterings", "3", "--compression", "40", "--joint", "all"]
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     train(whole, *options, "--pipeline", "none", ranks=2)
     train(parts, *options, "--pipeline", "sparse-dist", "--checkpoint-every", "15", ranks=2)
@@ -169,7 +169,7 @@ def test_hash_on_one_rank(tmp_path):
 
 
 def test_bad_options_end_with_one_sentence(tmp_path):
-    done = train(tmp_path, "--embedding-dim", "30", check=False)
+    done = train(tmp_path, "--embedding-dim", "30", "--joint", "no", check=False)
     assert done.returncode != 0
     assert "error: table 'feature_0': embedding_dim 30 is not divisible" in done.stderr
     assert not list(tmp_path.iterdir())
@@ -181,6 +181,7 @@ def test_bad_options_end_with_one_sentence(tmp_path):
 
 def test_a_finalized_run_resumes(tmp_path):
     options = ("--compression", "40", "--finalize", "--checkpoint-every", "20")
+    options += ("--recipe", "frequent")  # rare tables are left as they are
     before = train(tmp_path, *options)  # 42 steps; finalized after step 38, saved after step 40
     after = train(tmp_path, *options, "--resume")
     assert before["table_bytes"] == 4 * (500 * 16 * 4 + 20_000 * 5)  # 500 rows: 10 bits

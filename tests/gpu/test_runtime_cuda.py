@@ -87,6 +87,8 @@ def test_the_training_program_under_every_pipeline(tmp_path):
             "2",
             "--checkpoint-every",
             "8",
+            "--recipe",
+            "frequent",
             "--out",
             str(tmp_path / pipeline),
         ]

@@ -241,35 +241,37 @@ def rare_recipe(tables: Tables) -> Clustered:
 
 
 def ours(tables: Tables) -> Embedder:
-    """CCE as the package makes it of bytes alone: rows, recipe and joint tables by its rules.
+    """CCE as the package makes it of a budget alone: rows, recipe and joint tables by its rules.
 
     Those are the ones of the training program: recipe "auto", schedule `for_training`, and, but
     where a network multiplies two embeddings, one table for all features of rare ids.
     """
-    if not tables.shares[0].counts_bytes:
-        raise DoesNotFit("chosen by bytes, and the budget is in parameters")
     examples = {
         name: float(counts.sum()) / size
         for name, size, counts in zip(tables.names, tables.sizes, tables.counts, strict=True)
     }
     rare = {name for name in examples if examples[name] < RARE_BELOW}
     if tables.model != "gmf" and len(rare) > 1:
-        return Joined(_by_bytes, tables, rare)
-    return _by_bytes(tables)
+        return Joined(_by_budget, tables, rare)
+    return _by_budget(tables)
 
 
-def _by_bytes(tables: Tables) -> Clustered:
+def _by_budget(tables: Tables) -> Clustered:
     def settings(number: int) -> Settings:
         size, share = tables.sizes[number], tables.shares[number]
+        fields = dict(
+            name="sized",
+            num_embeddings=size,
+            embedding_dim=tables.dim,
+            recipe="auto",
+            examples_per_id=float(tables.counts[number].sum()) / size,
+        )
         try:
-            made = CCEEmbeddingBagConfig.from_bytes(
-                share.amount,
-                name="sized",
-                num_embeddings=size,
-                embedding_dim=tables.dim,
-                recipe="auto",
-                examples_per_id=float(tables.counts[number].sum()) / size,
-            )
+            if share.counts_bytes:
+                made = CCEEmbeddingBagConfig.from_bytes(share.amount, **fields)
+            else:
+                rows = share.amount // tables.dim
+                made = CCEEmbeddingBagConfig.from_params_per_dim(rows, **fields)
         except ValueError as error:
             raise DoesNotFit(str(error)) from error
         return {

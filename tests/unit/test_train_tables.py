@@ -1,0 +1,81 @@
+"""Tables of the training program: which features share one, and what it gets of the budget."""
+
+from types import SimpleNamespace
+
+import pytest
+
+from cce_torchrec.config import is_cce
+from cce_torchrec.train import options
+from cce_torchrec.train.model import Compression, tables
+
+DATA = SimpleNamespace(
+    features={"few": 3, "rare": 900, "often": 40, "rarer": 2000},
+    compressed=["rare", "often", "rarer"],
+    num_train=8000,
+)
+"""8.9, 200 and 4 examples an id of those that are compressed."""
+
+
+def made(**changes):
+    settings = dict(
+        method="cce",
+        num_chunks=4,
+        rows={"rare": 45, "often": 4, "rarer": 100},
+        table_bytes={},
+        recipe="auto",
+        joint="rare",
+        seed=3,
+    )
+    return tables(DATA, Compression(**{**settings, **changes}), dim=16, init_bound=None)
+
+
+def features(configs):
+    return [config.feature_names for config in configs]
+
+
+def test_rare_features_share_a_table_at_the_place_of_the_first():
+    few, joint, often = made()
+    assert features([few, joint, often]) == [["few"], ["rare", "rarer"], ["often"]]
+    assert not is_cce(few) and often.recipe == "frequent" and often.id_ranges is None
+    assert joint.recipe == "rare" and joint.seed == 3
+    assert joint.id_ranges == {"rare": range(900), "rarer": range(900, 2900)}
+    assert joint.rows_per_chunk == 145
+    assert joint.examples_per_id == pytest.approx(2 * 8000 / 2900)
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({"joint": "no"}, [["few"], ["rare"], ["often"], ["rarer"]]),
+        ({"joint": "all"}, [["few"], ["rare", "often", "rarer"]]),
+        ({"recipe": "frequent"}, [["few"], ["rare"], ["often"], ["rarer"]]),
+        ({"recipe": "rare"}, [["few"], ["rare", "often", "rarer"]]),
+        ({"method": "ce"}, [["few"], ["rare", "rarer"], ["often"]]),
+        ({"method": "ce", "recipe": "frequent"}, [["few"], ["rare"], ["often"], ["rarer"]]),
+        ({"method": "ce", "joint": "all"}, [["few"], ["rare", "often", "rarer"]]),
+        ({"method": "full", "joint": "all"}, [["few"], ["rare"], ["often"], ["rarer"]]),
+    ],
+)
+def test_who_shares(changes, expected):
+    assert features(made(**changes)) == expected
+
+
+def test_a_joint_table_has_the_bytes_of_its_features():
+    shares = {"rare": 9_000, "often": 3_000, "rarer": 20_000}
+    _, joint, often = made(table_bytes=shares)
+    assert 28_000 < joint.table_bytes <= 29_000 and often.table_bytes <= 3_000
+    hashed = made(table_bytes=shares, method="hash", joint="all")[1]
+    assert hashed.num_rows == 149 and hashed.num_chunks == 1 and hashed.helper_rows == 0
+
+
+def test_a_run_of_before_there_were_joint_tables_is_resumed_as_it_was(tmp_path):
+    saved = {"epochs": 2}
+    options.check_same(saved, {"epochs": 2, "joint": "no", "recipe": "frequent"}, tmp_path)
+    with pytest.raises(ValueError, match="--joint was no and is rare"):
+        options.check_same(saved, {"epochs": 2, "joint": "rare", "recipe": "frequent"}, tmp_path)
+
+
+def test_a_network_that_multiplies_two_features_has_them_apart():
+    assert options.parse(["--model", "gmf", "--dataset", "ml-1m"]).joint == "no"
+    assert options.parse([]).joint == "rare" and options.parse([]).recipe == "auto"
+    assert options.parse(["--joint", "all"]).joint == "all"
