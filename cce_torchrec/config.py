@@ -92,6 +92,7 @@ class CCEEmbeddingBagConfig(EmbeddingBagConfig):
         self._check_whole_numbers()
         self._check_shape()
         self._resolve_recipe()
+        # After names and numbers, by which these tell what is wrong.
         check_inherited_fields(self._who, self)
         check_id_ranges(self._who, self.id_ranges, self.feature_names, self.num_embeddings)
         self.num_helper_rows = self.helper_rows

@@ -58,6 +58,7 @@ def joint_table(tables: Sequence[BaseEmbeddingConfig], name: str = "joint") -> d
                 )
             ranges[feature] = range(start, start + table.num_embeddings)
         start += table.num_embeddings
+    # One table has one range of initial values, whoever's ids a row serves.
     low = sum(table.get_weight_init_min() * table.num_embeddings for table in tables)
     high = sum(table.get_weight_init_max() * table.num_embeddings for table in tables)
     return {

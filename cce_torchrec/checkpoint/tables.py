@@ -43,6 +43,7 @@ def _record(collection: str, config: Any) -> TableRecord:
     kind = CCETableRecord if is_cce(config) else TableRecord
     names = {field.name for field in fields(kind)} - {"collection"}
     found = {name: getattr(config, name) for name in names}
+    # JSON has no ranges.
     if found.get("id_ranges"):
         found["id_ranges"] = {f: [ids.start, ids.stop] for f, ids in config.id_ranges.items()}
     return kind(collection=collection, **found)

@@ -50,6 +50,7 @@ def with_weights(features: KeyedJaggedTensor, weights: torch.Tensor | None) -> K
 def with_ids(features: KeyedJaggedTensor, ids: torch.Tensor) -> KeyedJaggedTensor:
     """`features` with other ids, of which those beyond the last bag may be left out."""
     variable, weights = features.variable_stride_per_key(), features.weights_or_none()
+    # Lengths and offsets, whichever there are: to ask for the other would cost a launch.
     return KeyedJaggedTensor(
         keys=features.keys(),
         values=ids,

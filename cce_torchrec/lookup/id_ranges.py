@@ -83,6 +83,7 @@ class IdRanges:
             per_key = features.length_per_key()
         if not len(features.lengths()):
             return features  # no bag, and so no id of one
+        # A graph has no number of a batch to compare, and no address to hand on.
         if per_key is not None and not torch.compiler.is_compiling():
             if sum(per_key) > len(ids):
                 return features  # the expansion refuses it, which knows what to say
@@ -96,6 +97,7 @@ class IdRanges:
     ) -> torch.Tensor:
         out = ids.new_empty(sum(per_key), dtype=torch.int64)
         rows = [_numbers(one) for one in self._ranges]
+        # Without a check FBGEMM would read what is there, and so do ids of the next range.
         if check.mode == BoundsCheckMode.NONE:
             rows = [[*row[:2], 0, *row[3:]] for row in rows]
         features = [[count, *row] for count, row in zip(per_key, rows, strict=True)]
@@ -131,6 +133,7 @@ class IdRanges:
         if per_key is not None and device.type == "cpu":
             lengths = torch.tensor(per_key)
             return torch.arange(count).repeat_interleave(lengths, output_size=sum(per_key))
+        # By offsets, which are where the ids are: lengths would have to be read back to split by.
         offsets, stride = features.offsets(), features.stride()
         if features.variable_stride_per_key():
             ends = offsets[starts_of(features.stride_per_key(), device)[1:]]

@@ -114,6 +114,7 @@ class LogicalOutput:
         position = {key: i for i, key in enumerate(features.keys())}
         # An empty bag has the sum 0, and 0 / 1 for its mean.
         bags = features.lengths().clamp(min=1).split(features.stride_per_key())
+        # In the order of the output, which the divisor is as wide as.
         slots = [self.slots[i] for i in self.order]
         found = [bags[position[slot.feature]] for slot in slots]
         if features.variable_stride_per_key():

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch.distributed as dist
@@ -134,17 +134,11 @@ def compress_model(
     )
     form.check_names({name for _, name in chosen})
     if table_bytes is not None:
-        each = [[c for c in at.configs if (at.path, c.name) in chosen] for at in found]
-        ratio = ratio_for(each, table_bytes, form)
+        ratio = ratio_for(_each(found, chosen), table_bytes, form)
     described: list[CompressedTable] = []
     replacements: dict[nn.Module, nn.Module] = {}
     for at in found:
-        stay = {
-            c.name: at.reason or (_ALREADY if is_cce(c) else "not chosen")
-            for c in at.configs
-            if (at.path, c.name) not in chosen
-        }
-        made = made_of(at.configs, stay, ratio, form, num_rows)
+        made = made_of(at.configs, _stay(at, chosen), ratio, form, num_rows)
         described += [one for own in made for one in _describe(at.path, own)]
         if any(own.table is not own.of[0] for own in made):
             replacements[at.module] = _replacement(at, [own.table for own in made])
@@ -231,6 +225,22 @@ def _refuse_itself(model: nn.Module, chosen: dict[tuple[str, str], BaseEmbedding
             f"the model is an {type(model).__name__} itself, which cannot be replaced in place; "
             "build its CCE form, or wrap it in a module"
         )
+
+
+def _each(
+    found: Sequence[Found], chosen: Collection[tuple[str, str]]
+) -> list[list[BaseEmbeddingConfig]]:
+    """The tables that are `chosen`, by collection."""
+    return [[c for c in at.configs if (at.path, c.name) in chosen] for at in found]
+
+
+def _stay(at: Found, chosen: Collection[tuple[str, str]]) -> dict[str, str]:
+    """Why those tables of a collection stay that are not `chosen`, by name."""
+    return {
+        c.name: at.reason or (_ALREADY if is_cce(c) else "not chosen")
+        for c in at.configs
+        if (at.path, c.name) not in chosen
+    }
 
 
 def _describe(path: str, made: Made) -> list[CompressedTable]:

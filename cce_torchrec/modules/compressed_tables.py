@@ -104,6 +104,7 @@ def made_of(
 def _group(table: BaseEmbeddingConfig, tables: Sequence[BaseEmbeddingConfig], form: Form) -> str:
     """Tables of one group become one."""
     others = {f for t in tables if t is not table for f in t.feature_names or [t.name]}
+    # A feature of two tables would be called by the joint one's name in the output.
     alone = others.intersection(table.feature_names or [table.name]) or not has_default_init(table)
     if alone or not form.joins(table):
         return table.name
@@ -123,6 +124,7 @@ def _joined(
     ids = sum(table.num_embeddings for table in group)
     known = [t for t in group if t.name in form.examples_per_id]
     examples = {}
+    # Where some are not known the mean is not either, and the recipe stays "frequent".
     if len(known) == len(group):
         seen = sum(form.examples_per_id[t.name] * t.num_embeddings for t in group)
         examples[name] = seen / ids

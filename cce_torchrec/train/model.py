@@ -128,6 +128,7 @@ def tables(
             out.append(EmbeddingBagConfig(**common))
         elif name not in joint or len(joint) == 1:
             out.append(compression.table([name], examples[name], common))
+        # The others of them are in the table of the first.
         elif name == joint[0]:
             fields = joint_table([EmbeddingBagConfig(**full[other]) for other in joint])
             mean = len(joint) * dataset.num_train / fields["num_embeddings"]
