@@ -34,7 +34,13 @@ if TYPE_CHECKING:  # what `__getattr__` finds, for type checkers and editors
     from cce_torchrec.modules.compress import compress_model
     from cce_torchrec.modules.embedding_bag_collection import CCEEmbeddingBagCollection
     from cce_torchrec.modules.embedding_collection import CCEEmbeddingCollection
-    from cce_torchrec.planning import make_plan, plan_report, tables_for_memory
+    from cce_torchrec.planning import (  # fmt: skip
+        advise,
+        id_counts,
+        make_plan,
+        plan_report,
+        tables_for_memory,
+    )
 
 _MODULES = {
     "config": ["CCEEmbeddingBagConfig"],
@@ -45,7 +51,7 @@ _MODULES = {
     "distributed.sharders": ["get_default_sharders", "register_sharders"],
     "distributed.process_group": ["end_process_group", "start_process_group"],
     "data": ["even_batches"],
-    "planning": ["make_plan", "plan_report", "tables_for_memory"],
+    "planning": ["advise", "id_counts", "make_plan", "plan_report", "tables_for_memory"],
     "clustering": ["ChunkReport", "ClusteringReport", "ClusteringSchedule", "cluster", "finalize"],
     "checkpoint": [
         "CheckpointInfo",
@@ -69,6 +75,7 @@ __all__ = [
     "ClusteringSchedule",
     "LoadReport",
     "TrainingProgress",
+    "advise",
     "checkpoint_info",
     "cluster",
     "compress_model",
@@ -76,6 +83,7 @@ __all__ = [
     "even_batches",
     "finalize",
     "get_default_sharders",
+    "id_counts",
     "joint_table",
     "latest_checkpoint",
     "load_checkpoint",

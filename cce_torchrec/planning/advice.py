@@ -1,0 +1,318 @@
+"""What to make of the tables of a data set: how often ids occur, forms, bytes, and what to expect.
+
+Simple rules, each from a measurement that is named in what is said; none replaces a run of one's
+own.
+"""
+
+from __future__ import annotations
+
+import bisect
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torchrec.modules.embedding_configs import BaseEmbeddingConfig, EmbeddingBagConfig
+
+from cce_torchrec.config import RARE_BELOW, RARE_CODE_SHARE, CCEEmbeddingBagConfig, is_cce
+from cce_torchrec.data import Examples, Share
+from cce_torchrec.kmeans import kmeans
+from cce_torchrec.modules.compressed_tables import Form, made_of, ratio_for
+from cce_torchrec.modules.compressible import full_bytes
+
+HEAD = 0.01
+"""The part of the ids whose share of the traffic is told."""
+_BATCH = 65_536
+_CENTROIDS, _SAMPLE = 256, 65_536
+
+
+@dataclass(frozen=True, kw_only=True)
+class Curve:
+    """What compressing all tables of one data set was seen to cost."""
+
+    source: str
+    rare: bool
+    """Whether its ids are rare, by the threshold of the recipe "auto"."""
+    points: tuple[tuple[float, float], ...]
+    """Bytes, codes counted, over those of the full tables, rising; log loss over that of them."""
+
+    def increase(self, share: float) -> float:
+        """Log loss more at `share` of the bytes, in between by the logarithm of the bytes."""
+        at = [math.log(own) for own, _ in self.points]
+        return _between(at, [loss for _, loss in self.points], math.log(share))
+
+    def share(self, increase: float) -> float:
+        """The least share of the bytes at which log loss is more by `increase`."""
+        falling = [(loss, math.log(own)) for own, loss in reversed(self.points)]
+        return math.exp(_between([x for x, _ in falling], [y for _, y in falling], increase))
+
+    @property
+    def measured(self) -> str:
+        """What it is, and from where to where."""
+        low, high = self.points[0][0], self.points[-1][0]
+        return f"{self.source}, measured from {low:.1%} to {high:.1%} of the bytes"
+
+
+CURVES = (
+    Curve(
+        source="flights (DLRM, D = 16, 4 to 77 examples an id, benchmarks.quality)",
+        rare=True,
+        points=((0.0173, 0.0269), (0.0346, 0.0178), (0.0726, 0.0101), (0.152, 0.0043)),
+    ),
+    Curve(
+        source="MovieLens-1M (GMF, D = 32, 120 and 198 examples an id, docs/results.md)",
+        rare=False,
+        points=((0.076, 0.0395), (0.242, 0.0201)),
+    ),
+)
+"""Of the recipes "rare" and "frequent"."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TableAdvice:
+    """One feature: what the data hold of its ids, and what to make of its table."""
+
+    name: str
+    num_embeddings: int
+    trained_ids: int
+    """Ids with an example or more."""
+    examples_per_id: float
+    """In one pass, of all ids."""
+    head_share: float
+    """Part of the examples that the most frequent hundredth of the ids has."""
+    full_bytes: int
+    bytes: int
+    """Advised; of a joint table in proportion to ids."""
+    form: str
+    """Full, or how it is compressed."""
+    explained: float | None
+    """Of a trained full table: the part of its variance that 256 centroids a chunk keep."""
+    explained_of_noise: float | None
+    """The same of as many random rows: what it keeps beyond is structure of the table."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Advice:
+    """What `advise` says; prints as a table."""
+
+    tables: list[TableAdvice]
+    configs: list[BaseEmbeddingConfig]
+    """The tables as advised, for `CCEEmbeddingBagCollection`."""
+    expected_increase: float
+    """Log loss more than by full tables, by the curve that it rests on."""
+    rests_on: str
+
+    @property
+    def bytes(self) -> int:
+        """Of all tables as advised."""
+        return sum(table.bytes for table in self.tables)
+
+    def __str__(self) -> str:
+        header = ("feature", "ids", "trained", "examples an id", f"hottest {HEAD:.0%}",
+                  "full bytes", "bytes", "kept", "form")  # fmt: skip
+        rows: list[tuple[str, ...]] = [header]
+        for t in self.tables:
+            kept = ""
+            if t.explained is not None:
+                kept = f"{t.explained:.0%} (noise {t.explained_of_noise:.0%})"
+            numbers = (f"{n:,}" for n in (t.full_bytes, t.bytes))
+            counts = f"{t.num_embeddings:,}", f"{t.trained_ids:,}", f"{t.examples_per_id:,.1f}"
+            rows.append((t.name, *counts, f"{t.head_share:.0%}", *numbers, kept, t.form))
+        widths = [max(len(row[i]) for row in rows) for i in range(len(header))]
+        lines = [
+            "  ".join(
+                cell.ljust(width) if at in (0, len(header) - 1) else cell.rjust(width)
+                for at, (cell, width) in enumerate(zip(row, widths, strict=True))
+            ).rstrip()
+            for row in rows
+        ]
+        full = sum(t.full_bytes for t in self.tables)
+        lines.append(f"{self.bytes:,} bytes instead of {full:,}")
+        return "\n".join([*lines, self.rests_on])
+
+
+def id_counts(examples: Examples) -> dict[str, torch.Tensor]:
+    """Training examples in one pass of each id of each feature, int64 [ids]; reads all of them."""
+    names = list(examples.features)
+    counts = {name: torch.zeros(n, dtype=torch.int64) for name, n in examples.features.items()}
+    # Examples that fill no batch are left out: less than one of 256.
+    size = max(1, min(_BATCH, examples.num_train // 256))
+    for rows in examples.batches(Share(batch_size=size), seed=0, epoch=0):
+        columns = [*rows.ids.unbind(1), *(bag.values for bag in rows.bags)]
+        for name, ids in zip(names, columns, strict=True):
+            counts[name] += torch.bincount(ids, minlength=len(counts[name]))
+    return counts
+
+
+def advise(
+    counts: Mapping[str, torch.Tensor],
+    *,
+    embedding_dim: int,
+    table_bytes: int | None = None,
+    loss_increase: float | None = None,
+    multiplies: bool = False,
+    min_bytes: int = 1 << 20,
+    num_chunks: int = 4,
+    weights: Mapping[str, torch.Tensor] | None = None,
+) -> Advice:
+    """What to make of tables whose ids occur as `counts` says.
+
+    Args:
+        counts: by feature, training examples in one pass of each id, int64 [ids], without sampled
+            negatives; `id_counts` has them of a data set.
+        embedding_dim: of all tables.
+        table_bytes: for the tables that are compressed. One of the two budgets.
+        loss_increase: log loss that may be added, from which bytes follow by a curve that was
+            measured on a public data set of ids as frequent.
+        multiplies: whether the network multiplies the embeddings of two features (GMF, two towers),
+            so that tables stay apart.
+        min_bytes: bytes from which a table is compressed.
+        num_chunks: most chunks of a table.
+        weights: trained full tables [ids, embedding_dim], by feature, where there are some.
+
+    Raises:
+        ValueError: not one budget, no table to compress, counts or weights of other shapes.
+    """
+    if (table_bytes is None) == (loss_increase is None):
+        raise ValueError("give one of table_bytes and loss_increase")
+    _check(counts, embedding_dim, weights or {})
+    plain = [
+        EmbeddingBagConfig(
+            name=name, num_embeddings=len(own), embedding_dim=embedding_dim, feature_names=[name]
+        )
+        for name, own in counts.items()
+    ]
+    large = [config for config in plain if full_bytes(config) >= min_bytes]
+    if not large:
+        raise ValueError(
+            f"no table has {min_bytes:,} bytes or more, and small ones are best left whole; lower "
+            "min_bytes"
+        )
+    examples = {c.name: float(counts[c.name].sum()) / c.num_embeddings for c in plain}
+    whole = sum(full_bytes(config) for config in large)
+    curve = _curve(large, examples)
+    if loss_increase is not None:
+        table_bytes = round(whole * curve.share(loss_increase))
+    assert table_bytes is not None  # one of the two was given
+    form = Form(
+        num_chunks=num_chunks,
+        seed=0,
+        examples_per_id={config.name: examples[config.name] for config in large},
+        joint="no" if multiplies else "rare",
+        code_share=RARE_CODE_SHARE,
+    )
+    stay = {c.name: "small" for c in plain if c not in large}
+    made = made_of(plain, stay, ratio_for([large], table_bytes, form), form)
+    explained = {
+        name: (explained_variance(own, num_chunks), explained_variance(_noise(own), num_chunks))
+        for name, own in (weights or {}).items()
+    }
+    told: dict[str, TableAdvice] = {}
+    taken = 0
+    for one in made:
+        ids = sum(config.num_embeddings for config in one.of)
+        size = one.table.table_bytes if is_cce(one.table) else full_bytes(one.table)
+        taken += size if one.table not in plain else 0
+        for config in one.of:
+            own = counts[config.name]
+            told[config.name] = TableAdvice(
+                name=config.name,
+                num_embeddings=config.num_embeddings,
+                trained_ids=int((own > 0).sum()),
+                examples_per_id=examples[config.name],
+                head_share=head_share(own),
+                full_bytes=full_bytes(config),
+                bytes=size * config.num_embeddings // ids,
+                form=_form(one.table, joint=len(one.of) > 1),
+                explained=explained.get(config.name, (None, None))[0],
+                explained_of_noise=explained.get(config.name, (None, None))[1],
+            )
+    increase = curve.increase(taken / whole) if taken else 0.0
+    return Advice(
+        tables=[told[config.name] for config in plain],
+        configs=[one.table for one in made],
+        expected_increase=increase,
+        rests_on=(
+            f"compressed tables take {taken / whole:.1%} of their full bytes; there log loss rose "
+            f"by {increase:.3f} on {curve.measured}. Other data differ: train both, and compare"
+        ),
+    )
+
+
+def head_share(counts: torch.Tensor) -> float:
+    """Part of the examples that the most frequent `HEAD` of the ids has."""
+    hottest = counts.sort(descending=True).values[: max(1, math.ceil(HEAD * len(counts)))]
+    return float(hottest.sum()) / max(1, int(counts.sum()))
+
+
+def explained_variance(weight: torch.Tensor, num_chunks: int) -> float:
+    """The part of the variance of rows [ids, D] that 256 centroids for each chunk keep.
+
+    Of a sample of 65,536 rows. As product quantisation of the trained table would have it: training
+    a compressed table moves rows to where they serve, so it is a sign and no bound. Random rows
+    keep much as well where chunks are narrow, or rows few.
+    """
+    pick = torch.randperm(len(weight), generator=torch.Generator().manual_seed(0))[:_SAMPLE]
+    rows = weight.detach().float().cpu()[pick]
+    left = total = 0.0
+    for chunk in rows.chunk(num_chunks, dim=1):
+        result = kmeans(chunk.contiguous(), min(_CENTROIDS, len(chunk)))
+        left += float((chunk - result.centroids[result.assignment.long()]).square().sum())
+        total += float((chunk - chunk.mean(0)).square().sum())
+    return 1.0 - left / total if total else 1.0
+
+
+def _noise(weight: torch.Tensor) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(0)
+    return torch.randn(len(weight), weight.shape[1], generator=generator)
+
+
+def _check(
+    counts: Mapping[str, torch.Tensor], embedding_dim: int, weights: Mapping[str, torch.Tensor]
+) -> None:
+    for name, own in counts.items():
+        if own.dim() != 1 or not len(own) or own.is_floating_point() or int(own.min()) < 0:
+            raise ValueError(
+                f"counts of {name!r} are {own.dtype} {list(own.shape)}; give a number of examples, "
+                "0 or more, for each id"
+            )
+    for name, weight in weights.items():
+        if name not in counts:
+            raise ValueError(f"weights of {name!r}, and counts of {sorted(counts)}; name a feature")
+        if list(weight.shape) != [len(counts[name]), embedding_dim]:
+            raise ValueError(
+                f"weights of {name!r} are {list(weight.shape)}; give "
+                f"[{len(counts[name])}, {embedding_dim}], a row for each id"
+            )
+
+
+def _curve(tables: Sequence[BaseEmbeddingConfig], examples: Mapping[str, float]) -> Curve:
+    """That of the recipe that most of the bytes are of."""
+    rare = sum(full_bytes(t) for t in tables if examples[t.name] < RARE_BELOW)
+    mostly = 2 * rare >= sum(map(full_bytes, tables))
+    return next(curve for curve in CURVES if curve.rare == mostly)
+
+
+def _form(table: BaseEmbeddingConfig, joint: bool) -> str:
+    if not is_cce(table):
+        return "full"
+    shared = f"in {table.name!r}, " if joint else ""
+    return shared + _said(table)
+
+
+def _said(table: CCEEmbeddingBagConfig) -> str:
+    rows = f"{table.num_rows} + {table.helper_rows:,} rows in {table.num_chunks} chunks"
+    if not table.code_bits:
+        return f"restarted CE, {rows}"
+    return f"CCE, {table.recipe}, {rows}, {table.code_bits}-bit codes"
+
+
+def _between(at: Sequence[float], values: Sequence[float], x: float) -> float:
+    """The value at `x` of a line through the points (at, values), rising; flat beyond its ends."""
+    if x <= at[0]:
+        return values[0]
+    if x >= at[-1]:
+        return values[-1]
+    i = bisect.bisect_right(at, x)
+    part = (x - at[i - 1]) / (at[i] - at[i - 1])
+    return values[i - 1] + part * (values[i] - values[i - 1])

@@ -1,0 +1,126 @@
+"""What to make of the tables of a data set: what is counted, chosen and told."""
+
+import pytest
+import torch
+
+from cce_torchrec import CCEEmbeddingBagCollection, advise, id_counts
+from cce_torchrec.config import is_cce
+from cce_torchrec.data import Bags, Dataset, Rows
+from cce_torchrec.planning.advice import CURVES, explained_variance, head_share
+
+RARE, FREQUENT = CURVES
+
+
+def counts(**changes):
+    """Two rare features of which one has a hot id, a frequent one, and a small one."""
+    hot = torch.ones(20_000, dtype=torch.int64)
+    hot[7] = 30_000
+    made = {
+        "user": torch.full((30_000,), 2),
+        "item": hot,
+        "city": torch.full((3_000,), 500),
+        "few": torch.full((50,), 900),
+    }
+    return made | changes
+
+
+def test_what_is_told_of_ids():
+    own = torch.zeros(400, dtype=torch.int64)
+    own[:4], own[4:100] = 10, 1
+    advice = advise(counts(user=own), embedding_dim=16, table_bytes=200_000, min_bytes=20_000)
+    user, item, city, few = advice.tables
+    assert (user.num_embeddings, user.trained_ids) == (400, 100)
+    assert user.examples_per_id == pytest.approx(136 / 400)
+    assert user.head_share == pytest.approx(40 / 136)
+    # The hot id and 199 others of 20,000.
+    assert item.head_share == pytest.approx((30_000 + 199) / 49_999)
+    assert few.form == "full" and few.bytes == few.full_bytes == 50 * 64
+    assert city.examples_per_id == 500 and city.form.startswith("CCE, frequent, ")
+
+
+def test_a_budget_is_kept_and_the_tables_can_be_made():
+    advice = advise(counts(), embedding_dim=16, table_bytes=300_000, min_bytes=20_000)
+    user, item, city, _ = advice.tables
+    assert user.form == item.form and "in 'joint', restarted CE, 1 + " in user.form
+    compressed = [config for config in advice.configs if is_cce(config)]
+    assert [config.name for config in compressed] == ["joint", "city"]
+    assert 290_000 < sum(config.table_bytes for config in compressed) <= 300_000
+    assert sum(table.bytes for table in (user, item, city)) == pytest.approx(300_000, rel=0.04)
+    made = CCEEmbeddingBagCollection(advice.configs, device="meta")
+    assert made.output.names == ["user", "item", "city", "few"]
+    full = 64 * 53_000
+    expected = RARE.increase(sum(c.table_bytes for c in compressed) / full)
+    assert advice.expected_increase == pytest.approx(expected)
+    said = str(advice)
+    assert "log loss rose by" in said and "flights" in said and "Other data differ" in said
+
+
+def test_tables_of_a_product_stay_apart():
+    advice = advise(
+        counts(), embedding_dim=16, table_bytes=300_000, min_bytes=20_000, multiplies=True
+    )
+    assert [c.name for c in advice.configs] == ["user", "item", "city", "few"]
+
+
+@pytest.mark.parametrize("curve", CURVES)
+def test_bytes_of_a_loss_and_loss_of_bytes(curve):
+    for share, increase in curve.points:
+        assert curve.increase(share) == pytest.approx(increase)
+        assert curve.share(increase) == pytest.approx(share)
+    (low, more), (high, less) = curve.points[0], curve.points[-1]
+    between = (low * high) ** 0.5
+    assert less < curve.increase(between) < more
+    assert curve.share(curve.increase(between)) == pytest.approx(between)
+    assert curve.increase(low / 9) == more and curve.share(less / 9) == pytest.approx(high)
+
+
+def test_bytes_follow_from_a_loss():
+    settings = dict(embedding_dim=16, min_bytes=20_000)
+    some = advise(counts(), loss_increase=0.01, **settings)
+    less = advise(counts(), loss_increase=0.02, **settings)
+    assert some.expected_increase == pytest.approx(0.01, rel=0.05)
+    assert less.bytes < some.bytes
+    frequent = {"a": torch.full((30_000,), 150)}
+    assert "MovieLens-1M" in advise(frequent, loss_increase=0.03, **settings).rests_on
+
+
+def test_a_trained_table_is_compared_with_noise():
+    centers = torch.randn(20, 16, generator=torch.Generator().manual_seed(1))
+    clustered = centers[torch.arange(20_000) % 20]
+    settings = dict(embedding_dim=16, table_bytes=300_000, min_bytes=20_000)
+    advice = advise(counts(), weights={"item": clustered}, **settings)
+    item = advice.tables[1]
+    assert item.explained > 0.99 and 0.8 < item.explained_of_noise < 0.97
+    assert advice.tables[0].explained is None and "100% (noise 9" in str(advice)
+    assert explained_variance(torch.zeros(30, 16), 4) == 1.0
+
+
+def test_counts_of_a_data_set():
+    ids = torch.tensor([[0, 2], [1, 2], [0, 0]] * 400)
+    bags = Bags(torch.tensor([3, 3, 1] * 400), torch.tensor([2, 0, 1] * 400))
+    rows = Rows(torch.zeros(1200, 1), ids, torch.zeros(1200), (bags,))
+    found = id_counts(Dataset("d", {"a": 2, "b": 4, "c": 5}, [], rows, rows))
+    assert found["a"].tolist() == [800, 400] and found["b"].tolist() == [400, 0, 800, 0]
+    assert found["c"].tolist() == [0, 400, 0, 800, 0]
+    assert head_share(found["a"]) == pytest.approx(2 / 3)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"table_bytes": None}, "give one of table_bytes and loss_increase"),
+        ({"loss_increase": 0.1}, "give one of table_bytes and loss_increase"),
+        ({"min_bytes": 1 << 30}, "no table has 1,073,741,824 bytes or more"),
+        ({"counts": {"a": torch.zeros(5)}}, r"counts of 'a' are torch.float32 \[5\]; give"),
+        ({"counts": {"a": torch.tensor([-1])}}, "a number of examples, 0 or more, for each id"),
+        ({"weights": {"usr": torch.zeros(5, 16)}}, r"weights of 'usr', and counts of \['city'"),
+        ({"weights": {"city": torch.zeros(5, 16)}}, r"\[5, 16\]; give \[3000, 16\], a row"),
+        ({"table_bytes": 10}, "table_bytes 10 does not hold"),
+    ],
+)
+def test_what_is_refused(changes, message):
+    settings = dict(embedding_dim=16, table_bytes=300_000, min_bytes=20_000)
+    own = changes.get("counts", counts())
+    rest = {key: value for key, value in changes.items() if key != "counts"}
+    with pytest.raises(ValueError, match=message):
+        advise(own, **{**settings, **rest})
