@@ -94,7 +94,9 @@ class CCEEmbeddingBagConfig(EmbeddingBagConfig):
         self._resolve_recipe()
         # After names and numbers, by which these tell what is wrong.
         check_inherited_fields(self._who, self)
-        check_id_ranges(self._who, self.id_ranges, self.feature_names, self.num_embeddings)
+        names = self.feature_names or [self.name]
+        check_id_ranges(self._who, self.id_ranges, names, self.num_embeddings)
+        self.id_ranges = None if self.id_ranges is None else dict(self.id_ranges)
         self.num_helper_rows = self.helper_rows
         if self.num_helper_rows < 0:
             raise ValueError(f"{self._who}: num_helper_rows {self.num_helper_rows} is negative")

@@ -8,7 +8,12 @@ from collections.abc import Sequence
 from dataclasses import fields
 from typing import Any
 
-from torchrec.modules.embedding_configs import DataType, EmbeddingBagConfig, PoolingType
+from torchrec.modules.embedding_configs import (
+    BaseEmbeddingConfig,
+    DataType,
+    EmbeddingBagConfig,
+    PoolingType,
+)
 
 _UNSUPPORTED_FIELDS = (
     "num_embeddings_post_pruning",
@@ -46,6 +51,13 @@ def check_width(who: str, embedding_dim: int, num_chunks: int) -> None:
     )
 
 
+def unsupported_field(config: BaseEmbeddingConfig) -> str:
+    """The first field of TorchRec's that says what no CCE table does; empty if none does."""
+    defaults = {field.name: field.default for field in fields(BaseEmbeddingConfig)}
+    said = (n for n in _UNSUPPORTED_FIELDS if n in defaults and getattr(config, n) != defaults[n])
+    return next(said, "")
+
+
 def check_inherited_fields(who: str, config: EmbeddingBagConfig) -> None:
     """Refuses what TorchRec's own fields may say and a CCE table cannot do."""
     if not isinstance(config.pooling, PoolingType) or config.pooling not in (
@@ -57,13 +69,12 @@ def check_inherited_fields(who: str, config: EmbeddingBagConfig) -> None:
         raise ValueError(
             f"{who}: data_type {config.data_type} cannot be trained; use FP32, FP16 or BF16"
         )
-    defaults = {field.name: field.default for field in fields(EmbeddingBagConfig)}
-    for name in _UNSUPPORTED_FIELDS:
-        if name in defaults and getattr(config, name) != defaults[name]:
-            raise ValueError(
-                f"{who}: {name}={getattr(config, name)!r} has no meaning for a CCE table; "
-                "leave it at its default"
-            )
+    name = unsupported_field(config)
+    if name:
+        raise ValueError(
+            f"{who}: {name}={getattr(config, name)!r} has no meaning for a CCE table; "
+            "leave it at its default"
+        )
 
 
 def check_id_ranges(

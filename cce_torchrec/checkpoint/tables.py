@@ -130,8 +130,12 @@ def match_tables(
 
 
 def _can_grow(saved: TableRecord, current: TableRecord) -> bool:
-    hashed = isinstance(current, CCETableRecord) and current.hash_ids
-    return current.num_embeddings > saved.num_embeddings and not hashed
+    if isinstance(current, CCETableRecord) and isinstance(saved, CCETableRecord):
+        if current.id_ranges != saved.id_ranges and _ids_stay(saved, current):
+            return current.num_embeddings >= saved.num_embeddings
+        if current.hash_ids:
+            return False
+    return current.num_embeddings > saved.num_embeddings
 
 
 def _conflict(saved: TableRecord, current: TableRecord) -> str:
@@ -150,7 +154,9 @@ def _conflict(saved: TableRecord, current: TableRecord) -> str:
 def _differences(saved: TableRecord, current: TableRecord, may_grow: bool) -> list[str]:
     if saved.kind != current.kind:
         return [f"the checkpoint has a {saved.kind} table, the model a {current.kind} one"]
-    if may_grow and isinstance(current, CCETableRecord) and current.hash_ids:
+    hashed = isinstance(current, CCETableRecord) and current.hash_ids
+    # Into ranges that stay raw ids are hashed as before: by the range, not by the table.
+    if may_grow and hashed and not _ids_stay(saved, current):
         return ["grow needs ids that stay; with hash_ids a larger table renumbers all raw ids"]
     differing = [
         field.name
@@ -168,14 +174,21 @@ def _differences(saved: TableRecord, current: TableRecord, may_grow: bool) -> li
 
 
 def _ids_stay(saved: TableRecord, current: TableRecord) -> bool:
-    """Whether every feature has the ids that it had, and perhaps more."""
-    assert isinstance(saved, CCETableRecord) and isinstance(current, CCETableRecord)
+    """Whether every feature that both have reads the ids that it had, and perhaps more.
+
+    More of raw ids would hash all of them anew.
+    """
+    if not (isinstance(saved, CCETableRecord) and isinstance(current, CCETableRecord)):
+        return False
     if saved.id_ranges is None or current.id_ranges is None:
         return False
-    now = {name: current.id_ranges.get(name) for name in saved.id_ranges}
-    return all(
-        own is not None and own[0] == first and own[1] >= end
-        for (first, end), own in zip(saved.id_ranges.values(), now.values(), strict=True)
+    both = [
+        (saved.id_ranges[n], current.id_ranges[n])
+        for n in saved.id_ranges.keys() & current.id_ranges
+    ]
+    return bool(both) and all(
+        now[0] == first and (now[1] == end or (now[1] > end and not current.hash_ids))
+        for (first, end), now in both
     )
 
 
@@ -210,7 +223,7 @@ def _difference(field: str, saved: TableRecord, current: TableRecord) -> str:
         lacks = "model" if before else "checkpoint"
         return f"the {lacks} has no codes, the other side has; {remedy}"
     if field == "id_ranges":
-        remedy += f"; only later ends and more features are taken, by grow=[{current.name!r}]"
+        remedy += f"; later ends, and more or fewer features, are taken by grow=[{current.name!r}]"
     if field == "num_embeddings" and now > before:
         new = "ids then start from their hash" if saved.kind == "CCE" else "rows stay as they are"
         remedy += f", or pass grow=[{current.name!r}]: new {new}"
@@ -227,5 +240,7 @@ def is_finalized(saved: TableRecord, current: TableRecord) -> bool:
         return False
     rows = current.num_rows + current.num_helper_rows
     ids = current.num_embeddings
+    ranges = current.id_ranges if _ids_stay(saved, current) else saved.id_ranges
     # All else has to agree: a table that is not loaded stays as it is.
-    return replace(saved, num_embeddings=ids) == replace(current, num_rows=rows, num_helper_rows=0)
+    same = replace(saved, num_embeddings=ids, id_ranges=ranges)
+    return same == replace(current, num_rows=rows, num_helper_rows=0)

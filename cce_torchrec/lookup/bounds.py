@@ -82,8 +82,17 @@ class BoundsCheck:
                 count += self._on_device[name].to(count.device)
             self._on_device[name] = count
 
-    def found(self, name: str, count: int | None, first: int, num_embeddings: int) -> None:
+    def found(
+        self,
+        name: str,
+        count: int | None,
+        first: int,
+        num_embeddings: int,
+        end: str = "raise num_embeddings",
+    ) -> None:
         """Treats `count` bad ids (None: not counted), the first of which is `first`.
+
+        A message says that `end` would give them a place.
 
         Raises:
             ValueError: in FATAL mode.
@@ -94,7 +103,7 @@ class BoundsCheck:
         if count is not None:
             message += f" ({count} such ids in this batch)"
         if self.mode == BoundsCheckMode.FATAL:
-            raise ValueError(f"{message}; raise num_embeddings or map the ids into range")
+            raise ValueError(f"{message}; {end} or map the ids into range")
         self._found += count or 0
         self._warn(name, message)
 

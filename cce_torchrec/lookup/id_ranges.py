@@ -21,6 +21,7 @@ from cce_torchrec.lookup.features import with_ids
 from cce_torchrec.lookup.table_lookup import TableLookup
 from cce_torchrec.table import TableFeature
 
+_END = "give the feature a longer range in id_ranges"
 _NO_END = torch.iinfo(torch.int64).max
 
 
@@ -81,6 +82,7 @@ class IdRanges:
         ids, per_key = features.values(), features.length_per_key_or_none()
         if per_key is None and ids.device.type == "cpu":
             per_key = features.length_per_key()
+        # Both of a batch without bags, of which TorchRec makes no offsets.
         if not len(features.lengths()):
             return features  # no bag, and so no id of one
         # A graph has no number of a batch to compare, and no address to hand on.
@@ -102,10 +104,11 @@ class IdRanges:
             rows = [[*row[:2], 0, *row[3:]] for row in rows]
         features = [[count, *row] for count, row in zip(per_key, rows, strict=True)]
         found = native.into_ranges(ids[: len(out)], features, out)
+        # `found` is empty where all ids are in bounds, which is nearly always.
         start = 0
         for one, count, (bad, first) in zip(self._ranges, per_key, found, strict=False):
             if bad and one is not None:
-                check.found(one.name, bad, int(ids[start + first]), len(one.ids))
+                check.found(one.name, bad, int(ids[start + first]), len(one.ids), _END)
             start += count
         return out
 
@@ -122,7 +125,7 @@ class IdRanges:
             own = torch.where(raw.bool(), hash_ids(own, keys, sizes), own)
         if check.mode != BoundsCheckMode.NONE:
             bad = ((own < 0) | (own >= sizes)) & checked.bool()
-            if check.tells:
+            if check.tells and not bad.is_meta:
                 self._tell(own, slot, bad, check)
             own = own.masked_fill(bad, 0)
         return own + first
@@ -153,7 +156,7 @@ class IdRanges:
         for number in slot[bad].unique().tolist():
             one, own = self._ranges[number], ids[bad & (slot == number)]
             assert one is not None  # others are not checked
-            check.found(one.name, len(own), int(own[0]), len(one.ids))
+            check.found(one.name, len(own), int(own[0]), len(one.ids), _END)
 
 
 def _numbers(one: IdRange | None) -> list[int]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch.distributed as dist
@@ -103,7 +103,8 @@ def compress_model(
         tables: names of the tables to compress; None compresses all of at least `min_bytes`.
         min_bytes: bytes from which a table is compressed if none are named.
         compression: full over compressed parameters of each table. One of the three budgets.
-        num_rows: main rows of each table, with 3 times as many helper rows.
+        num_rows: main rows of each table, with 3 times as many helper rows; of a joint one as many
+            for each of its tables.
         table_bytes: bytes for all tables that this call compresses, codes counted; one compression
             ratio is found for all of them.
         examples_per_id: by table, the mean training examples of an id in one pass. Tables that are
@@ -111,7 +112,8 @@ def compress_model(
         joint: which tables of a collection become one, whose codebooks their features share (see
             `joint_table`): "no", those of "rare" ids by `examples_per_id`, or "all"; those of one
             embedding_dim, data_type and pooling, whose features no other table reads. The output
-            keeps its order.
+            keeps its order. Not for networks that only multiply two embeddings. With examples of
+            some of them alone the recipe is "frequent".
         num_chunks: most chunks of a table; fewer where embedding_dim asks for it.
         seed: of the hashes.
         verbose: print the report too, on the first rank.
@@ -134,11 +136,11 @@ def compress_model(
     )
     form.check_names({name for _, name in chosen})
     if table_bytes is not None:
-        ratio = ratio_for(_each(found, chosen), table_bytes, form)
+        each = [(at.configs, _stay(at, chosen)) for at in found]
+        ratio = ratio_for(each, table_bytes, form)
     described: list[CompressedTable] = []
     replacements: dict[nn.Module, nn.Module] = {}
-    for at in found:
-        made = made_of(at.configs, _stay(at, chosen), ratio, form, num_rows)
+    for at, made in _made(found, chosen, ratio, form, num_rows):
         described += [one for own in made for one in _describe(at.path, own)]
         if any(own.table is not own.of[0] for own in made):
             replacements[at.module] = _replacement(at, [own.table for own in made])
@@ -227,11 +229,20 @@ def _refuse_itself(model: nn.Module, chosen: dict[tuple[str, str], BaseEmbedding
         )
 
 
-def _each(
-    found: Sequence[Found], chosen: Collection[tuple[str, str]]
-) -> list[list[BaseEmbeddingConfig]]:
-    """The tables that are `chosen`, by collection."""
-    return [[c for c in at.configs if (at.path, c.name) in chosen] for at in found]
+def _made(
+    found: Sequence[Found],
+    chosen: Collection[tuple[str, str]],
+    ratio: float,
+    form: Form,
+    num_rows: int | None,
+) -> Iterator[tuple[Found, list[Made]]]:
+    """What becomes of the tables of every collection."""
+    # Of the whole model, as plans and `cluster(tables=)` go by names alone.
+    names = {config.name for at in found for config in at.configs}
+    for at in found:
+        made = made_of(at.configs, _stay(at, chosen), ratio, form, num_rows, names)
+        names |= {own.table.name for own in made}
+        yield at, made
 
 
 def _stay(at: Found, chosen: Collection[tuple[str, str]]) -> dict[str, str]:

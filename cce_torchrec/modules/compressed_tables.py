@@ -10,7 +10,7 @@ from typing import Any
 from torchrec.modules.embedding_configs import BaseEmbeddingConfig, EmbeddingBagConfig
 
 from cce_torchrec.config import RARE_BELOW, CCEEmbeddingBagConfig, is_cce
-from cce_torchrec.joint import has_default_init, joint_table, shape_of
+from cce_torchrec.joint import free_name, has_default_init, joint_table, shape_of
 from cce_torchrec.modules.compressible import full_bytes
 
 JOINT = ("no", "rare", "all")
@@ -72,6 +72,7 @@ def made_of(
     ratio: float,
     form: Form,
     num_rows: int | None = None,
+    taken: Collection[str] = (),
 ) -> list[Made]:
     """What becomes of the tables of one collection, in their order, a joint one at its first.
 
@@ -80,24 +81,26 @@ def made_of(
         stay: why those stay that are not to be compressed, by name.
         ratio: full over compressed rows.
         form: of those that are compressed.
-        num_rows: main rows of a table, in place of `ratio`.
+        num_rows: main rows of a table, in place of `ratio`; of a joint one as many for each of its.
+        taken: names that a joint table may not have, beside those of `tables`.
     """
     groups: dict[str, list[BaseEmbeddingConfig]] = {}
     for table in tables:
         if table.name not in stay:
             groups.setdefault(_group(table, tables, form), []).append(table)
-    out: list[Made] = []
+    # Names of the members too: a joint table called like one of them would be taken for it.
+    used, out = {*taken, *(table.name for table in tables)}, []
     for table in tables:
         if table.name in stay:
             out.append(Made(table=table, of=[table], reason=stay[table.name]))
             continue
         group = groups[_group(table, tables, form)]
         if len(group) == 1:
-            config, reason = compressed(table, ratio, form, num_rows)
-            out.append(Made(table=config, of=[table], reason=reason))
+            out.append(_alone(table, ratio, form, num_rows))
         elif table is group[0]:
-            taken = {t.name for t in tables} - {t.name for t in group}
-            out += _joined(group, ratio, form, num_rows, _name(taken))
+            joint = _joined(group, ratio, form, num_rows, free_name(used))
+            used |= {one.table.name for one in joint}
+            out += joint
     return out
 
 
@@ -105,40 +108,36 @@ def _group(table: BaseEmbeddingConfig, tables: Sequence[BaseEmbeddingConfig], fo
     """Tables of one group become one."""
     others = {f for t in tables if t is not table for f in t.feature_names or [t.name]}
     # A feature of two tables would be called by the joint one's name in the output.
-    alone = others.intersection(table.feature_names or [table.name]) or not has_default_init(table)
-    if alone or not form.joins(table):
+    alone = others.intersection(table.feature_names or [table.name])
+    if alone or not has_default_init(table) or _fault(table, form) or not form.joins(table):
         return table.name
     return f"joint: {shape_of(table)}"
 
 
-def _name(taken: Collection[str]) -> str:
-    """Of a joint table, which no other table has."""
-    return next(name for i in range(len(taken) + 1) if (name := f"joint{i or ''}") not in taken)
+def _alone(table: BaseEmbeddingConfig, ratio: float, form: Form, num_rows: int | None) -> Made:
+    config, reason = compressed(table, ratio, form, num_rows)
+    return Made(table=config, of=[table], reason=reason)
 
 
 def _joined(
     group: list[BaseEmbeddingConfig], ratio: float, form: Form, num_rows: int | None, name: str
 ) -> list[Made]:
-    """One table for all of `group`; each as it was, where it would not be smaller."""
-    joint = EmbeddingBagConfig(**_plain(joint_table(group, name)))
-    ids = sum(table.num_embeddings for table in group)
+    """One table for all of `group`; each by itself, where it would not be smaller."""
+    fields = joint_table(group, name)
+    ranges = fields.pop("id_ranges")
     known = [t for t in group if t.name in form.examples_per_id]
     examples = {}
     # Where some are not known the mean is not either, and the recipe stays "frequent".
     if len(known) == len(group):
         seen = sum(form.examples_per_id[t.name] * t.num_embeddings for t in group)
-        examples[name] = seen / ids
+        examples[name] = seen / fields["num_embeddings"]
     rows = None if num_rows is None else num_rows * len(group)
     own = replace(form, examples_per_id=examples, joint="no")
-    ranges = joint_table(group, name)["id_ranges"]
-    config, reason = compressed(joint, ratio, own, rows, ranges)
+    config, reason = compressed(EmbeddingBagConfig(**fields), ratio, own, rows, ranges)
+    # Small tables among large ones may well be smaller alone.
     if reason:
-        return [Made(table=table, of=[table], reason=reason) for table in group]
+        return [_alone(table, ratio, form, num_rows) for table in group]
     return [Made(table=config, of=group)]
-
-
-def _plain(joint: dict[str, Any]) -> dict[str, Any]:
-    return {key: value for key, value in joint.items() if key != "id_ranges"}
 
 
 def _chunks(dim: int, most: int) -> int:
@@ -154,21 +153,10 @@ def compressed(
     id_ranges: dict[str, range] | None = None,
 ) -> tuple[BaseEmbeddingConfig, str]:
     """The CCE form of `config`, or `config` itself and why it stays."""
-    chunks = _chunks(config.embedding_dim, form.num_chunks)
-    if not chunks:
-        return config, f"embedding_dim {config.embedding_dim} is not a multiple of 4"
-    names = {field.name for field in fields(EmbeddingBagConfig)}
-    kept = {f.name: getattr(config, f.name) for f in fields(config) if f.name in names}
-    kept |= {"num_chunks": chunks, "seed": form.seed, "id_ranges": id_ranges}
-    if config.name in form.examples_per_id:
-        kept |= {"recipe": "auto", "examples_per_id": form.examples_per_id[config.name]}
-    if has_default_init(config):
-        # As a custom one, it would leave the helper rows at zero (CodebookInit).
-        kept["init_fn"] = None
-    try:
-        CCEEmbeddingBagConfig(num_rows=1, **kept)
-    except ValueError as error:  # a data type or an option that CCE tables do not have
-        return config, str(error)
+    fault = _fault(config, form)
+    if fault:
+        return config, fault
+    kept = _kept(config, form) | {"id_ranges": id_ranges}
     if num_rows is not None:
         made = CCEEmbeddingBagConfig(num_rows=num_rows, **kept)
     else:
@@ -179,20 +167,53 @@ def compressed(
     return made, ""
 
 
+def _fault(config: BaseEmbeddingConfig, form: Form) -> str:
+    """Why `config` has no CCE form; empty if it has one."""
+    if not _chunks(config.embedding_dim, form.num_chunks):
+        return f"embedding_dim {config.embedding_dim} is not a multiple of 4"
+    try:
+        CCEEmbeddingBagConfig(num_rows=1, **_kept(config, form))
+    except ValueError as error:  # a data type or an option that CCE tables do not have
+        return str(error)
+    return ""
+
+
+def _kept(config: BaseEmbeddingConfig, form: Form) -> dict[str, Any]:
+    """What a CCE table has of `config`, and of `form`."""
+    names = {field.name for field in fields(EmbeddingBagConfig)}
+    kept = {f.name: getattr(config, f.name) for f in fields(config) if f.name in names}
+    kept |= {"num_chunks": _chunks(config.embedding_dim, form.num_chunks), "seed": form.seed}
+    if config.name in form.examples_per_id:
+        kept |= {"recipe": "auto", "examples_per_id": form.examples_per_id[config.name]}
+    if has_default_init(config):
+        # As a custom one, it would leave the helper rows at zero (CodebookInit).
+        kept["init_fn"] = None
+    return kept
+
+
 def ratio_for(
-    collections: Sequence[Sequence[BaseEmbeddingConfig]], budget: int, form: Form
+    collections: Sequence[tuple[Sequence[BaseEmbeddingConfig], Mapping[str, str]]],
+    budget: int,
+    form: Form,
 ) -> float:
-    """The least compression ratio at which the tables of all `collections` fit `budget` bytes."""
+    """The least compression ratio at which tables fit `budget` bytes.
+
+    Args:
+        collections: tables of each, and why those stay that do not count.
+        budget: of all others.
+        form: of those that are compressed.
+    """
 
     def total(ratio: float) -> int:
-        made = [one.table for tables in collections for one in made_of(tables, {}, ratio, form)]
+        every = [(m, s) for tables, s in collections for m in made_of(tables, s, ratio, form)]
+        made = [one.table for one, stay in every if one.of[0].name not in stay]
         return sum(t.table_bytes if is_cce(t) else full_bytes(t) for t in made)
 
-    every = [table for tables in collections for table in tables]
-    low, high = 1.0, float(max((c.num_embeddings for c in every), default=1))
+    counted = [t for tables, stay in collections for t in tables if t.name not in stay]
+    low, high = 1.0, float(max(1, sum(t.num_embeddings for t in counted)))
     if total(high) > budget:
         raise ValueError(
-            f"table_bytes {budget} does not hold the codes of {len(every)} tables and two rows "
+            f"table_bytes {budget} does not hold the codes of {len(counted)} tables and two rows "
             f"each, which take {total(high)}; use more bytes or fewer chunks"
         )
     # Of the logarithm: the ratio may be of any order of magnitude up to the number of ids.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
@@ -144,21 +145,28 @@ def remade(module: nn.Module, tables: Sequence[BaseEmbeddingConfig]) -> nn.Modul
 
 def _like(module: nn.Module, tables: Sequence[BaseEmbeddingConfig]) -> nn.Module:
     """A new CCE collection of `tables` with the options of the collection `module`."""
-    modes = {}
+    modes: dict[str, Any] = {}
     if isinstance(module, _COMPRESSIBLE[2:]):
         modes["bounds_check_mode"] = _bags(module).bounds_check_mode
+    # A joint table brings features together that were apart.
+    modes["output_order"] = _keys(module)
     if isinstance(module, CCEEmbeddingBagCollection | EmbeddingBagCollection):
-        # A joint table brings features together that were apart.
-        if isinstance(module, CCEEmbeddingBagCollection):
-            order = module.output.keys
-        else:
-            by_table = get_embedding_names_by_table(module.embedding_bag_configs())
-            order = list(itertools.chain.from_iterable(by_table))
-        return CCEEmbeddingBagCollection(
-            tables, module.device, module.is_weighted(), **modes, output_order=order
-        )
+        return CCEEmbeddingBagCollection(tables, module.device, module.is_weighted(), **modes)
     assert isinstance(module, CCEEmbeddingCollection | EmbeddingCollection)
     return CCEEmbeddingCollection(tables, module.device, module.need_indices(), **modes)
+
+
+def _keys(module: nn.Module) -> list[str]:
+    """Names of what a collection returns, in their order."""
+    # Of a collection that was compressed before, which may have an order of its own.
+    if isinstance(module, _COMPRESSIBLE[2:]):
+        return _bags(module).output.keys
+    if isinstance(module, EmbeddingBagCollection):
+        by_table = get_embedding_names_by_table(module.embedding_bag_configs())
+    else:
+        assert isinstance(module, EmbeddingCollection)
+        by_table = module.embedding_names_by_table()
+    return list(itertools.chain.from_iterable(by_table))
 
 
 def _bags(module: nn.Module) -> CCEEmbeddingBagCollection:

@@ -47,6 +47,7 @@ class CCEEmbeddingCollection(ShardedWhole, traced.Traceable, EmbeddingCollection
         device: see `CCEEmbeddingBagCollection`.
         need_indices: return the ids as the weights of each JaggedTensor.
         bounds_check_mode: see `CCEEmbeddingBagCollection`.
+        output_order: see `CCEEmbeddingBagCollection`.
 
     Raises:
         ValueError: tables of different embedding_dim, or what `CCEEmbeddingBagCollection` refuses.
@@ -58,6 +59,7 @@ class CCEEmbeddingCollection(ShardedWhole, traced.Traceable, EmbeddingCollection
         device: torch.device | str | None = None,
         need_indices: bool = False,
         bounds_check_mode: BoundsCheckMode = BoundsCheckMode.WARNING,
+        output_order: Sequence[str] | None = None,
     ) -> None:
         super().__init__()
         tables = with_features(tables)
@@ -70,7 +72,7 @@ class CCEEmbeddingCollection(ShardedWhole, traced.Traceable, EmbeddingCollection
         self._configs = list(tables)
         self._need_indices = need_indices
         self.bags = CCEEmbeddingBagCollection(
-            [_with_bags(table) for table in tables], device, False, bounds_check_mode
+            [_with_bags(table) for table in tables], device, False, bounds_check_mode, output_order
         )
 
         self.register_load_state_dict_pre_hook(take_old_names_of_sequences)
@@ -181,10 +183,10 @@ def sequences(
     """Embeddings of each logical feature, from those of its chunks [ids, s]."""
     jagged = features.to_dict()
     out = {}
-    for name, slot, chunks in zip(output.names, output.slots, output.physical, strict=True):
-        own = jagged[slot.feature]
-        out[name] = JaggedTensor(
-            values=torch.cat([vectors[chunk] for chunk in chunks], dim=1),
+    for i in output.order:
+        own = jagged[output.slots[i].feature]
+        out[output.names[i]] = JaggedTensor(
+            values=torch.cat([vectors[chunk] for chunk in output.physical[i]], dim=1),
             lengths=own.lengths(),
             weights=own.values() if need_indices else None,
         )

@@ -17,7 +17,7 @@ from torchrec.modules.embedding_configs import BaseEmbeddingConfig, EmbeddingBag
 from cce_torchrec.config import RARE_BELOW, RARE_CODE_SHARE, CCEEmbeddingBagConfig, is_cce
 from cce_torchrec.data import Examples, Share
 from cce_torchrec.kmeans import kmeans
-from cce_torchrec.modules.compressed_tables import Form, made_of, ratio_for
+from cce_torchrec.modules.compressed_tables import Form, Made, made_of, ratio_for
 from cce_torchrec.modules.compressible import full_bytes
 
 HEAD = 0.01
@@ -176,58 +176,29 @@ def advise(
     if (table_bytes is None) == (loss_increase is None):
         raise ValueError("give one of table_bytes and loss_increase")
     _check(counts, embedding_dim, weights or {})
-    plain = [
-        EmbeddingBagConfig(
-            name=name, num_embeddings=len(own), embedding_dim=embedding_dim, feature_names=[name]
-        )
-        for name, own in counts.items()
-    ]
-    large = [config for config in plain if full_bytes(config) >= min_bytes]
-    if not large:
-        raise ValueError(
-            f"no table has {min_bytes:,} bytes or more, and small ones are best left whole; lower "
-            "min_bytes"
-        )
-    examples = {c.name: float(counts[c.name].sum()) / c.num_embeddings for c in plain}
-    whole = sum(full_bytes(config) for config in large)
+    plain = _plain(counts, embedding_dim)
+    large = _large(plain, min_bytes)
+    examples = {c.name: float(counts[c.name].sum()) / c.num_embeddings for c in large}
+    whole = sum(map(full_bytes, large))
     curve = _curve(large, examples)
-    if loss_increase is not None:
-        table_bytes = round(whole * curve.share(loss_increase))
-    assert table_bytes is not None  # one of the two was given
+    budget = (
+        round(whole * curve.share(loss_increase or 0.0)) if table_bytes is None else table_bytes
+    )
     form = Form(
         num_chunks=num_chunks,
         seed=0,
-        examples_per_id={config.name: examples[config.name] for config in large},
+        examples_per_id=examples,
         joint="no" if multiplies else "rare",
         code_share=RARE_CODE_SHARE,
     )
+    # A small table is read as fast whole, and its ids are mostly frequent.
     stay = {c.name: "small" for c in plain if c not in large}
-    made = made_of(plain, stay, ratio_for([large], table_bytes, form), form)
-    explained = {
-        name: (explained_variance(own, num_chunks), explained_variance(_noise(own), num_chunks))
-        for name, own in (weights or {}).items()
-    }
-    told: dict[str, TableAdvice] = {}
-    taken = 0
-    for one in made:
-        ids = sum(config.num_embeddings for config in one.of)
-        size = one.table.table_bytes if is_cce(one.table) else full_bytes(one.table)
-        taken += size if one.table not in plain else 0
-        for config in one.of:
-            own = counts[config.name]
-            told[config.name] = TableAdvice(
-                name=config.name,
-                num_embeddings=config.num_embeddings,
-                trained_ids=int((own > 0).sum()),
-                examples_per_id=examples[config.name],
-                head_share=head_share(own),
-                full_bytes=full_bytes(config),
-                bytes=size * config.num_embeddings // ids,
-                form=_form(one.table, joint=len(one.of) > 1),
-                explained=explained.get(config.name, (None, None))[0],
-                explained_of_noise=explained.get(config.name, (None, None))[1],
-            )
-    increase = curve.increase(taken / whole) if taken else 0.0
+    made = made_of(plain, stay, ratio_for([(plain, stay)], budget, form), form)
+    explained = _explained(weights or {}, num_chunks)
+    told = {t.name: t for one in made for t in _told(one, counts, explained)}
+    # What it is of the budget: small tables stay as they are, and are not a part of it.
+    taken = sum(told[config.name].bytes for config in large)
+    increase = curve.increase(taken / whole)
     return Advice(
         tables=[told[config.name] for config in plain],
         configs=[one.table for one in made],
@@ -237,6 +208,34 @@ def advise(
             f"by {increase:.3f} on {curve.measured}. Other data differ: train both, and compare"
         ),
     )
+
+
+def _told(
+    made: Made,
+    counts: Mapping[str, torch.Tensor],
+    explained: Mapping[str, tuple[float, float]],
+) -> list[TableAdvice]:
+    """The features of one table as it is made."""
+    ids = sum(config.num_embeddings for config in made.of)
+    size = made.table.table_bytes if is_cce(made.table) else full_bytes(made.table)
+    out = []
+    for config in made.of:
+        own, kept = counts[config.name], explained.get(config.name)
+        out.append(
+            TableAdvice(
+                name=config.name,
+                num_embeddings=config.num_embeddings,
+                trained_ids=int((own > 0).sum()),
+                examples_per_id=float(own.sum()) / config.num_embeddings,
+                head_share=head_share(own),
+                full_bytes=full_bytes(config),
+                bytes=size * config.num_embeddings // ids,
+                form=_form(made.table, joint=len(made.of) > 1),
+                explained=kept[0] if kept else None,
+                explained_of_noise=kept[1] if kept else None,
+            )
+        )
+    return out
 
 
 def head_share(counts: torch.Tensor) -> float:
@@ -260,6 +259,42 @@ def explained_variance(weight: torch.Tensor, num_chunks: int) -> float:
         left += float((chunk - result.centroids[result.assignment.long()]).square().sum())
         total += float((chunk - chunk.mean(0)).square().sum())
     return 1.0 - left / total if total else 1.0
+
+
+def _plain(counts: Mapping[str, torch.Tensor], dim: int) -> list[BaseEmbeddingConfig]:
+    """Full tables of the features."""
+    return [
+        EmbeddingBagConfig(
+            name=name, num_embeddings=len(own), embedding_dim=dim, feature_names=[name]
+        )
+        for name, own in counts.items()
+    ]
+
+
+def _large(tables: Sequence[BaseEmbeddingConfig], min_bytes: int) -> list[BaseEmbeddingConfig]:
+    """Those that are compressed.
+
+    Raises:
+        ValueError: none is.
+    """
+    large = [config for config in tables if full_bytes(config) >= min_bytes]
+    if not large:
+        raise ValueError(
+            f"no table has {min_bytes:,} bytes or more, and small ones are best left whole; lower "
+            "min_bytes"
+        )
+    return large
+
+
+def _explained(
+    weights: Mapping[str, torch.Tensor], num_chunks: int
+) -> dict[str, tuple[float, float]]:
+    """What centroids keep of each table, and of noise of the same shape."""
+    # Beside noise, as any few rows in narrow chunks are near some centroid.
+    return {
+        name: (explained_variance(own, num_chunks), explained_variance(_noise(own), num_chunks))
+        for name, own in weights.items()
+    }
 
 
 def _noise(weight: torch.Tensor) -> torch.Tensor:
@@ -288,6 +323,7 @@ def _check(
 
 def _curve(tables: Sequence[BaseEmbeddingConfig], examples: Mapping[str, float]) -> Curve:
     """That of the recipe that most of the bytes are of."""
+    # One curve for all, as no data set was measured with both kinds of tables in it.
     rare = sum(full_bytes(t) for t in tables if examples[t.name] < RARE_BELOW)
     mostly = 2 * rare >= sum(map(full_bytes, tables))
     return next(curve for curve in CURVES if curve.rare == mostly)

@@ -55,7 +55,8 @@ def tables_for_memory(
         examples_per_id: by table, the mean training examples of an id in one pass; see
             `compress_model`.
         joint: which tables become one; see `compress_model`. The one stands where the first of
-            them stood.
+            them stood, so that a collection of the result has another order of its output, unless
+            it is told `output_order`.
 
     Raises:
         ValueError: no tables, examples of one that stays as it is, or not even two rows a chunk
@@ -85,7 +86,7 @@ def tables_for_memory(
         )
         return _has_plan(planner, configs, optimizer)
 
-    most = float(max(t.num_embeddings for t in tables))
+    most = float(sum(t.num_embeddings for t in tables))
     if not fits(most):
         raise _too_little(at(most), memory_bytes, world_size)
     return at(_least(fits, most))

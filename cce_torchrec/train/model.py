@@ -12,9 +12,9 @@ from torchrec.models.dlrm import DLRM
 from torchrec.modules.embedding_configs import EmbeddingBagConfig
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
-from cce_torchrec.config import RARE_BELOW, CCEEmbeddingBagConfig
+from cce_torchrec.config import RARE_BELOW, CCEEmbeddingBagConfig, is_cce
 from cce_torchrec.data import Examples, Rows
-from cce_torchrec.joint import joint_table
+from cce_torchrec.joint import free_name, joint_table
 from cce_torchrec.modules.embedding_bag_collection import CCEEmbeddingBagCollection
 
 
@@ -60,6 +60,8 @@ class Compression:
     num_chunks: int
     rows: dict[str, int]
     """Per compressed feature, main + helper rows."""
+    num_rows: int | None
+    """Of main, of each compressed feature, with three times as many helper rows, instead."""
     table_bytes: dict[str, int]
     """Per compressed feature, what a CCE table may take instead, or empty."""
     recipe: str
@@ -91,6 +93,9 @@ class Compression:
             )
         common |= {"num_chunks": self.num_chunks, "seed": self.seed, "recipe": self.recipe}
         common["examples_per_id"] = examples_per_id
+        # Asked for as they are, where other budgets leave the rows to the recipe.
+        if self.num_rows is not None:
+            return CCEEmbeddingBagConfig(num_rows=self.num_rows * len(names), **common)
         if self.table_bytes:
             share = sum(self.table_bytes[name] for name in names)
             return CCEEmbeddingBagConfig.from_bytes(share, **common)
@@ -130,10 +135,20 @@ def tables(
             out.append(compression.table([name], examples[name], common))
         # The others of them are in the table of the first.
         elif name == joint[0]:
-            fields = joint_table([EmbeddingBagConfig(**full[other]) for other in joint])
+            members = [EmbeddingBagConfig(**full[other]) for other in joint]
+            fields = joint_table(members, free_name(full))
             mean = len(joint) * dataset.num_train / fields["num_embeddings"]
             out.append(compression.table(joint, mean, fields))
     return out
+
+
+def refuse_to_finalize_none(configs: Sequence[EmbeddingBagConfig]) -> None:
+    """Raises ValueError if --finalize would leave every table alone."""
+    if not any(is_cce(config) and config.can_finalize for config in configs):
+        raise ValueError(
+            "--finalize: all compressed tables are of rare ids, which keep their helper rows; "
+            "leave it out, or give --recipe frequent"
+        )
 
 
 def keyed_jagged(rows: Rows, features: list[str]) -> KeyedJaggedTensor:

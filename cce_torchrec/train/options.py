@@ -86,6 +86,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     if args.batch_size is None:
         args.batch_size = 4096 if args.model == "gmf" else 256
+    # A row that the two factors of a product share would be multiplied by itself.
     if args.joint is None:
         args.joint = "no" if args.model == "gmf" else "rare"
     if args.checkpoint_every < 0:

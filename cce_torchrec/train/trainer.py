@@ -30,7 +30,12 @@ from cce_torchrec.distributed.embedding_bag_collection import ShardedCCEEmbeddin
 from cce_torchrec.metrics import auc, log_loss
 from cce_torchrec.train import data_options, options, pipelines
 from cce_torchrec.train.job import Batch, build
-from cce_torchrec.train.model import Compression, keyed_jagged, tables
+from cce_torchrec.train.model import (
+    Compression,
+    keyed_jagged,
+    refuse_to_finalize_none,
+    tables,
+)
 from cce_torchrec.train.records import Records
 
 T = TypeVar("T")
@@ -66,6 +71,7 @@ class Trainer:
             method=args.method,
             num_chunks=args.num_chunks,
             rows=rows,
+            num_rows=args.num_rows,
             table_bytes={}
             if args.table_bytes is None
             else options.bytes_per_table(args, self.dataset),
@@ -74,6 +80,8 @@ class Trainer:
             seed=args.seed,
         )
         configs = tables(self.dataset, compression, dim=args.embedding_dim, init_bound=init_bound)
+        if args.finalize:
+            refuse_to_finalize_none(configs)
         self.steps = self.dataset.steps(args.batch_size)
         """Optimizer steps per epoch."""
         self.schedule = (

@@ -50,7 +50,7 @@ def test_a_budget_is_kept_and_the_tables_can_be_made():
     assert made.output.names == ["user", "item", "city", "few"]
     full = 64 * 53_000
     expected = RARE.increase(sum(c.table_bytes for c in compressed) / full)
-    assert advice.expected_increase == pytest.approx(expected)
+    assert advice.expected_increase == pytest.approx(expected, rel=1e-3)
     said = str(advice)
     assert "log loss rose by" in said and "flights" in said and "Other data differ" in said
 

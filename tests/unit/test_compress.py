@@ -14,7 +14,7 @@ from torchrec import (
 )
 from torchrec.fx import symbolic_trace
 from torchrec.models.dlrm import DLRM
-from torchrec.modules.embedding_configs import PoolingType
+from torchrec.modules.embedding_configs import DataType, PoolingType
 from torchrec.modules.embedding_tower import EmbeddingTower
 from torchrec.modules.fused_embedding_modules import FusedEmbeddingBagCollection
 from torchrec.modules.itep_embedding_modules import ITEPEmbeddingBagCollection
@@ -444,16 +444,83 @@ def test_a_joint_table_takes_a_name_that_is_free():
 
 
 def test_joint_tables_of_sequences():
+    names = ["x", "between", "y"]
     configs = [
         EmbeddingConfig(name=name, num_embeddings=90, embedding_dim=16, feature_names=[name])
-        for name in ("x", "y")
+        for name in names
     ]
     model = nn.ModuleDict({"ec": EmbeddingCollection(tables=configs)})
+    kjt = KeyedJaggedTensor(names, torch.tensor([89, 5, 3]), lengths=torch.ones(3).int())
+    before = model["ec"](kjt)
     compress_model(model, tables=["x", "y"], compression=10, joint="all", verbose=False)
-    kjt = KeyedJaggedTensor(["x", "y"], torch.tensor([89, 3]), lengths=torch.ones(2).int())
-    assert list(model["ec"](kjt)) == ["x", "y"]
-    (joint,) = model["ec"].embedding_configs()
+    after = model["ec"](kjt)
+    assert list(after) == list(before) == names
+    assert torch.equal(after["between"].values(), before["between"].values())
+    joint = model["ec"].embedding_configs()[0]
     assert joint.num_embeddings == 180 and joint.id_ranges["y"] == range(90, 180)
+    compress_model(model, tables=["between"], compression=10, verbose=False)
+    assert list(model["ec"](kjt)) == names
+
+
+def plain(name, ids=900, **changes):
+    shape = dict(num_embeddings=ids, embedding_dim=16, feature_names=[name])
+    return EmbeddingBagConfig(name=name, **{**shape, **changes})
+
+
+def test_names_of_joint_tables_are_unique_in_a_model():
+    model = nn.ModuleDict(
+        {
+            key: EmbeddingBagCollection(tables=[plain(f"{key}{i}") for i in range(2)])
+            for key in ("left", "right")
+        }
+    )
+    compress_model(model, compression=10, joint="all", min_bytes=1, verbose=False)
+    names = [c.name for key in model for c in model[key].embedding_bag_configs()]
+    assert names == ["joint", "joint1"]
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"num_embeddings_post_pruning": 10}, {"need_pos": True}, {"data_type": DataType.INT8}],
+)
+def test_a_table_that_has_no_cce_form_is_not_joined(change):
+    tables = [plain("a", **change), plain("b"), plain("c")]
+    model = nn.ModuleDict({"ebc": EmbeddingBagCollection(tables=tables)})
+    report = compress_model(model, compression=10, joint="all", min_bytes=1, verbose=False)
+    assert [c.name for c in model["ebc"].embedding_bag_configs()] == ["a", "joint"]
+    assert report.tables[0].reason.startswith("table 'a'")
+    if "data_type" not in change:
+        with pytest.raises(ValueError, match=f"table 'a': {next(iter(change))}="):
+            joint_table(tables)
+
+
+def test_tables_are_apart_where_one_would_not_be_smaller():
+    tables = [plain("large", 40_000), *(plain(f"small{i}", 200) for i in range(25))]
+    model = nn.ModuleDict({"ebc": EmbeddingBagCollection(tables=tables)})
+    report = compress_model(model, num_rows=500, joint="all", min_bytes=1, verbose=False)
+    assert [table.name for table in report.tables if table.num_rows] == ["large"]
+
+
+@pytest.mark.parametrize("budget", [100_000, 500, 450])
+def test_a_budget_of_bytes_is_that_of_the_tables_that_are_made(budget):
+    tables = [plain("a", 30_000), plain("b", 20_000), plain("c", 10_000)]
+    tables.append(plain("d", 50, feature_names=["a", "d"]))  # so "a" is by itself
+    model = nn.ModuleDict({"ebc": EmbeddingBagCollection(tables=tables)})
+    options = dict(tables=["b", "c"] if budget < 1000 else ["a", "b", "c"], joint="all")
+    examples = dict.fromkeys(options["tables"], 5.0)
+    report = compress_model(
+        model, table_bytes=budget, examples_per_id=examples, verbose=False, **options
+    )
+    used = sum(table.bytes for table in report.tables if table.num_rows)
+    assert 0.8 * budget < used <= budget
+
+
+def test_room_for_more_ids():
+    fields = joint_table((plain(name, 100) for name in "ab"), room=0.5)
+    assert fields["id_ranges"] == {"a": range(100), "b": range(150, 250)}
+    assert fields["num_embeddings"] == 300
+    with pytest.raises(ValueError, match="room -1 must be 0 or more"):
+        joint_table([plain("a"), plain("b")], room=-1)
 
 
 def test_joining_needs_to_know_what_is_rare():

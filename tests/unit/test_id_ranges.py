@@ -171,7 +171,8 @@ def test_an_id_out_of_its_range_is_read_as_the_first_one(mode, caplog):
 def test_an_id_out_of_its_range_ends_the_job_in_fatal_mode():
     ours, _ = twins(bounds_check_mode=BoundsCheckMode.FATAL)
     with pytest.raises(
-        ValueError, match=r"table 't', feature 'g': id -1 is outside \[0, 40\) \(1 "
+        ValueError,
+        match=r"feature 'g': id -1 is outside .*; give the feature a longer range in id_ranges",
     ):
         ours(BAD)
     ours(one_bag_each([39], [0], [1], [39]))
@@ -280,7 +281,7 @@ def test_ranges_grow_at_their_end(tmp_path):
 
     larger = grown(more)
     with pytest.raises(
-        ValueError, match=r"id_ranges is .* more features are taken, by grow=\['t'\]"
+        ValueError, match=r"id_ranges is .* fewer features, are taken by grow=\['t'\]"
     ):
         load_checkpoint(tmp_path, larger)
     load_checkpoint(tmp_path, larger, grow=["t"])
@@ -311,3 +312,74 @@ def test_the_output_has_the_order_that_was_asked_for(make):
     torch.testing.assert_close(graph.values(), got.values())
     with pytest.raises(ValueError, match=r"output_order is \['g'\], and the output has \['f@t'"):
         CCEEmbeddingBagCollection(tables(SUM), output_order=["g"])
+
+
+def test_on_meta():
+    made = CCEEmbeddingBagCollection([table(id_ranges=RANGES)], device="meta")
+    assert made(batch(0, False).to("meta")).values().shape == (STRIDE, 64)
+
+
+def test_a_configuration_keeps_its_ranges_to_itself():
+    ranges = dict(RANGES)
+    made = table(id_ranges=ranges)
+    ranges["f"] = range(0)
+    assert made.id_ranges == RANGES
+    only = CCEEmbeddingBagConfig(
+        name="t", num_embeddings=150, embedding_dim=16, num_rows=5, id_ranges={"t": range(5, 9)}
+    )
+    assert CCEEmbeddingBagCollection([only]).output.names == ["t"]
+
+
+ROOM = {**RANGES, "h": range(45, 95)}
+"""Grown where there was room."""
+
+
+def loaded(path, ranges, *, names=None, settings=None, **options):
+    made = CCEEmbeddingBagCollection(
+        [table(id_ranges=ranges, feature_names=names or list(ranges), **(settings or {}))]
+    )
+    load_checkpoint(path, made, **options)
+    return made
+
+
+@pytest.mark.parametrize("options", [{"grow": ["t"]}, {"strict": False}], ids=str)
+def test_room_is_taken_and_features_come_and_go(tmp_path, options):
+    ours = saved(tmp_path)
+    kjt = batch(0, False)
+    expected = ours(kjt)
+    fewer = {name: own for name, own in RANGES.items() if name != "f"}
+    for ranges in (ROOM, fewer, {**ROOM, "new": range(95, 99)}):
+        made = loaded(tmp_path, ranges, **options)
+        same = [name for name in KEYS if name in ranges]
+        bags = kjt.to_dict()
+        none = torch.zeros(STRIDE, dtype=torch.int64)
+        own = KeyedJaggedTensor(
+            [*same, "new"],
+            torch.cat([bags[name].values() for name in same]),
+            lengths=torch.cat([*(bags[name].lengths() for name in same), none]),
+            stride=STRIDE,
+        )
+        got = made(own)
+        for name in same:
+            assert torch.equal(got[name], expected[name]), name
+
+
+def test_a_finalized_checkpoint_and_longer_ranges(tmp_path):
+    torch.manual_seed(1)
+    made = CCEEmbeddingBagCollection([table(id_ranges=RANGES)])
+    finalize(made)
+    save_checkpoint(tmp_path, made, step=1)
+    again = loaded(tmp_path, ROOM, grow=["t"])
+    assert not again.embedding_bag_configs()[0].helper_rows
+    kjt = batch(0, False)
+    assert torch.equal(again(kjt)["g"], made(kjt)["g"])
+
+
+def test_raw_ids_take_new_features_and_no_longer_ranges(tmp_path):
+    raw = {"hash_ids": True}
+    ours = saved(tmp_path, **raw)
+    kjt = batch(0, False, keys=[*KEYS, "new"])
+    made = loaded(tmp_path, {**RANGES, "new": range(90, 99)}, settings=raw, grow=["t"])
+    assert torch.equal(made(kjt)["f"], ours(kjt)["f"])
+    with pytest.raises(ValueError, match="with hash_ids a larger table renumbers all raw ids"):
+        loaded(tmp_path, ROOM, settings=raw, grow=["t"])

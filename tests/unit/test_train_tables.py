@@ -6,7 +6,7 @@ import pytest
 
 from cce_torchrec.config import is_cce
 from cce_torchrec.train import options
-from cce_torchrec.train.model import Compression, tables
+from cce_torchrec.train.model import Compression, refuse_to_finalize_none, tables
 
 DATA = SimpleNamespace(
     features={"few": 3, "rare": 900, "often": 40, "rarer": 2000},
@@ -21,6 +21,7 @@ def made(**changes):
         method="cce",
         num_chunks=4,
         rows={"rare": 45, "often": 4, "rarer": 100},
+        num_rows=None,
         table_bytes={},
         recipe="auto",
         joint="rare",
@@ -79,3 +80,21 @@ def test_a_network_that_multiplies_two_features_has_them_apart():
     assert options.parse(["--model", "gmf", "--dataset", "ml-1m"]).joint == "no"
     assert options.parse([]).joint == "rare" and options.parse([]).recipe == "auto"
     assert options.parse(["--joint", "all"]).joint == "all"
+
+
+def test_main_rows_that_were_asked_for_are_given_whatever_the_recipe():
+    _, joint, often = made(num_rows=20)
+    assert (joint.num_rows, joint.helper_rows) == (40, 120) and joint.recipe == "rare"
+    assert (often.num_rows, often.helper_rows) == (20, 60)
+
+
+def test_a_feature_called_joint(monkeypatch):
+    features = {"joint": 3, **{k: v for k, v in DATA.features.items() if k != "few"}}
+    monkeypatch.setattr(DATA, "features", features)
+    assert [config.name for config in made()] == ["joint", "joint1", "often"]
+
+
+def test_finalizing_needs_a_table_that_can_be():
+    refuse_to_finalize_none(made())
+    with pytest.raises(ValueError, match="--finalize: all compressed tables are of rare ids"):
+        refuse_to_finalize_none(made(recipe="rare"))
