@@ -6,7 +6,6 @@ own.
 
 from __future__ import annotations
 
-import bisect
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -19,53 +18,12 @@ from cce_torchrec.data import Examples, Share
 from cce_torchrec.kmeans import kmeans
 from cce_torchrec.modules.compressed_tables import Form, Made, made_of, ratio_for
 from cce_torchrec.modules.compressible import full_bytes
+from cce_torchrec.planning.loss_curves import CURVES, Curve
 
 HEAD = 0.01
 """The part of the ids whose share of the traffic is told."""
 _BATCH = 65_536
 _CENTROIDS, _SAMPLE = 256, 65_536
-
-
-@dataclass(frozen=True, kw_only=True)
-class Curve:
-    """What compressing all tables of one data set was seen to cost."""
-
-    source: str
-    rare: bool
-    """Whether its ids are rare, by the threshold of the recipe "auto"."""
-    points: tuple[tuple[float, float], ...]
-    """Bytes, codes counted, over those of the full tables, rising; log loss over that of them."""
-
-    def increase(self, share: float) -> float:
-        """Log loss more at `share` of the bytes, in between by the logarithm of the bytes."""
-        at = [math.log(own) for own, _ in self.points]
-        return _between(at, [loss for _, loss in self.points], math.log(share))
-
-    def share(self, increase: float) -> float:
-        """The least share of the bytes at which log loss is more by `increase`."""
-        falling = [(loss, math.log(own)) for own, loss in reversed(self.points)]
-        return math.exp(_between([x for x, _ in falling], [y for _, y in falling], increase))
-
-    @property
-    def measured(self) -> str:
-        """What it is, and from where to where."""
-        low, high = self.points[0][0], self.points[-1][0]
-        return f"{self.source}, measured from {low:.1%} to {high:.1%} of the bytes"
-
-
-CURVES = (
-    Curve(
-        source="flights (DLRM, D = 16, 4 to 77 examples an id, benchmarks.quality)",
-        rare=True,
-        points=((0.0173, 0.0269), (0.0346, 0.0178), (0.0726, 0.0101), (0.152, 0.0043)),
-    ),
-    Curve(
-        source="MovieLens-1M (GMF, D = 32, 120 and 198 examples an id, docs/results.md)",
-        rare=False,
-        points=((0.076, 0.0395), (0.242, 0.0201)),
-    ),
-)
-"""Of the recipes "rare" and "frequent"."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -341,14 +299,3 @@ def _said(table: CCEEmbeddingBagConfig) -> str:
     if not table.code_bits:
         return f"restarted CE, {rows}"
     return f"CCE, {table.recipe}, {rows}, {table.code_bits}-bit codes"
-
-
-def _between(at: Sequence[float], values: Sequence[float], x: float) -> float:
-    """The value at `x` of a line through the points (at, values), rising; flat beyond its ends."""
-    if x <= at[0]:
-        return values[0]
-    if x >= at[-1]:
-        return values[-1]
-    i = bisect.bisect_right(at, x)
-    part = (x - at[i - 1]) / (at[i] - at[i - 1])
-    return values[i - 1] + part * (values[i] - values[i - 1])

@@ -6,7 +6,8 @@ import torch
 from cce_torchrec import CCEEmbeddingBagCollection, advise, id_counts
 from cce_torchrec.config import is_cce
 from cce_torchrec.data import Bags, Dataset, Rows
-from cce_torchrec.planning.advice import CURVES, explained_variance, head_share
+from cce_torchrec.planning.advice import explained_variance, head_share
+from cce_torchrec.planning.loss_curves import CURVES
 
 RARE, FREQUENT = CURVES
 
