@@ -140,6 +140,32 @@ def test_unsharded_equals_the_cpu(option, weighted):
             assert torch.equal(cuda.codes[name].seen.cpu()[:-1], codes.seen[:-1])
 
 
+@pytest.mark.parametrize("hash_ids", [False, True])
+def test_features_with_ids_of_their_own(hash_ids):
+    """One table of both features, without a wait for the device once it is described there."""
+    device = torch.device("cuda", 0)
+    fields = dict(num_embeddings=2 * N + 9, embedding_dim=64, num_rows=100, hash_ids=hash_ids)
+    joint = CCEEmbeddingBagConfig(
+        name="j", feature_names=["f", "g"], id_ranges={"f": range(N + 9, 2 * N + 9), "g": range(N)},
+        **fields,
+    )  # fmt: skip
+    cpu = CCEEmbeddingBagCollection([joint])
+    cuda = CCEEmbeddingBagCollection([joint], device=device)
+    cuda.load_state_dict(cpu.state_dict())
+    features = batch(None if hash_ids else -1)
+    on_device = features.to(device)
+    cuda(on_device)
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        rows = cuda.expansion(on_device, cuda.bounds_check)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    expected = cpu.expansion(features, cpu.bounds_check)
+    assert torch.equal(rows.values().cpu(), expected.values())
+    torch.testing.assert_close(cuda(on_device).values().cpu(), cpu(features).values())
+
+
 def test_fatal_names_the_id():
     module = CCEEmbeddingBagCollection(
         tables(), device="cuda", bounds_check_mode=BoundsCheckMode.FATAL
