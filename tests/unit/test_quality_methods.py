@@ -203,7 +203,7 @@ def test_robe_reads_blocks_of_one_array_and_restarts_by_means():
         assert found.tolist() == [float(value) for value in expected]
     with torch.no_grad():
         made.rows.weight.fill_(2.0)
-    made.restart()
+    made.after(made.tables.restart_step)
     assert torch.equal(made.lookup(all_ids(), training=False), torch.full((200, 2, 16), 2.0))
 
 

@@ -75,15 +75,11 @@ class HashedRows(RestartedRows):
         rows = self.index.index_select(0, ids.reshape(-1))
         return self.rows.read(rows, training).view(*ids.shape, self.tables.dim)
 
-    @torch.no_grad()
-    def restart(self) -> None:
-        """Draws the hash anew; see the class."""
-        new = self._index(drawn=1)
+    def restarted(self) -> torch.Tensor:
+        """See `RestartedRows`, and the class."""
+        old, self.index = self.index, self._index(drawn=1)
+        weight = torch.zeros_like(self.rows.weight)
         # Rows of a chunk only ever come from rows of the same chunk.
-        weight = sum(
-            means(new[:, chunk], self.rows.weight[self.index[:, chunk]], len(self.rows.weight))
-            for chunk in range(self.num_chunks)
-        )
-        self.rows.weight.copy_(weight)
-        self.rows.forget_state()
-        self.index = new
+        for own, before in zip(self.index.unbind(1), old.unbind(1), strict=True):
+            weight += means(own, self.rows.weight[before], len(weight))
+        return weight

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from abc import abstractmethod
 
+import torch
+
 from benchmarks.quality.budgets import FLOAT_BYTES
 from benchmarks.quality.embedder import Embedder
 from benchmarks.quality.rows import Rows
@@ -37,8 +39,10 @@ class RestartedRows(OfRows):
     def after(self, step: int) -> None:
         """The restart, when it is due."""
         if self.restarts and step == self.tables.restart_step:
-            self.restart()
+            with torch.no_grad():
+                self.rows.weight.copy_(self.restarted())
+                self.rows.forget_state()
 
     @abstractmethod
-    def restart(self) -> None:
-        """Draws the hash anew, and makes the rows that it leads to."""
+    def restarted(self) -> torch.Tensor:
+        """Draws the hash anew; the weight of the rows that it leads to."""

@@ -51,16 +51,14 @@ class QuotientRemainder(RestartedRows):
         parts = self.rows.read(self.index.index_select(0, ids.reshape(-1)), training)
         return (parts[:, 0] * parts[:, 1]).view(*ids.shape, self.tables.dim)
 
-    @torch.no_grad()
-    def restart(self) -> None:
+    def restarted(self) -> torch.Tensor:
         """Renumbers the ids; see the class."""
         rows = self.rows
         targets = rows.weight[self.index[:, 0]] * rows.weight[self.index[:, 1]]
         self.index = self._index(1)
         new = means(self.index[:, 0], targets, len(rows.weight))
         new[self.index[:, 1]] = 1.0
-        rows.weight.copy_(new)
-        rows.forget_state()
+        return new
 
 
 def _divisor(size: int, rows: int) -> int:

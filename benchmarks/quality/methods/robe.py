@@ -63,10 +63,8 @@ class Robe(RestartedRows):
         places = self._places(self.start.index_select(0, ids.reshape(-1)))
         return self.rows.read(places, training).view(*ids.shape, self.tables.dim)
 
-    @torch.no_grad()
-    def restart(self) -> None:
+    def restarted(self) -> torch.Tensor:
         """Draws the hash anew; each value is the mean of all that now read it."""
         old = self.rows.weight[self._places(self.start)].view(-1, 1)
         self.start = self._start(1)
-        self.rows.weight.copy_(means(self._places(self.start).view(-1), old, self.length))
-        self.rows.forget_state()
+        return means(self._places(self.start).view(-1), old, self.length)
