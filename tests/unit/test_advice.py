@@ -6,6 +6,7 @@ import torch
 from cce_torchrec import CCEEmbeddingBagCollection, advise, id_counts
 from cce_torchrec.config import is_cce
 from cce_torchrec.data import Bags, Dataset, Rows
+from cce_torchrec.planning import advice as advice_of
 from cce_torchrec.planning.advice import explained_variance, head_share
 from cce_torchrec.planning.loss_curves import CURVES
 
@@ -96,14 +97,15 @@ def test_a_trained_table_is_compared_with_noise():
     assert explained_variance(torch.zeros(30, 16), 4) == 1.0
 
 
-def test_counts_of_a_data_set():
-    ids = torch.tensor([[0, 2], [1, 2], [0, 0]] * 400)
-    bags = Bags(torch.tensor([3, 3, 1] * 400), torch.tensor([2, 0, 1] * 400))
-    rows = Rows(torch.zeros(1200, 1), ids, torch.zeros(1200), (bags,))
+def test_counts_of_a_data_set(monkeypatch):
+    monkeypatch.setattr(advice_of, "_BATCH", 100)  # no whole number of which is in the examples
+    ids = torch.tensor([[0, 2], [1, 2], [0, 0], [0, 2]] * 320)
+    bags = Bags(torch.tensor([3, 3, 1] * 320), torch.tensor([2, 0, 1, 0] * 320))
+    rows = Rows(torch.zeros(1280, 1), ids, torch.zeros(1280), (bags,))
     found = id_counts(Dataset("d", {"a": 2, "b": 4, "c": 5}, [], rows, rows))
-    assert found["a"].tolist() == [800, 400] and found["b"].tolist() == [400, 0, 800, 0]
-    assert found["c"].tolist() == [0, 400, 0, 800, 0]
-    assert head_share(found["a"]) == pytest.approx(2 / 3)
+    assert found["a"].tolist() == [960, 320] and found["b"].tolist() == [320, 0, 960, 0]
+    assert found["c"].tolist() == [0, 320, 0, 640, 0]
+    assert head_share(found["a"]) == pytest.approx(3 / 4)
 
 
 @pytest.mark.parametrize(
