@@ -9,6 +9,7 @@ import torch
 
 from benchmarks.quality.budgets import FLOAT_BYTES, Share
 from benchmarks.quality.rows import Training
+from cce_torchrec import ClusteringSchedule
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,10 +47,9 @@ class Tables:
         return [sum(self.sizes[:i]) for i in range(len(self.sizes))]
 
     @property
-    def restart_step(self) -> int:
-        """The step after which a restart comes: a whole pass before the end; at 30 % of one."""
-        share = 0.3 if self.passes == 1 else 1 - 1 / self.passes
-        return round(share * self.steps)
+    def restart_steps(self) -> frozenset[int]:
+        """The steps after which restarts come: those after which the package clusters."""
+        return ClusteringSchedule.for_training(self.passes, self.steps // self.passes).steps
 
 
 class Embedder(ABC):

@@ -27,19 +27,20 @@ def estimate(
     lines = ["| data set | cells missing | CPU s a cell | hours |", "| --- | --- | --- | --- |"]
     total = 0.0
     for dataset in dict.fromkeys(group.dataset for group in groups):
-        mine = [group for group in groups if group.dataset == dataset]
-        counts = [remaining(group, records, asked) for group in mine]
+        mine = remaining(
+            [group for group in groups if group.dataset == dataset], records, asked
+        ).values()
         if not seconds[dataset, ""]:
-            lines.append(f"| {dataset} | {sum(counts):,} | no cell yet | ? |")
+            lines.append(f"| {dataset} | {len(mine):,} | no cell yet | ? |")
             continue
         costs = [
-            count * group.passes * statistics.fmean(seconds[dataset, name])
-            for count, group in zip(counts, mine, strict=True)
+            group.passes * statistics.fmean(seconds[dataset, name])
+            for group in mine
             for name in [group.method if seconds[dataset, group.method] else ""]
         ]
         hours = sum(costs) / 3600 / jobs
         total += hours
-        a_cell = sum(costs) / max(1, sum(counts))
-        lines.append(f"| {dataset} | {sum(counts):,} | {a_cell:.0f} | {hours:.1f} |")
+        a_cell = sum(costs) / max(1, len(costs))
+        lines.append(f"| {dataset} | {len(costs):,} | {a_cell:.0f} | {hours:.1f} |")
     lines.append(f"| all that is known | | | {total:.1f} |")
     return "\n".join(lines)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from benchmarks.quality.cells import TUNING_SPLIT, Cell, Group
 from benchmarks.quality.methods import METHODS, Method, Try
@@ -65,21 +65,25 @@ def _asked(method: Method, budget: str, selection: Selection) -> bool:
 
 def tuning_cells(group: Group) -> list[Cell]:
     """The cells that choose the rate of `group`, before any edge is looked beyond."""
-    return [
-        _tuning(group, tried, rate) for tried in METHODS[group.method].tries for rate in tried.rates
-    ]
+    return [_tuning(group, tried, rate) for tried in _tries(group) for rate in tried.rates]
+
+
+def _tries(group: Group) -> tuple[Try, ...]:
+    return METHODS[group.method].tries(PROBLEMS[group.dataset].model)
 
 
 def _tuning(group: Group, tried: Try, rate: float) -> Cell:
-    return Cell(group, TUNING_SPLIT, TUNING_SPLIT, tried.optimizer, rate, tried.form)
+    budget = PROBLEMS[group.dataset].tuning_budget(group.budget)
+    tuned = replace(group, budget=budget)
+    return Cell(tuned, TUNING_SPLIT, TUNING_SPLIT, tried.optimizer, rate, tried.form)
 
 
 @dataclass(frozen=True)
 class Choice:
-    """The rate of a group, by the tuning split."""
+    """The rate and the form of a group, by the tuning split."""
 
     cell: Cell
-    """The best one."""
+    """The best one, at the budget of the group."""
     at_edge: bool
     """Whether no further rate on its side was tried."""
 
@@ -93,38 +97,58 @@ def missing(group: Group, records: Mapping[str, Record], asked: Sequence[int]) -
     """The cells of `group` that can be computed now; when they are, there may be more.
 
     First those of tuning; then, if the best rate is the lowest or the highest, the one beyond it;
-    then the reported splits at the best rate.
+    then the reported splits at the best rate, or at the best one of those that fit the budget.
     """
-    cells = tuning_cells(group)
-    absent = [cell for cell in cells if cell.key not in records]
+    absent = [cell for cell in tuning_cells(group) if cell.key not in records]
     if absent:
         return absent
-    if all("does_not_fit" in records[cell.key] for cell in cells):
-        return []  # of no form
     beyond = _beyond(group, records)
     if beyond is not None and beyond.key not in records:
         return [beyond]
-    best = chosen(group, records).cell
-    splits = splits_of(group, asked)
-    finals = [best.on(split) for split in splits]
+    choice = chosen(group, records, asked)
+    if choice is None:
+        return []
+    finals = [choice.cell.on(split) for split in splits_of(group, asked)]
     return [cell for cell in finals if cell.key not in records]
 
 
-def chosen(group: Group, records: Mapping[str, Record]) -> Choice:
-    """The best rate of all that were tried on the tuning split."""
+def chosen(group: Group, records: Mapping[str, Record], asked: Sequence[int]) -> Choice | None:
+    """The best rate of all that were tried on the tuning split; None: no form fits the budget."""
     cells = tuning_cells(group)
     beyond = _beyond(group, records)
     if beyond is not None and beyond.key in records:
         cells.append(beyond)
-    best = min(cells, key=lambda cell: _loss(cell, records))
+    unfit = {cell.form for cell in cells if _reason(cell, group, records, asked)}
+    best = min(
+        (cell for cell in cells if cell.form not in unfit),
+        key=lambda cell: _loss(cell, records),
+        default=None,
+    )
+    if best is None:
+        return None
     beside = [c.rate for c in cells if (c.form, c.optimizer) == (best.form, best.optimizer)]
-    return Choice(best, best.rate in (min(beside), max(beside)))
+    return Choice(replace(best, group=group), best.rate in (min(beside), max(beside)))
+
+
+def why_unfit(group: Group, records: Mapping[str, Record], asked: Sequence[int]) -> str:
+    """Why no form of the method that was tried fits the budget of `group`."""
+    reasons = (_reason(cell, group, records, asked) for cell in tuning_cells(group))
+    return next(reason for reason in reasons if reason)
+
+
+def _reason(tuned: Cell, group: Group, records: Mapping[str, Record], asked: Sequence[int]) -> str:
+    """Why the form of a cell of tuning does not fit, there or at the budget of `group`; or ""."""
+    own = replace(tuned, group=group)
+    keys = [tuned.key, *(own.on(split).key for split in splits_of(group, asked))]
+    return next((r for key in keys if (r := records.get(key, {}).get("does_not_fit"))), "")
 
 
 def _beyond(group: Group, records: Mapping[str, Record]) -> Cell | None:
     """The cell of one rate further, if the best of the first ones is at their edge."""
     best = min(tuning_cells(group), key=lambda cell: _loss(cell, records))
-    for tried in METHODS[group.method].tries:
+    if "log_loss" not in records.get(best.key, {}):
+        return None
+    for tried in _tries(group):
         if (tried.form, tried.optimizer) == (best.form, best.optimizer):
             if best.rate == max(tried.rates):
                 return _tuning(group, tried, float(f"{best.rate * _FACTOR:.3g}"))

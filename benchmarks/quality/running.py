@@ -23,7 +23,7 @@ def run(store: Store, groups: Sequence[Group], splits: Sequence[int], jobs: int)
 
     A cell that fails stops the run, after those beside it are done; it is named.
     """
-    total = sum(remaining(group, store.records, splits) for group in groups)
+    total = len(remaining(groups, store.records, splits))
     # Not forked: threads of torch and of data readers do not survive a fork.
     context = multiprocessing.get_context("spawn")
     with (
@@ -66,6 +66,7 @@ def _submit(
                 return
             if cell.key not in under_way:
                 running[pool.submit(record_of, cell)] = cell.key
+                under_way.add(cell.key)  # budgets that share the cells of tuning
 
 
 def _one_thread() -> None:
@@ -81,9 +82,18 @@ def _end_with_parent() -> None:
         os._exit(1)
 
 
-def remaining(group: Group, records: Mapping[str, Record], splits: Sequence[int]) -> int:
-    """Cells of `group` that are still to be computed, without a rate beyond the edge."""
-    now = missing(group, records, splits)
-    tuning = {cell.key for cell in tuning_cells(group)}
-    later = splits_of(group, splits) if any(cell.key in tuning for cell in now) else ()
-    return len(now) + len(later)
+def remaining(
+    groups: Sequence[Group], records: Mapping[str, Record], splits: Sequence[int]
+) -> dict[str, Group]:
+    """Cells of `groups` that are still to be computed, each once, without rates beyond edges.
+
+    By keys; those of reported splits whose rate is not chosen yet have keys of their own.
+    """
+    found: dict[str, Group] = {}
+    for group in groups:
+        now = {cell.key for cell in missing(group, records, splits)}
+        tuning = {cell.key for cell in tuning_cells(group)}
+        later = splits_of(group, splits) if now & tuning else ()
+        for key in (*now, *(f"{group}, split {split}" for split in later)):
+            found.setdefault(key, group)
+    return found

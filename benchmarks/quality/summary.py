@@ -8,7 +8,15 @@ from dataclasses import dataclass
 
 from benchmarks.quality.authors import below_author
 from benchmarks.quality.cells import Cell, Group
-from benchmarks.quality.grid import Choice, chosen, group_of, missing, splits_of, tuning_cells
+from benchmarks.quality.grid import (
+    Choice,
+    chosen,
+    group_of,
+    missing,
+    splits_of,
+    tuning_cells,
+    why_unfit,
+)
 from benchmarks.quality.methods import METHODS
 from benchmarks.quality.store import Record
 
@@ -48,9 +56,10 @@ def rows_of(
     """The rows of all `groups` of which something is to be said."""
     out = []
     for group in groups:
-        cells = tuning_cells(group)
-        failed = [records.get(cell.key, {}).get("does_not_fit", "") for cell in cells]
-        if failed and all(failed):
+        if any(cell.key not in records for cell in tuning_cells(group)):
+            continue
+        choice = chosen(group, records, asked)
+        if choice is None:
             out.append(
                 Row(
                     group=group,
@@ -58,13 +67,10 @@ def rows_of(
                     records=[],
                     complete=True,
                     difference=None,
-                    why_not=failed[0],
+                    why_not=why_unfit(group, records, asked),
                 )
             )
             continue
-        if any(cell.key not in records for cell in cells):
-            continue
-        choice = chosen(group, records)
         own = reported(choice.cell, group, records, asked)
         if own:
             out.append(
@@ -94,11 +100,13 @@ def _difference(
     baseline = group_of(group.dataset, group.passes, BASELINE, group.budget)
     if group.budget == "none" or any(c.key not in records for c in tuning_cells(baseline)):
         return None
-    cell = chosen(baseline, records).cell
+    choice = chosen(baseline, records, ())
+    if choice is None:
+        return None
     pairs = [
-        record["log_loss"] - records[key]["log_loss"]
+        record["log_loss"] - loss
         for record in own
-        if (key := cell.on(record["split"]).key) in records
+        if (loss := records.get(choice.cell.on(record["split"]).key, {}).get("log_loss"))
     ]
     if not pairs:
         return None

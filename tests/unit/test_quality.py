@@ -18,6 +18,7 @@ from benchmarks.quality.grid import Selection, chosen, groups, missing, tuning_c
 from benchmarks.quality.methods import METHODS
 from benchmarks.quality.power_law import CRITEO_IDS, power_law
 from benchmarks.quality.problems import PROBLEMS, Problem, renumbered
+from benchmarks.quality.running import remaining
 from benchmarks.quality.store import Store
 from benchmarks.quality.summary import rows_of, unreproduced
 from benchmarks.quality.table import markdown
@@ -118,20 +119,51 @@ def test_rates_first_then_one_beyond_the_edge_then_the_splits():
     (beyond,) = missing(GROUP, records, ())
     assert beyond.rate == 0.9 and beyond.split == TUNING_SPLIT
     records[beyond.key] = finished(beyond, 0.35)
-    assert not chosen(GROUP, records).at_edge
+    assert not chosen(GROUP, records, ()).at_edge
     finals = missing(GROUP, records, ())
     assert [(cell.split, cell.seed, cell.rate) for cell in finals] == [(0, 0, 0.3), (1, 1, 0.3)]
     records[beyond.key] = finished(beyond, 0.2)
-    assert chosen(GROUP, records).at_edge
+    assert chosen(GROUP, records, ()).at_edge
 
 
-def test_tables_of_their_own_and_one_for_all_are_tried_where_a_method_has_both():
-    both = replace(METHODS["CE"], shares=True)
-    assert [tried.form for tried in both.tries] == ["", "shared"]
-    assert [tried.form for tried in replace(both, holds_full=True).tries] == [""]
-    assert [tried.form for tried in METHODS["ROBE"].tries] == ["Z=1", "Z=4"]
-    forms = [tried.form for tried in METHODS["CCE, frequent recipe"].tries]
-    assert forms == ["4 chunks", "2 chunks", "shared, 4 chunks", "shared, 2 chunks"]
+def test_one_table_for_all_unless_the_network_multiplies_two_embeddings():
+    recipe = METHODS["CCE, frequent recipe"]
+    forms = {model: [tried.form for tried in recipe.tries(model)] for model in ("dlrm", "gmf")}
+    assert forms["gmf"] == ["4 chunks", "2 chunks"]
+    assert forms["dlrm"] == ["shared, 4 chunks", "shared, 2 chunks"]
+    for name in ("full", "ours", "low rank", "DHE"):
+        assert METHODS[name].tries("dlrm") == METHODS[name].own_tries
+
+
+def test_budgets_of_a_kind_share_the_rate_that_is_chosen_at_one_of_them(monkeypatch):
+    tuned = replace(PROBLEMS["tiny"], tuned_at=("bytes=12000",))
+    monkeypatch.setitem(PROBLEMS, "tiny", tuned)
+    small, shares = (replace(GROUP, budget=budget) for budget in ("bytes=3000", "share=0.05"))
+    assert tuning_cells(small) == tuning_cells(GROUP) != tuning_cells(shares)
+    records = {
+        cell.key: finished(cell, loss)
+        for cell, loss in zip(tuning_cells(GROUP), (0.5, 0.3, 0.4), strict=True)
+    }
+    finals = missing(small, records, ())
+    assert {(cell.group, cell.rate) for cell in finals} == {(small, 0.1)}
+    assert len(remaining([GROUP, small], {}, ())) == 3 + 2 + 2
+
+
+def test_a_form_that_does_not_fit_a_budget_gives_way_to_the_next_best(monkeypatch):
+    tuned = replace(PROBLEMS["tiny"], tuned_at=("bytes=12000",))
+    monkeypatch.setitem(PROBLEMS, "tiny", tuned)
+    small = Group("tiny", 2, "ROBE", "1.1", "bytes=40")
+    best = {"shared, Z=1": 0.3, "shared, Z=4": 0.2}
+    records = {c.key: finished(c, best[c.form] + abs(c.rate - 0.1)) for c in tuning_cells(small)}
+    first, _ = missing(small, records, ())
+    assert first.form == "shared, Z=4"
+    records[first.key] = {"does_not_fit": "too small"}
+    other = missing(small, records, ())
+    assert [cell.form for cell in other] == ["shared, Z=1"] * 2
+    records[other[0].key] = {"does_not_fit": "smaller still"}
+    assert missing(small, records, ()) == []
+    (row,) = rows_of([small], records, ())
+    assert row.choice is None and row.why_not in ("too small", "smaller still")
 
 
 def test_a_rate_in_the_middle_needs_no_other():
@@ -147,7 +179,7 @@ def test_a_rate_whose_loss_is_no_number_is_not_chosen():
         cell.key: finished(cell, loss)
         for cell, loss in zip(tuning_cells(GROUP), (0.5, 0.3, None), strict=True)
     }
-    assert chosen(GROUP, records).cell.rate == 0.1
+    assert chosen(GROUP, records, ()).cell.rate == 0.1
 
 
 class InThisProcess:
@@ -258,7 +290,7 @@ def test_tables_show_paired_differences_and_edges():
     assert row.difference == pytest.approx((0.02, 0.0))
     text = markdown(rows_of([GROUP, other], records, ()), {"hash": ["ppd=64: AUC 0.5"]})
     assert "| hash † | 0.4700 | +0.0200 (0.0000) | 0.7000 | 12 |" in text
-    assert "rowwise_adagrad 0.01* |" in text
+    assert "adagrad 0.01* |" in text
     assert "- hash: ppd=64: AUC 0.5" in text
 
 

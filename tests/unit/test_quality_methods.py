@@ -1,5 +1,8 @@
 """Methods of benchmarks.quality: what they compute, restart, and count in bytes."""
 
+import copy
+import itertools
+
 import pytest
 import torch
 import torchrec
@@ -7,35 +10,37 @@ import torchrec
 from benchmarks.quality.budgets import Budget, DoesNotFit
 from benchmarks.quality.least_squares import fitted_rows
 from benchmarks.quality.methods import METHODS
-from benchmarks.quality.methods.clustered import as_published, frequent_recipe, main_rows_within
+from benchmarks.quality.methods.clustered import (
+    as_published,
+    frequent_recipe,
+    main_rows_within,
+    rare_recipe,
+)
 from benchmarks.quality.methods.differentiable_pq import DifferentiablePQ
 from benchmarks.quality.methods.hash_embeddings import HashEmbeddings
 from benchmarks.quality.methods.hashed import HashedRows
 from benchmarks.quality.methods.quotient_remainder import QuotientRemainder
 from benchmarks.quality.methods.robe import Robe
 from benchmarks.quality.methods.tensor_train import factors, thirds
-from cce_torchrec import CCEEmbeddingBagCollection, CCEEmbeddingBagConfig
+from cce_torchrec import CCEEmbeddingBagCollection, CCEEmbeddingBagConfig, cluster
 from cce_torchrec.data import Rows as DataRows
 from cce_torchrec.train.model import keyed_jagged
 from tests.support.quality import SIZES, all_ids, tables
 
 
-def first_try(name, budget="bytes=12000", shared=False):
-    tries = [tried for tried in METHODS[name].tries if tried.form.startswith("shared") == shared]
-    tried = tries[0]
+def first_try(name, budget="bytes=12000", model="dlrm"):
+    tried = METHODS[name].tries(model)[0]
     return METHODS[name].embedder(tables(budget, tried.form, tried.optimizer, tried.rates[0]))
 
 
-def names_and_sharing():
-    names = [name for name in METHODS if METHODS[name].any_budget]
-    both = [name for name in names if METHODS[name].shares and not METHODS[name].holds_full]
-    return [(name, False) for name in names] + [(name, True) for name in both]
+NAMES = [name for name in METHODS if METHODS[name].any_budget]
 
 
-@pytest.mark.parametrize(("name", "shared"), names_and_sharing())
-def test_stays_within_its_bytes_and_learns(name, shared):
+@pytest.mark.parametrize("model", ["dlrm", "gmf"])
+@pytest.mark.parametrize("name", NAMES)
+def test_stays_within_its_bytes_and_learns(name, model):
     torch.manual_seed(0)
-    embedder = first_try(name, shared=shared)
+    embedder = first_try(name, model=model)
     assert embedder.table_bytes <= 12_000
     assert embedder.training_bytes >= 4 * embedder.parameters
     ids = torch.tensor([[0, 300], [1, 499]])
@@ -54,7 +59,7 @@ def test_stays_within_its_bytes_and_learns(name, shared):
 
 def test_one_table_for_all_has_the_ids_of_each_one_after_the_other():
     torch.manual_seed(0)
-    made = first_try("CE", shared=True)
+    made = first_try("CE")
     ((columns, one),) = made.parts
     assert columns == [0, 1]
     ids = torch.tensor([[0, 300], [7, 499]])
@@ -140,10 +145,10 @@ def test_a_restart_takes_means_of_the_ids_that_now_share_a_row(num_chunks):
     made.rows.state += torch.rand(made.rows.state.shape)
     old_weight, old_index = made.rows.weight.clone(), made.index.clone()
     old_state = made.rows.state.clone()
-    assert made.tables.restart_step == 14  # of 28 steps in two passes
-    made.after(13)
+    assert made.tables.restart_steps == {7, 14}  # of 28 in two passes
+    made.after(6)
     assert torch.equal(made.index, old_index)
-    made.after(14)
+    made.after(7)
     assert (made.index != old_index).float().mean() > 0.5
     for chunk in range(num_chunks):
         members: dict[int, list[torch.Tensor]] = {}
@@ -161,11 +166,17 @@ def test_a_restart_takes_means_of_the_ids_that_now_share_a_row(num_chunks):
         first += block.rows
 
 
-@pytest.mark.parametrize(
-    ("passes", "step"), [(1, 30), (2, 50), (10, 90)]
-)  # 30 % of one pass; a whole pass before the end
-def test_when_a_restart_comes(passes, step):
-    assert tables(steps=100, passes=passes).restart_step == step
+def test_every_restart_draws_a_hash_of_its_own():
+    seen = []
+    for name in ("hash", "CE", "QR", "hash embeddings", "ROBE", "CAFE"):
+        tried = METHODS[f"{name} restarted"].tries("gmf")[0]
+        made = METHODS[f"{name} restarted"].embedder(tables("bytes=6000", tried.form, "adagrad"))
+        drawn = []
+        for step in (0, 7, 14):
+            made.after(step)
+            drawn.append(getattr(made, "start" if name == "ROBE" else "index").clone())
+        seen.append([(a != b).any() for a, b in itertools.combinations(drawn, 2)])
+    assert torch.tensor(seen).all()
 
 
 def test_fitted_rows_are_the_least_squares_solution():
@@ -188,22 +199,22 @@ def test_a_restart_of_other_lookups_keeps_what_any_hash_can(kind):
     with torch.no_grad():
         made.rows.weight.fill_(1.0)
     old = made.lookup(all_ids(), training=False)
-    made.after(14)
+    made.after(7)
     new = made.lookup(all_ids(), training=False)
     torch.testing.assert_close(new, old, atol=1e-3, rtol=1e-3)
 
 
 def test_robe_reads_blocks_of_one_array_and_restarts_by_means():
     made = Robe(tables(form="Z=4", optimizer="adagrad"), restarts=True)
-    array = made.rows.weight.flatten()
+    arrays = [block.flatten() for block in made.rows.blocks_of(made.rows.weight)]
     for table, first in ((0, 0), (1, 300)):
-        starts = made.start[first + 7].tolist()
-        expected = [array[(s + i) % made.length] for s in starts for i in range(4)]
+        array, starts = arrays[table], made.start[first + 7].tolist()
+        expected = [array[(s + i) % len(array)] for s in starts for i in range(4)]
         found = made.lookup(torch.tensor([[7, 307]]), training=False)[0, table]
         assert found.tolist() == [float(value) for value in expected]
     with torch.no_grad():
         made.rows.weight.fill_(2.0)
-    made.after(made.tables.restart_step)
+    made.after(7)
     assert torch.equal(made.lookup(all_ids(), training=False), torch.full((200, 2, 16), 2.0))
 
 
@@ -233,6 +244,29 @@ def test_cce_clusters_and_shows_its_new_rows(recipe):
     torch.testing.assert_close(made.collection(batch).values().view(1, 2, 16), pooled)
 
 
+def test_main_rows_of_rare_ids_stay_what_clusterings_make_of_them():
+    """Trained by this benchmark as by the package: rows, before and after a clustering."""
+    torch.manual_seed(0)
+    made = rare_recipe(tables(form="4 chunks, 2 rows", optimizer="rowwise_adagrad"))
+    theirs = copy.deepcopy(made.collection)  # weights of its own, before anything is trained
+    optimizer = torchrec.optim.RowWiseAdagrad(theirs.parameters(), lr=0.1)
+    for step in range(1, 12):
+        ids = torch.randint(200, (8, 2), generator=torch.Generator().manual_seed(step))
+        batch = keyed_jagged(DataRows(torch.zeros(8, 1), ids, torch.zeros(8)), list(SIZES))
+        expected = theirs(batch).values().view(8, 2, 16)
+        found = made.lookup(ids + torch.tensor([0, 300]), training=True)
+        torch.testing.assert_close(found, expected)
+        (found.square() + found).sum().backward()
+        made.step()
+        made.after(step)
+        optimizer.zero_grad()
+        (expected.square() + expected).sum().backward()
+        optimizer.step()
+        if step in made.clusterings:
+            cluster(theirs, optimizer=optimizer)
+    assert {7} == {step for step in made.clusterings if step < 12}
+
+
 def test_frequent_ids_of_mgqe_choose_from_more_keys():
     made = DifferentiablePQ(tables("bytes=12000", optimizer="adam"), tail_share=0.25)
     table = made.modules[0]
@@ -243,7 +277,7 @@ def test_frequent_ids_of_mgqe_choose_from_more_keys():
 
 def test_hot_ids_get_rows_of_their_own():
     torch.manual_seed(0)
-    made = first_try("CAFE")
+    made = first_try("CAFE", model="gmf")
     for step in range(1, 30):
         made.lookup(torch.tensor([[0, 300], [0, 301 + step]]), True).sum().backward()
         made.step()
@@ -257,7 +291,7 @@ def test_hot_ids_get_rows_of_their_own():
 )
 def test_a_budget_that_is_too_small_is_told_with_its_reason(name):
     with pytest.raises(DoesNotFit, match=r"values|bytes"):
-        first_try(name, "bytes=80")
+        first_try(name, "bytes=80", model="gmf")
 
 
 @pytest.mark.parametrize("size", [1, 7, 26_735, 30_984])

@@ -10,8 +10,9 @@ from __future__ import annotations
 import torch
 
 from benchmarks.quality.budgets import FLOAT_BYTES, DoesNotFit
-from benchmarks.quality.embedder import Embedder, Tables
+from benchmarks.quality.embedder import Tables
 from benchmarks.quality.hashing import hashed_rows
+from benchmarks.quality.methods.of_rows import Restarted
 from benchmarks.quality.rows import Block, Rows, means
 
 _SLOTS = 4
@@ -29,7 +30,7 @@ _COLD = 0.25
 """Share of the slots, those of the lowest scores, whose ids do not have their rows yet."""
 
 
-class CAFE(Embedder):
+class CAFE(Restarted):
     """The form is the share of the budget that hot ids have; slots cost bytes, and are counted.
 
     Every slot has a row. Its id gets it, and starts from its shared row, when its score passes a
@@ -54,7 +55,7 @@ class CAFE(Embedder):
         blocks = [Block(count, bound) for count, bound in pairs]
         # Rows of hot ids first, all of which are written before they are read.
         self.rows = Rows([Block(self.hot_rows, 0.0), *blocks], tables.dim, tables.training)
-        self.shared = self._shared(0)
+        self.shared = self._shared()
         self.index = self.shared.clone()
         ids = torch.arange(tables.num_ids)
         self.bucket = hashed_rows(ids, self.buckets, seed=tables.seed, table="hot ids")
@@ -63,14 +64,18 @@ class CAFE(Embedder):
         self.threshold = 0.0
         self._read: tuple[torch.Tensor, torch.Tensor] | None = None
 
-    def _shared(self, drawn: int) -> torch.Tensor:
+    def _shared(self) -> torch.Tensor:
         """Shared rows [N] of all ids."""
         tables = self.tables
         return torch.cat(
             [
                 self.rows.first[1 + t]
                 + hashed_rows(
-                    torch.arange(size), self.counts[t], seed=tables.seed, table=name, drawn=drawn
+                    torch.arange(size),
+                    self.counts[t],
+                    seed=tables.seed,
+                    table=name,
+                    drawn=self.drawn,
                 )
                 for t, (name, size) in enumerate(zip(tables.names, tables.sizes, strict=True))
             ]
@@ -141,22 +146,20 @@ class CAFE(Embedder):
         self.index[ids] = rows
 
     def after(self, step: int) -> None:
-        """Decay of the scores several times a pass, and the restart when it is due."""
+        """Decay of the scores several times a pass, and a restart when one is due."""
         a_pass = self.tables.steps // self.tables.passes
         if step % max(1, a_pass // _DECAYS_A_PASS) == 0:
             self.scores *= _DECAY
             self.threshold = float(self.scores.flatten().quantile(_COLD))
-        if self.restarts and step == self.tables.restart_step:
-            self.restart()
+        super().after(step)
 
-    @torch.no_grad()
     def restart(self) -> None:
         """Draws the hash of the shared rows anew; each is the mean of the ids that now share it.
 
         Ids with rows of their own keep them, and count nowhere.
         """
         old, cold = self.shared, self.index == self.shared
-        self.shared = self._shared(1)
+        self.shared = self._shared()
         self.index[cold] = self.shared[cold]
         new = means(self.shared[cold], self.rows.weight[old[cold]], len(self.rows.weight))
         self.rows.weight[self.hot_rows :] = new[self.hot_rows :]

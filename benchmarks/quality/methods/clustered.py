@@ -119,6 +119,7 @@ class Clustered(Embedder):
 
     def lookup(self, ids: torch.Tensor, training: bool) -> torch.Tensor:
         """See `Embedder`."""
+        self.collection.restore_main()  # before it is read, as the collection's own lookups do
         for column, config in enumerate(self.configs if training else ()):
             codes = local_codes(self.collection.codes, config.name)
             codes.begin_batch()
@@ -130,7 +131,6 @@ class Clustered(Embedder):
     def step(self) -> None:
         """See `Embedder`."""
         self.rows.step()
-        self.collection.restore_main()
 
     def after(self, step: int) -> None:
         """A clustering, when one is due."""

@@ -5,9 +5,10 @@ from __future__ import annotations
 import torch
 
 from benchmarks.quality.budgets import FLOAT_BYTES, DoesNotFit
-from benchmarks.quality.embedder import Embedder, Tables
+from benchmarks.quality.embedder import Tables
 from benchmarks.quality.hashing import hashed_rows
 from benchmarks.quality.least_squares import fitted_rows
+from benchmarks.quality.methods.of_rows import Restarted
 from benchmarks.quality.rows import Block, Rows
 
 HASHES = 2
@@ -16,7 +17,7 @@ _WEIGHTS_PART = 8
 """Of the hash that finds an id's importance weights."""
 
 
-class HashEmbeddings(Embedder):
+class HashEmbeddings(Restarted):
     """An embedding is the sum of two rows of one table, each times a weight of the id's own.
 
     Where the weights of all ids would take more than the share that the form names, ids share them
@@ -46,10 +47,10 @@ class HashEmbeddings(Embedder):
         )
         blocks = [Block(n, 0.0, middle=1.0) for n in self.buckets]
         self.weights = Rows(blocks, HASHES, tables.training)
-        self.index = self._index(0)
+        self.index = self._index()
         self.weights_of = self._weights_of()
 
-    def _index(self, drawn: int) -> torch.Tensor:
+    def _index(self) -> torch.Tensor:
         """Rows [N, 2] of all ids."""
         tables = self.tables
         return torch.cat(
@@ -63,7 +64,7 @@ class HashEmbeddings(Embedder):
                             seed=tables.seed,
                             table=name,
                             part=part,
-                            drawn=drawn,
+                            drawn=self.drawn,
                         )
                         for part in range(HASHES)
                     ],
@@ -98,12 +99,6 @@ class HashEmbeddings(Embedder):
         self.rows.step()
         self.weights.step()
 
-    def after(self, step: int) -> None:
-        """The restart, when it is due."""
-        if self.restarts and step == self.tables.restart_step:
-            self.restart()
-
-    @torch.no_grad()
     def restart(self) -> None:
         """Draws the hashes of the rows anew; the new rows fit the embeddings of all ids.
 
@@ -111,7 +106,7 @@ class HashEmbeddings(Embedder):
         """
         weights = self.weights.weight.detach()[self.weights_of]
         targets = (self.rows.weight[self.index] * weights[:, :, None]).sum(1)
-        self.index = self._index(1)
+        self.index = self._index()
         self.rows.weight.copy_(fitted_rows(self.index, weights, targets, len(self.rows.weight)))
         self.rows.forget_state()
 

@@ -30,9 +30,8 @@ class FullTables(OfRows):
 class HashedRows(RestartedRows):
     """An embedding is `num_chunks` hashed rows side by side: CE, or with one the hashing trick.
 
-    With `restarts` the hash is drawn anew once (`Tables.restart_step`): each new row is the mean,
-    over all ids that now share it, of what they had, and its optimizer state a tenth of the old
-    mean.
+    With `restarts` the hash is drawn anew (`Tables.restart_steps`): each new row is the mean, over
+    all ids that now share it, of what they had, and its optimizer state a tenth of the old mean.
     """
 
     def __init__(self, tables: Tables, *, num_chunks: int, restarts: bool) -> None:
@@ -53,9 +52,9 @@ class HashedRows(RestartedRows):
             tables.dim // num_chunks,
             tables.training,
         )
-        self.index = self._index(drawn=0)
+        self.index = self._index()
 
-    def _index(self, drawn: int) -> torch.Tensor:
+    def _index(self) -> torch.Tensor:
         """Rows [N, c] of all ids."""
         tables, out = self.tables, []
         for t, (name, size, rows) in enumerate(
@@ -64,7 +63,9 @@ class HashedRows(RestartedRows):
             ids = torch.arange(size)
             columns = [
                 self.rows.first[t * self.num_chunks + chunk]
-                + hashed_rows(ids, rows, seed=tables.seed, table=name, chunk=chunk, drawn=drawn)
+                + hashed_rows(
+                    ids, rows, seed=tables.seed, table=name, chunk=chunk, drawn=self.drawn
+                )
                 for chunk in range(self.num_chunks)
             ]
             out.append(torch.stack(columns, dim=1))
@@ -77,7 +78,7 @@ class HashedRows(RestartedRows):
 
     def restarted(self) -> torch.Tensor:
         """See `RestartedRows`, and the class."""
-        old, self.index = self.index, self._index(drawn=1)
+        old, self.index = self.index, self._index()
         weight = torch.zeros_like(self.rows.weight)
         # Rows of a chunk only ever come from rows of the same chunk.
         for own, before in zip(self.index.unbind(1), old.unbind(1), strict=True):

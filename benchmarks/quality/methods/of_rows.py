@@ -31,18 +31,33 @@ class OfRows(Embedder):
         return FLOAT_BYTES * (self.parameters + self.rows.state_values)
 
 
-class RestartedRows(OfRows):
-    """Such tables that may be restarted once, if `restarts`."""
+class Restarted(Embedder):
+    """A method whose hash is drawn anew when the package would cluster, if `restarts`."""
 
     restarts: bool
+    drawn = 0
+    """How often it was."""
 
     def after(self, step: int) -> None:
-        """The restart, when it is due."""
-        if self.restarts and step == self.tables.restart_step:
+        """The restart, when one is due."""
+        if self.restarts and step in self.tables.restart_steps:
+            self.drawn += 1
             with torch.no_grad():
-                self.rows.weight.copy_(self.restarted())
-                self.rows.forget_state()
+                self.restart()
+
+    @abstractmethod
+    def restart(self) -> None:
+        """Goes over to the hash that was drawn as number `drawn`."""
+
+
+class RestartedRows(OfRows, Restarted):
+    """Tables of rows alone with restarts."""
+
+    def restart(self) -> None:
+        """See `Restarted`."""
+        self.rows.weight.copy_(self.restarted())
+        self.rows.forget_state()
 
     @abstractmethod
     def restarted(self) -> torch.Tensor:
-        """Draws the hash anew; the weight of the rows that it leads to."""
+        """Goes over to the hash of number `drawn`; the weight of the rows that it leads to."""

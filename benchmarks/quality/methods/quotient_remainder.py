@@ -34,13 +34,14 @@ class QuotientRemainder(RestartedRows):
         for size, divisor, bound in zip(tables.sizes, self.divisors, tables.bounds, strict=True):
             blocks += [Block(divisor, bound), Block(-(-size // divisor), _SPREAD, middle=1.0)]
         self.rows = Rows(blocks, tables.dim, tables.training)
-        self.index = self._index(0)
+        self.index = self._index()
 
-    def _index(self, drawn: int) -> torch.Tensor:
+    def _index(self) -> torch.Tensor:
         """Rows [N, 2] of all ids: that of the remainder, then that of the quotient."""
         out = []
         for t, (size, divisor) in enumerate(zip(self.tables.sizes, self.divisors, strict=True)):
-            generator = torch.Generator().manual_seed(1000 * self.tables.seed + 10 * t + drawn)
+            seed = 1000 * self.tables.seed + 100 * t + self.drawn
+            generator = torch.Generator().manual_seed(seed)
             order = torch.randperm(size, generator=generator)
             fine, coarse = self.rows.first[2 * t], self.rows.first[2 * t + 1]
             out.append(torch.stack([fine + order % divisor, coarse + order // divisor], dim=1))
@@ -55,7 +56,7 @@ class QuotientRemainder(RestartedRows):
         """Renumbers the ids; see the class."""
         rows = self.rows
         targets = rows.weight[self.index[:, 0]] * rows.weight[self.index[:, 1]]
-        self.index = self._index(1)
+        self.index = self._index()
         new = means(self.index[:, 0], targets, len(rows.weight))
         new[self.index[:, 1]] = 1.0
         return new
