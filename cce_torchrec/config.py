@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, TypeGuard
 
@@ -325,3 +326,9 @@ class CCEEmbeddingBagConfig(EmbeddingBagConfig):
 def is_cce(config: Any) -> TypeGuard[CCEEmbeddingBagConfig]:
     """Whether a table is compressed; all others are plain, and TorchRec's own."""
     return isinstance(config, CCEEmbeddingBagConfig)
+
+
+def all_rare(configs: Iterable[Any]) -> bool:
+    """Whether all CCE tables with learned codes are of the recipe "rare", and there are some."""
+    recipes = {config.recipe for config in configs if is_cce(config) and config.learned_codes}
+    return recipes == {"rare"}

@@ -35,6 +35,8 @@ class Tables:
     passes: int
     model: str
     """Of the network: dlrm, or gmf, which multiplies two embeddings and nothing else."""
+    all_rare: bool
+    """Whether the package takes the ids of all tables that are replaced for rare ones."""
 
     @property
     def num_ids(self) -> int:
@@ -49,7 +51,16 @@ class Tables:
     @property
     def restart_steps(self) -> frozenset[int]:
         """The steps after which restarts come: those after which the package clusters."""
-        return ClusteringSchedule.for_training(self.passes, self.steps // self.passes).steps
+        schedule = ClusteringSchedule.for_training(
+            self.passes, self.steps // self.passes, rare=self.all_rare
+        )
+        return schedule.steps
+
+    @property
+    def examples(self) -> list[float]:
+        """Training examples an id of each table in a pass."""
+        pairs = zip(self.counts, self.sizes, strict=True)
+        return [float(counts.sum()) / size for counts, size in pairs]
 
 
 class Embedder(ABC):

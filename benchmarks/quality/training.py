@@ -18,6 +18,7 @@ from benchmarks.quality.methods import METHODS
 from benchmarks.quality.methods.hashed import FullTables
 from benchmarks.quality.problems import PROBLEMS, Problem
 from benchmarks.quality.rows import Training
+from cce_torchrec.config import RARE_BELOW
 from cce_torchrec.data import Dataset, Rows
 from cce_torchrec.metrics import auc, log_loss
 from cce_torchrec.versions import installed_versions
@@ -48,6 +49,7 @@ def tables_of(
         torch.bincount(dataset.train.ids[:, column], minlength=size)
         for column, size in zip(columns, sizes, strict=True)
     ]
+    examples = [float(own.sum()) / size for own, size in zip(counts, sizes, strict=True)]
     return Tables(
         names=names,
         sizes=sizes,
@@ -61,6 +63,7 @@ def tables_of(
         steps=steps * cell.group.passes,
         passes=cell.group.passes,
         model=problem.model,
+        all_rare=max(examples, default=0.0) < RARE_BELOW,
     )
 
 

@@ -23,9 +23,11 @@ from cce_torchrec.checkpoint.save import save_checkpoint
 from cce_torchrec.checkpoint.saved_progress import NOTHING_SAVED, SavedProgress, saved_extra
 from cce_torchrec.checkpoint.schedulers import loader
 from cce_torchrec.clustering.ahead import check_ahead, has_helpers, optimizer_of_tables
+from cce_torchrec.clustering.collections import cce_collections
 from cce_torchrec.clustering.finalizing import finalize
 from cce_torchrec.clustering.schedule import ClusteringSchedule
 from cce_torchrec.collectives import Ranks, same_task
+from cce_torchrec.config import all_rare
 
 logger = logging.getLogger(__name__)
 
@@ -76,8 +78,13 @@ class TrainingProgress:
         self.steps_per_epoch = min(ranks.agree(lambda: self.steps_per_epoch))
         default = ClusteringSchedule.never()
         if self.epochs:
+            configs = [
+                config
+                for _, collection in cce_collections(self.model)
+                for config in collection.embedding_bag_configs()
+            ]
             default = ClusteringSchedule.for_training(
-                self.epochs, self.steps_per_epoch, finalize=True
+                self.epochs, self.steps_per_epoch, rare=all_rare(configs), finalize=True
             )
         self._when = self.schedule or default
         self._is_late = False

@@ -13,6 +13,11 @@ from cce_torchrec.clustering.finalizing import finalize
 from cce_torchrec.clustering.report import ClusteringReport
 from cce_torchrec.clustering.step import cluster
 
+_AN_EPOCH, _LEAST, _UNTIL = 4, 8, 0.8
+"""Clusterings of frequent ids an epoch, at least, and until which share of training."""
+_RARE_SHARE = 0.3
+"""After which share of a single pass rare ids are clustered."""
+
 
 @dataclass(frozen=True)
 class ClusteringSchedule:
@@ -86,13 +91,20 @@ class ClusteringSchedule:
 
     @classmethod
     def for_training(
-        cls, epochs: int, steps_per_epoch: int, *, finalize: bool = False
+        cls, epochs: int, steps_per_epoch: int, *, rare: bool = False, finalize: bool = False
     ) -> ClusteringSchedule:
-        """What suits both recipes: twice an epoch, the last time a whole epoch before the end.
+        """What suits the ids: frequent ones four times an epoch, and rare ones twice.
 
-        So at 90 % of ten epochs, and at 50 % of two. In a single pass once, after 30 % of it. Rows
-        are then trained on every example once more. With `finalize` tables are finalized after
-        90 % of the steps, in place of a clustering that is due then.
+        By default four times an epoch and 8 times at least, evenly over the first 80 % of training.
+        With `rare` twice an epoch, the last time a whole epoch before the end, and in a single pass
+        once, after 30 % of it: rows are then trained on every example once more. With `finalize`
+        tables are finalized after 90 % of the steps, in place of a clustering that is due then.
+
+        Args:
+            epochs: of the run.
+            steps_per_epoch: optimizer steps of each.
+            rare: whether all CCE tables are of the recipe "rare".
+            finalize: whether the last clustering is to finalize the tables.
 
         Raises:
             ValueError: no epoch, or none of a step.
@@ -102,10 +114,16 @@ class ClusteringSchedule:
                 f"epochs {epochs} of {steps_per_epoch} steps: there is nothing to train; give 1 or "
                 "more of both"
             )
-        halves = {round(half * steps_per_epoch / 2) for half in range(1, 2 * epochs - 1)}
-        # The first step is the earliest that is ever due.
-        steps = halves - {0} if epochs > 1 else {max(1, round(0.3 * steps_per_epoch))}
-        final = max(max(steps), round(0.9 * epochs * steps_per_epoch)) if finalize else 0
+        total = epochs * steps_per_epoch
+        if not rare:
+            count = max(_LEAST, _AN_EPOCH * epochs)
+            steps = {round(_UNTIL * total * (i + 1) / count) for i in range(count)}
+        elif epochs > 1:
+            steps = {round(half * steps_per_epoch / 2) for half in range(1, 2 * epochs - 1)}
+        else:
+            steps = {round(_RARE_SHARE * steps_per_epoch)}
+        steps = steps - {0} or {1}  # the first step is the earliest that is ever due
+        final = max(max(steps), round(0.9 * total)) if finalize else 0
         return cls(frozenset(steps), final=final)
 
     @classmethod

@@ -26,6 +26,7 @@ from cce_torchrec.checkpoint.location import location
 from cce_torchrec.checkpoint.pending import finish_pending
 from cce_torchrec.clustering import ClusteringSchedule
 from cce_torchrec.collectives import Ranks, agree, gather
+from cce_torchrec.config import all_rare
 from cce_torchrec.distributed.embedding_bag_collection import ShardedCCEEmbeddingBagCollection
 from cce_torchrec.metrics import auc, log_loss
 from cce_torchrec.train import data_options, options, pipelines
@@ -85,7 +86,9 @@ class Trainer:
         self.steps = self.dataset.steps(args.batch_size)
         """Optimizer steps per epoch."""
         self.schedule = (
-            ClusteringSchedule.for_training(args.epochs, self.steps, finalize=args.finalize)
+            ClusteringSchedule.for_training(
+                args.epochs, self.steps, rare=all_rare(configs), finalize=args.finalize
+            )
             if args.clusterings is None
             else ClusteringSchedule.evenly(
                 self.steps * args.epochs, args.clusterings, finalize=args.finalize

@@ -9,10 +9,14 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from cce_torchrec.checkpoint import latest_checkpoint
 from cce_torchrec.checkpoint.location import location
+from cce_torchrec.train import options
 from cce_torchrec.train.__main__ import main
+from cce_torchrec.train.trainer import Trainer
+from tests.support.ranks import on_ranks
 from tests.support.s3 import make_bucket, needs_s3, s3_server
 from tests.support.torchrun import forked, torchrun
 
@@ -26,7 +30,10 @@ KEYS = {
 THREADS_AT_THE_END = """
 import sys
 from pathlib import Path
+from cce_torchrec.train import options
 from cce_torchrec.train.__main__ import main
+from cce_torchrec.train.trainer import Trainer
+from tests.support.ranks import on_ranks
 from cce_torchrec.train.trainer import Trainer
 
 def fails(*_):
@@ -187,3 +194,13 @@ def test_a_finalized_run_resumes(tmp_path):
     assert before["table_bytes"] == 4 * (500 * 16 * 4 + 20_000 * 5)  # 500 rows: 10 bits
     for key in ("table_bytes", "val_log_loss", "best_val_auc"):
         assert after[key] == before[key], key
+
+
+@on_ranks(1)
+def test_rare_ids_are_clustered_less_often_than_frequent_ones(rank, world_size):
+    device, steps = torch.device("cpu"), {}
+    for recipe in ("rare", "frequent"):
+        made = Trainer(options.parse(["--epochs", "3", "--recipe", recipe]), device)
+        steps[recipe] = sorted(made.schedule.steps)
+        assert steps[recipe][-1] <= 0.8 * 3 * made.steps
+    assert {recipe: len(own) for recipe, own in steps.items()} == {"rare": 4, "frequent": 12}

@@ -38,6 +38,7 @@ def tables(budget="bytes=12000", form="", optimizer="rowwise_adagrad", rate=0.1,
         steps=28,
         passes=2,
         model="dlrm",
+        all_rare=True,
     )
     return replace(made, **changes)
 

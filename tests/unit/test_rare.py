@@ -6,13 +6,21 @@ import weakref
 import pytest
 import torch
 import torchrec
-from torchrec import KeyedJaggedTensor
+from torchrec import EmbeddingBagConfig, KeyedJaggedTensor
 from torchrec.optim.apply_optimizer_in_backward import apply_optimizer_in_backward
 
-from cce_torchrec import CCEEmbeddingBagCollection, CCEEmbeddingBagConfig, cluster, finalize
+from cce_torchrec import (
+    CCEEmbeddingBagCollection,
+    CCEEmbeddingBagConfig,
+    TrainingProgress,
+    checkpoint_info,
+    cluster,
+    finalize,
+)
 from cce_torchrec.checkpoint import load_checkpoint, save_checkpoint
 from cce_torchrec.codes import counts
 from cce_torchrec.codes.hashing import bits_of_batch
+from cce_torchrec.config import all_rare
 from cce_torchrec.kmeans import native
 
 N = 1001
@@ -228,6 +236,22 @@ def test_the_recipe_follows_from_the_examples_of_an_id():
     frequent = config(recipe="auto", examples_per_id=1e4)
     assert frequent.recipe == "frequent" and frequent.trains_main and not frequent.track_counts
     assert config(recipe="frequent", track_counts=True).notes == {"counts": 2}
+
+
+def test_a_model_is_of_rare_ids_if_all_its_cce_tables_are(tmp_path):
+    frequent = config(name="u", feature_names=["g"], recipe="frequent")
+    plain = EmbeddingBagConfig(name="p", num_embeddings=9, embedding_dim=8, feature_names=["h"])
+    for configs in ([], [plain], [frequent], [config(), frequent]):
+        assert not all_rare(configs)
+    assert all_rare([config(), plain])
+    for number, configs in enumerate([[config(), frequent], [config(), plain]]):
+        folder = tmp_path / str(number)
+        job = TrainingProgress(
+            folder, collection(*configs), [], epochs=2, steps_per_epoch=20, save_every=1
+        )
+        job.advance()
+        schedule = checkpoint_info(folder).schedule
+        assert schedule.steps == ({10, 20} if number else set(range(4, 33, 4)))
 
 
 @pytest.mark.parametrize(

@@ -102,22 +102,27 @@ def test_options_reach_the_clustering(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("epochs", "steps", "expected"),
+    ("epochs", "steps", "rare", "expected"),
     [
-        (1, 100, [30]),
-        (1, 1, [1]),
-        (2, 100, [50, 100]),
-        (3, 10, [5, 10, 15, 20]),
-        (10, 100, [50 * half for half in range(1, 19)]),
-        (2, 1, [1]),
+        (1, 100, False, [10 * tenth for tenth in range(1, 9)]),
+        (1, 1, False, [1]),
+        (2, 100, False, [20 * part for part in range(1, 9)]),
+        (3, 10, False, [2 * part for part in range(1, 13)]),
+        (10, 100, False, [20 * part for part in range(1, 41)]),
+        (1, 100, True, [30]),
+        (1, 1, True, [1]),
+        (2, 100, True, [50, 100]),
+        (3, 10, True, [5, 10, 15, 20]),
+        (10, 100, True, [50 * half for half in range(1, 19)]),
+        (2, 1, True, [1]),
     ],
 )
-def test_schedule_for_training(epochs, steps, expected):
-    """Twice an epoch until one before the end; in a single pass once, after 30 % of it."""
-    schedule = ClusteringSchedule.for_training(epochs, steps)
+def test_schedule_for_training(epochs, steps, rare, expected):
+    """Frequent ids four times an epoch and 8 times at least, rare ones twice, or once."""
+    schedule = ClusteringSchedule.for_training(epochs, steps, rare=rare)
     assert sorted(schedule.steps) == expected and schedule.final == 0
     # Late, and not before it was clustered last: earlier it costs .005 in a single pass on flights.
-    finalizes = ClusteringSchedule.for_training(epochs, steps, finalize=True)
+    finalizes = ClusteringSchedule.for_training(epochs, steps, rare=rare, finalize=True)
     assert finalizes.steps == schedule.steps
     assert finalizes.final == max(expected[-1], round(0.9 * epochs * steps))
 

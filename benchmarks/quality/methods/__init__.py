@@ -126,6 +126,7 @@ METHODS = {
         Method(
             name="CCE, frequent recipe",
             build=frequent_recipe,
+            version=2,
             own_tries=tries_of(("4 chunks", "2 chunks")),
         ),
         Method(

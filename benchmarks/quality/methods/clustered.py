@@ -200,8 +200,8 @@ def as_published(tables: Tables) -> Clustered:
 
 
 def frequent_recipe(tables: Tables) -> Clustered:
-    """CCE by the defaults of this package so far, which suit ids that occur often."""
-    schedule = ClusteringSchedule.evenly(tables.steps, 8 if tables.passes == 1 else 18)
+    """CCE by the package's recipe for ids that occur often, its default."""
+    schedule = ClusteringSchedule.for_training(tables.passes, tables.steps // tables.passes)
     return Clustered(
         tables,
         settings=in_ratio(tables, DEFAULT_HELPER_RATIO),
@@ -236,7 +236,9 @@ def rare_recipe(tables: Tables) -> Clustered:
             "num_chunks": chunks, "num_rows": rows, "num_helper_rows": helper, "recipe": "rare",
         }  # fmt: skip
 
-    schedule = ClusteringSchedule.for_training(tables.passes, tables.steps // tables.passes)
+    schedule = ClusteringSchedule.for_training(
+        tables.passes, tables.steps // tables.passes, rare=True
+    )
     return Clustered(tables, settings=settings, clusterings=schedule.steps, resets_state=True)
 
 
@@ -246,11 +248,8 @@ def ours(tables: Tables) -> Embedder:
     Those are the ones of the training program: recipe "auto", schedule `for_training`, and, but
     where a network multiplies two embeddings, one table for all features of rare ids.
     """
-    examples = {
-        name: float(counts.sum()) / size
-        for name, size, counts in zip(tables.names, tables.sizes, tables.counts, strict=True)
-    }
-    rare = {name for name in examples if examples[name] < RARE_BELOW}
+    pairs = zip(tables.names, tables.examples, strict=True)
+    rare = {name for name, examples in pairs if examples < RARE_BELOW}
     if tables.model != "gmf" and len(rare) > 1:
         return Joined(_by_budget, tables, rare)
     return _by_budget(tables)
@@ -264,7 +263,7 @@ def _by_budget(tables: Tables) -> Clustered:
             num_embeddings=size,
             embedding_dim=tables.dim,
             recipe="auto",
-            examples_per_id=float(tables.counts[number].sum()) / size,
+            examples_per_id=tables.examples[number],
         )
         try:
             if share.counts_bytes:
@@ -279,5 +278,4 @@ def _by_budget(tables: Tables) -> Clustered:
             "num_helper_rows": made.helper_rows, "recipe": made.recipe,
         }  # fmt: skip
 
-    schedule = ClusteringSchedule.for_training(tables.passes, tables.steps // tables.passes)
-    return Clustered(tables, settings=settings, clusterings=schedule.steps, resets_state=True)
+    return Clustered(tables, settings=settings, clusterings=tables.restart_steps, resets_state=True)
