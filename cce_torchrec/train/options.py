@@ -47,12 +47,12 @@ def _parser() -> argparse.ArgumentParser:
     add("--epochs", type=int, default=10, help="the same in a resumed run")
     add("--batch-size", type=int, help="of all ranks; default 4096 for gmf, 256 for dlrm")
     add("--optimizer", choices=["rowwise_adagrad", "adagrad", "sgd"], default="rowwise_adagrad")
-    add("--lr", type=float, help="of the tables; default 0.1 at compression 10 or more, else 0.03")
+    add("--lr", type=float, help="of the tables; default 0.03, or 0.1: see docs/train.md")
     add("--dense-lr", type=float, default=1e-3, help="Adam, of everything but the tables")
     add(
         "--clusterings",
         type=int,
-        help="evenly spread; default twice an epoch but the last, in a single epoch once",
+        help="evenly spread; by default as many as the ids want: see docs/train.md",
     )
     add("--clustering-memory", type=int, help="bytes beside the model; see cluster(memory_limit=)")
     add("--finalize", action="store_true", help="the last clustering gives main the helper's rows")
@@ -152,11 +152,14 @@ def bytes_per_table(args: argparse.Namespace, dataset: Examples) -> dict[str, in
     return {name: args.table_bytes * dataset.features[name] // total for name in dataset.compressed}
 
 
-def set_defaults(args: argparse.Namespace, dataset: Examples, rows: dict[str, int]) -> None:
-    """Fills in --lr by the rule of docs/train.md."""
+def set_defaults(
+    args: argparse.Namespace, dataset: Examples, rows: dict[str, int], rare: bool
+) -> None:
+    """Fills in --lr by the rule of docs/train.md; `rare`: whether all CCE tables are that."""
     if args.lr is None:
         full = sum(dataset.features[name] for name in dataset.compressed)
-        compression = 1.0 if args.method == "full" else full / sum(rows.values())
+        frequent = args.method == "cce" and not rare
+        compression = 1.0 if args.method == "full" or frequent else full / sum(rows.values())
         args.lr = 0.1 if compression >= 10 else 0.03
     if args.clusterings is None and args.method != "cce":
         args.clusterings = 0

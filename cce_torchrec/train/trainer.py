@@ -57,15 +57,6 @@ class Trainer:
         self.pipeline = pipelines.chosen(args.pipeline, device, self.world_size)
         self.dataset = _same_data(args)
         rows = options.rows_per_table(args, self.dataset)
-        options.set_defaults(args, self.dataset, rows)
-        args.out = location(args.out)
-        self.checkpoints = args.out / "checkpoints"
-        # Here and not by load_checkpoint, whose errors name shapes of tables and no options.
-        latest = _latest(self.checkpoints) if args.resume else None
-        if latest is not None:
-            saved = checkpoint_info(latest).extra or {}
-            options.check_same(saved.get("settings", {}), options.lasting(args), latest)
-        torch.manual_seed(args.seed)
         # A dot product of embeddings near zero has no gradient; DLRM's dense part has its own.
         init_bound = args.embedding_dim**-0.5 if args.model == "gmf" else None
         compression = Compression(
@@ -81,13 +72,23 @@ class Trainer:
             seed=args.seed,
         )
         configs = tables(self.dataset, compression, dim=args.embedding_dim, init_bound=init_bound)
+        rare = all_rare(configs)
+        options.set_defaults(args, self.dataset, rows, rare)
+        args.out = location(args.out)
+        self.checkpoints = args.out / "checkpoints"
+        # Here and not by load_checkpoint, whose errors name shapes of tables and no options.
+        latest = _latest(self.checkpoints) if args.resume else None
+        if latest is not None:
+            saved = checkpoint_info(latest).extra or {}
+            options.check_same(saved.get("settings", {}), options.lasting(args), latest)
+        torch.manual_seed(args.seed)
         if args.finalize:
             refuse_to_finalize_none(configs)
         self.steps = self.dataset.steps(args.batch_size)
         """Optimizer steps per epoch."""
         self.schedule = (
             ClusteringSchedule.for_training(
-                args.epochs, self.steps, rare=all_rare(configs), finalize=args.finalize
+                args.epochs, self.steps, rare=rare, finalize=args.finalize
             )
             if args.clusterings is None
             else ClusteringSchedule.evenly(

@@ -200,7 +200,10 @@ def test_a_finalized_run_resumes(tmp_path):
 def test_rare_ids_are_clustered_less_often_than_frequent_ones(rank, world_size):
     device, steps = torch.device("cpu"), {}
     for recipe in ("rare", "frequent"):
-        made = Trainer(options.parse(["--epochs", "3", "--recipe", recipe]), device)
+        made = Trainer(
+            options.parse(["--epochs", "3", "--compression", "40", "--recipe", recipe]), device
+        )
         steps[recipe] = sorted(made.schedule.steps)
+        assert made.args.lr == {"rare": 0.1, "frequent": 0.03}[recipe]
         assert steps[recipe][-1] <= 0.8 * 3 * made.steps
     assert {recipe: len(own) for recipe, own in steps.items()} == {"rare": 4, "frequent": 12}
