@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-TUNING_SPLIT = 100
-"""The split on which rates are chosen; it is in no reported figure."""
+TUNING_SPLITS = (100, 10)
+"""Those on which rates are chosen, or on the first of them; they are in no reported figure."""
 FINAL_SPLITS = (20, 21, 22, 23)
 """Those that are reported: no recipe or schedule was chosen by them, as by 0 and 1."""
 TRAINING_VERSION = 1

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
+import statistics
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from benchmarks.quality.cells import TUNING_SPLIT, Cell, Group
+from benchmarks.quality.cells import Cell, Group
 from benchmarks.quality.methods import METHODS, Method, Try
 from benchmarks.quality.problems import PROBLEMS, Problem
 from benchmarks.quality.store import Record
@@ -65,22 +67,33 @@ def _asked(method: Method, budget: str, selection: Selection) -> bool:
 
 def tuning_cells(group: Group) -> list[Cell]:
     """The cells that choose the rate of `group`, before any edge is looked beyond."""
+    return [run for cell in _candidates(group) for run in _runs(cell)]
+
+
+def _candidates(group: Group) -> list[Cell]:
+    """A cell of the first split for tuning for every form, optimizer and rate."""
     return [_tuning(group, tried, rate) for tried in _tries(group) for rate in tried.rates]
+
+
+def _runs(candidate: Cell) -> list[Cell]:
+    """The same on every split for tuning."""
+    return [candidate.on(split) for split in PROBLEMS[candidate.group.dataset].tuning_splits]
+
+
+def _tuning(group: Group, tried: Try, rate: float) -> Cell:
+    problem = PROBLEMS[group.dataset]
+    tuned = replace(group, budget=problem.tuning_budget(group.budget))
+    split = problem.tuning_splits[0]
+    return Cell(tuned, split, split, tried.optimizer, rate, tried.form)
 
 
 def _tries(group: Group) -> tuple[Try, ...]:
     return METHODS[group.method].tries(PROBLEMS[group.dataset].model)
 
 
-def _tuning(group: Group, tried: Try, rate: float) -> Cell:
-    budget = PROBLEMS[group.dataset].tuning_budget(group.budget)
-    tuned = replace(group, budget=budget)
-    return Cell(tuned, TUNING_SPLIT, TUNING_SPLIT, tried.optimizer, rate, tried.form)
-
-
 @dataclass(frozen=True)
 class Choice:
-    """The rate and the form of a group, by the tuning split."""
+    """The rate and the form of a group, by the splits for tuning."""
 
     cell: Cell
     """The best one, at the budget of the group."""
@@ -103,8 +116,10 @@ def missing(group: Group, records: Mapping[str, Record], asked: Sequence[int]) -
     if absent:
         return absent
     beyond = _beyond(group, records)
-    if beyond is not None and beyond.key not in records:
-        return [beyond]
+    if beyond is not None:
+        absent = [cell for cell in _runs(beyond) if cell.key not in records]
+        if absent:
+            return absent
     choice = chosen(group, records, asked)
     if choice is None:
         return []
@@ -113,10 +128,10 @@ def missing(group: Group, records: Mapping[str, Record], asked: Sequence[int]) -
 
 
 def chosen(group: Group, records: Mapping[str, Record], asked: Sequence[int]) -> Choice | None:
-    """The best rate of all that were tried on the tuning split; None: no form fits the budget."""
-    cells = tuning_cells(group)
+    """The best rate of all that were tried on splits for tuning; None: no form fits the budget."""
+    cells = _candidates(group)
     beyond = _beyond(group, records)
-    if beyond is not None and beyond.key in records:
+    if beyond is not None and all(cell.key in records for cell in _runs(beyond)):
         cells.append(beyond)
     unfit = {cell.form for cell in cells if _reason(cell, group, records, asked)}
     best = min(
@@ -132,7 +147,7 @@ def chosen(group: Group, records: Mapping[str, Record], asked: Sequence[int]) ->
 
 def why_unfit(group: Group, records: Mapping[str, Record], asked: Sequence[int]) -> str:
     """Why no form of the method that was tried fits the budget of `group`."""
-    reasons = (_reason(cell, group, records, asked) for cell in tuning_cells(group))
+    reasons = (_reason(cell, group, records, asked) for cell in _candidates(group))
     return next(reason for reason in reasons if reason)
 
 
@@ -145,7 +160,7 @@ def _reason(tuned: Cell, group: Group, records: Mapping[str, Record], asked: Seq
 
 def _beyond(group: Group, records: Mapping[str, Record]) -> Cell | None:
     """The cell of one rate further, if the best of the first ones is at their edge."""
-    best = min(tuning_cells(group), key=lambda cell: _loss(cell, records))
+    best = min(_candidates(group), key=lambda cell: _loss(cell, records))
     if "log_loss" not in records.get(best.key, {}):
         return None
     for tried in _tries(group):
@@ -157,6 +172,8 @@ def _beyond(group: Group, records: Mapping[str, Record]) -> Cell | None:
     return None
 
 
-def _loss(cell: Cell, records: Mapping[str, Record]) -> float:
-    loss = records.get(cell.key, {}).get("log_loss")
-    return float("inf") if loss is None else loss
+def _loss(candidate: Cell, records: Mapping[str, Record]) -> float:
+    """The mean over the splits for tuning; infinite where one is no number, or not there."""
+    losses = [records.get(cell.key, {}).get("log_loss") for cell in _runs(candidate)]
+    finite = [loss for loss in losses if loss is not None]
+    return statistics.fmean(finite) if len(finite) == len(losses) else math.inf

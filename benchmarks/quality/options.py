@@ -7,7 +7,7 @@ import os
 from pathlib import Path
 
 from benchmarks.quality.budgets import Budget
-from benchmarks.quality.cells import TUNING_SPLIT
+from benchmarks.quality.cells import TUNING_SPLITS
 from benchmarks.quality.grid import Selection
 from benchmarks.quality.methods import METHODS, known
 from benchmarks.quality.problems import PROBLEMS
@@ -49,10 +49,9 @@ def selection(args: argparse.Namespace) -> Selection:
     if args.jobs < 1:
         raise ValueError(f"--jobs {args.jobs} must be 1 or more")
     splits = args.splits or ()
-    if TUNING_SPLIT in splits:
-        raise ValueError(
-            f"--splits {TUNING_SPLIT} chooses the rates and is not reported; give others"
-        )
+    tuning = set(TUNING_SPLITS) & set(splits)
+    if tuning:
+        raise ValueError(f"--splits {min(tuning)} chooses rates and is not reported; give others")
     datasets = [known(name, list(PROBLEMS), "data set") for name in args.datasets or PROBLEMS]
     every = sorted({b for n in PROBLEMS for b in PROBLEMS[n].budgets})
     budgets = [known(str(Budget.parse(b)), every, "budget") for b in args.budgets or ()]

@@ -10,7 +10,7 @@ import pytest
 
 from benchmarks.quality import options, problems, running, training
 from benchmarks.quality.budgets import Budget
-from benchmarks.quality.cells import TUNING_SPLIT, Cell, Group
+from benchmarks.quality.cells import TUNING_SPLITS, Cell, Group
 from benchmarks.quality.curves import write_curves
 from benchmarks.quality.estimate import estimate
 from benchmarks.quality.gowalla import gowalla, unvisited
@@ -113,11 +113,11 @@ def test_rates_first_then_one_beyond_the_edge_then_the_splits():
     records = {}
     cells = missing(GROUP, records, ())
     assert [cell.rate for cell in cells] == [0.03, 0.1, 0.3]
-    assert {cell.split for cell in cells} == {TUNING_SPLIT}
+    assert {cell.split for cell in cells} == {TUNING_SPLITS[0]}
     for cell, loss in zip(cells, (0.5, 0.4, 0.3), strict=True):
         records[cell.key] = finished(cell, loss)
     (beyond,) = missing(GROUP, records, ())
-    assert beyond.rate == 0.9 and beyond.split == TUNING_SPLIT
+    assert beyond.rate == 0.9 and beyond.split == TUNING_SPLITS[0]
     records[beyond.key] = finished(beyond, 0.35)
     assert not chosen(GROUP, records, ()).at_edge
     finals = missing(GROUP, records, ())
@@ -147,6 +147,20 @@ def test_budgets_of_a_kind_share_the_rate_that_is_chosen_at_one_of_them(monkeypa
     finals = missing(small, records, ())
     assert {(cell.group, cell.rate) for cell in finals} == {(small, 0.1)}
     assert len(remaining([GROUP, small], {}, ())) == 3 + 2 + 2
+
+
+def test_a_rate_is_chosen_by_the_mean_over_the_splits_for_tuning(monkeypatch):
+    monkeypatch.setitem(PROBLEMS, "tiny", replace(PROBLEMS["tiny"], tuning_splits=(100, 10)))
+    cells = tuning_cells(GROUP)
+    assert [(cell.rate, cell.split) for cell in cells] == [
+        (rate, split) for rate in (0.03, 0.1, 0.3) for split in (100, 10)
+    ]
+    # By the first split the rate of .03 were best, and by the second that of .3.
+    losses = (0.1, 0.6, 0.3, 0.3, 0.6, 0.1)
+    records = {c.key: finished(c, loss) for c, loss in zip(cells, losses, strict=True)}
+    assert chosen(GROUP, records, ()).cell.rate == 0.1
+    del records[cells[3].key]
+    assert missing(GROUP, records, ()) == [cells[3]]
 
 
 def test_a_form_that_does_not_fit_a_budget_gives_way_to_the_next_best(monkeypatch):
@@ -243,7 +257,7 @@ def test_a_cell_that_fails_is_named_and_those_beside_it_are_kept(in_process, tmp
     with mock.patch.object(running, "record_of", fake), pytest.raises(MemoryError):
         running.run(Store(tmp_path), [GROUP], (), 3)
     kept = Store(tmp_path).records
-    assert {record["split"] for record in kept.values()} == {TUNING_SPLIT}
+    assert {record["split"] for record in kept.values()} == {TUNING_SPLITS[0]}
     assert len(kept) == 2
     assert "failed: tiny|passes=2|bytes=12000|CE|split=100" in capsys.readouterr().err
 
@@ -362,7 +376,7 @@ def test_quick_is_a_part_of_the_grid():
         (["--datasets", "flight"], "did you mean 'flights'"),
         (["--budgets", "bytes=42000"], "did you mean 'bytes=420000'"),
         (["--budgets", "420000"], "is none of: none, bytes=880000"),
-        (["--splits", "0", "100"], "--splits 100 chooses the rates"),
+        (["--splits", "0", "100"], "--splits 100 chooses rates"),
         (["--jobs", "0"], "--jobs 0 must be 1 or more"),
     ],
 )
