@@ -30,10 +30,7 @@ KEYS = {
 THREADS_AT_THE_END = """
 import sys
 from pathlib import Path
-from cce_torchrec.train import options
 from cce_torchrec.train.__main__ import main
-from cce_torchrec.train.trainer import Trainer
-from tests.support.ranks import on_ranks
 from cce_torchrec.train.trainer import Trainer
 
 def fails(*_):
