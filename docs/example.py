@@ -23,8 +23,8 @@ from cce_torchrec.distributed.process_group import end_process_group
 from cce_torchrec.distributed.sharders import get_default_sharders
 from cce_torchrec.planning import make_plan
 
-USERS, COUNTRIES, DIM, STEPS, BATCH_SIZE = 5_000, 50, 16, 800, 2048
-EPOCHS = 10  # of 80 steps, in which a user comes 33 times
+USERS, COUNTRIES, DIM, STEPS, BATCH_SIZE = 5_000, 50, 16, 400, 2048
+EPOCHS = 5  # of 80 steps, in which a user comes 33 times
 
 
 class Model(nn.Module):

@@ -95,8 +95,10 @@ def test_equals_torch_on_the_cpu(monkeypatch, step, option):
     torch.testing.assert_close(got, cpu(batch(num_ids=N)).values())
 
 
-@pytest.mark.parametrize("option", ["default", "seen, sampled", "metric"])
-@pytest.mark.parametrize("step", [cluster, finalize])
+@pytest.mark.parametrize(
+    ("step", "option"),
+    [(cluster, "default"), (cluster, "seen, sampled"), (cluster, "metric"), (finalize, "metric")],
+)
 def test_equals_compiled_kernels_on_the_cpu(step, option):
     """By Triton's search, which "auto" takes on CUDA."""
     cpu, cuda = prepared(OPTIONS[option], chunks=1)

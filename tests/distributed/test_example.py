@@ -15,5 +15,5 @@ def test_the_example_learns_what_is_no_input(tmp_path):
     told = re.search(r"log loss ([\d.]+), of predicting the mean ([\d.]+)", done.stdout)
     assert told, done.stdout
     trained, constant = map(float, told.groups())
-    assert trained < 0.5 * constant  # 0.23 and 0.69 on CPUs
+    assert trained < 0.5 * constant  # 0.21 and 0.69 on CPUs
     assert latest_checkpoint(tmp_path) is not None
