@@ -139,7 +139,7 @@ def test_waits_do_not_grow_with_the_ids(step, samples, weights):
     assert many <= few, f"{counted[0]}\n{counted[1]}"
 
 
-@pytest.mark.parametrize("option", ["default", "k-means++", "seen, sampled", "metric"])
+@pytest.mark.parametrize("option", ["k-means++", "seen, sampled", "metric"])
 def test_waits_of_a_chunk(option):
     options = OPTIONS[option]
     _, cuda = prepared(options)

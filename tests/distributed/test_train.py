@@ -95,7 +95,8 @@ def test_no_thread_outlives_the_process_group(tmp_path, fails):
         program.write_text(THREADS_AT_THE_END)
         options = ["--async-checkpoints", "--checkpoint-every", "20"]
         how = dict(start=torchrun, program=[program])
-    done = train(tmp_path, "--clusterings", "1", *options, ranks=2, check=False, **how)
+    options = ["--epochs", "1", "--clusterings", "1", *options]
+    done = train(tmp_path, *options, ranks=2, check=False, **how)
     assert done.returncode == 0, done.stderr[-3000:]
     assert done.stdout.count("threads at the end:") == 2
     assert done.stdout.count("error: failed on purpose") == 2 * fails
