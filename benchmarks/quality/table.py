@@ -14,7 +14,7 @@ HEADER = (
 NOTES = """\
 Log loss and AUC: means over the reported splits, at the best of the evaluations of every quarter
 pass. "minus CE": mean of the differences split by split, and its standard error. kB: all that
-serving keeps of the compressed tables. Rates were chosen on a split that is not reported; * is the
+serving keeps of the compressed tables. Rates were chosen on splits that are not reported; * is the
 edge of those that were tried, one beyond the first ones included. Methods in parentheses hold the
 full table while they train."""
 
