@@ -149,6 +149,16 @@ def test_budgets_of_a_kind_share_the_rate_that_is_chosen_at_one_of_them(monkeypa
     assert len(remaining([GROUP, small], {}, ())) == 3 + 2 + 2
 
 
+def test_cells_that_budgets_share_are_computed_once(monkeypatch, tmp_path):
+    tuned = replace(PROBLEMS["tiny"], tuned_at=("bytes=12000",))
+    monkeypatch.setitem(PROBLEMS, "tiny", tuned)
+    pool = mock.Mock()
+    pool.submit.side_effect = lambda *_: mock.Mock()
+    both = [GROUP, replace(GROUP, budget="bytes=3000")]
+    running._submit(pool, {}, Store(tmp_path), both, (), 9)
+    assert [call.args[1] for call in pool.submit.call_args_list] == tuning_cells(GROUP)
+
+
 def test_a_rate_is_chosen_by_the_mean_over_the_splits_for_tuning(monkeypatch):
     monkeypatch.setitem(PROBLEMS, "tiny", replace(PROBLEMS["tiny"], tuning_splits=(100, 10)))
     cells = tuning_cells(GROUP)
