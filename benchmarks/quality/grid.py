@@ -65,14 +65,14 @@ def _asked(method: Method, budget: str, selection: Selection) -> bool:
     return not method.any_budget or not selection.budgets or budget in selection.budgets
 
 
-def tuning_cells(group: Group) -> list[Cell]:
+def tuning_cells(group: Group, records: Mapping[str, Record]) -> list[Cell]:
     """The cells that choose the rate of `group`, before any edge is looked beyond."""
-    return [run for cell in _candidates(group) for run in _runs(cell)]
+    return [run for cell in _candidates(group, records) for run in _runs(cell)]
 
 
-def _candidates(group: Group) -> list[Cell]:
-    """A cell of the first split for tuning for every form, optimizer and rate."""
-    return [_tuning(group, tried, rate) for tried in _tries(group) for rate in tried.rates]
+def _candidates(group: Group, records: Mapping[str, Record]) -> list[Cell]:
+    """A cell of the first split for tuning for every rate of every try."""
+    return [_tuning(group, tried, rate) for tried in _tries(group, records) for rate in tried.rates]
 
 
 def _runs(candidate: Cell) -> list[Cell]:
@@ -81,14 +81,38 @@ def _runs(candidate: Cell) -> list[Cell]:
 
 
 def _tuning(group: Group, tried: Try, rate: float) -> Cell:
-    problem = PROBLEMS[group.dataset]
-    tuned = replace(group, budget=problem.tuning_budget(group.budget))
-    split = problem.tuning_splits[0]
-    return Cell(tuned, split, split, tried.optimizer, rate, tried.form)
+    split = PROBLEMS[group.dataset].tuning_splits[0]
+    return Cell(group, split, split, tried.optimizer, rate, tried.form)
 
 
-def _tries(group: Group) -> tuple[Try, ...]:
+def _form_group(group: Group) -> Group:
+    """The group whose tuning chooses the form and the optimizer of `group`: itself, or another."""
+    if len(_all_tries(group)) == 1:
+        return group
+    return replace(group, budget=PROBLEMS[group.dataset].form_budget(group.budget))
+
+
+def _all_tries(group: Group) -> tuple[Try, ...]:
     return METHODS[group.method].tries(PROBLEMS[group.dataset].model)
+
+
+def _tries(group: Group, records: Mapping[str, Record]) -> Sequence[Try]:
+    """All where forms are chosen; elsewhere the best one there that fits the budget here."""
+    tries, at = _all_tries(group), _form_group(group)
+    if at == group:
+        return tries
+    cells = _tried(at, records)
+
+    def loss(tried: Try) -> float:
+        return min(
+            _loss(c, records)
+            for c in cells
+            if (c.form, c.optimizer) == (tried.form, tried.optimizer)
+        )
+
+    best_first = sorted(tries, key=loss)
+    fit = [t for t in best_first if not _reason(_tuning(group, t, t.rates[0]), records)]
+    return (fit or best_first)[:1]
 
 
 @dataclass(frozen=True)
@@ -96,7 +120,7 @@ class Choice:
     """The rate and the form of a group, by the splits for tuning."""
 
     cell: Cell
-    """The best one, at the budget of the group."""
+    """The best one."""
     at_edge: bool
     """Whether no further rate on its side was tried."""
 
@@ -109,61 +133,84 @@ def splits_of(group: Group, asked: Sequence[int]) -> Sequence[int]:
 def missing(group: Group, records: Mapping[str, Record], asked: Sequence[int]) -> list[Cell]:
     """The cells of `group` that can be computed now; when they are, there may be more.
 
-    First those of tuning; then, if the best rate is the lowest or the highest, the one beyond it;
-    then the reported splits at the best rate, or at the best one of those that fit the budget.
+    First those that choose the form; then those of each rate in that form; then, if the best rate
+    is the lowest or the highest, the one beyond it; then the reported splits at the best rate.
     """
-    absent = [cell for cell in tuning_cells(group) if cell.key not in records]
+    absent = _missing_tuning(group, records)
     if absent:
         return absent
-    beyond = _beyond(group, records)
-    if beyond is not None:
-        absent = [cell for cell in _runs(beyond) if cell.key not in records]
-        if absent:
-            return absent
-    choice = chosen(group, records, asked)
+    choice = chosen(group, records)
     if choice is None:
         return []
     finals = [choice.cell.on(split) for split in splits_of(group, asked)]
     return [cell for cell in finals if cell.key not in records]
 
 
-def chosen(group: Group, records: Mapping[str, Record], asked: Sequence[int]) -> Choice | None:
+def _missing_tuning(group: Group, records: Mapping[str, Record]) -> list[Cell]:
+    at = _form_group(group)
+    if at != group:
+        absent = _missing_tuning(at, records)
+        if absent:
+            return absent
+    absent = [cell for cell in tuning_cells(group, records) if cell.key not in records]
+    beyond = None if absent else _beyond(group, records)
+    if beyond is not None:
+        absent = [cell for cell in _runs(beyond) if cell.key not in records]
+    return absent
+
+
+def tuned(group: Group, records: Mapping[str, Record]) -> bool:
+    """Whether all that chooses the form and the rate of `group` is there."""
+    return not _missing_tuning(group, records)
+
+
+def unnamed(group: Group, records: Mapping[str, Record], asked: Sequence[int]) -> list[str]:
+    """What is to be computed once `missing` is there, a line a cell; no rates beyond edges."""
+    if tuned(group, records):
+        return []
+    out = [f"{group}, split {split}" for split in splits_of(group, asked)]
+    at = _form_group(group)
+    if at != group and not tuned(at, records):
+        rates = max(len(tried.rates) for tried in _all_tries(group))
+        splits = PROBLEMS[group.dataset].tuning_splits
+        out += [f"{group}, rate {i}, split {split}" for i in range(rates) for split in splits]
+    return out
+
+
+def chosen(group: Group, records: Mapping[str, Record]) -> Choice | None:
     """The best rate of all that were tried on splits for tuning; None: no form fits the budget."""
-    cells = _candidates(group)
-    beyond = _beyond(group, records)
-    if beyond is not None and all(cell.key in records for cell in _runs(beyond)):
-        cells.append(beyond)
-    unfit = {cell.form for cell in cells if _reason(cell, group, records, asked)}
-    best = min(
-        (cell for cell in cells if cell.form not in unfit),
-        key=lambda cell: _loss(cell, records),
-        default=None,
-    )
+    cells = [cell for cell in _tried(group, records) if not _reason(cell, records)]
+    best = min(cells, key=lambda cell: _loss(cell, records), default=None)
     if best is None:
         return None
     beside = [c.rate for c in cells if (c.form, c.optimizer) == (best.form, best.optimizer)]
-    return Choice(replace(best, group=group), best.rate in (min(beside), max(beside)))
+    return Choice(best, best.rate in (min(beside), max(beside)))
 
 
-def why_unfit(group: Group, records: Mapping[str, Record], asked: Sequence[int]) -> str:
+def _tried(group: Group, records: Mapping[str, Record]) -> list[Cell]:
+    """The candidates, and the one beyond an edge once it is there."""
+    cells, beyond = _candidates(group, records), _beyond(group, records)
+    if beyond is not None and all(cell.key in records for cell in _runs(beyond)):
+        cells.append(beyond)
+    return cells
+
+
+def why_unfit(group: Group, records: Mapping[str, Record]) -> str:
     """Why no form of the method that was tried fits the budget of `group`."""
-    reasons = (_reason(cell, group, records, asked) for cell in _candidates(group))
-    return next(reason for reason in reasons if reason)
+    return next(r for cell in _candidates(group, records) if (r := _reason(cell, records)))
 
 
-def _reason(tuned: Cell, group: Group, records: Mapping[str, Record], asked: Sequence[int]) -> str:
-    """Why the form of a cell of tuning does not fit, there or at the budget of `group`; or ""."""
-    own = replace(tuned, group=group)
-    keys = [tuned.key, *(own.on(split).key for split in splits_of(group, asked))]
-    return next((r for key in keys if (r := records.get(key, {}).get("does_not_fit"))), "")
+def _reason(tuned: Cell, records: Mapping[str, Record]) -> str:
+    """Why the form of a cell of tuning does not fit its budget; or ""."""
+    return records.get(tuned.key, {}).get("does_not_fit", "")
 
 
 def _beyond(group: Group, records: Mapping[str, Record]) -> Cell | None:
     """The cell of one rate further, if the best of the first ones is at their edge."""
-    best = min(_candidates(group), key=lambda cell: _loss(cell, records))
+    best = min(_candidates(group, records), key=lambda cell: _loss(cell, records))
     if "log_loss" not in records.get(best.key, {}):
         return None
-    for tried in _tries(group):
+    for tried in _tries(group, records):
         if (tried.form, tried.optimizer) == (best.form, best.optimizer):
             if best.rate == max(tried.rates):
                 return _tuning(group, tried, float(f"{best.rate * _FACTOR:.3g}"))

@@ -33,8 +33,8 @@ class Problem:
     budgets: tuple[str, ...]
     other_budgets: tuple[str, ...] = ()
     """Of the further numbers of passes."""
-    tuned_at: tuple[str, ...] = ()
-    """Of each kind of budget the one at which rates are chosen for all of it; none: at each."""
+    forms_at: tuple[str, ...] = ()
+    """Of each kind of budget the one at which forms and optimizers are chosen; none: at each."""
     tuning_splits: tuple[int, ...] = TUNING_SPLITS[:1]
     """Rates are chosen by the mean over these, none of which is reported."""
     version: int = 1
@@ -42,10 +42,10 @@ class Problem:
     splits: tuple[int, ...] = FINAL_SPLITS
     """Those that are reported."""
 
-    def tuning_budget(self, budget: str) -> str:
-        """The budget at which the rate for `budget` is chosen."""
+    def form_budget(self, budget: str) -> str:
+        """The budget at which the form for `budget` is chosen."""
         kind = budget.partition("=")[0]
-        return next((b for b in self.tuned_at if b.partition("=")[0] == kind), budget)
+        return next((b for b in self.forms_at if b.partition("=")[0] == kind), budget)
 
     def network(self, dataset: Dataset) -> torch.nn.Module:
         """The network above the embeddings."""
@@ -119,7 +119,7 @@ def _synthetic(name: str, dim: int, budgets: tuple[str, ...]) -> Problem:
         batch=1024,
         passes=(1,),
         budgets=budgets,
-        tuned_at=budgets[-1:],
+        forms_at=budgets[-1:],
         splits=(0,),
     )
 
@@ -136,6 +136,7 @@ PROBLEMS = {
             passes=(2, 1),
             budgets=("bytes=880000", "bytes=420000", "bytes=200000", "bytes=100000", "share=0.05"),
             other_budgets=("bytes=420000",),
+            forms_at=("bytes=420000",),
             tuning_splits=TUNING_SPLITS,  # where rates differ by less than splits do
         ),
         Problem(
@@ -146,7 +147,7 @@ PROBLEMS = {
             batch=4096,
             passes=(10,),
             budgets=("bytes=300000", "bytes=104000", "ppd=1024", "ppd=256", "ppd=64"),
-            tuned_at=("bytes=300000", "ppd=256"),
+            forms_at=("bytes=300000", "ppd=256"),
         ),
         Problem(
             name="gowalla",
@@ -156,7 +157,7 @@ PROBLEMS = {
             batch=16_384,
             passes=(5,),
             budgets=("bytes=2000000", "bytes=700000", "bytes=250000"),
-            tuned_at=("bytes=700000",),
+            forms_at=("bytes=700000",),
         ),
         _synthetic("synthetic-16", 16, ("bytes=4000000", "bytes=1000000")),
         _synthetic("synthetic-64", 64, ("bytes=16000000", "bytes=4000000")),

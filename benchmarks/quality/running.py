@@ -13,7 +13,7 @@ import torch
 from tqdm import tqdm
 
 from benchmarks.quality.cells import Group
-from benchmarks.quality.grid import missing, splits_of, tuning_cells
+from benchmarks.quality.grid import missing, unnamed
 from benchmarks.quality.store import Record, Store
 from benchmarks.quality.training import record_of
 
@@ -87,13 +87,11 @@ def remaining(
 ) -> dict[str, Group]:
     """Cells of `groups` that are still to be computed, each once, without rates beyond edges.
 
-    By keys; those of reported splits whose rate is not chosen yet have keys of their own.
+    By keys; those that depend on a choice that is still open have keys of their own.
     """
     found: dict[str, Group] = {}
     for group in groups:
-        now = {cell.key for cell in missing(group, records, splits)}
-        tuning = {cell.key for cell in tuning_cells(group)}
-        later = splits_of(group, splits) if now & tuning else ()
-        for key in (*now, *(f"{group}, split {split}" for split in later)):
+        named = [cell.key for cell in missing(group, records, splits)]
+        for key in (*named, *unnamed(group, records, splits)):
             found.setdefault(key, group)
     return found

@@ -14,7 +14,7 @@ from benchmarks.quality.grid import (
     group_of,
     missing,
     splits_of,
-    tuning_cells,
+    tuned,
     why_unfit,
 )
 from benchmarks.quality.methods import METHODS
@@ -56,9 +56,9 @@ def rows_of(
     """The rows of all `groups` of which something is to be said."""
     out = []
     for group in groups:
-        if any(cell.key not in records for cell in tuning_cells(group)):
+        if not tuned(group, records):
             continue
-        choice = chosen(group, records, asked)
+        choice = chosen(group, records)
         if choice is None:
             out.append(
                 Row(
@@ -67,7 +67,7 @@ def rows_of(
                     records=[],
                     complete=True,
                     difference=None,
-                    why_not=why_unfit(group, records, asked),
+                    why_not=why_unfit(group, records),
                 )
             )
             continue
@@ -98,9 +98,9 @@ def _difference(
 ) -> tuple[float, float] | None:
     """Paired over the splits that both have; full tables are compared at no budget."""
     baseline = group_of(group.dataset, group.passes, BASELINE, group.budget)
-    if group.budget == "none" or any(c.key not in records for c in tuning_cells(baseline)):
+    if group.budget == "none" or not tuned(baseline, records):
         return None
-    choice = chosen(baseline, records, ())
+    choice = chosen(baseline, records)
     if choice is None:
         return None
     pairs = [

@@ -68,7 +68,7 @@ def finished(cell, loss, **more):
 
 
 def test_a_cell_trains_alike_whenever_it_is_run():
-    cell = tuning_cells(GROUP)[0]
+    cell = tuning_cells(GROUP, {})[0]
     first, again = record_of(cell), record_of(cell)
     assert first["curve"] == again["curve"]
     assert len(first["curve"]) == 8  # every quarter of two passes
@@ -119,11 +119,11 @@ def test_rates_first_then_one_beyond_the_edge_then_the_splits():
     (beyond,) = missing(GROUP, records, ())
     assert beyond.rate == 0.9 and beyond.split == TUNING_SPLITS[0]
     records[beyond.key] = finished(beyond, 0.35)
-    assert not chosen(GROUP, records, ()).at_edge
+    assert not chosen(GROUP, records).at_edge
     finals = missing(GROUP, records, ())
     assert [(cell.split, cell.seed, cell.rate) for cell in finals] == [(0, 0, 0.3), (1, 1, 0.3)]
     records[beyond.key] = finished(beyond, 0.2)
-    assert chosen(GROUP, records, ()).at_edge
+    assert chosen(GROUP, records).at_edge
 
 
 def test_one_table_for_all_unless_the_network_multiplies_two_embeddings():
@@ -135,65 +135,89 @@ def test_one_table_for_all_unless_the_network_multiplies_two_embeddings():
         assert METHODS[name].tries("dlrm") == METHODS[name].own_tries
 
 
-def test_budgets_of_a_kind_share_the_rate_that_is_chosen_at_one_of_them(monkeypatch):
-    tuned = replace(PROBLEMS["tiny"], tuned_at=("bytes=12000",))
+ROBE = Group("tiny", 2, "ROBE", "1.2", "bytes=12000")
+"""Of two forms, each of three rates."""
+
+
+@pytest.fixture
+def forms_once(monkeypatch):
+    """Forms are chosen at 12,000 bytes for all budgets of bytes."""
+    tuned = replace(PROBLEMS["tiny"], forms_at=("bytes=12000",))
     monkeypatch.setitem(PROBLEMS, "tiny", tuned)
-    small, shares = (replace(GROUP, budget=budget) for budget in ("bytes=3000", "share=0.05"))
-    assert tuning_cells(small) == tuning_cells(GROUP) != tuning_cells(shares)
-    records = {
-        cell.key: finished(cell, loss)
-        for cell, loss in zip(tuning_cells(GROUP), (0.5, 0.3, 0.4), strict=True)
+
+
+def tuned_forms(group, **best):
+    """Records of the tuning of both forms, with the middle rate the best."""
+    return {
+        cell.key: finished(cell, best[cell.form[-1]] + abs(cell.rate - 0.1))
+        for cell in tuning_cells(group, {})
     }
-    finals = missing(small, records, ())
-    assert {(cell.group, cell.rate) for cell in finals} == {(small, 0.1)}
-    assert len(remaining([GROUP, small], {}, ())) == 3 + 2 + 2
 
 
-def test_cells_that_budgets_share_are_computed_once(monkeypatch, tmp_path):
-    tuned = replace(PROBLEMS["tiny"], tuned_at=("bytes=12000",))
-    monkeypatch.setitem(PROBLEMS, "tiny", tuned)
+def test_the_form_is_chosen_once_and_the_rate_at_each_budget(forms_once):
+    small, shares = (replace(ROBE, budget=budget) for budget in ("bytes=3000", "share=0.05"))
+    assert missing(small, {}, ()) == missing(ROBE, {}, ()) == tuning_cells(ROBE, {})
+    assert len(tuning_cells(shares, {})) == 6  # of another kind: both forms
+    records = tuned_forms(ROBE, **{"1": 0.3, "4": 0.2})
+    rates = missing(small, records, ())
+    assert [(cell.group, cell.form, cell.rate) for cell in rates] == [
+        (small, "shared, Z=4", rate) for rate in (0.03, 0.1, 0.3)
+    ]
+    for cell, loss in zip(rates, (0.5, 0.3, 0.2), strict=True):
+        records[cell.key] = finished(cell, loss)
+    (beyond,) = missing(small, records, ())
+    assert (beyond.group, beyond.rate) == (small, 0.9)
+    records[beyond.key] = finished(beyond, 0.4)
+    assert {(c.group, c.rate) for c in missing(small, records, ())} == {(small, 0.3)}
+    assert {(c.group, c.rate) for c in missing(ROBE, records, ())} == {(ROBE, 0.1)}
+
+
+def test_what_is_missing_counts_the_rates_of_a_form_that_is_not_chosen_yet(forms_once):
+    both = [ROBE, replace(ROBE, budget="bytes=3000")]
+    assert len(remaining(both, {}, ())) == 6 + 2 + 3 + 2
+    assert len(remaining(both, tuned_forms(ROBE, **{"1": 0.3, "4": 0.2}), ())) == 2 + 3 + 2
+    one_form = [GROUP, replace(GROUP, budget="bytes=3000")]
+    assert len(remaining(one_form, {}, ())) == 2 * (3 + 2)
+
+
+def test_cells_that_budgets_share_are_computed_once(forms_once, tmp_path):
     pool = mock.Mock()
     pool.submit.side_effect = lambda *_: mock.Mock()
-    both = [GROUP, replace(GROUP, budget="bytes=3000")]
+    both = [ROBE, replace(ROBE, budget="bytes=3000")]
     running._submit(pool, {}, Store(tmp_path), both, (), 9)
-    assert [call.args[1] for call in pool.submit.call_args_list] == tuning_cells(GROUP)
+    assert [call.args[1] for call in pool.submit.call_args_list] == tuning_cells(ROBE, {})
 
 
 def test_a_rate_is_chosen_by_the_mean_over_the_splits_for_tuning(monkeypatch):
     monkeypatch.setitem(PROBLEMS, "tiny", replace(PROBLEMS["tiny"], tuning_splits=(100, 10)))
-    cells = tuning_cells(GROUP)
+    cells = tuning_cells(GROUP, {})
     assert [(cell.rate, cell.split) for cell in cells] == [
         (rate, split) for rate in (0.03, 0.1, 0.3) for split in (100, 10)
     ]
     # By the first split the rate of .03 were best, and by the second that of .3.
     losses = (0.1, 0.6, 0.3, 0.3, 0.6, 0.1)
     records = {c.key: finished(c, loss) for c, loss in zip(cells, losses, strict=True)}
-    assert chosen(GROUP, records, ()).cell.rate == 0.1
+    assert chosen(GROUP, records).cell.rate == 0.1
     del records[cells[3].key]
     assert missing(GROUP, records, ()) == [cells[3]]
 
 
-def test_a_form_that_does_not_fit_a_budget_gives_way_to_the_next_best(monkeypatch):
-    tuned = replace(PROBLEMS["tiny"], tuned_at=("bytes=12000",))
-    monkeypatch.setitem(PROBLEMS, "tiny", tuned)
-    small = Group("tiny", 2, "ROBE", "1.1", "bytes=40")
-    best = {"shared, Z=1": 0.3, "shared, Z=4": 0.2}
-    records = {c.key: finished(c, best[c.form] + abs(c.rate - 0.1)) for c in tuning_cells(small)}
-    first, _ = missing(small, records, ())
-    assert first.form == "shared, Z=4"
-    records[first.key] = {"does_not_fit": "too small"}
-    other = missing(small, records, ())
-    assert [cell.form for cell in other] == ["shared, Z=1"] * 2
-    records[other[0].key] = {"does_not_fit": "smaller still"}
+def test_a_form_that_does_not_fit_a_budget_gives_way_to_the_next_best(forms_once):
+    small = replace(ROBE, budget="bytes=40")
+    records = tuned_forms(ROBE, **{"1": 0.3, "4": 0.2})
+    for form, reason in (("shared, Z=4", "too small"), ("shared, Z=1", "smaller still")):
+        rates = missing(small, records, ())
+        assert [cell.form for cell in rates] == [form] * 3
+        records |= {cell.key: {"does_not_fit": reason} for cell in rates}
     assert missing(small, records, ()) == []
     (row,) = rows_of([small], records, ())
-    assert row.choice is None and row.why_not in ("too small", "smaller still")
+    assert row.choice is None and row.why_not == "too small"
 
 
 def test_a_rate_in_the_middle_needs_no_other():
     records = {
         cell.key: finished(cell, loss)
-        for cell, loss in zip(tuning_cells(GROUP), (0.5, 0.3, 0.4), strict=True)
+        for cell, loss in zip(tuning_cells(GROUP, {}), (0.5, 0.3, 0.4), strict=True)
     }
     assert {cell.split for cell in missing(GROUP, records, ())} == {0, 1}
 
@@ -201,9 +225,9 @@ def test_a_rate_in_the_middle_needs_no_other():
 def test_a_rate_whose_loss_is_no_number_is_not_chosen():
     records = {
         cell.key: finished(cell, loss)
-        for cell, loss in zip(tuning_cells(GROUP), (0.5, 0.3, None), strict=True)
+        for cell, loss in zip(tuning_cells(GROUP, {}), (0.5, 0.3, None), strict=True)
     }
-    assert chosen(GROUP, records, ()).cell.rate == 0.1
+    assert chosen(GROUP, records).cell.rate == 0.1
 
 
 class InThisProcess:
@@ -274,7 +298,7 @@ def test_a_cell_that_fails_is_named_and_those_beside_it_are_kept(in_process, tmp
 
 def test_runs_that_share_a_folder_keep_each_others_cells(tmp_path):
     one, other = Store(tmp_path), Store(tmp_path)
-    first, second, _ = tuning_cells(GROUP)
+    first, second, _ = tuning_cells(GROUP, {})
     one.add(finished(first, 0.5))
     other.add(finished(second, 0.4))
     lines = (tmp_path / "tiny.jsonl").read_text().splitlines()
@@ -303,7 +327,7 @@ def test_tables_show_paired_differences_and_edges():
     records = {}
     other = Group("tiny", 2, "hash", "1.1", "bytes=12000")
     for group, base in ((GROUP, 0.40), (other, 0.42)):
-        for cell in tuning_cells(group):
+        for cell in tuning_cells(group, {}):
             records[cell.key] = finished(cell, cell.rate)
         (beyond,) = missing(group, records, ())
         records[beyond.key] = finished(beyond, 0.01)
@@ -320,7 +344,7 @@ def test_tables_show_paired_differences_and_edges():
 
 def complete(group):
     """Records of all cells of `group`, the middle rate the best."""
-    records = {c.key: finished(c, abs(c.rate - 0.1)) for c in tuning_cells(group)}
+    records = {c.key: finished(c, abs(c.rate - 0.1)) for c in tuning_cells(group, {})}
     return records | {c.key: finished(c, 0.4) for c in missing(group, records, ())}
 
 
@@ -340,7 +364,7 @@ def test_without_matplotlib_there_are_no_curves_and_it_says_why(tmp_path, capsys
 def test_a_rival_below_its_authors_figures_is_unreproduced():
     group = Group("ml-1m", 10, "CE", "1.1", "ppd=256")
     records = {}
-    for cell in tuning_cells(group):
+    for cell in tuning_cells(group, {}):
         records[cell.key] = finished(cell, abs(cell.rate - 0.1))
     for cell in missing(group, records, ()):
         records[cell.key] = finished(cell, 0.4, auc=0.70)
@@ -351,7 +375,7 @@ def test_a_rival_below_its_authors_figures_is_unreproduced():
 
 
 def test_an_estimate_counts_what_is_missing():
-    cell = tuning_cells(GROUP)[0]
+    cell = tuning_cells(GROUP, {})[0]
     text = estimate([GROUP], {cell.key: finished(cell, 0.5)}, (), 2)
     # Two rates and two splits are left, of 2 s each, on two cores.
     assert "| tiny | 4 | 2 | 0.0 |" in text

@@ -2,6 +2,7 @@
 
 import copy
 import itertools
+from unittest import mock
 
 import pytest
 import torch
@@ -9,7 +10,7 @@ import torchrec
 
 from benchmarks.quality.budgets import Budget, DoesNotFit
 from benchmarks.quality.least_squares import fitted_rows
-from benchmarks.quality.methods import METHODS
+from benchmarks.quality.methods import METHODS, tensor_train
 from benchmarks.quality.methods.clustered import (
     as_published,
     frequent_recipe,
@@ -21,7 +22,7 @@ from benchmarks.quality.methods.hash_embeddings import HashEmbeddings
 from benchmarks.quality.methods.hashed import HashedRows
 from benchmarks.quality.methods.quotient_remainder import QuotientRemainder
 from benchmarks.quality.methods.robe import Robe
-from benchmarks.quality.methods.tensor_train import factors, thirds
+from benchmarks.quality.methods.tensor_train import TensorTrain, factors, thirds
 from cce_torchrec import CCEEmbeddingBagCollection, CCEEmbeddingBagConfig, cluster
 from cce_torchrec.data import Rows as DataRows
 from cce_torchrec.train.model import keyed_jagged
@@ -174,7 +175,7 @@ def test_every_restart_draws_a_hash_of_its_own():
         drawn = []
         for step in (0, 7, 14):
             made.after(step)
-            drawn.append(getattr(made, "start" if name == "ROBE" else "index").clone())
+            drawn.append(getattr(made, "places" if name == "ROBE" else "index").clone())
         seen.append([(a != b).any() for a, b in itertools.combinations(drawn, 2)])
     assert torch.tensor(seen).all()
 
@@ -208,7 +209,8 @@ def test_robe_reads_blocks_of_one_array_and_restarts_by_means():
     made = Robe(tables(form="Z=4", optimizer="adagrad"), restarts=True)
     arrays = [block.flatten() for block in made.rows.blocks_of(made.rows.weight)]
     for table, first in ((0, 0), (1, 300)):
-        array, starts = arrays[table], made.start[first + 7].tolist()
+        array = arrays[table]
+        starts = (made.places[first + 7, ::4] - made.rows.first[table]).tolist()
         expected = [array[(s + i) % len(array)] for s in starts for i in range(4)]
         found = made.lookup(torch.tensor([[7, 307]]), training=False)[0, table]
         assert found.tolist() == [float(value) for value in expected]
@@ -271,8 +273,32 @@ def test_frequent_ids_of_mgqe_choose_from_more_keys():
     made = DifferentiablePQ(tables("bytes=12000", optimizer="adam"), tail_share=0.25)
     table = made.modules[0]
     # Counts are the ids themselves, so that the last tenth is the most frequent.
-    assert (table.allowed[270:] == table.shape.keys).all()
-    assert (table.allowed[:270] == table.shape.keys // 4).all()
+    assert table.tail.tolist() == [True] * 270 + [False] * 30
+    assert table.tail_keys == table.shape.keys // 4
+    # In evaluation an embedding is the values of the keys that fit best, of those it may choose.
+    table.eval()
+    ids = torch.tensor([299, 5, 299])
+    for id_, found in zip(ids.tolist(), table(ids), strict=True):
+        count = table.tail_keys if id_ < 270 else table.shape.keys
+        fits = torch.einsum(
+            "pw,pkw->pk", table.queries[id_].view(table.shape.parts, -1), table.keys[:, :count]
+        )
+        best = zip(table.values, fits.argmax(1), strict=True)
+        torch.testing.assert_close(found, torch.cat([values[at] for values, at in best]))
+
+
+def test_gradients_of_dpq_are_those_of_the_softmax():
+    torch.manual_seed(0)
+    table = DifferentiablePQ(tables("bytes=12000", optimizer="adam"), tail_share=1.0).modules[0]
+    ids, weights = torch.tensor([4, 9, 4]), torch.randn(3, 16)
+    (table(ids) * weights).sum().backward()
+    found = {name: own.grad.clone() for name, own in table.named_parameters()}
+    table.zero_grad()
+    queries = table.queries[ids].view(3, table.shape.parts, -1).transpose(0, 1)
+    soft = (queries @ table.keys.transpose(1, 2)).softmax(2) @ table.values
+    (soft.transpose(0, 1).reshape(3, -1) * weights).sum().backward()
+    for name, own in table.named_parameters():
+        torch.testing.assert_close(found[name], own.grad)
 
 
 def test_hot_ids_get_rows_of_their_own():
@@ -292,6 +318,19 @@ def test_hot_ids_get_rows_of_their_own():
 def test_a_budget_that_is_too_small_is_told_with_its_reason(name):
     with pytest.raises(DoesNotFit, match=r"values|bytes"):
         first_try(name, "bytes=80", model="gmf")
+
+
+def test_a_tensor_train_computes_all_rows_as_it_does_some():
+    torch.manual_seed(0)
+    train = TensorTrain(thirds(300), [2, 2, 4], 3, 0.1)
+    ids, weights = torch.tensor([299, 7, 7]), torch.randn(300, 16)
+    some, every = train(ids), train(torch.arange(300))  # of all, the whole table is computed
+    torch.testing.assert_close(some, every[ids])
+    grads = torch.autograd.grad((some * weights[:3]).sum(), list(train.parameters()))
+    with mock.patch.object(tensor_train, "_WHOLE", 1000):
+        whole = torch.autograd.grad((train(ids) * weights[:3]).sum(), list(train.parameters()))
+    for one, other in zip(grads, whole, strict=True):
+        torch.testing.assert_close(one, other)
 
 
 @pytest.mark.parametrize("size", [1, 7, 26_735, 30_984])

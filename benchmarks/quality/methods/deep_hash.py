@@ -34,19 +34,19 @@ class DeepHash(nn.Module):
         self.decoder = nn.Sequential(*layers, nn.Linear(width, dim))
 
     def _encoded(self, ids: torch.Tensor) -> torch.Tensor:
-        """Hashes [n, k] in 16 bits."""
-        columns = [
-            hashed_rows(ids, 2 * _SCALE, seed=self.seed, table=self.name, chunk=h)
-            for h in range(self.hashes)
-        ]
-        return torch.stack([(c - _SCALE).to(torch.int16) for c in columns], dim=1)
+        """Hashes [n, k] between -1 and 1."""
+        out = torch.empty(len(ids), self.hashes)
+        for h in range(self.hashes):
+            hashed = hashed_rows(ids, 2 * _SCALE, seed=self.seed, table=self.name, chunk=h)
+            out[:, h] = hashed
+        return out.sub_(_SCALE - 0.5).div_(_SCALE)
 
     def forward(self, ids: torch.Tensor) -> torch.Tensor:
         """Embeddings [n, D]."""
         # Popular ids repeat in a batch, and the network is the cost of a step.
         own, inverse = torch.unique(ids, return_inverse=True)
-        encoded = self._encoded(own) if self.kept is None else self.kept[own]
-        return self.decoder((encoded.float() + 0.5) / _SCALE)[inverse]
+        encoded = self._encoded(own) if self.kept is None else self.kept.index_select(0, own)
+        return self.decoder(encoded).index_select(0, inverse)
 
 
 def values_of(hashes: int, width: int, dim: int) -> int:

@@ -31,8 +31,8 @@ class QuantizedTable(nn.Module):
         dim: int,
         shape: Shape,
         bound: float,
-        *,
-        allowed: torch.Tensor | None,
+        tail: torch.Tensor | None,
+        tail_keys: int,
     ) -> None:
         super().__init__()
         self.shape, width = shape, dim // shape.parts
@@ -42,25 +42,50 @@ class QuantizedTable(nn.Module):
         self.values = nn.Parameter(
             torch.empty(shape.parts, shape.keys, width).uniform_(-bound, bound)
         )
-        self.allowed = allowed
-        """How many of the keys each id may choose, the first ones; None is all."""
+        self.tail = tail
+        """Which ids [N] choose from the first `tail_keys` keys; None: none does."""
+        self.tail_keys = tail_keys
 
     def forward(self, ids: torch.Tensor) -> torch.Tensor:
         """Embeddings [n, D]."""
         # Popular ids repeat in a batch, and the comparison with all keys is the cost of a step.
         own, inverse = torch.unique(ids, return_inverse=True)
-        parts = self.shape.parts
-        queries = nn.functional.embedding(own, self.queries).view(len(own), parts, -1)
-        fits = torch.bmm(queries.transpose(0, 1), self.keys.transpose(1, 2))  # [parts, n, keys]
-        if self.allowed is not None:
-            beyond = torch.arange(self.shape.keys) >= self.allowed[own][:, None]
-            fits = fits.masked_fill(beyond, float("-inf"))
-        best = fits.argmax(2)
-        out = self.values.gather(1, best[:, :, None].expand(-1, -1, self.values.shape[2]))
+        if self.tail is None:
+            return self._chosen(own, self.shape.keys).index_select(0, inverse)
+        tail = self.tail.index_select(0, own)
+        groups = [
+            ((~tail).nonzero()[:, 0], self.shape.keys),
+            (tail.nonzero()[:, 0], self.tail_keys),
+        ]
+        groups = [(at, keys) for at, keys in groups if len(at)]
+        place = torch.cat([at for at, _ in groups]).argsort()
+        parts = [self._chosen(own[at], keys) for at, keys in groups]
+        return torch.cat(parts).index_select(0, place[inverse])
+
+    def _chosen(self, own: torch.Tensor, count: int) -> torch.Tensor:
+        """Embeddings [n, D] of ids that choose from the first `count` keys."""
+        queries = self.queries.index_select(0, own).view(len(own), self.shape.parts, -1)
+        queries = queries.transpose(0, 1)
+        keys, values = self.keys[:, :count], self.values[:, :count]
+        with torch.no_grad():
+            best = nearest(queries, keys)
+        out = values.gather(1, best[:, :, None].expand(-1, -1, values.shape[2]))
         if self.training:
-            soft = torch.bmm(fits.softmax(2), self.values)
+            # Softmax of the fits times the values is attention, whose kernel keeps no fits.
+            soft = nn.functional.scaled_dot_product_attention(
+                queries[None], keys[None], values[None], scale=1.0
+            )[0]
             out = soft + (out - soft).detach()
-        return out.transpose(0, 1).reshape(len(own), -1)[inverse]
+        return out.transpose(0, 1).reshape(len(own), -1)
+
+
+def nearest(queries: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
+    """Of each of `queries` [parts, n, s] the one of `keys` [parts, K, s] with the largest product.
+
+    In blocks whose products stay in a cache.
+    """
+    blocks = queries.split(128, 1)
+    return torch.cat([torch.bmm(own, keys.transpose(1, 2)).max(2).indices for own in blocks], dim=1)
 
 
 @dataclass(frozen=True)
@@ -101,12 +126,12 @@ class DifferentiablePQ(ModuleEmbedder):
                 f"{self._code_bytes(size, Shape(2, 4)) + 4 * dim * FLOAT_BYTES:,}"
             )
         shape = max(shapes, key=lambda s: (s.bits(), s.keys))
-        allowed = None
+        tail = None
         if self.tail_share < 1:
-            allowed = torch.full((size,), self._tail_keys(shape))
-            frequent = self.tables.counts[table].argsort(descending=True)[: self._head(size)]
-            allowed[frequent] = shape.keys
-        return QuantizedTable(size, dim, shape, self.tables.bounds[table], allowed=allowed)
+            tail = torch.ones(size, dtype=torch.bool)
+            tail[self.tables.counts[table].argsort(descending=True)[: self._head(size)]] = False
+        bound = self.tables.bounds[table]
+        return QuantizedTable(size, dim, shape, bound, tail, self._tail_keys(shape))
 
     def _tail_keys(self, shape: Shape) -> int:
         return max(2, int(shape.keys * self.tail_share))

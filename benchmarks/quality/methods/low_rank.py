@@ -22,7 +22,7 @@ class LowRankTable(nn.Module):
 
     def forward(self, ids: torch.Tensor) -> torch.Tensor:
         """Embeddings [n, D]."""
-        return nn.functional.embedding(ids, self.left) @ self.right
+        return self.left.index_select(0, ids) @ self.right
 
 
 class LowRank(ModuleEmbedder):

@@ -28,16 +28,14 @@ class Robe(RestartedRows):
             )
         pairs = zip(self.lengths, tables.bounds, strict=True)
         self.rows = Rows([Block(n, bound) for n, bound in pairs], 1, tables.training)
-        # Of each id: where the array of its table starts, and how long it is.
-        sizes = torch.tensor(tables.sizes)
-        self.first = torch.tensor(self.rows.first).repeat_interleave(sizes)[:, None]
-        self.length = torch.tensor(self.lengths).repeat_interleave(sizes)[:, None]
-        self.start = self._start()
+        self.places = self._places()
 
-    def _start(self) -> torch.Tensor:
-        """Where in the array of its table the blocks [N, blocks] of each id start."""
+    def _places(self) -> torch.Tensor:
+        """Places [N, D] of what each id reads, in the arrays of all tables."""
         tables, out = self.tables, []
-        for name, size, length in zip(tables.names, tables.sizes, self.lengths, strict=True):
+        for name, size, length, first in zip(
+            tables.names, tables.sizes, self.lengths, self.rows.first, strict=True
+        ):
             ids = torch.arange(size)
             columns = [
                 hashed_rows(
@@ -45,22 +43,17 @@ class Robe(RestartedRows):
                 )
                 for block in range(tables.dim // self.width)
             ]
-            out.append(torch.stack(columns, dim=1))
+            blocks = torch.stack(columns, dim=1)[:, :, None] + torch.arange(self.width)
+            out.append(first + blocks.flatten(1) % length)
         return torch.cat(out)
-
-    def _places(self, ids: torch.Tensor) -> torch.Tensor:
-        """Places [n, D] of what `ids` [n] read, in the arrays of all tables."""
-        blocks = self.start[ids][:, :, None] + torch.arange(self.width)
-        return self.first[ids] + blocks.flatten(1) % self.length[ids]
 
     def lookup(self, ids: torch.Tensor, training: bool) -> torch.Tensor:
         """See `Embedder`."""
-        places = self._places(ids.reshape(-1))
+        places = self.places.index_select(0, ids.reshape(-1))
         return self.rows.read(places, training).view(*ids.shape, self.tables.dim)
 
     def restarted(self) -> torch.Tensor:
         """Draws the hash anew; each value is the mean of all that now read it."""
-        every = torch.arange(self.tables.num_ids)
-        old = self.rows.weight[self._places(every)].view(-1, 1)
-        self.start = self._start()
-        return means(self._places(every).view(-1), old, len(self.rows.weight))
+        old = self.rows.weight.index_select(0, self.places.view(-1))
+        self.places = self._places()
+        return means(self.places.view(-1), old, len(self.rows.weight))

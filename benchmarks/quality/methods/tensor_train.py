@@ -10,6 +10,9 @@ from torch import nn
 from benchmarks.quality.budgets import DoesNotFit
 from benchmarks.quality.module_embedder import ModuleEmbedder
 
+_WHOLE = 128
+"""Times fewer ids in a batch than in the table, up to which the whole table is computed."""
+
 
 class TensorTrain(nn.Module):
     """Row (i, j, k) of a table is G1[i] G2[j] G3[k], of ranks (1, r, r, 1)."""
@@ -28,15 +31,25 @@ class TensorTrain(nn.Module):
 
     def forward(self, ids: torch.Tensor) -> torch.Tensor:
         """Embeddings [n, D]."""
-        _, n2, n3 = self.sizes
-        d1, d2, d3 = self.dims
-        places = (ids // (n2 * n3), ids // n3 % n2, ids % n3)
-        a, b, c = (
-            nn.functional.embedding(at, core) for at, core in zip(places, self.cores, strict=True)
-        )
+        (n1, n2, n3), (d1, d2, d3) = self.sizes, self.dims
+        i, j, k = ids // (n2 * n3), ids // n3 % n2, ids % n3
+        if n1 * n2 * n3 <= _WHOLE * len(ids):
+            first = (i[:, None] * d1 + torch.arange(d1)) * n2 + j[:, None]
+            second = (first[:, :, None] * d2 + torch.arange(d2)) * n3 + k[:, None, None]
+            return self._whole().index_select(0, second.view(-1)).view(len(ids), -1)
+        cores = zip((i, j, k), self.cores, strict=True)
+        a, b, c = (core.index_select(0, at) for at, core in cores)
         ab = torch.bmm(a.view(-1, d1, self.rank), b.view(-1, self.rank, d2 * self.rank))
         abc = torch.bmm(ab.view(-1, d1 * d2, self.rank), c.view(-1, self.rank, d3))
         return abc.view(len(ids), -1)
+
+    def _whole(self) -> torch.Tensor:
+        """The table [n1 d1 n2 d2 n3, d3]: two products for all ids, not two for each."""
+        (n1, n2, n3), (d1, d2, d3), r = self.sizes, self.dims, self.rank
+        first, second, third = self.cores
+        ab = first.view(n1 * d1, r) @ second.view(n2, r, d2 * r).transpose(0, 1).reshape(r, -1)
+        abc = ab.view(-1, r) @ third.view(n3, r, d3).transpose(0, 1).reshape(r, -1)
+        return abc.view(-1, d3)
 
 
 class TTRec(ModuleEmbedder):
