@@ -21,6 +21,7 @@ from cce_torchrec.config_checks import (  # noqa: E402
     check_id_ranges,
     check_inherited_fields,
     check_width,
+    most_chunks,
     whole_number,
 )
 from cce_torchrec.packing import CodePacking  # noqa: E402
@@ -28,8 +29,12 @@ from cce_torchrec.packing import CodePacking  # noqa: E402
 DEFAULT_HELPER_RATIO = 3
 MAX_ROWS = 2**31 - 1
 _SEEN, _COUNTS = {"seen": 8}, {"counts": 2}
-RARE_ROWS, RARE_CODE_SHARE = (16, 4, 2), 1 / 20
-"""Main rows of rare ids, and what their codes get of a budget of bytes, for each of codebooks."""
+_CODE_ROWS, RARE_ROWS = (65_536, 16_384, 4096, 1024, 256, 64, 16, 8, 4, 2), (16, 4, 2)
+"""Main rows that get the most out of their codes: of all ids, and of rare ones."""
+CODE_SHARE = {"rare": 1 / 20, "frequent": 1 / 2}
+"""What codes get of a budget of bytes, for each byte of codebooks, by the recipe."""
+BYTES_CHUNKS, PARAMS_CHUNKS = 4, 8
+"""At most, of a budget of bytes, where codes are counted, and of one of parameters."""
 RECIPES, RARE_BELOW = ("frequent", "rare", "auto"), 100.0
 """Examples an id in a pass, without sampled negatives, below which "auto" is "rare"."""
 _WHOLE_NUMBERS = (
@@ -57,7 +62,7 @@ class CCEEmbeddingBagConfig(EmbeddingBagConfig):
         ValueError: naming the table, the value and the remedy, if a field is not usable.
     """
 
-    num_chunks: int = 4
+    num_chunks: int = BYTES_CHUNKS
     """Columns (c); embedding_dim / num_chunks must be a multiple of 4."""
     num_rows: int = 0
     """Rows of the main codebook of each chunk (k)."""
@@ -112,9 +117,8 @@ class CCEEmbeddingBagConfig(EmbeddingBagConfig):
     def _check_whole_numbers(self) -> None:
         for name in _WHOLE_NUMBERS:
             value = getattr(self, name)
-            if value is None:
-                continue
-            setattr(self, name, whole_number(self._who, name, value))
+            if value is not None or name != "num_helper_rows":
+                setattr(self, name, whole_number(self._who, name, value))
 
     def _check_shape(self) -> None:
         if "#" in self.name or not self.name:
@@ -246,57 +250,66 @@ class CCEEmbeddingBagConfig(EmbeddingBagConfig):
         out.num_rows, out.num_helper_rows = self.rows_per_chunk, 0
         return out
 
-    def _with_codes(self, share: float) -> CCEEmbeddingBagConfig:
-        """This table of rare ids with codes of at most `share` of its codebooks' bytes."""
-        for rows in RARE_ROWS:
-            packing = CodePacking.of_rows(rows)
-            codes = packing.nbytes(self.num_embeddings, self.num_chunks)
-            if 2 * rows <= self.rows_per_chunk and codes <= share * self.codebook_bytes:
-                out = copy.copy(self)
-                out.num_rows, out.num_helper_rows = rows, self.rows_per_chunk - rows
-                return out
-        return self
+    def _with_codes(self, rows: Iterable[int], share: float) -> CCEEmbeddingBagConfig:
+        """This table with the first, or the last, of `rows` of main whose codes fit.
+
+        They take at most `share` of the bytes of its codebooks, which are as large as before.
+        """
+        out, out.num_rows = copy.copy(self), 1
+        for out.num_rows in rows:
+            if out.code_bytes <= share * self.codebook_bytes:
+                break
+        out.num_helper_rows = self.rows_per_chunk - out.num_rows
+        return out
 
     @classmethod
     def from_params_per_dim(
         cls,
         params_per_dim: int,
         *,
-        helper_ratio: float = DEFAULT_HELPER_RATIO,
-        code_share: float = math.inf,
+        helper_ratio: float | None = None,
+        count_codes: bool = False,
         **kwargs: Any,
     ) -> CCEEmbeddingBagConfig:
         """A table with num_rows + num_helper_rows = `params_per_dim`, split 1 : `helper_ratio`.
 
-        With the recipe "rare" main has 16 rows, or as many of 4, 2 or 1 as are at most half of all
-        and whose codes take at most `code_share` of the codebooks' bytes.
+        Args:
+            helper_ratio: None is 3, or more if codes count; main of the recipe "rare" has 16, 4, 2
+                or 1 rows, at most half of all.
+            count_codes: main has so few rows that codes take at most half of what codebooks do, or
+                a twentieth where the recipe is "rare".
+            kwargs: further fields; `num_chunks` is 8, or 4 if codes count, or what fits the width.
 
         Raises:
             ValueError: if `params_per_dim` is below 2, which leaves no row for one of the two, or
                 `helper_ratio` is negative.
         """
-        if not helper_ratio >= 0:
-            raise ValueError(
-                f"table {kwargs.get('name', '')!r}: helper_ratio {helper_ratio} must be 0 or more"
-            )
+        ratio = DEFAULT_HELPER_RATIO if helper_ratio is None else helper_ratio
+        who = f"table {kwargs.get('name', '')!r}"
+        if not ratio >= 0:
+            raise ValueError(f"{who}: helper_ratio {ratio} must be 0 or more")
         if params_per_dim < 2:
             raise ValueError(
-                f"table {kwargs.get('name', '')!r}: params_per_dim {params_per_dim} must be at "
-                "least 2, one main and one helper row"
+                f"{who}: params_per_dim {params_per_dim} must be at least 2, one main and one "
+                "helper row"
             )
+        chunks = most_chunks(kwargs, BYTES_CHUNKS if count_codes else PARAMS_CHUNKS)
+        kwargs = {"num_chunks": chunks, **kwargs}
         whole = cls(num_rows=1, num_helper_rows=params_per_dim - 1, **kwargs)
         if whole.recipe == "rare":
-            return whole._with_codes(code_share)
-        num_rows = max(1, min(params_per_dim - 1, round(params_per_dim / (1 + helper_ratio))))
-        return cls(num_rows=num_rows, num_helper_rows=params_per_dim - num_rows, **kwargs)
+            rows = [own for own in RARE_ROWS if 2 * own <= params_per_dim] + [1]
+        else:
+            rows = [max(1, min(params_per_dim - 1, round(params_per_dim / (1 + ratio))))]
+            rows += [own for own in _CODE_ROWS if own < rows[0] and helper_ratio is None]
+        return whole._with_codes(rows, CODE_SHARE[whole.recipe] if count_codes else math.inf)
 
     @classmethod
     def from_bytes(
-        cls, table_bytes: int, *, helper_ratio: float = DEFAULT_HELPER_RATIO, **kwargs: Any
+        cls, table_bytes: int, *, helper_ratio: float | None = None, **kwargs: Any
     ) -> CCEEmbeddingBagConfig:
         """The largest table of at most `table_bytes` bytes of codebooks and codes.
 
-        Its rows are those of `from_params_per_dim`, with a twentieth for codes of rare ids.
+        Its rows are those of `from_params_per_dim` with `count_codes`.
 
         Raises:
             ValueError: if not even two rows a chunk fit beside the codes.
@@ -304,9 +317,7 @@ class CCEEmbeddingBagConfig(EmbeddingBagConfig):
 
         def made(params_per_dim: int) -> CCEEmbeddingBagConfig:
             return cls.from_params_per_dim(
-                params_per_dim,
-                helper_ratio=helper_ratio,
-                **{"code_share": RARE_CODE_SHARE, **kwargs},
+                params_per_dim, helper_ratio=helper_ratio, count_codes=True, **kwargs
             )
 
         smallest = made(2).table_bytes
@@ -320,7 +331,11 @@ class CCEEmbeddingBagConfig(EmbeddingBagConfig):
             middle = (low + high + 1) // 2
             fits = made(middle).table_bytes <= table_bytes
             low, high = (middle, high) if fits else (low, middle - 1)
-        return made(low)
+        out = made(low)
+        if helper_ratio is None:  # one row more would have had wider codes, and there may be room
+            room = (int(table_bytes) - out.table_bytes) * out.rows_per_chunk // out.codebook_bytes
+            out.num_helper_rows = min(out.helper_rows + room, MAX_ROWS - out.num_rows)
+        return out
 
 
 def is_cce(config: Any) -> TypeGuard[CCEEmbeddingBagConfig]:

@@ -93,7 +93,8 @@ def _form_group(group: Group) -> Group:
 
 
 def _all_tries(group: Group) -> tuple[Try, ...]:
-    return METHODS[group.method].tries(PROBLEMS[group.dataset].model)
+    problem = PROBLEMS[group.dataset]
+    return METHODS[group.method].tries(problem.model, problem.dim)
 
 
 def _tries(group: Group, records: Mapping[str, Record]) -> Sequence[Try]:

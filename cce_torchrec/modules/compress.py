@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import math
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -11,7 +10,7 @@ import torch.distributed as dist
 from torch import nn
 from torchrec.modules.embedding_configs import BaseEmbeddingConfig
 
-from cce_torchrec.config import RARE_CODE_SHARE, is_cce
+from cce_torchrec.config import is_cce
 from cce_torchrec.modules.compressed_tables import Form, Made, made_of, ratio_for
 from cce_torchrec.modules.compressible import Found, collections_of, full_bytes, remade
 from cce_torchrec.table import refuse_none
@@ -132,7 +131,7 @@ def compress_model(
         seed=seed,
         examples_per_id=examples_per_id or {},
         joint=joint,
-        code_share=math.inf if table_bytes is None else RARE_CODE_SHARE,
+        count_codes=table_bytes is not None,
     )
     form.check_names({name for _, name in chosen})
     if table_bytes is not None:

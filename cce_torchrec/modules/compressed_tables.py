@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any
@@ -28,8 +27,8 @@ class Form:
     """Of the tables whose recipe follows from it, by name."""
     joint: str = "no"
     """One of `JOINT`."""
-    code_share: float = math.inf
-    """What codes of rare ids may take, for each byte of codebooks."""
+    count_codes: bool = False
+    """Whether codes have to leave most of the bytes to codebooks."""
 
     def __post_init__(self) -> None:
         if self.joint not in JOINT:
@@ -161,7 +160,7 @@ def compressed(
         made = CCEEmbeddingBagConfig(num_rows=num_rows, **kept)
     else:
         rows = max(2, round(config.num_embeddings / ratio))
-        made = CCEEmbeddingBagConfig.from_params_per_dim(rows, code_share=form.code_share, **kept)
+        made = CCEEmbeddingBagConfig.from_params_per_dim(rows, count_codes=form.count_codes, **kept)
     if made.table_bytes >= full_bytes(config):
         return config, f"compressed it would take {made.table_bytes:,} bytes"
     return made, ""

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torchrec.modules.embedding_configs import BaseEmbeddingConfig, EmbeddingBagConfig
 
-from cce_torchrec.config import RARE_BELOW, RARE_CODE_SHARE, CCEEmbeddingBagConfig, is_cce
+from cce_torchrec.config import RARE_BELOW, CCEEmbeddingBagConfig, is_cce
 from cce_torchrec.data import Examples, Share
 from cce_torchrec.kmeans import kmeans
 from cce_torchrec.modules.compressed_tables import Form, Made, made_of, ratio_for
@@ -147,7 +147,7 @@ def advise(
         seed=0,
         examples_per_id=examples,
         joint="no" if multiplies else "rare",
-        code_share=RARE_CODE_SHARE,
+        count_codes=True,
     )
     # A small table is read as fast whole, and its ids are mostly frequent.
     stay = {c.name: "small" for c in plain if c not in large}

@@ -12,7 +12,7 @@ from torchrec.distributed.planner.types import PlannerError
 from torchrec.modules.embedding_configs import EmbeddingBagConfig
 from torchrec.optim.apply_optimizer_in_backward import apply_optimizer_in_backward
 
-from cce_torchrec.config import RARE_CODE_SHARE, is_cce
+from cce_torchrec.config import is_cce
 from cce_torchrec.distributed.sharders import get_default_sharders
 from cce_torchrec.modules.compressed_tables import Form, made_of
 from cce_torchrec.modules.compressible import full_bytes
@@ -70,7 +70,7 @@ def tables_for_memory(
         seed=seed,
         examples_per_id=examples_per_id or {},
         joint=joint,
-        code_share=RARE_CODE_SHARE,
+        count_codes=True,
     )
     large = {t.name for t in tables if not is_cce(t) and full_bytes(t) >= min_bytes}
     form.check_names(large)

@@ -6,6 +6,8 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from cce_torchrec.config import BYTES_CHUNKS, PARAMS_CHUNKS
+from cce_torchrec.config_checks import most_chunks
 from cce_torchrec.train import data_options
 
 if TYPE_CHECKING:  # neither the options nor `--help` need torch
@@ -31,7 +33,11 @@ def _parser() -> argparse.ArgumentParser:
     data_options.add_options(add)
     add("--method", choices=["cce", "full", "hash", "ce"], default="cce")
     add("--embedding-dim", type=int, default=16)
-    add("--num-chunks", type=int, default=4)
+    add(
+        "--num-chunks",
+        type=int,
+        help="default 4, 8 with --params-per-dim, or what fits",
+    )
     # Each says how many rows a table has: of two that disagree one would be ignored.
     budget = parser.add_mutually_exclusive_group()
     budget.add_argument("--params-per-dim", type=int, help="main + helper rows of each table")
@@ -89,6 +95,9 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     # A row that the two factors of a product share would be multiplied by itself.
     if args.joint is None:
         args.joint = "no" if args.model == "gmf" else "rare"
+    if args.num_chunks is None:
+        most = BYTES_CHUNKS if args.params_per_dim is None else PARAMS_CHUNKS
+        args.num_chunks = most_chunks({"embedding_dim": args.embedding_dim}, most)
     if args.checkpoint_every < 0:
         parser.error(f"--checkpoint-every {args.checkpoint_every} must be 0 or more steps")
     for name in ("embedding_dim", "num_chunks", "epochs", "batch_size"):

@@ -41,6 +41,43 @@ def test_bits_of_codes(rows, bits):
     assert replace(table, learned_codes=False).code_bits == 0
 
 
+def test_codes_of_frequent_ids_take_at_most_a_third_of_a_budget_of_bytes():
+    """And leave no room: a row more is more than the budget."""
+    kwargs = dict(name="t", num_embeddings=100_000, embedding_dim=32, feature_names=["f"])
+    for budget in (150_000, 350_000, 1_000_000, 3_000_000, 10_000_000):
+        table = CCEEmbeddingBagConfig.from_bytes(budget, **kwargs)
+        assert table.num_chunks == 4
+        assert table.code_bytes <= table.codebook_bytes / 2 or table.num_rows == 2
+        assert 3 * table.num_rows <= table.num_helper_rows + 2  # rounded
+        assert table.table_bytes <= budget < table.table_bytes + 128
+    bits = [
+        CCEEmbeddingBagConfig.from_bytes(budget, **kwargs).code_bits
+        for budget in (150_000, 350_000, 1_000_000, 3_000_000, 10_000_000)
+    ]
+    assert bits == [1, 2, 6, 10, 16]
+    asked = CCEEmbeddingBagConfig.from_bytes(1_000_000, helper_ratio=1, **kwargs)
+    assert asked.num_rows == asked.num_helper_rows  # as it was asked for, whatever codes take
+    counted = CCEEmbeddingBagConfig.from_params_per_dim(6_000, count_codes=True, **kwargs)
+    assert (counted.num_rows, counted.num_helper_rows, counted.num_chunks) == (64, 5_936, 4)
+
+
+@pytest.mark.parametrize(("dim", "chunks"), [(4, 1), (8, 2), (12, 3), (16, 4), (32, 8), (256, 8)])
+def test_a_budget_of_parameters_makes_up_to_8_chunks(dim, chunks):
+    kwargs = dict(name="t", num_embeddings=1000, embedding_dim=dim, feature_names=["f"])
+    assert CCEEmbeddingBagConfig.from_params_per_dim(64, **kwargs).num_chunks == chunks
+    by_bytes = CCEEmbeddingBagConfig.from_bytes(64 * dim * 4, **kwargs)
+    assert by_bytes.num_chunks == min(4, chunks)
+    given = CCEEmbeddingBagConfig.from_params_per_dim(64, **{**kwargs, "num_chunks": 1})
+    assert given.num_chunks == 1
+
+
+@pytest.mark.parametrize("dim", [6, 0, "16", None])
+def test_a_width_that_fits_no_chunk_is_refused_by_budgets_too(dim):
+    kwargs = dict(name="t", num_embeddings=1000, embedding_dim=dim, feature_names=["f"])
+    with pytest.raises(ValueError, match=r"table 't'.*embedding_dim"):
+        CCEEmbeddingBagConfig.from_params_per_dim(64, **kwargs)
+
+
 def test_budgets():
     kwargs = dict(name="t", num_embeddings=1000, embedding_dim=32, feature_names=["f"])
     table = CCEEmbeddingBagConfig.from_params_per_dim(64, **kwargs)

@@ -128,11 +128,12 @@ def test_rates_first_then_one_beyond_the_edge_then_the_splits():
 
 def test_one_table_for_all_unless_the_network_multiplies_two_embeddings():
     recipe = METHODS["CCE, frequent recipe"]
-    forms = {model: [tried.form for tried in recipe.tries(model)] for model in ("dlrm", "gmf")}
+    forms = {model: [t.form for t in recipe.tries(model, 16)] for model in ("dlrm", "gmf")}
     assert forms["gmf"] == ["4 chunks", "2 chunks"]
+    assert [t.form for t in recipe.tries("gmf", 32)] == [*forms["gmf"], "8 chunks"]
     assert forms["dlrm"] == ["shared, 4 chunks", "shared, 2 chunks"]
     for name in ("full", "ours", "low rank", "DHE"):
-        assert METHODS[name].tries("dlrm") == METHODS[name].own_tries
+        assert METHODS[name].tries("dlrm", 16) == METHODS[name].own_tries
 
 
 ROBE = Group("tiny", 2, "ROBE", "1.2", "bytes=12000")

@@ -30,7 +30,7 @@ from tests.support.quality import SIZES, all_ids, tables
 
 
 def first_try(name, budget="bytes=12000", model="dlrm"):
-    tried = METHODS[name].tries(model)[0]
+    tried = METHODS[name].tries(model, 16)[0]
     return METHODS[name].embedder(tables(budget, tried.form, tried.optimizer, tried.rates[0]))
 
 
@@ -170,7 +170,7 @@ def test_a_restart_takes_means_of_the_ids_that_now_share_a_row(num_chunks):
 def test_every_restart_draws_a_hash_of_its_own():
     seen = []
     for name in ("hash", "CE", "QR", "hash embeddings", "ROBE", "CAFE"):
-        tried = METHODS[f"{name} restarted"].tries("gmf")[0]
+        tried = METHODS[f"{name} restarted"].tries("gmf", 16)[0]
         made = METHODS[f"{name} restarted"].embedder(tables("bytes=6000", tried.form, "adagrad"))
         drawn = []
         for step in (0, 7, 14):

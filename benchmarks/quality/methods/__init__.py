@@ -30,6 +30,8 @@ class Try:
     optimizer: str
     rates: tuple[float, ...]
     form: str = ""
+    least_dim: int = 0
+    """Of embeddings, below which it is not tried."""
 
 
 ROW_TRIES = (Try("adagrad", (0.03, 0.1, 0.3)),)
@@ -55,11 +57,12 @@ class Method:
     any_budget: bool = True
     """False for full tables, which have one size."""
 
-    def tries(self, model: str) -> tuple[Try, ...]:
+    def tries(self, model: str, dim: int) -> tuple[Try, ...]:
         """Of all, the best one on the split for tuning is taken; by the model above the tables."""
+        fitting = tuple(tried for tried in self.own_tries if tried.least_dim <= dim)
         if not self.shares or model == "gmf":
-            return self.own_tries
-        return tuple(replace(tried, form=shared(tried.form)) for tried in self.own_tries)
+            return fitting
+        return tuple(replace(tried, form=shared(tried.form)) for tried in fitting)
 
     def embedder(self, tables: Tables) -> Embedder:
         """The compressed form of `tables`, of the form that they say."""
@@ -69,6 +72,10 @@ class Method:
 ADAM_TRIES = (Try("adam", (0.001, 0.003, 0.01)),)
 OWN_TRIES = (*ADAM_TRIES, Try("adagrad", (0.01, 0.03, 0.1)))
 """Of methods that are modules of their own: rates of either optimizer."""
+
+
+EIGHT_CHUNKS = (replace(ROW_TRIES[0], form="8 chunks", least_dim=32),)
+"""Rows of 4 values at least, the narrowest that FBGEMM's kernels read."""
 
 
 def tries_of(forms: tuple[str, ...], tries: tuple[Try, ...] = ROW_TRIES) -> tuple[Try, ...]:
@@ -110,7 +117,7 @@ METHODS = {
             any_budget=False,
         ),
         *_restartable("hash", HashedRows, num_chunks=1),
-        *_restartable("CE", HashedRows, num_chunks=4),
+        *_restartable("CE", HashedRows, (*ROW_TRIES, *EIGHT_CHUNKS), num_chunks=4),
         *_restartable("QR", QuotientRemainder),
         *_restartable("hash embeddings", HashEmbeddings, tries_of(("weights=0.1", "weights=0.8"))),
         *_restartable("ROBE", Robe, tries_of(("Z=1", "Z=4")), version=2),
@@ -121,13 +128,14 @@ METHODS = {
             own_tries=(
                 Try("adamw", (0.001, 0.003, 0.01), "4 chunks"),
                 *tries_of(("4 chunks", "2 chunks")),
+                *EIGHT_CHUNKS,
             ),
         ),
         Method(
             name="CCE, frequent recipe",
             build=frequent_recipe,
             version=2,
-            own_tries=tries_of(("4 chunks", "2 chunks")),
+            own_tries=(*tries_of(("4 chunks", "2 chunks")), *EIGHT_CHUNKS),
         ),
         Method(
             name="CCE, rare recipe",

@@ -30,13 +30,16 @@ class FullTables(OfRows):
 class HashedRows(RestartedRows):
     """An embedding is `num_chunks` hashed rows side by side: CE, or with one the hashing trick.
 
+    The form may name another number of chunks.
+
     With `restarts` the hash is drawn anew (`Tables.restart_steps`): each new row is the mean, over
     all ids that now share it, of what they had, and its optimizer state a tenth of the old mean.
     """
 
     def __init__(self, tables: Tables, *, num_chunks: int, restarts: bool) -> None:
         super().__init__(tables)
-        self.num_chunks, self.restarts = num_chunks, restarts
+        self.restarts = restarts
+        self.num_chunks = int(tables.form.removesuffix(" chunks")) if tables.form else num_chunks
         self.counts = [
             min(size, share.rows(tables.dim))
             for size, share in zip(tables.sizes, tables.shares, strict=True)
