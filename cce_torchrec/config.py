@@ -300,7 +300,8 @@ class CCEEmbeddingBagConfig(EmbeddingBagConfig):
             rows = [own for own in RARE_ROWS if 2 * own <= params_per_dim] + [1]
         else:
             rows = [max(1, min(params_per_dim - 1, round(params_per_dim / (1 + ratio))))]
-            rows += [own for own in _CODE_ROWS if own < rows[0] and helper_ratio is None]
+            if count_codes and helper_ratio is None:
+                rows = [own for own in _CODE_ROWS if own <= rows[0]] or rows
         return whole._with_codes(rows, CODE_SHARE[whole.recipe] if count_codes else math.inf)
 
     @classmethod

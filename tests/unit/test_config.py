@@ -54,9 +54,9 @@ def test_codes_of_frequent_ids_take_at_most_a_third_of_a_budget_of_bytes():
         CCEEmbeddingBagConfig.from_bytes(budget, **kwargs).code_bits
         for budget in (150_000, 350_000, 1_000_000, 3_000_000, 10_000_000)
     ]
-    assert bits == [1, 2, 6, 10, 16]
+    assert bits == [1, 2, 6, 12, 14]
     asked = CCEEmbeddingBagConfig.from_bytes(1_000_000, helper_ratio=1, **kwargs)
-    assert asked.num_rows == asked.num_helper_rows  # as it was asked for, whatever codes take
+    assert abs(asked.num_rows - asked.num_helper_rows) <= 1  # as asked for, whatever codes take
     counted = CCEEmbeddingBagConfig.from_params_per_dim(6_000, count_codes=True, **kwargs)
     assert (counted.num_rows, counted.num_helper_rows, counted.num_chunks) == (64, 5_936, 4)
 
