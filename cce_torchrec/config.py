@@ -36,7 +36,7 @@ CODE_SHARE = {"rare": 1 / 20, "frequent": 1 / 2}
 BYTES_CHUNKS, PARAMS_CHUNKS = 4, 8
 """At most, of a budget of bytes, where codes are counted, and of one of parameters."""
 RECIPES, RARE_BELOW = ("frequent", "rare", "auto"), 100.0
-"""Examples an id in a pass, without sampled negatives, below which "auto" is "rare"."""
+"""Training rows of an id in a pass, sampled negatives too, below which "auto" is "rare"."""
 _WHOLE_NUMBERS = (
     "num_embeddings",
     "embedding_dim",
@@ -90,7 +90,7 @@ class CCEEmbeddingBagConfig(EmbeddingBagConfig):
     alone, from vectors shrunk by how often their ids were trained, and until then an id reads its
     helper row only. "auto" is "rare" below `RARE_BELOW` examples an id."""
     examples_per_id: float | None = None
-    """Mean training examples of an id in one pass, without sampled negatives; "auto" needs it."""
+    """Mean training rows of an id in one pass, sampled negatives too; "auto" needs it."""
     track_counts: bool | None = None
     """Keep counts of 4 bits an id, by which `cluster` shrinks; None: if the recipe is "rare"."""
 

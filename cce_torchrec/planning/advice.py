@@ -116,8 +116,8 @@ def advise(
     """What to make of tables whose ids occur as `counts` says.
 
     Args:
-        counts: by feature, training examples in one pass of each id, int64 [ids], without sampled
-            negatives; `id_counts` has them of a data set.
+        counts: by feature, training examples in one pass of each id, int64 [ids], sampled
+            negatives too; `id_counts` has them of a data set.
         embedding_dim: of all tables.
         table_bytes: for the tables that are compressed. One of the two budgets.
         loss_increase: log loss that may be added, from which bytes follow by a curve that was
