@@ -31,8 +31,8 @@ MAX_ROWS = 2**31 - 1
 _SEEN, _COUNTS = {"seen": 8}, {"counts": 2}
 _CODE_ROWS, RARE_ROWS = (65_536, 16_384, 4096, 1024, 256, 64, 16, 8, 4, 2), (16, 4, 2)
 """Main rows that get the most out of their codes: of all ids, and of rare ones."""
-CODE_SHARE = {"rare": 1 / 20, "frequent": 1 / 2}
-"""What codes get of a budget of bytes, for each byte of codebooks, by the recipe."""
+_CODE_SHARES = {"rare": ((1, 1 / 20),), "frequent": ((17, 1 / 2), (1, 3 / 2))}
+"""Of so many main rows or more what codes get for each byte of codebooks, by the recipe."""
 BYTES_CHUNKS, PARAMS_CHUNKS = 4, 8
 """At most, of a budget of bytes, where codes are counted, and of one of parameters."""
 RECIPES, RARE_BELOW = ("frequent", "rare", "auto"), 100.0
@@ -250,14 +250,13 @@ class CCEEmbeddingBagConfig(EmbeddingBagConfig):
         out.num_rows, out.num_helper_rows = self.rows_per_chunk, 0
         return out
 
-    def _with_codes(self, rows: Iterable[int], share: float) -> CCEEmbeddingBagConfig:
-        """This table with the first, or the last, of `rows` of main whose codes fit.
-
-        They take at most `share` of the bytes of its codebooks, which are as large as before.
-        """
-        out, out.num_rows = copy.copy(self), 1
+    def _with_codes(self, rows: Iterable[int], count_codes: bool) -> CCEEmbeddingBagConfig:
+        """This table with the first, or the last, of `rows` of main whose codes fit beside them."""
+        out = copy.copy(self)
         for out.num_rows in rows:
-            if out.code_bytes <= share * self.codebook_bytes:
+            shares = _CODE_SHARES[self.recipe]
+            share = next(own for least, own in shares if out.num_rows >= least)
+            if not count_codes or out.code_bytes <= share * self.codebook_bytes:
                 break
         out.num_helper_rows = self.rows_per_chunk - out.num_rows
         return out
@@ -276,8 +275,8 @@ class CCEEmbeddingBagConfig(EmbeddingBagConfig):
         Args:
             helper_ratio: None is 3, or more if codes count; main of the recipe "rare" has 16, 4, 2
                 or 1 rows, at most half of all.
-            count_codes: main has so few rows that codes take at most half of what codebooks do, or
-                a twentieth where the recipe is "rare".
+            count_codes: main has so few rows that codes take at most half of what codebooks do, 1.5
+                times as many for 16 rows or fewer, or a twentieth where the recipe is "rare".
             kwargs: further fields; `num_chunks` is 8, or 4 if codes count, or what fits the width.
 
         Raises:
@@ -302,7 +301,7 @@ class CCEEmbeddingBagConfig(EmbeddingBagConfig):
             rows = [max(1, min(params_per_dim - 1, round(params_per_dim / (1 + ratio))))]
             if count_codes and helper_ratio is None:
                 rows = [own for own in _CODE_ROWS if own <= rows[0]] or rows
-        return whole._with_codes(rows, CODE_SHARE[whole.recipe] if count_codes else math.inf)
+        return whole._with_codes(rows, count_codes)
 
     @classmethod
     def from_bytes(
