@@ -136,7 +136,6 @@ PROBLEMS = {
             passes=(2, 1),
             budgets=("bytes=880000", "bytes=420000", "bytes=200000", "bytes=100000", "share=0.05"),
             other_budgets=("bytes=420000",),
-            forms_at=("bytes=420000",),
             tuning_splits=TUNING_SPLITS,  # where rates differ by less than splits do
         ),
         Problem(
