@@ -21,20 +21,19 @@ from cce_torchrec.config_checks import (  # noqa: E402
     check_id_ranges,
     check_inherited_fields,
     check_width,
-    most_chunks,
     whole_number,
 )
 from cce_torchrec.packing import CodePacking  # noqa: E402
+from cce_torchrec.sizing import (  # noqa: E402
+    BYTES_CHUNKS,
+    DEFAULT_HELPER_RATIO,
+    MAX_ROWS,
+    PARAMS_CHUNKS,
+    Sizing,
+    most_chunks,
+)
 
-DEFAULT_HELPER_RATIO = 3
-MAX_ROWS = 2**31 - 1
 _SEEN, _COUNTS = {"seen": 8}, {"counts": 2}
-_CODE_ROWS, RARE_ROWS = (65_536, 16_384, 4096, 1024, 256, 64, 16, 8, 4, 2), (16, 4, 2)
-"""Main rows that get the most out of their codes: of all ids, and of rare ones."""
-_CODE_SHARES = {"rare": ((1, 1 / 20),), "frequent": ((17, 1 / 2), (1, 3 / 2))}
-"""Of so many main rows or more what codes get for each byte of codebooks, by the recipe."""
-BYTES_CHUNKS, PARAMS_CHUNKS = 4, 8
-"""At most, of a budget of bytes, where codes are counted, and of one of parameters."""
 RECIPES, RARE_BELOW = ("frequent", "rare", "auto"), 100.0
 """Training rows of an id in a pass, sampled negatives too, below which "auto" is "rare"."""
 _WHOLE_NUMBERS = (
@@ -250,17 +249,6 @@ class CCEEmbeddingBagConfig(EmbeddingBagConfig):
         out.num_rows, out.num_helper_rows = self.rows_per_chunk, 0
         return out
 
-    def _with_codes(self, rows: Iterable[int], count_codes: bool) -> CCEEmbeddingBagConfig:
-        """This table with the first, or the last, of `rows` of main whose codes fit beside them."""
-        out = copy.copy(self)
-        for out.num_rows in rows:
-            shares = _CODE_SHARES[self.recipe]
-            share = next(own for least, own in shares if out.num_rows >= least)
-            if not count_codes or out.code_bytes <= share * self.codebook_bytes:
-                break
-        out.num_helper_rows = self.rows_per_chunk - out.num_rows
-        return out
-
     @classmethod
     def from_params_per_dim(
         cls,
@@ -270,38 +258,30 @@ class CCEEmbeddingBagConfig(EmbeddingBagConfig):
         count_codes: bool = False,
         **kwargs: Any,
     ) -> CCEEmbeddingBagConfig:
-        """A table with num_rows + num_helper_rows = `params_per_dim`, split 1 : `helper_ratio`.
+        """A table with num_rows + num_helper_rows = `params_per_dim`.
 
         Args:
-            helper_ratio: None is 3, or more if codes count; main of the recipe "rare" has 16, 4, 2
-                or 1 rows, at most half of all.
-            count_codes: main has so few rows that codes take at most half of what codebooks do, 1.5
-                times as many for 16 rows or fewer, or a twentieth where the recipe is "rare".
+            helper_ratio: helper rows of a main row, of the recipe "frequent"; None is 3, or more if
+                codes count. Main of the recipe "rare" has 16, 4, 2 or 1 rows, at most half of all.
+            count_codes: main has so few rows, unless `helper_ratio` is given, that codes take at
+                most half the bytes of codebooks, 1.5 times as many for 16 rows or fewer, or a
+                twentieth where the recipe is "rare".
             kwargs: further fields; `num_chunks` is 8, or 4 if codes count, or what fits the width.
 
         Raises:
             ValueError: if `params_per_dim` is below 2, which leaves no row for one of the two, or
                 `helper_ratio` is negative.
         """
-        ratio = DEFAULT_HELPER_RATIO if helper_ratio is None else helper_ratio
         who = f"table {kwargs.get('name', '')!r}"
-        if not ratio >= 0:
-            raise ValueError(f"{who}: helper_ratio {ratio} must be 0 or more")
-        if params_per_dim < 2:
+        total = whole_number(who, "params_per_dim", params_per_dim)
+        if total < 2:
             raise ValueError(
-                f"{who}: params_per_dim {params_per_dim} must be at least 2, one main and one "
-                "helper row"
+                f"{who}: params_per_dim {total} must be at least 2, one main and one helper row"
             )
         chunks = most_chunks(kwargs, BYTES_CHUNKS if count_codes else PARAMS_CHUNKS)
         kwargs = {"num_chunks": chunks, **kwargs}
-        whole = cls(num_rows=1, num_helper_rows=params_per_dim - 1, **kwargs)
-        if whole.recipe == "rare":
-            rows = [own for own in RARE_ROWS if 2 * own <= params_per_dim] + [1]
-        else:
-            rows = [max(1, min(params_per_dim - 1, round(params_per_dim / (1 + ratio))))]
-            if count_codes and helper_ratio is None:
-                rows = [own for own in _CODE_ROWS if own <= rows[0]] or rows
-        return whole._with_codes(rows, count_codes)
+        main = cls._sizing(helper_ratio, kwargs).main_rows(total, count_codes)
+        return cls(num_rows=main, num_helper_rows=total - main, **kwargs)
 
     @classmethod
     def from_bytes(
@@ -309,33 +289,42 @@ class CCEEmbeddingBagConfig(EmbeddingBagConfig):
     ) -> CCEEmbeddingBagConfig:
         """The largest table of at most `table_bytes` bytes of codebooks and codes.
 
-        Its rows are those of `from_params_per_dim` with `count_codes`.
+        Its main rows are as many as `from_params_per_dim` makes with `count_codes`, or the next
+        fewer that leave room for most rows.
 
         Raises:
-            ValueError: if not even two rows a chunk fit beside the codes.
+            ValueError: if not even two rows a chunk fit.
         """
-
-        def made(params_per_dim: int) -> CCEEmbeddingBagConfig:
-            return cls.from_params_per_dim(
-                params_per_dim, helper_ratio=helper_ratio, count_codes=True, **kwargs
-            )
-
-        smallest = made(2).table_bytes
-        if smallest > table_bytes:
+        who = f"table {kwargs.get('name', '')!r}"
+        if not table_bytes < math.inf:
+            raise ValueError(f"{who}: table_bytes {table_bytes} is no number of bytes")
+        kwargs = {"num_chunks": most_chunks(kwargs, BYTES_CHUNKS), **kwargs}
+        least = cls(num_rows=1, num_helper_rows=1, **kwargs)
+        if least.table_bytes > table_bytes:
             raise ValueError(
-                f"table {kwargs.get('name', '')!r}: {table_bytes} bytes do not hold its codes and "
-                f"two rows a chunk, which take {smallest}; use fewer chunks or more bytes"
+                f"{who}: {table_bytes} bytes do not hold two rows a chunk, which take "
+                f"{least.table_bytes}; use more bytes"
             )
-        low, high = 2, max(2, min(MAX_ROWS, int(table_bytes) // kwargs["embedding_dim"]))
-        while low < high:
-            middle = (low + high + 1) // 2
-            fits = made(middle).table_bytes <= table_bytes
-            low, high = (middle, high) if fits else (low, middle - 1)
-        out = made(low)
-        if helper_ratio is None:  # one row more would have had wider codes, and there may be room
-            room = (int(table_bytes) - out.table_bytes) * out.rows_per_chunk // out.codebook_bytes
-            out.num_helper_rows = min(out.helper_rows + room, MAX_ROWS - out.num_rows)
-        return out
+        sizing = cls._sizing(helper_ratio, kwargs)
+        main, total = sizing.within(int(table_bytes) - least.seen_bytes)
+        return cls(num_rows=main, num_helper_rows=total - main, **kwargs)
+
+    @classmethod
+    def _sizing(cls, helper_ratio: float | None, kwargs: dict[str, Any]) -> Sizing:
+        """What rows follow from, of a table of the fields `kwargs`."""
+        if helper_ratio is not None and not helper_ratio >= 0:
+            raise ValueError(
+                f"table {kwargs.get('name', '')!r}: helper_ratio {helper_ratio} must be 0 or more"
+            )
+        one = cls(num_rows=1, num_helper_rows=0, **kwargs)
+        return Sizing(
+            num_ids=one.num_embeddings,
+            num_chunks=one.num_chunks,
+            row_bytes=one.codebook_bytes,
+            recipe=one.recipe,
+            learned_codes=one.learned_codes,
+            helper_ratio=helper_ratio,
+        )
 
 
 def is_cce(config: Any) -> TypeGuard[CCEEmbeddingBagConfig]:

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import itertools
-import numbers
 import operator
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import fields
 from typing import Any
 
@@ -50,13 +49,6 @@ def check_width(who: str, embedding_dim: int, num_chunks: int) -> None:
         f"{num_chunks}; a chunk's width must be a multiple of 4 (FBGEMM reads 4 "
         f"values at once), use {allowed}"
     )
-
-
-def most_chunks(fields: Mapping[str, Any], most: int) -> int:
-    """The largest number of chunks up to `most` of a width that FBGEMM reads; `most` if none is."""
-    dim = fields.get("embedding_dim", 0)
-    whole = isinstance(dim, numbers.Integral)  # what is not is refused with all other fields
-    return next((c for c in range(most, 0, -1) if whole and dim % (4 * c) == 0), most)
 
 
 def unsupported_field(config: BaseEmbeddingConfig) -> str:

@@ -121,6 +121,7 @@ def _synthetic(name: str, dim: int, budgets: tuple[str, ...]) -> Problem:
         budgets=budgets,
         forms_at=budgets[-1:],
         splits=(0,),
+        version=2,
     )
 
 

@@ -159,11 +159,22 @@ def compressed(
     if num_rows is not None:
         made = CCEEmbeddingBagConfig(num_rows=num_rows, **kept)
     else:
-        rows = max(2, round(config.num_embeddings / ratio))
-        made = CCEEmbeddingBagConfig.from_params_per_dim(rows, count_codes=form.count_codes, **kept)
+        made = _of_ratio(config, ratio, form.count_codes, kept)
     if made.table_bytes >= full_bytes(config):
         return config, f"compressed it would take {made.table_bytes:,} bytes"
     return made, ""
+
+
+def _of_ratio(
+    config: BaseEmbeddingConfig, ratio: float, count_codes: bool, kept: dict[str, Any]
+) -> CCEEmbeddingBagConfig:
+    """A table of fewer parameters by `ratio`, or with `count_codes` of fewer bytes; of two rows."""
+    of_two = CCEEmbeddingBagConfig.from_params_per_dim(2, **kept)
+    if count_codes:
+        share = max(int(full_bytes(config) / ratio), of_two.table_bytes)
+        return CCEEmbeddingBagConfig.from_bytes(share, **kept)
+    rows = max(2, round(config.num_embeddings / ratio))
+    return CCEEmbeddingBagConfig.from_params_per_dim(rows, **kept)
 
 
 def _fault(config: BaseEmbeddingConfig, form: Form) -> str:

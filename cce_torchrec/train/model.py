@@ -16,6 +16,7 @@ from cce_torchrec.config import RARE_BELOW, CCEEmbeddingBagConfig, is_cce
 from cce_torchrec.data import Examples, Rows
 from cce_torchrec.joint import free_name, joint_table
 from cce_torchrec.modules.embedding_bag_collection import CCEEmbeddingBagCollection
+from cce_torchrec.sizing import DEFAULT_HELPER_RATIO
 
 
 class GMF(nn.Module):
@@ -64,6 +65,8 @@ class Compression:
     """Of main, of each compressed feature, with three times as many helper rows, instead."""
     table_bytes: dict[str, int]
     """Per compressed feature, what a CCE table may take instead, or empty."""
+    finalize: bool
+    """Whether tables are finalized, so that codes will tell main and helper rows apart."""
     recipe: str
     """Of CCE tables."""
     joint: str
@@ -98,7 +101,9 @@ class Compression:
             return CCEEmbeddingBagConfig(num_rows=self.num_rows * len(names), **common)
         if self.table_bytes:
             share = sum(self.table_bytes[name] for name in names)
-            return CCEEmbeddingBagConfig.from_bytes(share, **common)
+            # Of fewer main rows the codes would grow more when the table is finalized.
+            ratio = DEFAULT_HELPER_RATIO if self.finalize else None
+            return CCEEmbeddingBagConfig.from_bytes(share, helper_ratio=ratio, **common)
         return CCEEmbeddingBagConfig.from_params_per_dim(rows, **common)
 
 

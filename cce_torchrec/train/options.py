@@ -6,8 +6,6 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from cce_torchrec.config import BYTES_CHUNKS, PARAMS_CHUNKS
-from cce_torchrec.config_checks import most_chunks
 from cce_torchrec.train import data_options
 
 if TYPE_CHECKING:  # neither the options nor `--help` need torch
@@ -95,13 +93,11 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     # A row that the two factors of a product share would be multiplied by itself.
     if args.joint is None:
         args.joint = "no" if args.model == "gmf" else "rare"
-    if args.num_chunks is None:
-        most = BYTES_CHUNKS if args.params_per_dim is None else PARAMS_CHUNKS
-        args.num_chunks = most_chunks({"embedding_dim": args.embedding_dim}, most)
     if args.checkpoint_every < 0:
         parser.error(f"--checkpoint-every {args.checkpoint_every} must be 0 or more steps")
     for name in ("embedding_dim", "num_chunks", "epochs", "batch_size"):
-        if getattr(args, name) < 1:
+        value = getattr(args, name)
+        if value is not None and value < 1:
             parser.error(f"--{name.replace('_', '-')} {getattr(args, name)} must be at least 1")
     if args.async_checkpoints and not args.checkpoint_every:
         parser.error("--async-checkpoints says how, and no checkpoint is due: --checkpoint-every")

@@ -44,28 +44,37 @@ def test_bits_of_codes(rows, bits):
 def test_codes_of_frequent_ids_take_a_part_of_a_budget_of_bytes():
     """And leave no room: a row more is more than the budget."""
     kwargs = dict(name="t", num_embeddings=100_000, embedding_dim=32, feature_names=["f"])
-    for budget in (150_000, 350_000, 1_000_000, 3_000_000, 10_000_000):
+    budgets = (300, 49_000, 51_000, 60_000, 100_000, 150_000, 350_000, 1_000_000, 3_000_000, 10**7)
+    for budget in budgets:
         table = CCEEmbeddingBagConfig.from_bytes(budget, **kwargs)
         assert table.num_chunks == 4
         share = 1.5 if table.num_rows <= 16 else 0.5
         assert table.code_bytes <= share * table.codebook_bytes
         assert 3 * table.num_rows <= table.num_helper_rows + 2  # rounded
         assert table.table_bytes <= budget < table.table_bytes + 128
-    bits = [
-        CCEEmbeddingBagConfig.from_bytes(budget, **kwargs).code_bits
-        for budget in (150_000, 350_000, 1_000_000, 3_000_000, 10_000_000)
-    ]
-    assert bits == [1, 4, 6, 12, 14]
+    bits = [CCEEmbeddingBagConfig.from_bytes(budget, **kwargs).code_bits for budget in budgets]
+    assert bits == [0, 0, 0, 0, 1, 1, 4, 6, 12, 14]
     asked = CCEEmbeddingBagConfig.from_bytes(1_000_000, helper_ratio=1, **kwargs)
     assert abs(asked.num_rows - asked.num_helper_rows) <= 1  # as asked for, whatever codes take
     counted = CCEEmbeddingBagConfig.from_params_per_dim(6_000, count_codes=True, **kwargs)
     assert (counted.num_rows, counted.num_helper_rows, counted.num_chunks) == (64, 5_936, 4)
+    few = CCEEmbeddingBagConfig.from_params_per_dim(8, count_codes=True, **kwargs)
+    assert (few.num_rows, few.num_helper_rows) == (
+        1,
+        7,
+    )  # one bit an id is 50 times that
 
 
-@pytest.mark.parametrize(("dim", "chunks"), [(4, 1), (8, 2), (12, 3), (16, 4), (32, 8), (256, 8)])
+@pytest.mark.parametrize(
+    ("dim", "chunks"), [(4, 1), (8, 2), (12, 3), (16, 4), (20, 5), (32, 8), (256, 8)]
+)
 def test_a_budget_of_parameters_makes_up_to_8_chunks(dim, chunks):
     kwargs = dict(name="t", num_embeddings=1000, embedding_dim=dim, feature_names=["f"])
     assert CCEEmbeddingBagConfig.from_params_per_dim(64, **kwargs).num_chunks == chunks
+    if dim == 20:
+        with pytest.raises(ValueError, match="use 16 or 32"):
+            CCEEmbeddingBagConfig.from_bytes(64 * dim * 4, **kwargs)
+        return
     by_bytes = CCEEmbeddingBagConfig.from_bytes(64 * dim * 4, **kwargs)
     assert by_bytes.num_chunks == min(4, chunks)
     given = CCEEmbeddingBagConfig.from_params_per_dim(64, **{**kwargs, "num_chunks": 1})
@@ -83,10 +92,9 @@ def test_budgets():
     kwargs = dict(name="t", num_embeddings=1000, embedding_dim=32, feature_names=["f"])
     table = CCEEmbeddingBagConfig.from_params_per_dim(64, **kwargs)
     assert (table.num_rows, table.num_helper_rows) == (16, 48)
-    for budget in (2_300, 20_000, 200_000):
+    for budget in (300, 2_300, 20_000, 200_000):
         table = CCEEmbeddingBagConfig.from_bytes(budget, **kwargs)
-        larger = CCEEmbeddingBagConfig.from_params_per_dim(table.rows_per_chunk + 1, **kwargs)
-        assert table.table_bytes <= budget < larger.table_bytes
+        assert table.table_bytes <= budget < table.table_bytes + 32 * 4  # a row of each chunk
     with pytest.raises(ValueError, match=r"table 't'.*two rows a chunk"):
         CCEEmbeddingBagConfig.from_bytes(200, **kwargs)
     of_float = CCEEmbeddingBagConfig.from_bytes(2e4, **kwargs)
@@ -96,6 +104,27 @@ def test_budgets():
     for ratio in (-1.0, -0.5, float("nan")):
         with pytest.raises(ValueError, match=r"table 't'.*helper_ratio .* must be 0 or more"):
             CCEEmbeddingBagConfig.from_params_per_dim(64, helper_ratio=ratio, **kwargs)
+    for budget in (float("inf"), float("nan")):
+        with pytest.raises(ValueError, match=r"table 't'.*is no number of bytes"):
+            CCEEmbeddingBagConfig.from_bytes(budget, **kwargs)
+    with pytest.raises(ValueError, match=r"table 't'.*params_per_dim 64.5 is not a whole number"):
+        CCEEmbeddingBagConfig.from_params_per_dim(64.5, **kwargs)
+
+
+@pytest.mark.parametrize("ratio", [None, 0, 1, 3])
+def test_budgets_in_numbers_of_numpy(ratio):
+    kwargs = dict(name="t", num_embeddings=np.int64(1000), embedding_dim=np.int64(32))
+    rows = CCEEmbeddingBagConfig.from_params_per_dim(np.int64(100), helper_ratio=ratio, **kwargs)
+    assert rows.rows_per_chunk == 100
+    of_bytes = CCEEmbeddingBagConfig.from_bytes(np.int64(20_000), helper_ratio=ratio, **kwargs)
+    assert 19_000 < of_bytes.table_bytes <= 20_000
+    assert type(of_bytes.table_bytes) is int
+
+
+def test_tables_without_codes_divide_bytes_by_the_ratio():
+    kwargs = dict(name="t", num_embeddings=100_000, embedding_dim=32, learned_codes=False)
+    table = CCEEmbeddingBagConfig.from_bytes(1_000_000, **kwargs)
+    assert (table.num_rows, table.num_helper_rows) == (1953, 5859)
 
 
 def test_numbers_of_numpy_become_pythons():
@@ -146,5 +175,5 @@ def test_budgets_of_rare_ids(table_bytes, rows):
     assert table_bytes - 64 < table.table_bytes <= table_bytes
     auto = CCEEmbeddingBagConfig.from_bytes(table_bytes, recipe="auto", examples_per_id=2, **kwargs)
     assert auto.num_rows == rows
-    with pytest.raises(ValueError, match=r"'t': 100 bytes do not hold its codes and two rows"):
+    with pytest.raises(ValueError, match=r"'t': 100 bytes do not hold two rows"):
         CCEEmbeddingBagConfig.from_bytes(100, recipe="rare", **kwargs)

@@ -9,7 +9,7 @@ ROOT = Path(cce_torchrec.__file__).parent
 LAYERS = [
     {"packing"},
     {"collectives", "compiled", "gpu", "torchrec_internals", "versions"},
-    {"config_checks"},
+    {"config_checks", "sizing"},
     {"config", "spans"},
     {"joint", "optimizer_state", "table"},
     {"codes"},

@@ -323,13 +323,17 @@ def test_a_budget_that_is_too_small_is_told_with_its_reason(name):
 def test_a_tensor_train_computes_all_rows_as_it_does_some():
     torch.manual_seed(0)
     train = TensorTrain(thirds(300), [2, 2, 4], 3, 0.1)
-    ids, weights = torch.tensor([299, 7, 7]), torch.randn(300, 16)
-    some, every = train(ids), train(torch.arange(300))  # of all, the whole table is computed
-    torch.testing.assert_close(some, every[ids])
-    grads = torch.autograd.grad((some * weights[:3]).sum(), list(train.parameters()))
-    with mock.patch.object(tensor_train, "_WHOLE", 1000):
-        whole = torch.autograd.grad((train(ids) * weights[:3]).sum(), list(train.parameters()))
-    for one, other in zip(grads, whole, strict=True):
+    ids, weights = torch.tensor([299, 7, 7]), torch.randn(3, 16)
+    found = []
+    for times in (0, 1000):
+        with (
+            mock.patch.object(tensor_train, "_WHOLE", times),
+            mock.patch.object(train, "_whole", wraps=train._whole) as whole,
+        ):
+            out = train(ids)
+        assert whole.called == (times == 1000)
+        found.append((out, *torch.autograd.grad((out * weights).sum(), list(train.parameters()))))
+    for one, other in zip(*found, strict=True):
         torch.testing.assert_close(one, other)
 
 

@@ -23,6 +23,7 @@ def made(**changes):
         rows={"rare": 45, "often": 4, "rarer": 100},
         num_rows=None,
         table_bytes={},
+        finalize=False,
         recipe="auto",
         joint="rare",
         seed=3,
@@ -98,3 +99,16 @@ def test_finalizing_needs_a_table_that_can_be():
     refuse_to_finalize_none(made())
     with pytest.raises(ValueError, match="--finalize: all compressed tables are of rare ids"):
         refuse_to_finalize_none(made(recipe="rare"))
+
+
+def test_tables_that_will_be_finalized_have_a_quarter_of_their_rows_in_main():
+    """Of fewer, codes that tell all rows apart are many times as wide, and over the budget."""
+    sizes = {"rare": 200_000, "often": 100_000, "rarer": 100_000}
+    shapes = [
+        [table for table in made(table_bytes=sizes, joint="no", recipe="frequent", finalize=last)]
+        for last in (False, True)
+    ]
+    for as_is, to_finalize in zip(*shapes, strict=True):
+        if as_is.name in sizes:
+            assert abs(3 * to_finalize.num_rows - to_finalize.num_helper_rows) <= 2
+            assert as_is.finalized().code_bits >= to_finalize.finalized().code_bits

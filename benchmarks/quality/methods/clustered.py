@@ -24,8 +24,9 @@ from cce_torchrec import (
     cluster,
 )
 from cce_torchrec.codes.chunk_codes import local_codes
-from cce_torchrec.config import DEFAULT_HELPER_RATIO, RARE_BELOW
+from cce_torchrec.config import RARE_BELOW
 from cce_torchrec.packing import CodePacking
+from cce_torchrec.sizing import DEFAULT_HELPER_RATIO
 from cce_torchrec.table import physical_table
 
 Settings = dict[str, Any]

@@ -15,7 +15,7 @@ HASHES = 1024
 """As published."""
 LAYERS = 2
 """Hidden ones."""
-_KEPT_VALUES = 2**28
+_KEPT_VALUES = 2**27
 """Hashes of all ids are kept up to so many of them, and computed in each step beyond."""
 _SCALE = 2**15
 
