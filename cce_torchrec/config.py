@@ -280,7 +280,8 @@ class CCEEmbeddingBagConfig(EmbeddingBagConfig):
             )
         chunks = most_chunks(kwargs, BYTES_CHUNKS if count_codes else PARAMS_CHUNKS)
         kwargs = {"num_chunks": chunks, **kwargs}
-        main = cls._sizing(helper_ratio, kwargs).main_rows(total, count_codes)
+        one = cls(num_rows=1, num_helper_rows=0, **kwargs)
+        main = one._sizing(helper_ratio).main_rows(total, count_codes)
         return cls(num_rows=main, num_helper_rows=total - main, **kwargs)
 
     @classmethod
@@ -305,24 +306,20 @@ class CCEEmbeddingBagConfig(EmbeddingBagConfig):
                 f"{who}: {table_bytes} bytes do not hold two rows a chunk, which take "
                 f"{least.table_bytes}; use more bytes"
             )
-        sizing = cls._sizing(helper_ratio, kwargs)
-        main, total = sizing.within(int(table_bytes) - least.seen_bytes)
+        room = int(table_bytes) - least.seen_bytes
+        main, total = least._sizing(helper_ratio).within(room)
         return cls(num_rows=main, num_helper_rows=total - main, **kwargs)
 
-    @classmethod
-    def _sizing(cls, helper_ratio: float | None, kwargs: dict[str, Any]) -> Sizing:
-        """What rows follow from, of a table of the fields `kwargs`."""
+    def _sizing(self, helper_ratio: float | None) -> Sizing:
+        """What the rows of a table like this follow from."""
         if helper_ratio is not None and not helper_ratio >= 0:
-            raise ValueError(
-                f"table {kwargs.get('name', '')!r}: helper_ratio {helper_ratio} must be 0 or more"
-            )
-        one = cls(num_rows=1, num_helper_rows=0, **kwargs)
+            raise ValueError(f"{self._who}: helper_ratio {helper_ratio} must be 0 or more")
         return Sizing(
-            num_ids=one.num_embeddings,
-            num_chunks=one.num_chunks,
-            row_bytes=one.codebook_bytes,
-            recipe=one.recipe,
-            learned_codes=one.learned_codes,
+            num_ids=self.num_embeddings,
+            num_chunks=self.num_chunks,
+            row_bytes=self.codebook_bytes // self.rows_per_chunk,
+            recipe=self.recipe,
+            learned_codes=self.learned_codes,
             helper_ratio=helper_ratio,
         )
 

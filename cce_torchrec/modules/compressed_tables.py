@@ -168,11 +168,12 @@ def compressed(
 def _of_ratio(
     config: BaseEmbeddingConfig, ratio: float, count_codes: bool, kept: dict[str, Any]
 ) -> CCEEmbeddingBagConfig:
-    """A table of fewer parameters by `ratio`, or with `count_codes` of fewer bytes; of two rows."""
-    of_two = CCEEmbeddingBagConfig.from_params_per_dim(2, **kept)
+    """A table of fewer parameters by `ratio`, or with `count_codes` of fewer bytes."""
     if count_codes:
-        share = max(int(full_bytes(config) / ratio), of_two.table_bytes)
-        return CCEEmbeddingBagConfig.from_bytes(share, **kept)
+        try:
+            return CCEEmbeddingBagConfig.from_bytes(int(full_bytes(config) / ratio), **kept)
+        except ValueError:  # no two rows, which are the least that there are
+            return CCEEmbeddingBagConfig.from_params_per_dim(2, **kept)
     rows = max(2, round(config.num_embeddings / ratio))
     return CCEEmbeddingBagConfig.from_params_per_dim(rows, **kept)
 
