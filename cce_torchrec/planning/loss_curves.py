@@ -37,7 +37,7 @@ class Curve:
 
 CURVES = (
     Curve(
-        source="flights (DLRM, D = 16, 4 to 77 examples an id, benchmarks.quality)",
+        source="flights (DLRM, D = 16, 10 to 77 examples an id, benchmarks.quality)",
         rare=True,
         points=((0.0173, 0.0236), (0.0346, 0.0155), (0.0726, 0.0076), (0.152, 0.0024)),
     ),
