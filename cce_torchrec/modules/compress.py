@@ -104,8 +104,8 @@ def compress_model(
         compression: full over compressed parameters of each table. One of the three budgets.
         num_rows: main rows of each table, with 3 times as many helper rows; of a joint one as many
             for each of its tables.
-        table_bytes: bytes for all tables that this call compresses, codes counted; one compression
-            ratio is found for all of them.
+        table_bytes: bytes for all tables that this call compresses, codes counted; each has the
+            same part of its own (see `CCEEmbeddingBagConfig.from_bytes`).
         examples_per_id: by table, the mean training examples of an id in one pass. Tables that are
             named get the recipe "auto" (see `CCEEmbeddingBagConfig`), others "frequent".
         joint: which tables of a collection become one, whose codebooks their features share (see
@@ -119,8 +119,8 @@ def compress_model(
 
     Raises:
         ValueError: not one positive budget, unknown table names, tables of modules that are left
-            alone, no table chosen where none is compressed already, `table_bytes` too few for the
-            codes, an optimizer applied already, or a model that is a collection itself.
+            alone, no table chosen where none is compressed already, `table_bytes` too few for two
+            rows a table, an optimizer applied already, or a model that is a collection itself.
     """
     refuse_none(tables)
     ratio = _checked_ratio(compression, num_rows, table_bytes, num_chunks)

@@ -224,8 +224,8 @@ def ratio_for(
     low, high = 1.0, float(max(1, sum(t.num_embeddings for t in counted)))
     if total(high) > budget:
         raise ValueError(
-            f"table_bytes {budget} does not hold the codes of {len(counted)} tables and two rows "
-            f"each, which take {total(high)}; use more bytes or fewer chunks"
+            f"table_bytes {budget} does not hold two rows of each of {len(counted)} tables, which "
+            f"take {total(high)}; use more bytes"
         )
     # Of the logarithm: the ratio may be of any order of magnitude up to the number of ids.
     for _ in range(60):
