@@ -152,7 +152,10 @@ def applied():
         (lambda: compress_model(dlrm(), compression=5, tables=["usr"]), r"no tables \['usr'\]"),
         (lambda: compress_model(nn.Linear(2, 2), compression=5), "nothing to compress"),
         (lambda: compress_model(dlrm(), compression=5, min_bytes=10**9), "nothing to compress"),
-        (lambda: compress_model(dlrm(), table_bytes=100), "does not hold two rows of each of 2 tables"),
+        (
+            lambda: compress_model(dlrm(), table_bytes=100),
+            "does not hold two rows of each of 2 tables",
+        ),
         (lambda: compress_model(applied(), compression=50), "call compress_model first"),
         (
             lambda: compress_model(dlrm().sparse_arch.embedding_bag_collection, compression=50),

@@ -58,6 +58,23 @@ def test_stays_within_its_bytes_and_learns(name, model):
     assert embedder.lookup(ids, training=False).sum() < old.sum()
 
 
+@pytest.mark.parametrize("name", NAMES)
+def test_every_form_fits_wider_embeddings_before_and_after_a_restart(name):
+    torch.manual_seed(0)
+    for tried in METHODS[name].tries("gmf", 32):
+        wide = tables(form=tried.form, optimizer=tried.optimizer, dim=32)
+        embedder = METHODS[name].embedder(wide)
+        assert embedder.table_bytes <= 12_000
+        for step in (0, 7, 14):
+            embedder.after(step)
+            assert embedder.lookup(all_ids(), training=True).shape == (200, 2, 32)
+
+
+def test_ce_in_8_chunks_reads_8_rows():
+    made = METHODS["CE"].embedder(tables(form="8 chunks", dim=32))
+    assert made.rows.width == 4 and made.index.shape == (500, 8)
+
+
 def test_one_table_for_all_has_the_ids_of_each_one_after_the_other():
     torch.manual_seed(0)
     made = first_try("CE")

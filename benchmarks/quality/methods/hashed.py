@@ -50,9 +50,9 @@ class HashedRows(RestartedRows):
             [
                 Block(rows, bound)
                 for rows, bound in zip(self.counts, tables.bounds, strict=True)
-                for _ in range(num_chunks)
+                for _ in range(self.num_chunks)
             ],
-            tables.dim // num_chunks,
+            tables.dim // self.num_chunks,
             tables.training,
         )
         self.index = self._index()
