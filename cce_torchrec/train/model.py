@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -16,7 +17,12 @@ from cce_torchrec.config import RARE_BELOW, CCEEmbeddingBagConfig, is_cce
 from cce_torchrec.data import Examples, Rows
 from cce_torchrec.joint import free_name, joint_table
 from cce_torchrec.modules.embedding_bag_collection import CCEEmbeddingBagCollection
-from cce_torchrec.sizing import DEFAULT_HELPER_RATIO
+from cce_torchrec.sizing import (
+    BYTES_CHUNKS,
+    DEFAULT_HELPER_RATIO,
+    PARAMS_CHUNKS,
+    most_chunks,
+)
 
 
 class GMF(nn.Module):
@@ -50,6 +56,12 @@ class DLRMLogits(nn.Module):
     def forward(self, dense: torch.Tensor, ids: KeyedJaggedTensor) -> torch.Tensor:
         """Logits [B]."""
         return self.dlrm(dense, ids).squeeze(1)
+
+
+def chunks_by_default(args: argparse.Namespace) -> int:
+    """Chunks of the compressed tables of a run that names no number of them."""
+    most = BYTES_CHUNKS if args.params_per_dim is None else PARAMS_CHUNKS
+    return most_chunks({"embedding_dim": args.embedding_dim}, most)
 
 
 @dataclass(frozen=True, kw_only=True)

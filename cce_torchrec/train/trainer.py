@@ -29,11 +29,11 @@ from cce_torchrec.collectives import Ranks, agree, gather
 from cce_torchrec.config import all_rare
 from cce_torchrec.distributed.embedding_bag_collection import ShardedCCEEmbeddingBagCollection
 from cce_torchrec.metrics import auc, log_loss
-from cce_torchrec.sizing import BYTES_CHUNKS, PARAMS_CHUNKS, most_chunks
 from cce_torchrec.train import data_options, options, pipelines
 from cce_torchrec.train.job import Batch, build
 from cce_torchrec.train.model import (
     Compression,
+    chunks_by_default,
     keyed_jagged,
     refuse_to_finalize_none,
     tables,
@@ -56,8 +56,7 @@ class Trainer:
                 "an example or more"
             )
         if args.num_chunks is None:  # options load no torch, which widths of chunks go by
-            most = BYTES_CHUNKS if args.params_per_dim is None else PARAMS_CHUNKS
-            args.num_chunks = most_chunks({"embedding_dim": args.embedding_dim}, most)
+            args.num_chunks = chunks_by_default(args)
         self.pipeline = pipelines.chosen(args.pipeline, device, self.world_size)
         self.dataset = _same_data(args)
         rows = options.rows_per_table(args, self.dataset)

@@ -6,7 +6,7 @@ import pytest
 
 from cce_torchrec.config import is_cce
 from cce_torchrec.train import options
-from cce_torchrec.train.model import Compression, refuse_to_finalize_none, tables
+from cce_torchrec.train.model import Compression, chunks_by_default, refuse_to_finalize_none, tables
 
 DATA = SimpleNamespace(
     features={"few": 3, "rare": 900, "often": 40, "rarer": 2000},
@@ -112,3 +112,17 @@ def test_tables_that_will_be_finalized_have_a_quarter_of_their_rows_in_main():
         if as_is.name in sizes:
             assert abs(3 * to_finalize.num_rows - to_finalize.num_helper_rows) <= 2
             assert as_is.finalized().code_bits >= to_finalize.finalized().code_bits
+
+
+@pytest.mark.parametrize(
+    ("arguments", "chunks"),
+    [
+        (["--params-per-dim", "64", "--embedding-dim", "32"], 8),
+        (["--params-per-dim", "64"], 4),
+        (["--table-bytes", "100000", "--embedding-dim", "32"], 4),
+        (["--embedding-dim", "32"], 4),
+    ],
+)
+def test_chunks_of_a_run_that_names_none(arguments, chunks):
+    args = options.parse(arguments)
+    assert args.num_chunks is None and chunks_by_default(args) == chunks
