@@ -87,11 +87,11 @@ class CCEEmbeddingBagConfig(EmbeddingBagConfig):
     recipe: str = "frequent"
     """How it is trained: "frequent", or "rare" for ids with few examples: main is set by `cluster`
     alone, from vectors shrunk by how often their ids were trained, and until then an id reads its
-    helper row only. "auto" is "rare" below `RARE_BELOW` examples an id."""
+    helper row only. "auto" is "rare" below `RARE_BELOW` examples an id, and shrinks above it too."""
     examples_per_id: float | None = None
     """Mean training rows of an id in one pass, sampled negatives too; "auto" needs it."""
     track_counts: bool | None = None
-    """Keep counts of 4 bits an id, by which `cluster` shrinks; None: if the recipe is "rare"."""
+    """Keep counts of 4 bits an id, by which `cluster` shrinks; None: unless `recipe="frequent"`."""
 
     def __post_init__(self) -> None:
         self._check_whole_numbers()
@@ -136,6 +136,7 @@ class CCEEmbeddingBagConfig(EmbeddingBagConfig):
     def _resolve_recipe(self) -> None:
         if self.recipe not in RECIPES:
             raise ValueError(f"{self._who}: recipe {self.recipe!r} is none of {list(RECIPES)}")
+        shrinks = self.recipe != "frequent"
         if self.recipe == "auto":
             examples = self.examples_per_id
             if examples is None or not 0 <= examples < math.inf:
@@ -146,7 +147,7 @@ class CCEEmbeddingBagConfig(EmbeddingBagConfig):
                 )
             self.recipe = "rare" if examples < RARE_BELOW else "frequent"
         if self.track_counts is None:
-            self.track_counts = self.recipe == "rare" and self.learned_codes
+            self.track_counts = shrinks and self.learned_codes and self.helper_rows > 0
         if self.track_counts and not self.learned_codes:
             raise ValueError(
                 f"{self._who}: track_counts is for clusterings, and learned_codes=False has none; "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 
 import torch
@@ -63,10 +64,11 @@ class ChunkState:
             levels=self.levels,
         )
 
-    @property
+    @functools.cached_property  # to read a number from a GPU is to wait for it
     def levels(self) -> int:
-        """Of counts of its ids; 1 where they are not counted."""
-        return LEVELS if self.codes.config.track_counts else 1
+        """Of counts of its ids; 1 where they are not counted, or no batch was yet."""
+        batches = self.codes.batches
+        return 1 if batches is None or int(batches) == 0 else LEVELS
 
     @property
     def num_clusters(self) -> int:
@@ -102,7 +104,7 @@ class ChunkState:
             hash=helper_hash(config.seed, config.name, self.chunk, codes.num_clusterings),
             local=codes.ids,
             num_ids=config.num_embeddings,
-            counts=codes.counts,
+            counts=codes.counts if self.levels > 1 else None,
         )
 
     def check_group(self, group: dist.ProcessGroup | None) -> None:

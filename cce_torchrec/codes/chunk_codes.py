@@ -176,13 +176,15 @@ class ChunkCodes(nn.Module):
         if self.batches is not None and self.training:
             self.batches.add_(1)
 
-    def note(self, ids: torch.Tensor) -> None:
-        """Notes that `ids`, int64 counted from the first one here, are looked up in training."""
-        if not self.training:
-            return
-        if self.seen is not None:
+    def mark(self, ids: torch.Tensor) -> None:
+        """Notes that `ids`, int64 counted from the first one here, are seen in training."""
+        if self.training and self.seen is not None:
             mark_seen(self.seen, ids)
-        if self.counts is not None and self.batches is not None:
+
+    def note(self, ids: torch.Tensor) -> None:
+        """Notes that `ids` are looked up in training: that they are seen, and how often."""
+        self.mark(ids)
+        if self.training and self.counts is not None and self.batches is not None:
             config = self.config
             bits = bits_of_batch(ids + self.ids.start, config.seed, config.name, self.batches)
             count(self.counts, ids, bits)

@@ -136,6 +136,11 @@ def bits_of_batch(ids: torch.Tensor, seed: int, table: str, batch: torch.Tensor)
     return hash_rows(ids, hashes[:, :1], hashes[:, 1:], 1 << 31).view(-1)
 
 
+def hash_of_batch(seed: int, table: str, batch: int) -> HashFunction:
+    """The function whose 31 bits `bits_of_batch` gives."""
+    return hash_function(seed, table, 0, role=COUNT_ROLE, round_=batch)
+
+
 def count_state(seed: int, table: str) -> int:
     """What the hashes of all batches of a table start from, as signed 64-bit."""
     return _signed(_state(seed, table, 0, COUNT_ROLE))

@@ -17,6 +17,7 @@ from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 from cce_torchrec.codes.chunk_codes import ChunkCodes
 from cce_torchrec.codes.written import Written
 from cce_torchrec.lookup.bounds import BoundsCheck
+from cce_torchrec.lookup.noting import note
 
 Answered = list[tuple[ChunkCodes, torch.Tensor]]
 """Codes of this rank that note ids, and the positions in them that were asked for."""
@@ -110,7 +111,7 @@ class BatchInFlight:
         # Not when codes are fetched: a clustering step in between starts a new set of seen ids, to
         # which this batch belongs, as it is looked up after the step.
         for codes, positions in self.answered:
-            codes.note(positions)
+            note(codes, positions)
 
     def record_stream(self, stream: torch.Stream) -> None:
         """Keeps the tensors alive for the work that `stream` has been given."""

@@ -222,3 +222,20 @@ extern "C" ID_CLONES int64_t cce_into_ranges(const void *ids, int64_t id_bytes, 
   return id_bytes == 4 ? into_ranges((const int32_t *)ids, features, num_features, out)
                        : into_ranges((const int64_t *)ids, features, num_features, out);
 }
+
+// Counts a batch for the ids of it, as counts.py does: `counts` and `ids` begin at the id `first` of
+// the table, and the level of an id rises if its hashed bits are below its chance. Levels are all
+// read before any is written, or an id that is there twice would rise twice. `levels` is scratch.
+extern "C" ID_CLONES void cce_count_ids(uint8_t *counts, const int64_t *ids, int64_t count,
+                                        int64_t first, int64_t multiplier, int64_t addend,
+                                        const int64_t *chances, uint8_t *levels) {
+  for (int64_t i = 0; i < count; i++) {
+    const int64_t level = counts[ids[i] >> 1] >> 4 * (ids[i] & 1) & 15;
+    const int64_t bits = hashed(mix(first + ids[i]), multiplier, addend, (int64_t)1 << 31);
+    levels[i] = level + (bits < chances[level]);
+  }
+  for (int64_t i = 0; i < count; i++) {
+    uint8_t *two = counts + (ids[i] >> 1);
+    *two = ids[i] & 1 ? (*two & 15) | levels[i] << 4 : (*two & 240) | levels[i];
+  }
+}

@@ -15,13 +15,19 @@ from typing import Any, NamedTuple
 import torch
 
 from cce_torchrec import compiled
+from cce_torchrec.codes.counts import chances
+from cce_torchrec.codes.hashing import HashFunction
 
 _FIELDS = 17
 """int64 of a `Job` in _native.cpp, the last two of which are its result."""
-_FUNCTIONS = ("cce_expand_packed", "cce_count_bags", "cce_into_ranges", "cce_rowwise_adagrad")
+_FUNCTIONS = (
+    "cce_expand_packed", "cce_count_bags", "cce_into_ranges", "cce_rowwise_adagrad", "cce_count_ids",
+)  # fmt: skip
 _LIBRARY = (Path(__file__).parent, _FUNCTIONS)
+_CHANCES = torch.tensor(chances(), dtype=torch.int64, device="cpu")
 _IDS = compiled.Pointer(torch.int32, torch.int64)
 _INT64 = compiled.Pointer(torch.int64)
+_BYTES = compiled.Pointer(torch.uint8)
 
 
 @functools.cache
@@ -44,6 +50,8 @@ def kernels() -> ctypes.CDLL:
     found.cce_into_ranges.argtypes, found.cce_into_ranges.restype = ranges, integer
     found.cce_rowwise_adagrad.argtypes = table + batch
     found.cce_rowwise_adagrad.restype = None
+    counted: list[Any] = [_BYTES, _INT64, *[integer] * 4, _INT64, _BYTES]
+    found.cce_count_ids.argtypes, found.cce_count_ids.restype = counted, None
     return found
 
 
@@ -135,6 +143,19 @@ def into_ranges(
         return []
     size = len(fields) // len(features)
     return list(zip(described[size - 2 :: size], described[size - 1 :: size], strict=True))
+
+
+def count_ids(counts: torch.Tensor, ids: torch.Tensor, first: int, hash_: HashFunction) -> None:
+    """What `counts.count` does, with the bits of `hash_`.
+
+    Args:
+        counts: uint8, of ids from the table's `first` on; written.
+        ids: int64 [V], contiguous, counted from there.
+        first: a multiple of 2.
+        hash_: of the batch.
+    """
+    levels, of_batch = torch.empty(len(ids), dtype=torch.uint8), (hash_.multiplier, hash_.addend)
+    kernels().cce_count_ids(counts, ids, len(ids), first, *of_batch, _CHANCES, levels)
 
 
 def _by_address(jobs: Sequence[Job]) -> list[tuple[int, int]]:

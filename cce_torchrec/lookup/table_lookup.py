@@ -12,6 +12,7 @@ from cce_torchrec.codes.hashing import count_state, hash_ids, raw_id_key
 from cce_torchrec.config import is_cce
 from cce_torchrec.lookup import device, native
 from cce_torchrec.lookup.bounds import BoundsCheck
+from cce_torchrec.lookup.noting import note
 from cce_torchrec.table import Table
 
 
@@ -74,7 +75,7 @@ class TableLookup:
             return ids
         # First, as an id out of bounds has no bit of its own.
         ids = check(name, ids, self.config.num_embeddings)
-        codes.note(ids.long())
+        note(codes, ids.long())
         return ids
 
     def job(self, ids: torch.Tensor, out: torch.Tensor) -> native.Job:

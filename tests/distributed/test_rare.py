@@ -46,7 +46,7 @@ def test_counts_are_those_of_one_process(rank, world_size, kind):
         values = {k: torch.cat([b[k].values() for b in batches]) for k in list(batches[0].keys())}
         lengths = torch.cat([torch.tensor([len(v)]) for v in values.values()])
         plain(type(batches[0])(list(values), torch.cat(list(values.values())), lengths=lengths))
-    for name in ("t", "u"):
+    for name in ("t", "u", "v"):
         part, whole = codes_of(model.module.collection.codes, name), plain.codes[name]
         assert int(part.batches) == int(whole.batches) == 12
         if not part.chunks:

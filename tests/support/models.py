@@ -157,18 +157,18 @@ class BitsNet(Net):
 
 
 def rare_tables():
-    """Of rare ids: of few bits, and of none."""
+    """Of rare ids, of few bits and of none; and of frequent ones, which are counted too."""
     return [
         CCEEmbeddingBagConfig(
             name=name, num_embeddings=301, embedding_dim=8, num_chunks=2, feature_names=[feature],
-            num_rows=rows, num_helper_rows=20, recipe="rare",
+            num_rows=rows, num_helper_rows=20, recipe="auto", examples_per_id=examples,
         )
-        for name, rows, feature in (("t", 4, "f"), ("u", 1, "g"))
+        for name, rows, feature, examples in (("t", 4, "f", 3), ("u", 1, "g", 3), ("v", 9, "h", 900))
     ] + tables(SUM)[1:2]  # fmt: skip
 
 
 class RareNet(Net):
-    """Tables of rare ids and a plain one."""
+    """Tables whose ids are counted, of rare ones and of frequent ones, and a plain one."""
 
     @staticmethod
     def configs():

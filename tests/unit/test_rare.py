@@ -22,6 +22,8 @@ from cce_torchrec.codes import counts
 from cce_torchrec.codes.hashing import bits_of_batch
 from cce_torchrec.config import all_rare
 from cce_torchrec.kmeans import native
+from cce_torchrec.lookup import native as lookup_native
+from cce_torchrec.lookup.noting import note
 
 N = 1001
 
@@ -174,12 +176,13 @@ def reference(module, shares):
     return out
 
 
+@pytest.mark.parametrize("examples", [3, 900], ids=["rare", "frequent"])
 @pytest.mark.parametrize("options", [{}, {"samples_per_centroid": 20}], ids=["all", "sampled"])
 @pytest.mark.parametrize("compiled", [True, False])
-def test_clustering_follows_the_definition(monkeypatch, compiled, options):
+def test_clustering_follows_the_definition(monkeypatch, compiled, options, examples):
     if not compiled:
         monkeypatch.setattr(native, "available", lambda: False)
-    module = collection()
+    module = collection(config(recipe="auto", examples_per_id=examples))
     apply_optimizer_in_backward(torch.optim.SGD, list(module.parameters()), {"lr": 0.01})
     g = torch.Generator().manual_seed(0)
     for step in range(60):
@@ -220,6 +223,59 @@ def test_without_counts_nothing_is_shrunk():
         assert torch.equal(distances.argmin(1), rows[:, chunk])
 
 
+@pytest.mark.parametrize("examples", [3, 900], ids=["rare", "frequent"])
+def test_nothing_is_shrunk_before_the_first_batch(examples):
+    """Counts of 0 say nothing then; shrunk by them, all ids would be one point."""
+    module = collection(config(recipe="auto", examples_per_id=examples))
+    module.restore_main()
+    points = reference(module, torch.ones(N).double())
+    cluster(module)
+    rows = module.codes["t"].unpacked
+    assert len(rows.unique()) == 4
+    for chunk, x in enumerate(points):
+        distances = torch.cdist(x, weights(module, chunk).detach()[:4].double())
+        assert torch.equal(distances.argmin(1), rows[:, chunk])
+
+
+def test_a_counted_table_of_frequent_ids_is_finalized(tmp_path):
+    module = collection(config(recipe="auto", examples_per_id=900))
+    module(batch(torch.arange(0, N, 2)))
+    points = reference(
+        module, counts.shrinkage()[counts.levels_of(module.codes["t"].counts, torch.arange(N))]
+    )
+    finalize(module)
+    rows = module.codes["t"].unpacked
+    for chunk, x in enumerate(points):
+        distances = torch.cdist(x, weights(module, chunk).detach().double())
+        best = distances.min(1).values
+        torch.testing.assert_close(distances[range(N), rows[:, chunk]], best, rtol=1e-4, atol=1e-7)
+    module(batch(torch.arange(0, N, 3)))
+    save_checkpoint(tmp_path, module, step=1)
+    (finalized,) = module.embedding_bag_configs()
+    for other in (collection(finalized), collection(config(recipe="auto", examples_per_id=900))):
+        load_checkpoint(tmp_path, other)
+        assert all(torch.equal(a, b) for a, b in zip(module.parameters(), other.parameters()))
+        assert torch.equal(other.codes["t"].unpacked, module.codes["t"].unpacked)
+
+
+@pytest.mark.parametrize("first", [0, 8])
+def test_compiled_counts_are_those_in_torch(monkeypatch, first):
+    """Also of ids that a batch has more than once, and of those that share a byte."""
+    if not lookup_native.available():
+        pytest.skip("the compiled kernels are not built")
+    found = []
+    for compiled in (True, False):
+        monkeypatch.setattr(lookup_native, "available", lambda on=compiled: on)
+        own = collection(config(num_embeddings=500)).codes["t"]
+        own = own.select(own.table, own.chunks, torch.device("cpu"), range(first, 500))
+        g = torch.Generator().manual_seed(0)
+        for _ in range(50):
+            own.begin_batch()
+            note(own, (torch.rand(300, generator=g) ** 4 * (500 - first)).long())
+        found.append(own.counts)
+    assert torch.equal(*found) and len(found[0].unique()) > 20
+
+
 def test_a_table_of_rare_ids_is_not_finalized():
     module = collection(config(), config(name="u", feature_names=["f"], recipe="frequent"))
     report = finalize(module)
@@ -234,7 +290,9 @@ def test_a_table_of_rare_ids_is_not_finalized():
 def test_the_recipe_follows_from_the_examples_of_an_id():
     assert config(recipe="auto", examples_per_id=3).recipe == "rare"
     frequent = config(recipe="auto", examples_per_id=1e4)
-    assert frequent.recipe == "frequent" and frequent.trains_main and not frequent.track_counts
+    assert frequent.recipe == "frequent" and frequent.trains_main and frequent.track_counts
+    assert not config(recipe="auto", examples_per_id=1e4, num_helper_rows=0).track_counts
+    assert not config(recipe="frequent").track_counts
     assert config(recipe="frequent", track_counts=True).notes == {"counts": 2}
 
 

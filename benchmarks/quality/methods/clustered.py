@@ -201,7 +201,7 @@ def as_published(tables: Tables) -> Clustered:
 
 
 def frequent_recipe(tables: Tables) -> Clustered:
-    """CCE by the package's recipe for ids that occur often, its default."""
+    """CCE by the package's recipe for ids that occur often, without shrinkage."""
     schedule = ClusteringSchedule.for_training(tables.passes, tables.steps // tables.passes)
     return Clustered(
         tables,
@@ -277,6 +277,7 @@ def _by_budget(tables: Tables) -> Clustered:
         return {
             "num_chunks": made.num_chunks, "num_rows": made.num_rows,
             "num_helper_rows": made.helper_rows, "recipe": made.recipe,
+            "track_counts": made.track_counts,
         }  # fmt: skip
 
     return Clustered(tables, settings=settings, clusterings=tables.restart_steps, resets_state=True)
