@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, TypeGuard
 
 from cce_torchrec.versions import check_installation
@@ -87,7 +87,7 @@ class CCEEmbeddingBagConfig(EmbeddingBagConfig):
     recipe: str = "frequent"
     """How it is trained: "frequent", or "rare" for ids with few examples: main is set by `cluster`
     alone, from vectors shrunk by how often their ids were trained, and until then an id reads its
-    helper row only. "auto" is "rare" below `RARE_BELOW` examples an id, and shrinks above it too."""
+    helper row only. "auto" is "rare" below `RARE_BELOW` examples an id; above, it shrinks too."""
     examples_per_id: float | None = None
     """Mean training rows of an id in one pass, sampled negatives too; "auto" needs it."""
     track_counts: bool | None = None
@@ -287,12 +287,18 @@ class CCEEmbeddingBagConfig(EmbeddingBagConfig):
 
     @classmethod
     def from_bytes(
-        cls, table_bytes: int, *, helper_ratio: float | None = None, **kwargs: Any
+        cls,
+        table_bytes: int,
+        *,
+        helper_ratio: float | None = None,
+        finalized: bool = False,
+        **kwargs: Any,
     ) -> CCEEmbeddingBagConfig:
         """The largest table of at most `table_bytes` bytes of codebooks and codes.
 
         Its main rows are as many as `from_params_per_dim` makes with `count_codes`, or the next
-        fewer that leave room for most rows.
+        fewer that leave room for most rows. With `finalized` the bytes are also those that a table
+        of the recipe "frequent" has once it was given to `finalize`, whose codes are wider.
 
         Raises:
             ValueError: if not even two rows a chunk fit.
@@ -302,13 +308,17 @@ class CCEEmbeddingBagConfig(EmbeddingBagConfig):
             raise ValueError(f"{who}: table_bytes {table_bytes} is no number of bytes")
         kwargs = {"num_chunks": most_chunks(kwargs, BYTES_CHUNKS), **kwargs}
         least = cls(num_rows=1, num_helper_rows=1, **kwargs)
-        if least.table_bytes > table_bytes:
+        finalized = finalized and least.can_finalize and least.learned_codes
+        bytes_needed = (least.finalized() if finalized else least).table_bytes
+        if bytes_needed > table_bytes:
             raise ValueError(
                 f"{who}: {table_bytes} bytes do not hold two rows a chunk, which take "
-                f"{least.table_bytes}; use more bytes"
+                f"{bytes_needed}{' once they are finalized' * finalized}; use more bytes"
             )
+        if finalized and helper_ratio is None:
+            helper_ratio = DEFAULT_HELPER_RATIO
         room = int(table_bytes) - least.seen_bytes
-        main, total = least._sizing(helper_ratio).within(room)
+        main, total = replace(least._sizing(helper_ratio), finalized=finalized).within(room)
         return cls(num_rows=main, num_helper_rows=total - main, **kwargs)
 
     def _sizing(self, helper_ratio: float | None) -> Sizing:

@@ -45,6 +45,8 @@ class Sizing:
     learned_codes: bool
     helper_ratio: float | None
     """Helper rows of a main row; None: 3, or what is best."""
+    finalized: bool = False
+    """Whether codes are to tell all rows apart, where main has its part of them."""
 
     def main_rows(self, total: int, count_codes: bool) -> int:
         """Of `total` rows of a chunk; with `count_codes` as many as their codes are worth."""
@@ -59,7 +61,8 @@ class Sizing:
             low, high = 0, min(MAX_ROWS, budget // self.row_bytes)
             while low < high:
                 middle = (low + high + 1) // 2
-                codes = self._code_bytes(self.main_rows(middle, True))
+                coded = middle if self.finalized else self.main_rows(middle, True)
+                codes = self._code_bytes(coded)
                 fits = middle * self.row_bytes + codes <= budget
                 low, high = (middle, high) if fits else (low, middle - 1)
             return self.main_rows(low, True), low

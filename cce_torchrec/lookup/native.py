@@ -21,8 +21,12 @@ from cce_torchrec.codes.hashing import HashFunction
 _FIELDS = 17
 """int64 of a `Job` in _native.cpp, the last two of which are its result."""
 _FUNCTIONS = (
-    "cce_expand_packed", "cce_count_bags", "cce_into_ranges", "cce_rowwise_adagrad", "cce_count_ids",
-)  # fmt: skip
+    "cce_expand_packed",
+    "cce_count_bags",
+    "cce_into_ranges",
+    "cce_rowwise_adagrad",
+    "cce_count_ids",
+)
 _LIBRARY = (Path(__file__).parent, _FUNCTIONS)
 _CHANCES = torch.tensor(chances(), dtype=torch.int64, device="cpu")
 _IDS = compiled.Pointer(torch.int32, torch.int64)

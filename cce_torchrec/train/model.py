@@ -17,12 +17,7 @@ from cce_torchrec.config import RARE_BELOW, CCEEmbeddingBagConfig, is_cce
 from cce_torchrec.data import Examples, Rows
 from cce_torchrec.joint import free_name, joint_table
 from cce_torchrec.modules.embedding_bag_collection import CCEEmbeddingBagCollection
-from cce_torchrec.sizing import (
-    BYTES_CHUNKS,
-    DEFAULT_HELPER_RATIO,
-    PARAMS_CHUNKS,
-    most_chunks,
-)
+from cce_torchrec.sizing import BYTES_CHUNKS, PARAMS_CHUNKS, most_chunks
 
 
 class GMF(nn.Module):
@@ -113,9 +108,7 @@ class Compression:
             return CCEEmbeddingBagConfig(num_rows=self.num_rows * len(names), **common)
         if self.table_bytes:
             share = sum(self.table_bytes[name] for name in names)
-            # Of fewer main rows the codes would grow more when the table is finalized.
-            ratio = DEFAULT_HELPER_RATIO if self.finalize else None
-            return CCEEmbeddingBagConfig.from_bytes(share, helper_ratio=ratio, **common)
+            return CCEEmbeddingBagConfig.from_bytes(share, finalized=self.finalize, **common)
         return CCEEmbeddingBagConfig.from_params_per_dim(rows, **common)
 
 

@@ -163,7 +163,9 @@ def rare_tables():
             name=name, num_embeddings=301, embedding_dim=8, num_chunks=2, feature_names=[feature],
             num_rows=rows, num_helper_rows=20, recipe="auto", examples_per_id=examples,
         )
-        for name, rows, feature, examples in (("t", 4, "f", 3), ("u", 1, "g", 3), ("v", 9, "h", 900))
+        for name, rows, feature, examples in [
+            ("t", 4, "f", 3), ("u", 1, "g", 3), ("v", 9, "h", 900),
+        ]
     ] + tables(SUM)[1:2]  # fmt: skip
 
 

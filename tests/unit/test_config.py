@@ -65,6 +65,27 @@ def test_codes_of_frequent_ids_take_a_part_of_a_budget_of_bytes():
     )  # one bit an id is 50 times that
 
 
+def test_a_budget_is_kept_once_the_table_is_finalized():
+    kwargs = dict(name="t", num_embeddings=20_000, embedding_dim=16, feature_names=["f"])
+    for budget in (11_000, 60_000, 100_000, 500_000):
+        table = CCEEmbeddingBagConfig.from_bytes(budget, finalized=True, **kwargs)
+        more = replace(table, num_helper_rows=table.num_helper_rows + 1)
+        after = [made.finalized().table_bytes for made in (table, more)]
+        assert table.table_bytes <= after[0] <= budget < after[1]
+        assert abs(3 * table.num_rows - table.num_helper_rows) <= 3
+    # Two rows a chunk are told apart by a bit an id and chunk.
+    with pytest.raises(ValueError, match="two rows a chunk, which take 10128 once they are fin"):
+        CCEEmbeddingBagConfig.from_bytes(10_127, finalized=True, **kwargs)
+    # Rare ids keep their helper, and tables of hashed codes have nothing to finalize.
+    for more in ({"recipe": "rare"}, {"learned_codes": False}):
+        made = [
+            CCEEmbeddingBagConfig.from_bytes(100_000, finalized=on, **kwargs, **more)
+            for on in (False, True)
+        ]
+        assert made[0].num_rows == made[1].num_rows
+        assert made[0].num_helper_rows == made[1].num_helper_rows
+
+
 @pytest.mark.parametrize(
     ("dim", "chunks"), [(4, 1), (8, 2), (12, 3), (16, 4), (20, 5), (32, 8), (256, 8)]
 )

@@ -254,7 +254,9 @@ def test_a_counted_table_of_frequent_ids_is_finalized(tmp_path):
     (finalized,) = module.embedding_bag_configs()
     for other in (collection(finalized), collection(config(recipe="auto", examples_per_id=900))):
         load_checkpoint(tmp_path, other)
-        assert all(torch.equal(a, b) for a, b in zip(module.parameters(), other.parameters()))
+        assert all(
+            torch.equal(a, b) for a, b in zip(module.parameters(), other.parameters(), strict=True)
+        )
         assert torch.equal(other.codes["t"].unpacked, module.codes["t"].unpacked)
 
 
