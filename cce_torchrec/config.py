@@ -91,7 +91,8 @@ class CCEEmbeddingBagConfig(EmbeddingBagConfig):
     examples_per_id: float | None = None
     """Mean training rows of an id in one pass, sampled negatives too; "auto" needs it."""
     track_counts: bool | None = None
-    """Keep counts of 4 bits an id, by which `cluster` shrinks; None: unless `recipe="frequent"`."""
+    """Keep counts of 4 bits an id, by which `cluster` shrinks; None: if `recipe` is given as "rare"
+    or "auto"."""
 
     def __post_init__(self) -> None:
         self._check_whole_numbers()
@@ -147,7 +148,7 @@ class CCEEmbeddingBagConfig(EmbeddingBagConfig):
                 )
             self.recipe = "rare" if examples < RARE_BELOW else "frequent"
         if self.track_counts is None:
-            self.track_counts = shrinks and self.learned_codes and self.helper_rows > 0
+            self.track_counts = shrinks and self.learned_codes
         if self.track_counts and not self.learned_codes:
             raise ValueError(
                 f"{self._who}: track_counts is for clusterings, and learned_codes=False has none; "

@@ -57,6 +57,7 @@ class Engine:
     backend: str = "auto"
     init: str = "random"
     weighted: bool = False
+    metric: bool = False
     device: str = "cpu"
 
     triton: bool = False
@@ -118,7 +119,7 @@ def budget(
     clusters = shape.num_rows + shape.helper_rows * finalize
     code = whole_bytes(clusters)
     score_bytes = _score_bytes(shape, clusters, memory_limit, engine)
-    fixed = score_bytes + _book_bytes(clusters, shape.helper_points, shape.dim, engine)
+    fixed = score_bytes + _book_bytes(clusters, shape, engine, bool(score_bytes))
     room = 3 * memory_limit // 4
 
     by_pair = _table_bytes(shape, code, engine) + fixed
@@ -208,12 +209,16 @@ def _sklearn_bytes(points: int, dim: int, engine: Engine) -> int:
     return points * (16 * dim + 32) + (1 << 25)
 
 
-def _book_bytes(clusters: int, helper_rows: int, dim: int, engine: Engine) -> int:
+def _book_bytes(clusters: int, shape: ChunkShape, engine: Engine, has_scores: bool) -> int:
     """Fixed-point codebooks, sums, centroids and their temporaries."""
-    each = (40, 120)
+    each, helper_rows, dim, leveled = (40, 120), shape.helper_rows, shape.dim, 0
     if engine.on_gpu:  # kernels leave fewer temporaries, and pad coordinates to whole tiles
-        each, dim = (20, 60), width(dim)
-    total = (each[0] * (clusters + helper_rows) + each[1] * clusters) * dim + _SLACK
+        each, helper_rows, dim = (20, 60), shape.helper_points, width(dim)
+    elif shape.levels > 1:
+        # Made level by level; scores want them as numbers too, and a metric in another space.
+        leveled = 40 if engine.metric else 16 if has_scores else 4
+        leveled *= shape.main_points + shape.helper_points
+    total = (each[0] * (clusters + helper_rows) + each[1] * clusters + leveled) * dim + _SLACK
     if engine.init == "k-means++":
         total += 32 * clusters * (48 * dim + 64)
     return total

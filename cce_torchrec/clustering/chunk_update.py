@@ -59,6 +59,10 @@ def new_main_rows(
     )
 
 
+_ROW_BLOCK = 1 << 18
+"""Rows whose squares are added up at once."""
+
+
 class Relabelling:
     """Takes the new codes of a chunk, part by part, before they are written.
 
@@ -99,7 +103,8 @@ def _objective_before(points: PairPoints, shape: ChunkShape) -> float:
     """Squared distances of points from their old main rows; of shrunk ones, from the shrunk row."""
     # What is not main in a point is its helper row. Counts are exact in any order: integers, and
     # all weights sum to 2^33 at most (MAX_WEIGHT), far below 2^53.
-    norms = (points.helper.double() / points.scale).square().sum(1)
+    blocks = points.helper.split(_ROW_BLOCK)  # in double precision they are twice as large
+    norms = torch.cat([(rows.double() / points.scale).square().sum(1) for rows in blocks])
     counts = torch.zeros_like(norms, dtype=torch.int64).index_add_(0, points.b, points.weights)
     return float((norms * counts.double()).sum())
 

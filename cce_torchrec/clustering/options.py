@@ -93,6 +93,7 @@ class Options:
             backend=self.backend,
             init=self.init,
             weighted=weighted,
+            metric=self.metric is not None,
             device=device.type,
             triton=triton,
         )

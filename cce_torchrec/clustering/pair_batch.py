@@ -10,7 +10,7 @@ import torch
 from cce_torchrec.clustering.budget import assign_block
 from cce_torchrec.clustering.chunk_state import ChunkState
 from cce_torchrec.clustering.id_passes import ChunkIds, NewCodes, keys_of_rows, rows_of_keys
-from cce_torchrec.clustering.pairs import ChunkPairs, point_books
+from cce_torchrec.clustering.pairs import ChunkPairs, points_over
 from cce_torchrec.codes.whole_codes import whole
 from cce_torchrec.kmeans.points import PairPoints
 
@@ -35,10 +35,9 @@ def codebooks_only(state: ChunkState) -> ChunkPairs:
     """The chunk without pairs, for scoring its ids in blocks; collective as `find_pairs`."""
 
     def without_pairs() -> ChunkPairs:
-        main, helper = point_books(state)
-        none = torch.zeros(0, dtype=torch.int32, device=main.device)
+        none = torch.zeros(0, dtype=torch.int32, device=state.weight.device)
         longs = none.long()
-        return ChunkPairs(PairPoints(main, helper, a=none, b=none, weights=longs, starts=longs))
+        return ChunkPairs(points_over(state, a=none, b=none, weights=longs, starts=longs))
 
     if not state.owned:
         return ChunkPairs(state.holders.receive(state.shape))

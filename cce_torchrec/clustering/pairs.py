@@ -19,7 +19,7 @@ from cce_torchrec.clustering.id_passes import (
 )
 from cce_torchrec.codes.counts import shrinkage
 from cce_torchrec.codes.hashing import SAMPLE_ROLE, HashFunction, hash_function
-from cce_torchrec.kmeans.points import PairPoints
+from cce_torchrec.kmeans.points import PairPoints, check_finite, scale_of
 
 _KEY_BLOCK = 1 << 24
 """Pairs that are converted at once, so that temporaries stay small beside them."""
@@ -163,25 +163,44 @@ def _rows_of(keys: torch.Tensor, state: ChunkState) -> tuple[torch.Tensor, torch
     return a, b
 
 
-def point_books(state: ChunkState) -> tuple[torch.Tensor, torch.Tensor]:
-    """Main and helper of the points: [k, s] and [k', s], or shrunk, of each level of counts.
+def points_over(
+    state: ChunkState,
+    *,
+    a: torch.Tensor,
+    b: torch.Tensor,
+    weights: torch.Tensor,
+    starts: torch.Tensor,
+) -> PairPoints:
+    """Points main[a] + helper[b] of a chunk, shrunk where its ids are counted.
 
     An id of level l is the point w x + (1 - w) m, with w its share (`counts.shrinkage`) and m the
     mean of what helper rows hold: a point of main rows w M and helper rows w H + (1 - w) m. So it
-    is a sum of two rows as without shrinkage, and is scored as such.
+    is a sum of two rows as without shrinkage, and is scored as such. There are main rows
+    [k, levels] and helper rows [levels, k'], made level by level, as all of them in double
+    precision would be most of what a clustering takes.
     """
     num_rows, weight = state.codes.config.num_rows, state.weight.detach()
     main, helper = weight[:num_rows], weight[num_rows:]
     if state.levels == 1:
-        return main, helper
+        return PairPoints(main, helper, a=a, b=b, weights=weights, starts=starts)
+    check_finite(main, helper)
     # In double precision, as points are rounded to fixed point afterwards.
-    share = shrinkage(weight.device)
-    main, helper = main.double(), helper.double()
+    main, helper, shares = main.double(), helper.double(), shrinkage(weight.device)
     # By rows and not by ids, of which each rank of a ROW_WISE table has some.
     mean = helper.mean(0) + main.mean(0)
-    leveled = (main[:, None] * share[:, None]).view(-1, main.shape[1])
-    own = share[:, None, None] * helper + (1 - share)[:, None, None] * mean
-    return leveled, own.view(-1, main.shape[1])
+
+    def books(level: int) -> tuple[torch.Tensor, torch.Tensor]:
+        return main * shares[level], shares[level] * helper + (1 - shares[level]) * mean
+
+    tops = [book.abs().amax() for level in range(state.levels) for book in books(level)]
+    scale = scale_of(float(torch.stack(tops).amax()))
+    fixed = {"dtype": torch.int32, "device": weight.device}
+    leveled = torch.empty((num_rows, state.levels, main.shape[1]), **fixed)
+    own = torch.empty((state.levels, *helper.shape), **fixed)
+    for level in range(state.levels):
+        leveled[:, level], own[level] = ((book * scale).round() for book in books(level))
+    flat = (part.view(-1, main.shape[1]) for part in (leveled, own))
+    return PairPoints.from_integers(*flat, scale, a, b, weights, starts)
 
 
 def starts_wanted(state: ChunkState, weights: IdWeights | None) -> int:
@@ -203,8 +222,8 @@ def points_of(
     starts = starting_pairs(drawn, starts_wanted(state, weights), keys)
     if weights is not None:  # a centroid where nothing weighs would lose its cluster at once
         starts = starts[counts[starts] > 0]
-    (main, helper), (a, b) = point_books(state), _rows_of(keys, state)
-    return PairPoints(main, helper, a=a, b=b, weights=counts, starts=starts)
+    a, b = _rows_of(keys, state)
+    return points_over(state, a=a, b=b, weights=counts, starts=starts)
 
 
 def list_ids(

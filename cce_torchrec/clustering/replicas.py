@@ -12,7 +12,7 @@ from torch import nn
 from cce_torchrec.clustering.chunk_state import ChunkState
 from cce_torchrec.clustering.options import Options
 from cce_torchrec.codes.chunk_codes import codes_of
-from cce_torchrec.codes.counts import together
+from cce_torchrec.codes.counts import LEVELS, together
 from cce_torchrec.config import CCEEmbeddingBagConfig
 from cce_torchrec.distributed.embedding_bag_collection import ShardedCCEEmbeddingBagCollection
 from cce_torchrec.table import physical_table
@@ -70,7 +70,8 @@ def digests(states: Iterable[tuple[str, ChunkState]], options: Options) -> Diges
             parts.append(weights.values)
         config = state.codes.config
         metric = options.metric_of(config.name, state.chunk, config.chunk_dim)
-        number = state.codes.num_clusterings
+        # Whether vectors are shrunk follows from the batches that the copy has seen.
+        number = state.codes.num_clusterings * LEVELS + state.levels
         for part in parts if metric is None else [*parts, metric]:
             # Of bytes, not of values: rows that differ by a rounding cluster apart sooner or later.
             values = part.detach().contiguous().cpu().view(-1).view(torch.uint8)

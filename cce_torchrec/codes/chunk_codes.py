@@ -156,7 +156,7 @@ class ChunkCodes(nn.Module):
             None if codes is None else (codes.data_ptr(), codes.shape, codes.stride()),
             self.packing,
             None if seen is None or not self.training else seen.data_ptr(),
-            None if counts is None or not self.training else counts.data_ptr(),
+            None if counts is None or not self.counting else counts.data_ptr(),
             self.num_clusterings,
         )
 
@@ -173,8 +173,13 @@ class ChunkCodes(nn.Module):
 
     def begin_batch(self) -> None:
         """A batch of training is looked up next; every rank calls it, whatever it has of it."""
-        if self.batches is not None and self.training:
+        if self.batches is not None and self.counting:
             self.batches.add_(1)
+
+    @property
+    def counting(self) -> bool:
+        """Whether lookups in training count ids; not once the table is finalized."""
+        return self.training and self.counts is not None and self.config.helper_rows > 0
 
     def mark(self, ids: torch.Tensor) -> None:
         """Notes that `ids`, int64 counted from the first one here, are seen in training."""
@@ -184,7 +189,7 @@ class ChunkCodes(nn.Module):
     def note(self, ids: torch.Tensor) -> None:
         """Notes that `ids` are looked up in training: that they are seen, and how often."""
         self.mark(ids)
-        if self.training and self.counts is not None and self.batches is not None:
+        if self.counting and self.counts is not None and self.batches is not None:
             config = self.config
             bits = bits_of_batch(ids + self.ids.start, config.seed, config.name, self.batches)
             count(self.counts, ids, bits)
@@ -192,7 +197,7 @@ class ChunkCodes(nn.Module):
     @property
     def notes(self) -> bool:
         """Whether lookups in training note anything of their ids."""
-        return self.training and (self.seen is not None or self.counts is not None)
+        return self.counting or (self.training and self.seen is not None)
 
     def select(
         self, table: Table, chunks: list[int], device: torch.device, ids: range | None = None

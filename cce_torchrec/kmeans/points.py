@@ -153,7 +153,11 @@ def fixed_point_scale(*parts: torch.Tensor) -> float:
     Raises:
         ValueError: what `check_finite` refuses.
     """
-    largest = check_finite(*parts)
+    return scale_of(check_finite(*parts))
+
+
+def scale_of(largest: float) -> float:
+    """The power of two that brings the magnitude `largest` to at most 2^28."""
     if largest == 0.0:
         return 1.0
     _, exponent = math.frexp(largest)

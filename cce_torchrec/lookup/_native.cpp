@@ -1,6 +1,6 @@
-// Expansion of tables' ids into codebook rows in one pass: bounds, codes, hashes, rows; and sums of
-// bags' lengths. Loaded by native.py through ctypes; the torch forms in expansion.py and bags.py are
-// its references.
+// Expansion of tables' ids into codebook rows in one pass: bounds, codes, hashes, rows; sums of
+// bags' lengths; and how often ids were trained. Loaded by native.py through ctypes; the torch forms in expansion.py, bags.py
+// and counts.py are its references.
 #include <cstdint>
 #include <cstring>
 
@@ -224,18 +224,21 @@ extern "C" ID_CLONES int64_t cce_into_ranges(const void *ids, int64_t id_bytes, 
 }
 
 // Counts a batch for the ids of it, as counts.py does: `counts` and `ids` begin at the id `first` of
-// the table, and the level of an id rises if its hashed bits are below its chance. Levels are all
-// read before any is written, or an id that is there twice would rise twice. `levels` is scratch.
+// the table, which has `size` of them from there on, and ids that are not among these are read as
+// the first. The level of an id rises if its hashed bits are below its chance. All levels are read
+// before any is written, or an id that is there twice would rise twice. `levels` is scratch.
 extern "C" ID_CLONES void cce_count_ids(uint8_t *counts, const int64_t *ids, int64_t count,
-                                        int64_t first, int64_t multiplier, int64_t addend,
-                                        const int64_t *chances, uint8_t *levels) {
+                                        int64_t first, int64_t size, int64_t multiplier,
+                                        int64_t addend, const int64_t *chances, uint8_t *levels) {
   for (int64_t i = 0; i < count; i++) {
-    const int64_t level = counts[ids[i] >> 1] >> 4 * (ids[i] & 1) & 15;
-    const int64_t bits = hashed(mix(first + ids[i]), multiplier, addend, (int64_t)1 << 31);
+    const int64_t id = (uint64_t)ids[i] < (uint64_t)size ? ids[i] : 0;
+    const int64_t level = counts[id >> 1] >> 4 * (id & 1) & 15;
+    const int64_t bits = hashed(mix(first + id), multiplier, addend, (int64_t)1 << 31);
     levels[i] = level + (bits < chances[level]);
   }
   for (int64_t i = 0; i < count; i++) {
-    uint8_t *two = counts + (ids[i] >> 1);
-    *two = ids[i] & 1 ? (*two & 15) | levels[i] << 4 : (*two & 240) | levels[i];
+    const int64_t id = (uint64_t)ids[i] < (uint64_t)size ? ids[i] : 0;
+    uint8_t *two = counts + (id >> 1);
+    *two = id & 1 ? (*two & 15) | levels[i] << 4 : (*two & 240) | levels[i];
   }
 }

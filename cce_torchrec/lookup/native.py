@@ -54,7 +54,7 @@ def kernels() -> ctypes.CDLL:
     found.cce_into_ranges.argtypes, found.cce_into_ranges.restype = ranges, integer
     found.cce_rowwise_adagrad.argtypes = table + batch
     found.cce_rowwise_adagrad.restype = None
-    counted: list[Any] = [_BYTES, _INT64, *[integer] * 4, _INT64, _BYTES]
+    counted: list[Any] = [_BYTES, _INT64, *[integer] * 5, _INT64, _BYTES]
     found.cce_count_ids.argtypes, found.cce_count_ids.restype = counted, None
     return found
 
@@ -149,17 +149,18 @@ def into_ranges(
     return list(zip(described[size - 2 :: size], described[size - 1 :: size], strict=True))
 
 
-def count_ids(counts: torch.Tensor, ids: torch.Tensor, first: int, hash_: HashFunction) -> None:
+def count_ids(counts: torch.Tensor, ids: torch.Tensor, own: range, hash_: HashFunction) -> None:
     """What `counts.count` does, with the bits of `hash_`.
 
     Args:
-        counts: uint8, of ids from the table's `first` on; written.
-        ids: int64 [V], contiguous, counted from there.
-        first: a multiple of 2.
+        counts: uint8, of the ids `own` of the table; written.
+        ids: int64 [V], contiguous, counted from the first of these; others are read as it.
+        own: the first is a multiple of 2.
         hash_: of the batch.
     """
-    levels, of_batch = torch.empty(len(ids), dtype=torch.uint8), (hash_.multiplier, hash_.addend)
-    kernels().cce_count_ids(counts, ids, len(ids), first, *of_batch, _CHANCES, levels)
+    levels = torch.empty(len(ids), dtype=torch.uint8, device="cpu")
+    numbers = len(ids), own.start, len(own), hash_.multiplier, hash_.addend
+    kernels().cce_count_ids(counts, ids, *numbers, _CHANCES, levels)
 
 
 def _by_address(jobs: Sequence[Job]) -> list[tuple[int, int]]:

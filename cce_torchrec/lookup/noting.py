@@ -17,12 +17,11 @@ def note(codes: ChunkCodes, ids: torch.Tensor) -> None:
         ids: int64 [V], counted from the first one of `codes`.
     """
     counts, batches = codes.counts, codes.batches
-    traced = native.is_traced(ids)
-    if traced or counts is None or batches is None or not native.takes(ids):
+    if native.is_traced(ids) or not codes.counting or not native.takes(ids):
         codes.note(ids)
         return
     codes.mark(ids)
-    if codes.training:
-        config = codes.config
-        hash_ = hash_of_batch(config.seed, config.name, int(batches))
-        native.count_ids(counts, ids, codes.ids.start, hash_)
+    assert counts is not None and batches is not None
+    config = codes.config
+    hash_ = hash_of_batch(config.seed, config.name, int(batches))
+    native.count_ids(counts, ids, codes.ids, hash_)

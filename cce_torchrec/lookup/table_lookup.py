@@ -116,7 +116,7 @@ class TableLookup:
             chunks=tuple(tuple(hashes[column]) for column in self.columns),
             raw_id_key=raw_id_key(config.seed, config.name) if self.hashes_ids else None,
             seen=codes.seen if codes.training else None,
-            counts=codes.counts if codes.training else None,
+            counts=codes.counts if codes.counting else None,
             batches=codes.batches,
             count_state=count_state(config.seed, config.name),
         )

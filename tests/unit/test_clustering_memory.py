@@ -31,11 +31,11 @@ torch.set_num_threads(1)
 available = native.available
 
 
-def model(ids, rows):
+def model(ids, rows, helper, counted):
     torch.manual_seed(0)
     return CCEEmbeddingBagCollection(tables=[CCEEmbeddingBagConfig(
         name="t", num_embeddings=ids, embedding_dim=16, feature_names=["f"], num_rows=rows,
-        num_chunks=2, track_seen=True)])
+        num_helper_rows=helper, num_chunks=2, track_seen=True, track_counts=counted)])
 
 
 def status(field):
@@ -44,17 +44,22 @@ def status(field):
             return int(line.split()[1]) * 1024
 
 
-def measured(ids, rows, compiled=True, **options):
+def measured(ids, rows, helper=None, counted=False, metric=False, compiled=True, **options):
     native.available = available if compiled else lambda: False
-    made = model(ids, rows)
+    made = model(ids, rows, helper, counted)
     made.codes["t"].seen[::3] = 7
+    if counted:
+        made.codes["t"].counts[:-1] = torch.arange(len(made.codes["t"].counts) - 1) % 256
+        made.codes["t"].batches.fill_(1)
+    if metric:
+        options["metric"] = {"t": torch.eye(8).expand(2, 8, 8)}
     Path("/proc/self/clear_refs").write_text("5")
     before = status("VmRSS")
     report = cluster(made, iterations=1, **options)
     return status("VmHWM") - before, report.peak_bytes
 
 
-cluster(model(1000, 8))  # what a first step loads
+cluster(model(1000, 8, None, False))  # what a first step loads
 print(json.dumps({name: measured(**case) for name, case in json.loads(sys.argv[1]).items()}))
 """
 CASES = {
@@ -66,6 +71,12 @@ CASES = {
     "codes found again": {"ids": 8_000_000, "rows": 300, "memory_limit": 72 << 20,
                           "samples_per_centroid": 100},
     "torch": {"ids": 500_000, "rows": 100, "backend": "torch", "compiled": False},
+    "counted": {"ids": 2_000_000, "rows": 64, "helper": 300_000, "counted": True},
+    "counted, a metric": {"ids": 500_000, "rows": 64, "helper": 60_000, "counted": True,
+                          "metric": True},
+    "counted, scores": {"ids": 1_000_000, "rows": 16, "helper": 3_000, "counted": True},
+    "counted, torch": {"ids": 500_000, "rows": 64, "helper": 60_000, "counted": True,
+                       "backend": "torch", "compiled": False},
     "k-means++": {"ids": 500_000, "rows": 300, "init": "k-means++"},
 }  # fmt: skip
 

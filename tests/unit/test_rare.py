@@ -6,6 +6,7 @@ import weakref
 import pytest
 import torch
 import torchrec
+from fbgemm_gpu.split_table_batched_embeddings_ops_common import BoundsCheckMode
 from torchrec import EmbeddingBagConfig, KeyedJaggedTensor
 from torchrec.optim.apply_optimizer_in_backward import apply_optimizer_in_backward
 
@@ -249,10 +250,15 @@ def test_a_counted_table_of_frequent_ids_is_finalized(tmp_path):
         distances = torch.cdist(x, weights(module, chunk).detach().double())
         best = distances.min(1).values
         torch.testing.assert_close(distances[range(N), rows[:, chunk]], best, rtol=1e-4, atol=1e-7)
+    noted = module.codes["t"].counts.clone()
     module(batch(torch.arange(0, N, 3)))
+    assert torch.equal(module.codes["t"].counts, noted)  # nothing will be clustered by them
     save_checkpoint(tmp_path, module, step=1)
     (finalized,) = module.embedding_bag_configs()
-    for other in (collection(finalized), collection(config(recipe="auto", examples_per_id=900))):
+    auto = dict(recipe="auto", examples_per_id=900)
+    by_hand = config(num_rows=64, num_helper_rows=0, **auto)
+    for made in (finalized, by_hand, config(**auto)):
+        other = collection(made)
         load_checkpoint(tmp_path, other)
         assert all(
             torch.equal(a, b) for a, b in zip(module.parameters(), other.parameters(), strict=True)
@@ -265,7 +271,8 @@ def test_compiled_counts_are_those_in_torch(monkeypatch, first):
     """Also of ids that a batch has more than once, and of those that share a byte."""
     if not lookup_native.available():
         pytest.skip("the compiled kernels are not built")
-    found = []
+    found, calls, kernel = [], [], lookup_native.count_ids
+    monkeypatch.setattr(lookup_native, "count_ids", lambda *a: calls.append(a) or kernel(*a))
     for compiled in (True, False):
         monkeypatch.setattr(lookup_native, "available", lambda on=compiled: on)
         own = collection(config(num_embeddings=500)).codes["t"]
@@ -275,7 +282,27 @@ def test_compiled_counts_are_those_in_torch(monkeypatch, first):
             own.begin_batch()
             note(own, (torch.rand(300, generator=g) ** 4 * (500 - first)).long())
         found.append(own.counts)
-    assert torch.equal(*found) and len(found[0].unique()) > 20
+    assert torch.equal(*found) and len(found[0].unique()) > 20 and len(calls) == 50
+
+
+def test_ids_that_nobody_checks_are_counted_as_id_0():
+    """As they are looked up: without checks nothing else may be written."""
+    module = CCEEmbeddingBagCollection([config()], bounds_check_mode=BoundsCheckMode.NONE)
+    codes = module.codes["t"]
+    for ids in ([5, -1], [5, N], [5, 10**11], [5, -(2**62)]):
+        codes.reset_parameters()
+        module(batch(torch.tensor(ids)))
+        assert counts.levels_of(codes.counts, torch.arange(N)).nonzero().view(-1).tolist() == [0, 5]
+
+
+def test_ids_are_counted_whatever_device_a_job_has_set():
+    module, ids = collection(), batch(torch.tensor([3]))
+    torch.set_default_device("meta")
+    try:
+        module(ids)
+    finally:
+        torch.set_default_device(None)
+    assert counts.levels_of(module.codes["t"].counts, torch.tensor([3])).item() == 1
 
 
 def test_a_table_of_rare_ids_is_not_finalized():
@@ -293,7 +320,6 @@ def test_the_recipe_follows_from_the_examples_of_an_id():
     assert config(recipe="auto", examples_per_id=3).recipe == "rare"
     frequent = config(recipe="auto", examples_per_id=1e4)
     assert frequent.recipe == "frequent" and frequent.trains_main and frequent.track_counts
-    assert not config(recipe="auto", examples_per_id=1e4, num_helper_rows=0).track_counts
     assert not config(recipe="frequent").track_counts
     assert config(recipe="frequent", track_counts=True).notes == {"counts": 2}
 
