@@ -194,13 +194,12 @@ def points_over(
 
     tops = [book.abs().amax() for level in range(state.levels) for book in books(level)]
     scale = scale_of(float(torch.stack(tops).amax()))
-    fixed = {"dtype": torch.int32, "device": weight.device}
-    leveled = torch.empty((num_rows, state.levels, main.shape[1]), **fixed)
-    own = torch.empty((state.levels, *helper.shape), **fixed)
+    leveled = main.new_empty((num_rows, state.levels, main.shape[1]), dtype=torch.int32)
+    own = main.new_empty((state.levels, *helper.shape), dtype=torch.int32)
     for level in range(state.levels):
         leveled[:, level], own[level] = ((book * scale).round() for book in books(level))
-    flat = (part.view(-1, main.shape[1]) for part in (leveled, own))
-    return PairPoints.from_integers(*flat, scale, a, b, weights, starts)
+    leveled, own = leveled.flatten(0, 1), own.flatten(0, 1)
+    return PairPoints.from_integers(leveled, own, scale, a, b, weights, starts)
 
 
 def starts_wanted(state: ChunkState, weights: IdWeights | None) -> int:
