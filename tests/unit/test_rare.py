@@ -2,6 +2,7 @@
 
 import gc
 import weakref
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -19,6 +20,8 @@ from cce_torchrec import (
     finalize,
 )
 from cce_torchrec.checkpoint import load_checkpoint, save_checkpoint
+from cce_torchrec.clustering.options import Options
+from cce_torchrec.clustering.replicas import check_equal, digests
 from cce_torchrec.codes import counts
 from cce_torchrec.codes.hashing import bits_of_batch
 from cce_torchrec.config import all_rare
@@ -236,6 +239,23 @@ def test_nothing_is_shrunk_before_the_first_batch(examples):
     for chunk, x in enumerate(points):
         distances = torch.cdist(x, weights(module, chunk).detach()[:4].double())
         assert torch.equal(distances.argmin(1), rows[:, chunk])
+
+
+def test_copies_that_would_shrink_differently_are_told_apart():
+    """One that has seen a batch, and one that has not: their codes would differ."""
+    config_ = config()
+    codes = SimpleNamespace(config=config_, num_clusterings=0)
+    found = [
+        digests(
+            [("m", SimpleNamespace(replicas=1, weight=torch.ones(2, 4), optimizer_state={},
+                                   codes=codes, chunk=0, levels=levels))],
+            Options(),
+        )
+        for levels in (1, counts.LEVELS)
+    ]  # fmt: skip
+    check_equal([found[0], found[0]])
+    with pytest.raises(ValueError, match="the copy on rank 1 differs"):
+        check_equal(found)
 
 
 def test_a_counted_table_of_frequent_ids_is_finalized(tmp_path):
