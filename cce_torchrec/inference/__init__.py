@@ -1,0 +1,1 @@
+"""Trained tables as serving has them: packed, quantised, read-only, without Python."""

@@ -1,0 +1,236 @@
+"""A folder that serving loads tables from, without what trained them.
+
+folder/
+    manifest.json   what is in it: tables, features, versions, sizes and checksums, golden rows
+    codes.bin       packed codes of all tables
+    rows.bin        codebook rows of all tables
+
+Both files are read as they are, so that processes which map them share one copy of their memory.
+Whoever writes gives the folder its name last: one that has it is whole.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import tempfile
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from cce_torchrec.checkpoint.location import fingerprint, sync_folder, write
+from cce_torchrec.inference.collection import (
+    InferenceEmbeddingBagCollection,
+    InferenceEmbeddingCollection,
+    collection_of,
+    lookup_type,
+)
+from cce_torchrec.inference.packed_tables import PackedFeature, PackedTable, PackedTables
+from cce_torchrec.inference.row_types import row_type
+from cce_torchrec.versions import installed_versions
+
+FORMAT = 1
+MANIFEST, CODES, ROWS = "manifest.json", "codes.bin", "rows.bin"
+_GOLDEN_IDS = 4
+"""Of each feature."""
+_TOLERANCE = 1e-5
+"""Of golden rows, in parts of the largest: machines round in other places."""
+
+Served = InferenceEmbeddingBagCollection | InferenceEmbeddingCollection
+
+
+def save_inference(collection: Served, folder: str | Path) -> Path:
+    """Writes what `load_inference` reads, and returns the folder.
+
+    Raises:
+        ValueError: `folder` is there already, or cannot be written; nothing is left half-written.
+    """
+    folder = Path(folder)
+    if folder.exists():
+        raise ValueError(f"{folder} is there already; give another folder, or remove it")
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        writing = Path(tempfile.mkdtemp(prefix=f".{folder.name}.writing-", dir=folder.parent))
+    except OSError as error:
+        raise ValueError(f"{folder} cannot be written ({error})") from error
+    try:
+        packed = collection.packed
+        files = {
+            CODES: write(writing / CODES, [packed.codes.numpy()]),
+            ROWS: write(writing / ROWS, [packed.rows.numpy()]),
+        }
+        described = _described(collection) | {
+            "files": {name: {"bytes": own.size, "crc32": own.crc} for name, own in files.items()}
+        }
+        write(writing / MANIFEST, [json.dumps(described, indent=1).encode()])
+        os.chmod(writing, 0o755)  # mkdtemp's are for their owner alone
+        writing.rename(folder)
+        sync_folder(folder.parent)
+    finally:
+        shutil.rmtree(writing, ignore_errors=True)
+    return folder
+
+
+def load_inference(
+    folder: str | Path, *, lookup: str = "auto", mmap: bool = True, check: bool = True
+) -> Served:
+    """The collection that `save_inference` wrote into `folder`.
+
+    Args:
+        lookup: see `inference_collection`; another one than that of the writer gives equal results.
+        mmap: map the files, so that processes share their memory and start at once; they must stay
+            where they are. Otherwise they are read.
+        check: compare checksums, which reads the files once, and golden rows.
+
+    Raises:
+        ValueError: no such folder, one that is still being written, of another format, of other
+            versions, or a file that is missing, cut short or damaged.
+        RuntimeError: see `inference_collection`.
+    """
+    folder = Path(folder)
+    found = _manifest(folder)
+    for name, own in found["files"].items():
+        _check_file(folder / name, own, check)
+    packed = _packed(found, *(_tensor(folder / name, mmap) for name in (CODES, ROWS)))
+    collection = collection_of(
+        packed,
+        lookup=lookup,
+        ignores=found["ignores"],
+        sequences=found["sequences"],
+        need_indices=found["need_indices"],
+    )
+    if check:
+        _check_golden(folder, packed, found["golden"], lookup)
+    return collection
+
+
+def _described(collection: Served) -> dict[str, Any]:
+    packed = collection.packed
+    return {
+        "format": FORMAT,
+        "versions": installed_versions(),
+        "sequences": isinstance(collection, InferenceEmbeddingCollection),
+        "need_indices": getattr(collection, "need_indices", False),
+        "ignores": collection.ignores,
+        "is_weighted": packed.is_weighted,
+        "tables": [asdict(t) | {"row_type": t.row_type.name} for t in packed.tables],
+        "features": [asdict(f) | {"ids": [f.ids.start, f.ids.stop]} for f in packed.features],
+        "golden": _golden(collection),
+    }
+
+
+def _golden(collection: Served) -> list[dict[str, Any]]:
+    """Some ids of each feature, and what they are looked up as."""
+    packed = collection.packed
+    out = []
+    for number, feature in enumerate(packed.features):
+        count = len(feature.ids)
+        ids = [i * (count - 1) // (_GOLDEN_IDS - 1) for i in range(_GOLDEN_IDS)]
+        vectors = _vectors(packed, number, ids, "portable")
+        out.append({"key": feature.key, "ids": ids, "vectors": vectors.tolist()})
+    return out
+
+
+def _vectors(packed: PackedTables, number: int, ids: list[int], lookup: str) -> torch.Tensor:
+    """The vectors [ids, D] of `ids` of a feature."""
+    own = lookup_type(lookup)(packed.only(number))
+    return own(torch.tensor(ids), torch.ones(len(ids), dtype=torch.int64))
+
+
+def _manifest(folder: Path) -> dict[str, Any]:
+    """What the manifest says.
+
+    Raises:
+        ValueError: there is none that this version reads.
+    """
+    file = folder / MANIFEST
+    try:
+        found = json.loads(file.read_text())
+    except FileNotFoundError as error:
+        raise ValueError(
+            f"{folder} has no {MANIFEST}: it is no export, or is still being written"
+        ) from error
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{file} cannot be read ({error}); write the export again") from error
+    if not isinstance(found, dict) or found.get("format") != FORMAT:
+        format_ = found.get("format") if isinstance(found, dict) else None
+        raise ValueError(
+            f"{file} has format {format_}; this version reads {FORMAT}: install the version of "
+            "cce_torchrec that wrote it, or write the export again"
+        )
+    missing = {"files", "tables", "features", "golden", "ignores", "sequences"} - found.keys()
+    if missing:
+        raise ValueError(f"{file} lacks {sorted(missing)}; write the export again")
+    return found
+
+
+def _check_file(file: Path, expected: dict[str, int], checksums: bool) -> None:
+    """Compares a file with what the manifest says of it.
+
+    Raises:
+        ValueError: it is missing, cut short, or damaged.
+    """
+    if not file.is_file():
+        raise ValueError(f"{file} is missing; copy the whole export again")
+    size = file.stat().st_size
+    if size != expected["bytes"]:
+        raise ValueError(
+            f"{file} has {size} bytes, its manifest says {expected['bytes']}; copy the whole "
+            "export again"
+        )
+    if checksums and fingerprint(file).crc != expected["crc32"]:
+        raise ValueError(f"{file} is damaged (its checksum differs); copy the whole export again")
+
+
+def _tensor(file: Path, mmap: bool) -> torch.Tensor:
+    """The bytes of a file, uint8."""
+    size = file.stat().st_size
+    if not size:
+        return torch.empty(0, dtype=torch.uint8)
+    # Private to the process as soon as it writes there, which lookups never do.
+    mapped = torch.from_file(str(file), shared=False, size=size, dtype=torch.uint8)
+    return mapped if mmap else mapped.clone()
+
+
+def _packed(found: dict[str, Any], codes: torch.Tensor, rows: torch.Tensor) -> PackedTables:
+    tables = [
+        PackedTable(
+            **own
+            | {
+                "row_type": row_type(own["row_type"]),
+                "hashes": tuple(tuple(chunk) for chunk in own["hashes"]),
+            }
+        )
+        for own in found["tables"]
+    ]
+    features = [PackedFeature(**own | {"ids": range(*own["ids"])}) for own in found["features"]]
+    return PackedTables(
+        tables=tables,
+        features=features,
+        codes=codes,
+        rows=rows,
+        is_weighted=found["is_weighted"],
+    )
+
+
+def _check_golden(
+    folder: Path, packed: PackedTables, golden: list[dict[str, Any]], lookup: str
+) -> None:
+    """Looks golden rows up.
+
+    Raises:
+        ValueError: they are others than when the export was written.
+    """
+    for number, own in enumerate(golden):
+        expected = torch.tensor(own["vectors"])
+        found = _vectors(packed, number, own["ids"], lookup)
+        off = float((found - expected).abs().amax())
+        if off > _TOLERANCE * max(1e-30, float(expected.abs().amax())):
+            raise ValueError(
+                f"{folder}: feature {own['key']!r} of ids {own['ids']} is off by {off:.2g} from what "
+                "it was when the export was written; write it again with the versions that are "
+                "installed here"
+            )
