@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,6 +18,8 @@ from torch.distributed._shard.metadata import ShardMetadata
 from torch.distributed._shard.sharded_tensor import Shard, ShardedTensor
 from torch.distributed._shard.sharded_tensor.metadata import ShardedTensorMetadata, TensorProperties
 from torch.distributed._shard.sharding_spec import EnumerableShardingSpec
+from torch.export import ExportedProgram
+from torch.fx.experimental import _config as fx_config
 from torch.nn.parallel import DistributedDataParallel
 
 __all__ = [  # public types of torch that live in a private package
@@ -295,3 +298,23 @@ def processed_collection(module: nn.Module) -> Any:
 def copy_all(to: list[torch.Tensor], values: list[torch.Tensor]) -> None:
     """Copies each of `values` into its place; few launches on a GPU, however many there are."""
     torch._foreach_copy_(to, values)
+
+
+def assert_in_graph(condition: torch.Tensor, message: str) -> None:
+    """Has a graph that is being recorded fail with `message` where `condition` is false."""
+    torch._assert_async(condition, message)
+
+
+def sizes_are_any() -> Any:
+    """A context in which torch.export takes sizes 0 and 1 for like others.
+
+    Without it a program is made for batches of two rows or more.
+    """
+    return fx_config.patch(backed_size_oblivious=True)  # type: ignore[attr-defined]  # added later
+
+
+def compile_package(program: ExportedProgram, path: Path) -> Path:
+    """Compiles `program` by AOTInductor into the file `path`."""
+    from torch import _inductor  # here: it takes a second to load
+
+    return Path(_inductor.aoti_compile_and_package(program, package_path=str(path)))

@@ -9,6 +9,7 @@
 #include <algorithm>
 #include <atomic>
 #include <cstdint>
+#include <cstdlib>
 #include <cstring>
 #include <string>
 #include <vector>
@@ -239,9 +240,9 @@ Pool pool_of(int64_t type, int64_t width) {
 
 Pool best_pool(const Feature &f) {
 #if defined(__x86_64__) && defined(__GNUC__)
-  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
-      __builtin_cpu_supports("f16c"))
-    return pool_of<Avx2>(f.type, f.width);
+  static const bool vectors = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
+                              __builtin_cpu_supports("f16c") && !std::getenv("CCE_PLAIN_LOOKUP");
+  if (vectors) return pool_of<Avx2>(f.type, f.width);
 #endif
   return pool_of<Plain>(f.type, f.width);
 }

@@ -133,14 +133,15 @@ def inference_collection(
         ValueError: an unknown `data_type` or `lookup`, or values that are not finite.
         RuntimeError: "fused", and neither the library nor a compiler.
     """
-    sequences = isinstance(collection, CCEEmbeddingCollection)
-    bags = collection.bags if isinstance(collection, CCEEmbeddingCollection) else collection
+    bags, sequences, need_indices = collection, False, False
+    if isinstance(collection, CCEEmbeddingCollection):
+        bags, sequences, need_indices = collection.bags, True, collection.need_indices()
     return collection_of(
         PackedTables.of(bags, row_type(data_type)),
         lookup=lookup,
         ignores=ignores,
         sequences=sequences,
-        need_indices=sequences and collection.need_indices(),
+        need_indices=need_indices,
     )
 
 

@@ -230,7 +230,7 @@ def _check_golden(
         off = float((found - expected).abs().amax())
         if off > _TOLERANCE * max(1e-30, float(expected.abs().amax())):
             raise ValueError(
-                f"{folder}: feature {own['key']!r} of ids {own['ids']} is off by {off:.2g} from what "
-                "it was when the export was written; write it again with the versions that are "
-                "installed here"
+                f"{folder}: feature {own['key']!r} of ids {own['ids']} is off by {off:.2g} from "
+                "what it was when the export was written; write it again with the versions that "
+                "are installed here"
             )

@@ -1,8 +1,8 @@
-"""The compiled lookup (_lookup.cpp): an operator of torch in a library of its own, built when needed.
+"""The compiled lookup (_lookup.cpp): an operator of torch in a library of its own.
 
-Not at installation, which pip runs where there is no torch to compile against. The library needs
-libtorch of the version that it was built with, and neither Python nor this package: a process that
-serves loads it by `torch.ops.load_library` or dlopen before what it serves.
+Built when it is first used: pip installs where there is no torch to compile against. The library
+needs libtorch of the version that it was built with, and neither Python nor this package: a process
+that serves loads it by `torch.ops.load_library` or dlopen before what it serves.
 """
 
 from __future__ import annotations

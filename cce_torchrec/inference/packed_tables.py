@@ -1,4 +1,4 @@
-"""The tables of a collection as serving keeps them: two flat tensors, and numbers that describe them.
+"""The tables of a collection as serving keeps them: two flat tensors, and what describes them.
 
 Codes lie id after id, those of an id chunk after chunk, `code_bits` bits each and none between, the
 lowest bit of a byte first; an id's are one word where they fit. Codebook rows are as FBGEMM reads
@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import nn
@@ -60,6 +61,11 @@ class PackedTable:
         return self.num_rows + self.helper_rows
 
     @property
+    def is_hashed(self) -> bool:
+        """Whether main rows are hashes."""
+        return not self.plain and not self.code_bits
+
+    @property
     def rows_per_id(self) -> int:
         """That an id reads of a chunk."""
         return 2 if self.helper_rows else 1
@@ -102,6 +108,11 @@ class PackedTables:
         return list(dict.fromkeys(feature.feature for feature in self.features))
 
     @property
+    def tables_of_features(self) -> list[PackedTable]:
+        """The table of each of `features`."""
+        return [self.tables[feature.table] for feature in self.features]
+
+    @property
     def code_starts(self) -> list[int]:
         """The byte of `codes` with which each table begins."""
         return _starts([_whole_words(table.code_bytes) for table in self.tables])
@@ -134,7 +145,7 @@ class PackedTables:
         for table in collection.tables:
             own = codes_of(collection.codes, table.name)
             stored = _stored_codes(own)
-            packed = [row_type.packed(bag.weight) for bag in _chunks_of(table, bags)]
+            packed = [row_type.packed(weight) for weight in _weights(table, bags)]
             tables.append(_described(table, own, stored, packed, row_type))
             codes.append(_in_words(stored))
             rows += [part.view(-1) for part in packed]
@@ -148,9 +159,19 @@ class PackedTables:
         )
 
 
-def _chunks_of(table: Table, bags: nn.ModuleDict) -> Iterator[nn.Module]:
+def _weights(table: Table, bags: nn.ModuleDict) -> Iterator[torch.Tensor]:
+    """Of each chunk.
+
+    Raises:
+        ValueError: naming the table, if any value is not finite.
+    """
     for chunk in table.chunks:
-        yield bags[table.name if chunk is None else physical_table(table.name, chunk)]
+        bag: Any = bags[table.name if chunk is None else physical_table(table.name, chunk)]
+        if not bool(torch.isfinite(bag.weight).all()):
+            raise ValueError(
+                f"table {table.name!r} has NaN or infinite values; serve an earlier checkpoint"
+            )
+        yield bag.weight
 
 
 def _stored_codes(codes: ChunkCodes | None) -> torch.Tensor | None:

@@ -1,7 +1,7 @@
 """Rows of codebooks as serving stores them: FBGEMM's rows for inference, without padding.
 
-A row of integers begins with its scale and its bias in float16, as `IntNBitTableBatchedEmbeddingBags`
-of FBGEMM reads it; values follow, those of 4 bits the low half of a byte first.
+A row of integers begins with its scale and its bias in float16, as FBGEMM's
+`IntNBitTableBatchedEmbeddingBagsCodegen` reads it; values follow, of 4 bits the low half first.
 """
 
 from __future__ import annotations

@@ -1,0 +1,124 @@
+"""What serves without Python: TorchScript, programs of torch.export, and AOTInductor packages.
+
+All take tensors: a server that is not Python has no KeyedJaggedTensor.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from torch.export import Dim, ExportedProgram
+from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
+
+from cce_torchrec.inference.lookup import PackedLookup
+from cce_torchrec.torchrec_internals import compile_package, sizes_are_any
+
+
+class TensorInputs(nn.Module):
+    """A model of dense features and a KeyedJaggedTensor, called with tensors alone.
+
+    Args:
+        model: called as `model(dense, features)`, such as TorchRec's DLRM.
+        features: keys of the KeyedJaggedTensor, in the order in which ids will come.
+    """
+
+    def __init__(self, model: nn.Module, features: Sequence[str]) -> None:
+        super().__init__()
+        self.model = model
+        self.features = list(features)
+
+    def forward(
+        self, dense: torch.Tensor, values: torch.Tensor, lengths: torch.Tensor
+    ) -> torch.Tensor:
+        """What the model gives.
+
+        Args:
+            dense: [B, dense features].
+            values: ids [V], those of one feature after those of another.
+            lengths: of bags [features * B].
+        """
+        features = KeyedJaggedTensor(keys=self.features, values=values, lengths=lengths)
+        return self.model(dense, features)
+
+
+Served = TensorInputs | PackedLookup
+Tensors = tuple[torch.Tensor, ...]
+
+
+def to_torchscript(served: Served, example: Tensors | None = None) -> torch.jit.ScriptModule:
+    """`served` as TorchScript, for `torch.jit.load` in any process that has its operators.
+
+    Args:
+        served: the `lookup` of an inference collection, or `TensorInputs` of an `inference_model`.
+        example: inputs of two rows or more, by which a model is traced: dense, values and lengths.
+            Of the others of it only the lookups are scripted, so that it has no KeyedJaggedTensor,
+            whose operators of FBGEMM C++ servers lack.
+
+    Raises:
+        ValueError: no `example` of a model, or one that does not fit.
+    """
+    if isinstance(served, PackedLookup):
+        return torch.jit.script(served)
+    example = _example(served, example)
+    scripted = {id(m): torch.jit.script(m) for m in served.modules() if isinstance(m, PackedLookup)}
+    with torch.no_grad():
+        return torch.jit.trace(copy.deepcopy(served, scripted), example, check_trace=False)
+
+
+def to_exported_program(served: Served, example: Tensors | None = None) -> ExportedProgram:
+    """`served` as a program of torch.export, for batches of any size, 0 and 1 included.
+
+    See `to_torchscript` for the arguments and errors.
+    """
+    example = _example(served, example)
+    batch = Dim("batch")
+    lengths = batch if _num_inputs(served) == 1 else _num_inputs(served) * batch
+    sizes: list[Any] = [{0: Dim.DYNAMIC}, {0: lengths}]
+    if isinstance(served, TensorInputs):
+        sizes.insert(0, {0: batch})
+    elif len(example) == 3:
+        sizes.append({0: Dim.DYNAMIC})  # weights
+    with torch.no_grad(), sizes_are_any():
+        return torch.export.export(
+            served.eval(), example, dynamic_shapes=tuple(sizes), strict=False
+        )
+
+
+def to_package(served: Served, path: str | Path, example: Tensors | None = None) -> Path:
+    """Compiles `served` by AOTInductor into the file `path` (.pt2), and returns it.
+
+    Takes some 10 seconds and a C++ compiler. See `to_torchscript` for the arguments and errors.
+    """
+    return compile_package(to_exported_program(served, example), Path(path))
+
+
+def _num_inputs(served: Served) -> int:
+    return len(served.features) if isinstance(served, TensorInputs) else served.num_inputs
+
+
+def _example(served: Served, example: Tensors | None) -> Tensors:
+    """`example`, or for a lookup one of its own.
+
+    Raises:
+        ValueError: there is none, or it is not what a batch of two rows or more would be.
+    """
+    count = _num_inputs(served)
+    if example is None and isinstance(served, PackedLookup):
+        # Id 0 is everyone's.
+        values = torch.zeros(2 * count, dtype=torch.int64)
+        return values, torch.ones_like(values)
+    wanted = "dense, values and lengths" if isinstance(served, TensorInputs) else "values, lengths"
+    if example is None:
+        raise ValueError(f"give an example of the model's inputs: {wanted}, of two rows or more")
+    rows, rest = divmod(example[-1 if isinstance(served, TensorInputs) else 1].numel(), count)
+    if rest or rows < 2:
+        raise ValueError(
+            f"an example is {wanted}, with {count} lengths for each of two rows or more; got "
+            f"tensors of {[list(tensor.shape) for tensor in example]}"
+        )
+    return example
