@@ -1,1 +1,28 @@
-"""Trained tables as serving has them: packed, quantised, read-only, without Python."""
+"""Trained tables as serving has them: packed, quantised, read-only, and without Python."""
+
+from cce_torchrec.inference.collection import (
+    InferenceEmbeddingBagCollection,
+    InferenceEmbeddingCollection,
+    inference_collection,
+    inference_model,
+)
+from cce_torchrec.inference.exported import (
+    TensorInputs,
+    to_exported_program,
+    to_package,
+    to_torchscript,
+)
+from cce_torchrec.inference.folder import load_inference, save_inference
+
+__all__ = [
+    "InferenceEmbeddingBagCollection",
+    "InferenceEmbeddingCollection",
+    "TensorInputs",
+    "inference_collection",
+    "inference_model",
+    "load_inference",
+    "save_inference",
+    "to_exported_program",
+    "to_package",
+    "to_torchscript",
+]

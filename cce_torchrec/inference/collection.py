@@ -64,7 +64,7 @@ class InferenceEmbeddingBagCollection(nn.Module):
 def _selected(features: KeyedJaggedTensor, names: list[str]) -> KeyedJaggedTensor:
     """`features` with the keys `names` alone, in this order."""
     keys = features.keys()
-    if keys == names:
+    if keys == names:  # in nearly all jobs, whose batches have what the tables read
         return features
     order: list[int] = []
     for name in names:
@@ -86,8 +86,8 @@ class InferenceEmbeddingCollection(nn.Module):
     ) -> None:
         super().__init__()
         self.packed = packed
+        # One of each feature: they have unequal numbers of ids, each of which is a bag.
         self.lookups = nn.ModuleList(lookups)
-        """Of each feature: they have unequal numbers of ids, each of which is a bag."""
         self.need_indices = need_indices
         self.ignores = any(lookup.ignores for lookup in lookups)
         self.inputs = packed.inputs
@@ -173,6 +173,7 @@ def inference_model(
         RuntimeError: see `inference_collection`.
     """
     made: dict[int, nn.Module] = {}
+    # A collection of sequences has one of bags inside, which is packed with it.
     inside: set[nn.Module] = set()
     for path, module in model.named_modules():
         if isinstance(module, ShardedCCEEmbeddingBagCollection | ShardedCCEEmbeddingCollection):

@@ -65,6 +65,7 @@ def to_torchscript(served: Served, example: Tensors | None = None) -> torch.jit.
     if isinstance(served, PackedLookup):
         return torch.jit.script(served)
     example = _example(served, example)
+    # Only what refuses ids out of bounds has to decide anything by the numbers of a batch.
     scripted = {id(m): torch.jit.script(m) for m in served.modules() if isinstance(m, PackedLookup)}
     with torch.no_grad():
         return torch.jit.trace(copy.deepcopy(served, scripted), example, check_trace=False)
@@ -76,6 +77,7 @@ def to_exported_program(served: Served, example: Tensors | None = None) -> Expor
     See `to_torchscript` for the arguments and errors.
     """
     example = _example(served, example)
+    # Lengths are a multiple of the batch, which a program must know of both.
     batch = Dim("batch")
     lengths = batch if _num_inputs(served) == 1 else _num_inputs(served) * batch
     sizes: list[Any] = [{0: Dim.DYNAMIC}, {0: lengths}]

@@ -48,6 +48,7 @@ def save_inference(collection: Served, folder: str | Path) -> Path:
     Raises:
         ValueError: `folder` is there already, or cannot be written; nothing is left half-written.
     """
+    # Never over another: processes may have its files mapped.
     folder = Path(folder)
     if folder.exists():
         raise ValueError(f"{folder} is there already; give another folder, or remove it")
@@ -102,6 +103,7 @@ def load_inference(
         sequences=found["sequences"],
         need_indices=found["need_indices"],
     )
+    # The sums of what was mapped may be right, and the machine or a version not.
     if check:
         _check_golden(folder, packed, found["golden"], lookup)
     return collection
@@ -188,7 +190,7 @@ def _check_file(file: Path, expected: dict[str, int], checksums: bool) -> None:
 def _tensor(file: Path, mmap: bool) -> torch.Tensor:
     """The bytes of a file, uint8."""
     size = file.stat().st_size
-    if not size:
+    if not size:  # which no system maps
         return torch.empty(0, dtype=torch.uint8)
     # Private to the process as soon as it writes there, which lookups never do.
     mapped = torch.from_file(str(file), shared=False, size=size, dtype=torch.uint8)

@@ -30,6 +30,7 @@ def library() -> Path:
     """
     name = f"libcce_lookup-torch{torch.__version__}.so"
     built = _folder() / name
+    # A library that is older than its source would be of another version.
     newest = max(file.stat().st_mtime for file in (_SOURCE, *_HEADERS))
     if not built.exists() or built.stat().st_mtime < newest:
         _build(built)
@@ -67,6 +68,7 @@ def _build(to: Path) -> None:
             "install g++, or ask for lookup='portable'"
         )
     to.parent.mkdir(parents=True, exist_ok=True)
+    # Those of Python are not among them: a server may be without it.
     include = [f"-I{path}" for path in cpp_extension.include_paths()]
     libraries = [f"-L{path}" for path in cpp_extension.library_paths()]
     # Under a name of its own, as several processes may build at once.

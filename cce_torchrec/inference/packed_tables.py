@@ -143,6 +143,7 @@ class PackedTables:
         bags = collection.embedding_bag_collection.embedding_bags
         tables, codes, rows = [], [], []
         for table in collection.tables:
+            _check_width(table, row_type)
             own = codes_of(collection.codes, table.name)
             stored = _stored_codes(own)
             packed = [row_type.packed(weight) for weight in _weights(table, bags)]
@@ -156,6 +157,16 @@ class PackedTables:
             codes=torch.cat([*codes, torch.zeros(WORD, dtype=torch.uint8)]),
             rows=torch.cat(rows),
             is_weighted=collection.is_weighted(),
+        )
+
+
+def _check_width(table: Table, row_type: RowType) -> None:
+    """Raises ValueError if FBGEMM does not pack rows of the table's width as `row_type`."""
+    width = table.config.embedding_dim // len(table.chunks)
+    if width * row_type.bits % 16:
+        raise ValueError(
+            f"table {table.name!r}: {width} values of {row_type.name} are no whole number of 16 "
+            "bits, in which FBGEMM packs rows; use a wider data_type"
         )
 
 
@@ -176,6 +187,7 @@ def _weights(table: Table, bags: nn.ModuleDict) -> Iterator[torch.Tensor]:
 
 def _stored_codes(codes: ChunkCodes | None) -> torch.Tensor | None:
     """Those that are no hash, as one stream of bits; uint8 [bytes]."""
+    # Before the first clustering all codes are hashes, which are computed as fast as read.
     if codes is None or codes.codes is None or not codes.num_clusterings:
         return None
     packed, packing, ids = codes.codes.detach().cpu(), codes.packing, len(codes.ids)
@@ -183,6 +195,7 @@ def _stored_codes(codes: ChunkCodes | None) -> torch.Tensor | None:
     for first in range(0, ids, _BLOCK):
         own = min(_BLOCK, ids - first)
         rows = packed[first // packing.group : packing.rows(first + own)]
+        # As codes of one chunk they follow each other without a gap.
         stream = packing.pack(packing.unpack(rows, own).view(-1, 1)).view(-1)
         start = first * len(codes.chunks) * packing.bits // 8
         out[start : start + len(stream)] = stream[: len(out) - start]
@@ -198,6 +211,7 @@ def _described(
 ) -> PackedTable:
     config, cce = table.config, table.cce
     hashes = []
+    # By the number of clusterings, from which each helper's hash follows.
     if codes is not None and cce is not None:
         for chunk in range(cce.num_chunks):
             main = code_hash(cce.seed, cce.name, chunk)
@@ -229,6 +243,7 @@ def _features(tables: list[Table], output: LogicalOutput) -> list[PackedFeature]
         ids, key = range(config.num_embeddings), None
         if cce is not None and cce.id_ranges:
             ids = cce.id_ranges[slot.feature]
+        # Features that share a range share what their raw ids are hashed with.
         if cce is not None and cce.hash_ids:
             key = raw_id_key(cce.seed, f"{cce.name}#{ids.start}" if cce.id_ranges else cce.name)
         out.append(

@@ -24,6 +24,7 @@ from cce_torchrec.torchrec_internals import assert_in_graph
 
 def mixed(ids: torch.Tensor) -> torch.Tensor:
     """What `codes.hashing.mix` gives, as TorchScript can read it."""
+    # Its multipliers as signed integers, and masks that keep the sign bit from being shifted in.
     z = (ids ^ ((ids >> 30) & 0x3FFFFFFFF)) * -4658895280553007687
     z = (z ^ ((z >> 27) & 0x1FFFFFFFFF)) * -7723592293110705685
     return z ^ ((z >> 31) & 0x1FFFFFFFF)
@@ -77,42 +78,23 @@ class PortableLookup(PackedLookup):
 
     def __init__(self, packed: PackedTables, ignores: bool = False) -> None:
         super().__init__(packed, ignores)
-        features, tables = packed.features, packed.tables_of_features
-        self.has_codes = any(table.code_bits > 0 for table in tables)
-        self.has_hashes = any(table.is_hashed for table in tables)
-        self.has_helpers = any(table.helper_rows > 0 for table in tables)
-        self.has_raw_ids = any(feature.raw_key is not None for feature in features)
-        self.has_means = any(feature.mean for feature in features)
-        inputs = [packed.inputs.index(feature.feature) for feature in features]
-        self.one_feature = len(features) == 1
-        self.same_inputs = inputs == list(range(len(inputs)))
-        self.same_reads = len({table.rows_per_id for table in tables}) == 1
-        self.num_chunks = max(table.num_chunks for table in tables)
-        ranges = zip(self.names, features, strict=True)
+        numbers = [_numbers(packed, i) for i in range(len(packed.features))]
+        for name in numbers[0]:
+            self.register_buffer(name, torch.tensor([own[name] for own in numbers]))
+        self.has_codes = bool(self.code_bits.any())
+        self.has_hashes = bool(self.is_hashed.any())
+        self.has_helpers = bool((self.reads == 2).any())
+        self.has_raw_ids = bool(self.is_raw.any())
+        self.has_means = bool(self.is_mean.any())
+        self.one_feature = len(numbers) == 1
+        self.same_inputs = self.input_of_feature.tolist() == list(range(len(numbers)))
+        self.same_reads = len(self.reads.unique()) == 1
+        self.num_chunks = max(table.num_chunks for table in packed.tables_of_features)
+        ranges = zip(self.names, self.num_ids.tolist(), strict=True)
         # Of exported programs, which know no more than that some id is bad.
         self.message = "an id is out of bounds; ids are " + ", ".join(
-            f"[0, {len(feature.ids)}) of {name}" for name, feature in ranges
+            f"[0, {count}) of {name}" for name, count in ranges
         )
-        starts = [8 * packed.code_starts[feature.table] for feature in features]
-        numbers = {
-            "num_ids": [len(feature.ids) for feature in features],
-            "first_id": [feature.ids.start for feature in features],
-            "raw_key": [feature.raw_key or 0 for feature in features],
-            "is_raw": [feature.raw_key is not None for feature in features],
-            "input_of_feature": inputs,
-            "is_mean": [feature.mean for feature in features],
-            "dims": [table.dim for table in tables],
-            "first_bit": starts,
-            "code_bits": [table.code_bits for table in tables],
-            "id_bits": [table.code_bits * table.num_chunks for table in tables],
-            "code_mask": [(1 << table.code_bits) - 1 for table in tables],
-            "num_rows": [table.num_rows for table in tables],
-            "helper_rows": [max(1, table.helper_rows) for table in tables],
-            "is_hashed": [table.is_hashed for table in tables],
-            "reads": [table.rows_per_id for table in tables],
-        }
-        for name, own in numbers.items():
-            self.register_buffer(name, torch.tensor(own))
         self._describe_chunks(packed)
 
     def _describe_chunks(self, packed: PackedTables) -> None:
@@ -151,8 +133,10 @@ class PortableLookup(PackedLookup):
             if weights is not None:
                 weights = weights.index_select(0, source)
         counts = lengths.sum(1)
-        feature = counts
-        if not self.one_feature:
+        # Not by one number for all of a single feature: programs would be made for two ids or more.
+        if self.one_feature:
+            feature = torch.zeros_like(values)
+        else:
             feature = torch.repeat_interleave(counts, output_size=values.size(0))
         ids = self._checked(values.long(), feature)
         main, helper = self._rows(ids, feature)
@@ -167,6 +151,7 @@ class PortableLookup(PackedLookup):
             None, None, 1,
         )  # fmt: skip
         if self.has_means:
+            # Not by FBGEMM's mean, which divides by rows.
             ones = torch.ones_like(lengths)
             bags = torch.where(self.is_mean.unsqueeze(1), lengths.clamp(min=1), ones).t()
             pooled = pooled / bags.repeat_interleave(self.dims, dim=1, output_size=self.total_dim)
@@ -179,16 +164,12 @@ class PortableLookup(PackedLookup):
         moved = (starts - (own.cumsum(0) - own)).repeat_interleave(own)
         return moved + torch.arange(moved.size(0), device=moved.device)
 
-    def _of(self, numbers: torch.Tensor, feature: torch.Tensor) -> torch.Tensor:
-        """Of each id what `numbers` say of its feature, or a single one of all."""
-        return numbers if self.one_feature else numbers.index_select(0, feature)
-
     def _checked(self, ids: torch.Tensor, feature: torch.Tensor) -> torch.Tensor:
         """The tables' ids of the features' `ids`."""
-        sizes = self._of(self.num_ids, feature)
+        sizes = self.num_ids.index_select(0, feature)
         if self.has_raw_ids:
-            bits = (mixed(ids ^ self._of(self.raw_key, feature)) >> 1) & 0x7FFFFFFFFFFFFFFF
-            ids = torch.where(self._of(self.is_raw, feature), bits % sizes, ids)
+            bits = (mixed(ids ^ self.raw_key.index_select(0, feature)) >> 1) & 0x7FFFFFFFFFFFFFFF
+            ids = torch.where(self.is_raw.index_select(0, feature), bits % sizes, ids)
         bad = (ids < 0) | (ids >= sizes)
         if self.ignores:
             ids = ids.masked_fill(bad, 0)
@@ -198,13 +179,13 @@ class PortableLookup(PackedLookup):
             assert_in_graph(~bad.any(), self.message)
         else:
             self._refuse(ids, bad, feature)
-        return ids + self._of(self.first_id, feature)
+        return ids + self.first_id.index_select(0, feature)
 
     def _refuse(self, ids: torch.Tensor, bad: torch.Tensor, feature: torch.Tensor) -> None:
         """Raises ValueError if any of `ids` is `bad`, naming the first one."""
         if bool(bad.any()):
             at = int(bad.int().argmax())
-            own = 0 if self.one_feature else int(feature[at])
+            own = int(feature[at])
             name, first, size = self.names[own], int(ids[at]), int(self.num_ids[own])
             raise ValueError(
                 f"{name}: id {first} is outside [0, {size}); map the ids into range, or export "
@@ -213,33 +194,35 @@ class PortableLookup(PackedLookup):
 
     def _rows(self, ids: torch.Tensor, feature: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Main rows [V, c] and helper rows [V, c], if any table has some."""
-        main = ids.unsqueeze(1).expand(-1, self.num_chunks)
+        main = ids.unsqueeze(1).expand(-1, self.num_chunks)  # of plain tables, whose rows are ids
         helper = main
         if self.has_codes:
-            coded = self._of(self.code_bits, feature) > 0
+            coded = self.code_bits.index_select(0, feature) > 0
             main = torch.where(coded.unsqueeze(1), self._codes(ids, feature), main)
         if self.has_hashes or self.has_helpers:
-            mix, hashes = mixed(ids), self._of(self.hashes, feature)
-            num_rows = self._of(self.num_rows, feature)
+            mix, hashes = mixed(ids), self.hashes.index_select(0, feature)
+            num_rows = self.num_rows.index_select(0, feature)
             if self.has_hashes:
                 by_hash = hashed(mix, hashes.narrow(1, 0, 2), num_rows)
-                main = torch.where(self._of(self.is_hashed, feature).unsqueeze(1), by_hash, main)
+                own = self.is_hashed.index_select(0, feature).unsqueeze(1)
+                main = torch.where(own, by_hash, main)
             if self.has_helpers:
-                helper = hashed(mix, hashes.narrow(1, 2, 2), self._of(self.helper_rows, feature))
-                helper = helper + num_rows.unsqueeze(1)
+                helper_rows = self.helper_rows.index_select(0, feature)
+                helper = hashed(mix, hashes.narrow(1, 2, 2), helper_rows) + num_rows.unsqueeze(1)
         return main, helper
 
     def _codes(self, ids: torch.Tensor, feature: torch.Tensor) -> torch.Tensor:
         """Codes of `ids` [V, c]; of tables without any whatever is there."""
-        bits = self._of(self.code_bits, feature).unsqueeze(1)
-        first = self._of(self.first_bit, feature) + ids * self._of(self.id_bits, feature)
+        bits = self.code_bits.index_select(0, feature).unsqueeze(1)
+        first = ids * self.id_bits.index_select(0, feature)
+        first = first + self.first_bit.index_select(0, feature)
         bit = first.unsqueeze(1) + torch.arange(self.num_chunks, device=ids.device) * bits
         word = (bit >> 5).view(-1)
         # Two words hold every code, of 32 bits at most.
         lower = self.codes.index_select(0, word).long() & 0xFFFFFFFF
         upper = self.codes.index_select(0, word + 1).long() << 32
-        both = (lower | upper).view(-1, self.num_chunks)
-        return (both >> (bit & 31)) & self._of(self.code_mask, feature).unsqueeze(1)
+        both = (lower | upper).view_as(bit)  # whose shape programs know to be the same
+        return (both >> (bit & 31)) & self.code_mask.index_select(0, feature).unsqueeze(1)
 
     def _in_order(
         self, main: torch.Tensor, helper: torch.Tensor, counts: torch.Tensor
@@ -247,9 +230,12 @@ class PortableLookup(PackedLookup):
         """All rows by feature, chunk, id and kind, and of which id [V] each of them is."""
         chunk = counts
         if self.one_feature:
-            of_id = torch.arange(main.size(0), device=main.device).repeat(self.num_chunks)
-            main, helper = main.t().reshape(-1), helper.t().reshape(-1)
+            of_id = torch.cat([torch.arange(main.size(0), device=main.device)] * self.num_chunks)
+            main = torch.cat(main.unbind(1))
+            if self.has_helpers:
+                helper = torch.cat(helper.unbind(1))
         else:
+            # Of each chunk of a feature, the ids of the feature, wherever these begin.
             own = counts.index_select(0, self.feature_of_chunk)
             starts = (counts.cumsum(0) - counts).index_select(0, self.feature_of_chunk)
             moved = starts - (own.cumsum(0) - own)
@@ -264,7 +250,31 @@ class PortableLookup(PackedLookup):
         rows = torch.stack([main, helper], dim=1).view(-1)
         of_id = of_id.repeat_interleave(2)
         if not self.same_reads:
+            # Tables without a helper leave out what was made for theirs.
             two = (self.reads == 2).index_select(0, self.feature_of_chunk).index_select(0, chunk)
             kept = torch.stack([torch.ones_like(two), two], dim=1).view(-1)
             rows, of_id = rows[kept], of_id[kept]
         return rows, of_id
+
+
+def _numbers(packed: PackedTables, number: int) -> dict[str, int | bool]:
+    """What is said of the feature `number`, by the name of the buffer."""
+    feature, table = packed.features[number], packed.tables_of_features[number]
+    return {
+        "num_ids": len(feature.ids),
+        "first_id": feature.ids.start,
+        "raw_key": feature.raw_key or 0,
+        "is_raw": feature.raw_key is not None,
+        "input_of_feature": packed.inputs.index(feature.feature),
+        "is_mean": feature.mean,
+        "dims": table.dim,
+        "first_bit": 8 * packed.code_starts[feature.table],
+        "code_bits": table.code_bits,
+        "id_bits": table.code_bits * table.num_chunks,
+        "code_mask": (1 << table.code_bits) - 1,
+        "num_rows": table.num_rows,
+        # Never 0, as all ids are hashed where those of any table are.
+        "helper_rows": max(1, table.helper_rows),
+        "is_hashed": table.is_hashed,
+        "reads": table.rows_per_id,
+    }

@@ -40,6 +40,7 @@ class RowType:
 
     def packed(self, rows: torch.Tensor) -> torch.Tensor:
         """`rows` [R, s] of any float type as uint8 [R, row_bytes(s)]."""
+        # FBGEMM quantises on CPUs as it looks up there.
         rows = rows.detach().float().cpu().contiguous()
         if not self.quantised:
             values = rows if self.bits == 32 else rows.half()

@@ -21,6 +21,7 @@ from cce_torchrec.clustering.local_chunks import fused_rows
 from cce_torchrec.distributed import data_parallel, optimizer_warnings
 from cce_torchrec.distributed.data_parallel import data_parallel_parameters
 from cce_torchrec.distributed.sharders import get_default_sharders
+from cce_torchrec.inference import inference_model
 from cce_torchrec.modules import quantization
 from cce_torchrec.planning import make_plan
 from cce_torchrec.table import logical_table
@@ -299,6 +300,14 @@ def test_quantisation_of_a_sharded_model_says_what_it_leaves(rank, world_size, n
     (call,) = warning.call_args_list
     assert sorted(call.args[1]) == ["p", "t", "u"] and "are sharded" in call.args[0]
     model(batch(0, False))
+
+
+@on_ranks(1)
+@pytest.mark.parametrize("net", [Net, SequenceNet])
+def test_a_sharded_model_is_not_packed_for_serving(rank, world_size, net):
+    model = shard(net(net.configs()), net.configs(), "tw")
+    with pytest.raises(ValueError, match=r"collection: the tables are sharded; save a checkpoint"):
+        inference_model(model)
 
 
 @on_ranks(1)

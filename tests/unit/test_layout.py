@@ -19,6 +19,7 @@ LAYERS = [
     {"distributed"},
     {"clustering", "planning"},
     {"checkpoint"},
+    {"inference"},
     {"train"},
 ]
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}

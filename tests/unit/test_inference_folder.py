@@ -1,0 +1,140 @@
+"""Packed tables in a folder: written whole or not at all, and checked when they are read."""
+
+import json
+import shutil
+
+import pytest
+import torch
+from torchrec import KeyedJaggedTensor
+
+from cce_torchrec import CCEEmbeddingBagConfig, CCEEmbeddingCollection, cluster
+from cce_torchrec.inference import folder as folders
+from cce_torchrec.inference import inference_collection, load_inference, save_inference
+from tests.support.inference import batch_of, many_tables, one_table
+
+REPAIR = "copy the whole export again"
+
+
+@pytest.fixture(scope="module")
+def export(tmp_path_factory):
+    """A collection with a batch and what it gives, and the folder that it was saved in."""
+    torch.manual_seed(0)
+    collection = many_tables()
+    cluster(collection)
+    batch = batch_of(collection, 6)
+    served = inference_collection(collection, lookup="portable")
+    folder = save_inference(served, tmp_path_factory.mktemp("exports") / "one")
+    return batch, served(batch).values(), folder
+
+
+@pytest.fixture
+def copied(export, tmp_path):
+    """A copy of the folder, to be damaged."""
+    return shutil.copytree(export[2], tmp_path / "copy")
+
+
+@pytest.mark.parametrize("mmap", [False, True])
+@pytest.mark.parametrize("lookup", ["auto", "portable"])
+def test_what_was_saved_is_loaded(export, lookup, mmap):
+    batch, expected, folder = export
+    served = load_inference(folder, lookup=lookup, mmap=mmap)
+    assert torch.equal(served(batch).values(), expected)
+    assert sorted(file.name for file in folder.iterdir()) == [
+        "codes.bin",
+        "manifest.json",
+        "rows.bin",
+    ]
+    assert not [file for file in folder.parent.iterdir() if file.name.startswith(".")]
+
+
+def test_options_are_loaded_too(tmp_path):
+    ignoring = inference_collection(one_table(), lookup="portable", ignores=True)
+    loaded = load_inference(save_inference(ignoring, tmp_path / "ignoring"), lookup="portable")
+    bad = KeyedJaggedTensor(["f"], torch.tensor([-5]), lengths=torch.ones(1).int())
+    assert torch.equal(loaded(bad).values(), ignoring(bad).values())
+    weighted = many_tables(is_weighted=True)
+    served = inference_collection(weighted, lookup="portable")
+    loaded = load_inference(save_inference(served, tmp_path / "weighted"), lookup="portable")
+    batch = batch_of(weighted, 3)
+    assert torch.equal(loaded(batch).values(), served(batch).values())
+
+
+def test_sequences_are_loaded(tmp_path):
+    table = CCEEmbeddingBagConfig(name="a", num_embeddings=100, embedding_dim=16, num_rows=20)
+    served = inference_collection(
+        CCEEmbeddingCollection([table], need_indices=True), lookup="portable"
+    )
+    loaded = load_inference(save_inference(served, tmp_path / "one"), lookup="portable")
+    batch = KeyedJaggedTensor(["a"], torch.tensor([3, 4]), lengths=torch.tensor([2, 0]))
+    assert torch.equal(loaded(batch)["a"].values(), served(batch)["a"].values())
+    assert torch.equal(loaded(batch)["a"].weights(), torch.tensor([3, 4]))
+
+
+def test_a_folder_that_is_there_is_left_alone(export, copied):
+    before = (copied / "manifest.json").read_bytes()
+    with pytest.raises(ValueError, match="is there already"):
+        save_inference(inference_collection(one_table(), lookup="portable"), copied)
+    assert (copied / "manifest.json").read_bytes() == before
+
+
+def test_a_save_that_fails_leaves_nothing(monkeypatch, tmp_path):
+    def full(path, parts):
+        raise ValueError(f"{path} cannot be written (No space left on device)")
+
+    monkeypatch.setattr(folders, "write", full)
+    with pytest.raises(ValueError, match="No space left"):
+        save_inference(inference_collection(one_table(), lookup="portable"), tmp_path / "one")
+    assert not list(tmp_path.iterdir())
+
+
+def damaged(file, change):
+    """Puts what `change` makes of the bytes of `file` into it."""
+    data = bytearray(file.read_bytes())
+    file.write_bytes(change(data))
+
+
+def flipped(data):
+    data[len(data) // 2] ^= 4
+    return data
+
+
+@pytest.mark.parametrize("name", ["codes.bin", "rows.bin"])
+def test_damaged_files_are_refused(copied, name):
+    damaged(copied / name, flipped)
+    with pytest.raises(ValueError, match=f"{name} is damaged .its checksum differs.; {REPAIR}"):
+        load_inference(copied, lookup="portable")
+    damaged(copied / name, lambda data: data[:-8])
+    with pytest.raises(ValueError, match=rf"{name} has \d+ bytes, its manifest says \d+; {REPAIR}"):
+        load_inference(copied, lookup="portable", check=False)
+    (copied / name).unlink()
+    with pytest.raises(ValueError, match=f"{name} is missing; {REPAIR}"):
+        load_inference(copied, lookup="portable")
+
+
+def test_manifests_that_cannot_be_read_are_refused(copied, tmp_path):
+    with pytest.raises(ValueError, match=r"has no manifest.json: it is no export, or is still"):
+        load_inference(tmp_path / "nothing")
+    manifest = copied / "manifest.json"
+    found = json.loads(manifest.read_text())
+    manifest.write_text(json.dumps(found | {"format": 2}))
+    with pytest.raises(ValueError, match="has format 2; this version reads 1"):
+        load_inference(copied)
+    manifest.write_text(json.dumps({k: v for k, v in found.items() if k != "golden"}))
+    with pytest.raises(ValueError, match=r"lacks \['golden'\]"):
+        load_inference(copied)
+    manifest.write_text("[]")
+    with pytest.raises(ValueError, match="has format None"):
+        load_inference(copied)
+    damaged(manifest, lambda data: b"{")
+    with pytest.raises(ValueError, match="cannot be read"):
+        load_inference(copied)
+
+
+def test_golden_rows_find_what_checksums_do_not(copied):
+    manifest = copied / "manifest.json"
+    found = json.loads(manifest.read_text())
+    found["golden"][0]["vectors"][1][2] += 1
+    manifest.write_text(json.dumps(found))
+    with pytest.raises(ValueError, match=r"feature 'f' of ids \[0, 333, 666, 999\] is off by 1 "):
+        load_inference(copied, lookup="portable")
+    load_inference(copied, lookup="portable", check=False)
