@@ -23,7 +23,7 @@
 namespace {
 
 const int64_t TILE = 16;     // ids that are at one stage together; longer bags are a tile of their own
-const int64_t BLOCK = 64;    // bags that all features are looked up for before the next ones are
+const int64_t STREAMED = 4 << 20;  // bytes of output from which it is written past the caches
 const int64_t GRAIN = 4096;  // ids that are worth a thread of their own
 
 // What is said of a feature; numbers.py has the columns in this order.
@@ -49,8 +49,9 @@ struct Found {
 };
 
 // Inlined into `Isa::pool`, so that what it calls is compiled for the same machine. WIDTH is that of
-// the chunks, or 0 for any.
-template <typename Isa, int TYPE, int WIDTH>
+// the chunks, or 0 for any; STREAM has output written past the caches, which it would not stay in:
+// to fetch its lines before they are overwritten takes longer than all else.
+template <typename Isa, int TYPE, int WIDTH, bool STREAM>
 INLINE void pool_bags(const Found &found) {
   const int64_t width = WIDTH ? WIDTH : found.width;
   for (int64_t bag = 0; bag < found.num_bags; bag++) {
@@ -59,7 +60,7 @@ INLINE void pool_bags(const Found &found) {
     const float *weights = found.weights ? found.weights + from : nullptr;
     float *out = found.out + bag * found.stride;
     for (int64_t j = 0; j < found.chunks; j++)
-      Isa::template chunk<TYPE>(found.rows + from * found.chunks + j, size * found.reads,
+      Isa::template chunk<TYPE, STREAM>(found.rows + from * found.chunks + j, size * found.reads,
                                 found.chunks, weights, width, out + j * width);
     if (found.mean && size > 1)
       for (int64_t d = 0; d < found.chunks * width; d++) out[d] /= (float)size;
@@ -94,13 +95,13 @@ struct Plain {
     }
     return sum;
   }
-  template <int TYPE>
+  template <int TYPE, bool STREAM>
   static void chunk(Row const *rows, int64_t count, int64_t chunks, const float *weights,
                     int64_t width, float *out) {
     for (int64_t d = 0; d < width; d++) out[d] = sum<TYPE>(rows, count, chunks, weights, d);
   }
-  template <int TYPE, int WIDTH>
-  static void pool(const Found &found) { pool_bags<Plain, TYPE, WIDTH>(found); }
+  template <int TYPE, int WIDTH, bool STREAM>
+  static void pool(const Found &found) { pool_bags<Plain, TYPE, WIDTH, STREAM>(found); }
 };
 
 #if defined(__x86_64__) && defined(__GNUC__)
@@ -146,7 +147,7 @@ struct Avx2 {
     return _mm256_broadcastss_ps(own);
   }
   // N * 8 values of all rows of a bag, in as many registers.
-  template <int TYPE, int N>
+  template <int TYPE, bool STREAM, int N>
   static void block(Row const *rows, int64_t count, int64_t chunks, const float *weights, int64_t d,
                     float *out) {
     __m256 sum[N];
@@ -164,7 +165,9 @@ struct Avx2 {
       for (int n = 0; n < N; n++)
         sum[n] = _mm256_fmadd_ps(eight<TYPE>(row, d + 8 * n), times, sum[n]);
     }
-    for (int n = 0; n < N; n++) _mm256_storeu_ps(out + d + 8 * n, sum[n]);
+    for (int n = 0; n < N; n++)
+      if (STREAM) _mm256_stream_ps(out + d + 8 * n, sum[n]);
+      else _mm256_storeu_ps(out + d + 8 * n, sum[n]);
   }
   template <int TYPE>
   static void block_of_four(Row const *rows, int64_t count, int64_t chunks, const float *weights,
@@ -183,13 +186,13 @@ struct Avx2 {
     }
     _mm_storeu_ps(out + d, sum);
   }
-  template <int TYPE>
+  template <int TYPE, bool STREAM>
   static void chunk(Row const *rows, int64_t count, int64_t chunks, const float *weights,
                     int64_t width, float *out) {
     int64_t d = 0;
-    for (; d + 32 <= width; d += 32) block<TYPE, 4>(rows, count, chunks, weights, d, out);
-    for (; d + 16 <= width; d += 16) block<TYPE, 2>(rows, count, chunks, weights, d, out);
-    for (; d + 8 <= width; d += 8) block<TYPE, 1>(rows, count, chunks, weights, d, out);
+    for (; d + 32 <= width; d += 32) block<TYPE, STREAM, 4>(rows, count, chunks, weights, d, out);
+    for (; d + 16 <= width; d += 16) block<TYPE, STREAM, 2>(rows, count, chunks, weights, d, out);
+    for (; d + 8 <= width; d += 8) block<TYPE, STREAM, 1>(rows, count, chunks, weights, d, out);
     for (; d + 4 <= width; d += 4) block_of_four<TYPE>(rows, count, chunks, weights, d, out);
     // Widths of plain tables need not be multiples of 4.
     for (; d < width; d++) out[d] = last<TYPE>(rows, count, chunks, weights, d);
@@ -206,9 +209,10 @@ struct Avx2 {
     }
     return sum;
   }
-  template <int TYPE, int WIDTH>
+  template <int TYPE, int WIDTH, bool STREAM>
   __attribute__((flatten)) static void pool(const Found &found) {
-    pool_bags<Avx2, TYPE, WIDTH>(found);
+    pool_bags<Avx2, TYPE, WIDTH, STREAM>(found);
+    if (STREAM) _mm_sfence();  // before another thread may read it
   }
 };
 
@@ -217,34 +221,38 @@ struct Avx2 {
 
 typedef void (*Pool)(const Found &);
 
-template <typename Isa, int TYPE>
+template <typename Isa, int TYPE, bool STREAM>
 Pool pool_of_width(int64_t width) {
   switch (width) {
-    case 4: return Isa::template pool<TYPE, 4>;
-    case 8: return Isa::template pool<TYPE, 8>;
-    case 16: return Isa::template pool<TYPE, 16>;
-    case 32: return Isa::template pool<TYPE, 32>;
-    default: return Isa::template pool<TYPE, 0>;
+    case 4: return Isa::template pool<TYPE, 4, STREAM>;
+    case 8: return Isa::template pool<TYPE, 8, STREAM>;
+    case 16: return Isa::template pool<TYPE, 16, STREAM>;
+    case 32: return Isa::template pool<TYPE, 32, STREAM>;
+    default: return Isa::template pool<TYPE, 0, STREAM>;
   }
 }
 
-template <typename Isa>
+template <typename Isa, bool STREAM>
 Pool pool_of(int64_t type, int64_t width) {
   switch (type) {
-    case FP32: return pool_of_width<Isa, FP32>(width);
-    case FP16: return pool_of_width<Isa, FP16>(width);
-    case INT8: return pool_of_width<Isa, INT8>(width);
-    default: return pool_of_width<Isa, INT4>(width);
+    case FP32: return pool_of_width<Isa, FP32, STREAM>(width);
+    case FP16: return pool_of_width<Isa, FP16, STREAM>(width);
+    case INT8: return pool_of_width<Isa, INT8, STREAM>(width);
+    default: return pool_of_width<Isa, INT4, STREAM>(width);
   }
 }
 
-Pool best_pool(const Feature &f) {
+Pool best_pool(const Feature &f, int64_t num_bags, int64_t total_dim) {
 #if defined(__x86_64__) && defined(__GNUC__)
   static const bool vectors = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
                               __builtin_cpu_supports("f16c") && !std::getenv("CCE_PLAIN_LOOKUP");
-  if (vectors) return pool_of<Avx2>(f.type, f.width);
+  // Whole vectors, each at a multiple of its size, that are not read again to be divided.
+  const bool streams = num_bags * total_dim * 4 >= STREAMED && !f.mean &&
+                       (f.width | f.column | total_dim) % 8 == 0;
+  if (vectors && streams) return pool_of<Avx2, true>(f.type, f.width);
+  if (vectors) return pool_of<Avx2, false>(f.type, f.width);
 #endif
-  return pool_of<Plain>(f.type, f.width);
+  return pool_of<Plain, false>(f.type, f.width);
 }
 
 // All that a lookup reads, the same for every thread.
@@ -304,31 +312,26 @@ struct Tile {
   std::vector<float> weights;
 };
 
-// The bags [first, last) of all features, feature by feature in blocks of bags, whose output stays in
-// the caches. Three tiles are at work at the same time, one at each stage, so that none waits.
+// The bags [first, last) of all features, feature by feature. Three tiles are at work at the same
+// time, one at each stage, so that none waits.
 template <typename Id>
 struct Lookup {
   const Batch<Id> &batch;
-  int64_t next, last, feature = 0, block_first = 0;
+  int64_t first, last, next, feature = 0;
   bool bad = false;
   Tile tiles[3];
 
   Lookup(const Batch<Id> &of, int64_t from, int64_t to)
-      : batch(of), next(from), last(to), block_first(from) {}
-
-  int64_t block_last() const { return std::min(block_first + BLOCK, last); }
+      : batch(of), first(from), last(to), next(from) {}
 
   // Takes the next bags, if there are any left.
   bool begin(Tile &tile) {
-    if (next == block_last()) {
-      if (++feature == batch.num_features) feature = 0, block_first = next;
-      next = block_first;
-    }
-    if (next == last) return false;
+    if (next == last) feature++, next = first;
+    if (feature == batch.num_features) return false;
     const Feature &f = batch.features[feature];
     const int64_t *starts = batch.starts + f.input * batch.num_bags;
     int64_t end = next + 1;
-    while (end < block_last() && starts[end + 1] - starts[next] <= TILE) end++;
+    while (end < last && starts[end + 1] - starts[next] <= TILE) end++;
     tile.feature = feature, tile.first = next, tile.last = next = end;
     tile.begin = starts[tile.first], tile.count = starts[end] - tile.begin;
     if ((int64_t)tile.ids.size() < tile.count) tile.ids.resize(tile.count);
@@ -355,11 +358,11 @@ struct Lookup {
     const int64_t chunk_bytes = main_bytes + (HELPED ? helper_rows * row_bytes : 0);
     const int64_t bits = f.bits, mask = f.mask, hashed = f.hashed, most = batch.most_chunks;
     const int64_t *hashes = batch.hashes + tile.feature * 4 * most, *ids = tile.ids.data();
-    const uint8_t *first = batch.rows + f.row_start;
+    const uint8_t *rows = batch.rows + f.row_start;
     Row *at = tile.rows.data();
     for (int64_t i = 0; i < count; i++, at += reads * chunks) {
       const int64_t id = ids[i], mixed = HELPED || !CODED ? mix(id) : 0;
-      const uint8_t *chunk = first;
+      const uint8_t *chunk = rows;
       Bits codes = {batch.codes + f.start, id * chunks * bits};
       for (int64_t j = 0; j < chunks; j++, chunk += chunk_bytes) {
         int64_t row = id;  // of a plain table
@@ -436,7 +439,8 @@ void refuse(const Batch<Id> &batch, const c10::List<std::string> &names) {
 template <typename Id>
 void look_up(const Batch<Id> &batch, int64_t num_ids, const c10::List<std::string> &names) {
   std::vector<Pool> pools(batch.num_features);
-  for (int64_t i = 0; i < batch.num_features; i++) pools[i] = best_pool(batch.features[i]);
+  for (int64_t i = 0; i < batch.num_features; i++)
+    pools[i] = best_pool(batch.features[i], batch.num_bags, batch.total_dim);
   const int64_t ids_of_bag = std::max<int64_t>(1, num_ids / batch.num_bags);
   std::atomic<bool> bad = false;
   at::parallel_for(0, batch.num_bags, std::max<int64_t>(1, GRAIN / ids_of_bag),

@@ -14,7 +14,7 @@ from cce_torchrec.train.trainer import Trainer
 
 def run(args: argparse.Namespace) -> str | None:
     """Trains as `args` say (see options.py); what to tell the user if it could not, or None."""
-    device = _start_ranks(timedelta(seconds=args.timeout))
+    device = start_ranks(timedelta(seconds=args.timeout))
     try:
         Trainer(args, device).run()
     except ValueError as error:  # not kept: it refers to the model, and so to the group
@@ -24,7 +24,8 @@ def run(args: argparse.Namespace) -> str | None:
     return None
 
 
-def _start_ranks(timeout: timedelta) -> torch.device:
+def start_ranks(timeout: timedelta) -> torch.device:
+    """Starts the process group of all ranks, or of one by itself; the device of this rank."""
     if "RANK" not in os.environ:
         os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1")
         os.environ.setdefault("MASTER_PORT", "0")  # any that is free: another run may be on

@@ -132,7 +132,7 @@ class Trainer:
         examples = self.steps * min(args.batch_size, self.dataset.num_train) * args.epochs
         _on_first_rank(
             lambda: self.records.write_summary(
-                args, self._configs(), examples, self.world_size, str(self.device)
+                args, self.configs(), examples, self.world_size, str(self.device)
             )
         )
 
@@ -158,7 +158,7 @@ class Trainer:
                 self._save()
         bar.close()
 
-    def _configs(self) -> list[EmbeddingBagConfig]:
+    def configs(self) -> list[EmbeddingBagConfig]:
         """The tables as they are now: finalized ones have other rows than they started with."""
         return [
             config

@@ -81,12 +81,27 @@ def test_both_lookups_give_the_same_bits(data_type, is_weighted):
         inference_collection(collection, data_type=data_type, lookup=lookup)
         for lookup in ("portable", "fused")
     ]
-    # Longer than a tile, and than a block of bags.
+    # Of more ids than a tile has.
     for num_bags, dtype in [(0, torch.int64), (200, torch.int64), (3, torch.int32)]:
         batch = batch_of(collection, num_bags, dtype=dtype)
         portable, fused = (served.lookup(*tensors(batch)) for served in pair)
         assert fused.shape == (num_bags, pair[0].lookup.total_dim)
         assert torch.equal(portable, fused)
+
+
+@pytest.mark.skipif(not shutil.which("g++"), reason="needs a C++ compiler")
+def test_outputs_that_leave_the_caches_are_the_same():
+    torch.manual_seed(0)
+    collection = one_table(embedding_dim=64)
+    cluster(collection)
+    num_bags = 20_000  # 5 MB, from 4 on they are written past them
+    values, lengths = torch.randint(0, 1000, (num_bags,)), torch.ones(num_bags).long()
+    for data_type in ROW_TYPES:
+        portable, fused = (
+            inference_collection(collection, data_type=data_type, lookup=lookup).lookup
+            for lookup in ("portable", "fused")
+        )
+        assert torch.equal(fused(values, lengths), portable(values, lengths))
 
 
 @pytest.mark.parametrize("dim", [2, 6, 14, 44, 50])
