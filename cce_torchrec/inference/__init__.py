@@ -13,6 +13,7 @@ from cce_torchrec.inference.exported import (
     to_torchscript,
 )
 from cce_torchrec.inference.folder import load_inference, save_inference
+from cce_torchrec.inference.vectors import vectors_of, write_vectors
 
 __all__ = [
     "InferenceEmbeddingBagCollection",
@@ -25,4 +26,6 @@ __all__ = [
     "to_exported_program",
     "to_package",
     "to_torchscript",
+    "vectors_of",
+    "write_vectors",
 ]
