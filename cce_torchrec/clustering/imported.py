@@ -15,7 +15,7 @@ import torch
 from tqdm import tqdm
 
 from cce_torchrec.codes.chunk_codes import local_codes
-from cce_torchrec.codes.hashing import hash_function
+from cce_torchrec.codes.hashing import IMPORT_ROLE, hash_function
 from cce_torchrec.config import CCEEmbeddingBagConfig
 from cce_torchrec.kmeans import TensorPoints, kmeans
 from cce_torchrec.kmeans.backends import make_backend
@@ -24,8 +24,6 @@ from cce_torchrec.table import physical_table
 
 _BLOCK = 1 << 16
 """Ids that are coded at once; a multiple of all groups of packed codes."""
-_SAMPLE_ROLE = 5
-"""Of the hash that draws the ids that K-means sees."""
 SAMPLES_PER_CENTROID = 256
 
 
@@ -148,7 +146,7 @@ def _drawn(config: CCEEmbeddingBagConfig, per_centroid: int | None) -> torch.Ten
     most = None if per_centroid is None else per_centroid * config.num_rows
     if most is None or most >= len(ids):
         return ids
-    hash_ = hash_function(config.seed, config.name, 0, role=_SAMPLE_ROLE)
+    hash_ = hash_function(config.seed, config.name, 0, role=IMPORT_ROLE)
     return hash_.bits31(ids).topk(most, largest=False).indices.sort().values
 
 
