@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torchrec.modules.embedding_configs import data_type_to_dtype
 from tqdm import tqdm
 
 from cce_torchrec.codes.chunk_codes import local_codes
@@ -49,7 +50,7 @@ def import_table(
     table: str,
     weight: Any,
     *,
-    counts: torch.Tensor | None = None,
+    counts: Any = None,
     iterations: int = 25,
     samples_per_centroid: int | None = SAMPLES_PER_CENTROID,
 ) -> ImportReport:
@@ -60,15 +61,20 @@ def import_table(
         table: name of a CCE table with `num_helper_rows=0`.
         weight: [num_embeddings, embedding_dim], a tensor or an array; of one that numpy maps
             (`numpy.load(path, mmap_mode="r")`) a block is in memory at a time, and the sample.
-        counts: how often each id occurs, int64 [num_embeddings], by which errors weigh.
+        counts: how often each id occurs, integers [num_embeddings], by which errors weigh.
         iterations: of K-means, from k-means++.
         samples_per_centroid: ids that K-means sees of each chunk, for each of its rows; None: all.
 
     Raises:
         ValueError: a table that has another form, a weight or counts of another shape, or values
             that are not finite. Nothing is written then.
+
+    Optimizer state of the table stays what it was: import before training starts, or clear it.
     """
+    counts = None if counts is None else torch.as_tensor(counts)
     config = _checked(collection, table, weight, counts)
+    if samples_per_centroid is not None and samples_per_centroid < 1:
+        raise ValueError(f"samples_per_centroid {samples_per_centroid} must be 1 or more, or None")
     codes = local_codes(collection.codes, table)
     drawn = _drawn(config, samples_per_centroid)
     sample = _rows(weight, drawn, table)
@@ -83,6 +89,11 @@ def import_table(
         ).centroids
         for own in sample.split(config.chunk_dim, dim=1)
     ]
+    # As the table stores them, by which ids are coded and the error is counted.
+    kind = data_type_to_dtype(config.data_type)
+    books = [book.to(kind).float() for book in books]
+    if not all(bool(torch.isfinite(book).all()) for book in books):
+        raise ValueError(f"table {table!r}: the weight is too large for its data_type, {kind}")
     # All codes are found before any is written, as values of a later block may not be finite.
     found, error = _coded(config, weight, counts, books)
     with torch.no_grad():
@@ -122,6 +133,11 @@ def _checked(
     collection: CCEEmbeddingBagCollection, table: str, weight: Any, counts: torch.Tensor | None
 ) -> CCEEmbeddingBagConfig:
     """The table, if `weight` can be imported into it."""
+    if not isinstance(collection, CCEEmbeddingBagCollection) or collection.device.type != "cpu":
+        raise ValueError(
+            f"table {table!r}: full tables are imported into a CCEEmbeddingBagCollection on a CPU "
+            f"(of sequences, into its `bags`), and not into {type(collection).__name__}"
+        )
     tables = {own.name: own for own in collection.tables}
     if table not in tables or tables[table].cce is None:
         known = [name for name, own in tables.items() if own.cce is not None]
@@ -137,6 +153,8 @@ def _checked(
         raise ValueError(f"table {table!r} is {list(wanted)}, the weight {list(weight.shape)}")
     if counts is not None and tuple(counts.shape) != wanted[:1]:
         raise ValueError(f"table {table!r} has {wanted[0]} ids, the counts {list(counts.shape)}")
+    if counts is not None and (counts.is_floating_point() or bool((counts < 0).any())):
+        raise ValueError(f"table {table!r}: counts are integers of 0 or more; got {counts.dtype}")
     return config
 
 

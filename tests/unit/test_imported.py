@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 import torch
 from torchrec import KeyedJaggedTensor
+from torchrec.modules.embedding_configs import DataType
 
 from cce_torchrec import CCEEmbeddingBagCollection, CCEEmbeddingBagConfig
 from cce_torchrec.clustering import import_curve, import_table, imported
@@ -124,6 +125,13 @@ def test_what_cannot_be_imported_is_refused():
         with pytest.raises(ValueError, match="table 't': the weight of id 4321 is NaN"):
             import_table(collection, "t", broken, samples_per_centroid=per_centroid)
     with pytest.raises(ValueError, match="none of the ids that were drawn occurs"):
-        import_table(collection, "t", weight, counts=torch.zeros(5000))
+        import_table(collection, "t", weight, counts=np.zeros(5000, dtype=np.int64))
+    with pytest.raises(ValueError, match=r"counts are integers of 0 or more; got torch.float32"):
+        import_table(collection, "t", weight, counts=torch.full((5000,), 0.5))
+    with pytest.raises(ValueError, match="samples_per_centroid 0 must be 1 or more"):
+        import_table(collection, "t", weight, samples_per_centroid=0)
+    half = collection_of(data_type=DataType.FP16)
+    with pytest.raises(ValueError, match=r"too large for its data_type, torch\.float16"):
+        import_table(half, "t", weight * 1e5)
     after = collection.state_dict()
     assert all(torch.equal(after[key], value) for key, value in before.items())
