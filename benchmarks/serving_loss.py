@@ -1,23 +1,37 @@
-"""`python -m benchmarks.serving_loss --data FOLDER [--json FILE]`: what packing costs in log loss.
+"""`python -m benchmarks.serving_loss --data FOLDER [--json FILE]`: log loss after training is over.
 
 The training program trains GMF on MovieLens-1M and DLRM on flight records; the checkpoint is loaded
-into the unsharded model, packed by rows of every type, and evaluated on the held-out rows.
+into the unsharded model, packed by rows of every type, and evaluated on the held-out rows. Then
+full tables are trained, imported by `import_table` with several numbers of rows, and evaluated;
+beside them are the errors of FAISS's product quantiser with as many chunks and bits, and of its
+optimised one, which turns the vectors first.
 """
 
 from __future__ import annotations
 
 import argparse
+import copy
 import json
+import statistics
 import tempfile
 from collections.abc import Callable, Sequence
 from datetime import timedelta
 from pathlib import Path
+from typing import Any
 
+import faiss
+import numpy as np
 import torch
 from torch import nn
 
 from benchmarks.machine import device_name
-from cce_torchrec import CCEEmbeddingBagCollection, data, load_checkpoint
+from cce_torchrec import (
+    CCEEmbeddingBagCollection,
+    CCEEmbeddingBagConfig,
+    data,
+    load_checkpoint,
+)
+from cce_torchrec.clustering import import_table
 from cce_torchrec.distributed.process_group import end_process_group
 from cce_torchrec.inference import inference_model
 from cce_torchrec.inference.row_types import ROW_TYPES
@@ -34,6 +48,13 @@ RUNS = {
     "flights": ["--dataset", "flights", "--epochs", "2", "--compression", "20"],
 }
 """What the program is told."""
+FULL_RUNS = {
+    "ml-1m": [*RUNS["ml-1m"], "--method", "full"],
+    # They overfit in a second epoch.
+    "flights": ["--dataset", "flights", "--epochs", "1", "--method", "full"],
+}
+ROWS = (16, 64, 256, 1024)
+"""Of a chunk, for imported tables."""
 
 
 def trained(arguments: Sequence[str], out: Path) -> tuple[Trainer, nn.Module]:
@@ -68,6 +89,52 @@ def evaluated(model: Callable[..., torch.Tensor], trainer: Trainer) -> tuple[flo
     return log_loss(logits, labels), auc(logits, labels)
 
 
+def imported(model: nn.Module, trainer: Trainer, rows: int) -> tuple[nn.Module, dict[str, Any]]:
+    """A copy of `model`, of full tables, with those to be compressed imported; and its figures."""
+    (old,) = [m for m in model.modules() if isinstance(m, CCEEmbeddingBagCollection)]
+    full = {config.name: config for config in old.embedding_bag_configs()}
+    compressed = [name for name in full if name in trainer.dataset.compressed]
+    tables = [
+        CCEEmbeddingBagConfig(
+            name=name, num_embeddings=config.num_embeddings, embedding_dim=config.embedding_dim,
+            feature_names=config.feature_names, num_rows=rows, num_helper_rows=0,
+        )
+        if name in compressed
+        else config
+        for name, config in full.items()
+    ]  # fmt: skip
+    new = CCEEmbeddingBagCollection(tables)
+    errors: dict[str, list[float]] = {"ours": [], "FAISS PQ": [], "FAISS OPQ": []}
+    nbytes = 0
+    for name in full:
+        weight = old.embedding_bags[name].weight.detach()
+        if name not in compressed:
+            new.embedding_bags[name].weight.data.copy_(weight)
+            continue
+        report = import_table(new, name, weight, samples_per_centroid=None)
+        nbytes += report.table_bytes
+        errors["ours"].append(report.error)
+        for kind, transform in (("FAISS PQ", False), ("FAISS OPQ", True)):
+            errors[kind].append(quantizer_error(weight.numpy(), rows, transform))
+    out = copy.deepcopy(model, {id(old): new})
+    return out, {"bytes": nbytes} | {kind: statistics.fmean(own) for kind, own in errors.items()}
+
+
+def quantizer_error(weight: np.ndarray, rows: int, turned: bool) -> float:
+    """Relative squared error of FAISS's product quantiser of 4 chunks, after OPQ if `turned`."""
+    chunks = 4
+    own = np.ascontiguousarray(weight)
+    if turned:
+        matrix = faiss.OPQMatrix(own.shape[1], chunks)
+        matrix.pq = faiss.ProductQuantizer(own.shape[1], chunks, rows.bit_length() - 1)
+        matrix.train(own)
+        own = matrix.apply(own)
+    quantizer = faiss.ProductQuantizer(own.shape[1], chunks, rows.bit_length() - 1)
+    quantizer.train(own)
+    off = quantizer.decode(quantizer.compute_codes(own)) - own
+    return float((off**2).sum() / (own**2).sum())
+
+
 def main() -> None:
     """Prints a table and writes --json."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -95,12 +162,33 @@ def main() -> None:
             )  # fmt: skip
             cells = [name, data_type, f"{loss:.5f}", f"{loss - base:+.5f}", f"{area:.5f}"]
             print(f"| {' | '.join(cells)} | {nbytes:,} |", flush=True)
+    curves = []
+    print("| data | rows | log loss | AUC | kB | error | FAISS PQ | FAISS OPQ |")
+    print("| --- | --- | --- | --- | --- | --- | --- | --- |")
+    for name, arguments in FULL_RUNS.items():
+        own = [*arguments, "--data", str(args.data / name)] if name == "ml-1m" else arguments
+        with tempfile.TemporaryDirectory() as folder:
+            trainer, model = trained(own, Path(folder))
+        base, base_auc = evaluated(model, trainer)
+        print(f"| {name} | full | {base:.5f} | {base_auc:.5f} | | | | |", flush=True)
+        for rows_of_chunk in ROWS:
+            made, found = imported(model, trainer, rows_of_chunk)
+            loss, area = evaluated(made, trainer)
+            curves.append(
+                {"data": name, "rows": rows_of_chunk, "log_loss": loss, "full": base, "auc": area}
+                | found
+            )  # fmt: skip
+            numbers = [f"{found[kind]:.4f}" for kind in ("ours", "FAISS PQ", "FAISS OPQ")]
+            cells = [name, str(rows_of_chunk), f"{loss:.5f}", f"{area:.5f}"]
+            cells += [f"{found['bytes'] / 1000:.0f}", *numbers]
+            print(f"| {' | '.join(cells)} |", flush=True)
     if args.json:
         result = {
             "device": device_name(torch.device("cpu")),
             "versions": installed_versions(),
-            "settings": {"runs": RUNS, "seed": 0},
+            "settings": {"runs": RUNS, "full_runs": FULL_RUNS, "seed": 0},
             "rows": rows,
+            "imported": curves,
         }
         args.json.write_text(json.dumps(result, indent=1) + "\n")
 

@@ -30,6 +30,7 @@ HELPER_ROLE = 1
 SAMPLE_ROLE = 2
 RAW_ID_ROLE = 3
 COUNT_ROLE = 4
+IMPORT_ROLE = 5
 
 
 def _splitmix64(state: int) -> int:

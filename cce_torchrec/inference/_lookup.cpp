@@ -406,11 +406,13 @@ struct Lookup {
   }
 };
 
-std::vector<int64_t> starts_of(const at::Tensor &lengths) {
+std::vector<int64_t> starts_of(const at::Tensor &lengths, int64_t num_ids) {
   std::vector<int64_t> starts(lengths.numel() + 1);
   const auto add = [&](const auto *own) {
     for (int64_t i = 0; i < lengths.numel(); i++) {
-      TORCH_CHECK_VALUE(own[i] >= 0, "length ", own[i], " of bag ", i, " is negative");
+      // Each by itself, as a sum of huge ones may come out right.
+      TORCH_CHECK_VALUE(own[i] >= 0 && own[i] <= num_ids - starts[i], "length ", own[i], " of bag ",
+                        i, " is negative, or more than what is left of the ", num_ids, " values");
       starts[i + 1] = starts[i] + own[i];
     }
   };
@@ -465,7 +467,7 @@ at::Tensor lookup(const at::Tensor &values, const at::Tensor &lengths,
                     num_inputs, " features");
   const int64_t num_bags = lengths.numel() / num_inputs;
   const at::Tensor ids = values.contiguous();
-  const std::vector<int64_t> starts = starts_of(lengths.contiguous());
+  const std::vector<int64_t> starts = starts_of(lengths.contiguous(), ids.numel());
   TORCH_CHECK_VALUE(starts.back() == ids.numel(), "lengths add up to ", starts.back(), ", and ",
                     ids.numel(), " values were given");
   at::Tensor weight;

@@ -13,7 +13,7 @@ from cce_torchrec.distributed.embedding_bag_collection import ShardedCCEEmbeddin
 from cce_torchrec.distributed.embedding_collection import ShardedCCEEmbeddingCollection
 from cce_torchrec.inference import native
 from cce_torchrec.inference.fused import FusedLookup
-from cce_torchrec.inference.lookup import PackedLookup
+from cce_torchrec.inference.lookup import PackedLookup, reordered
 from cce_torchrec.inference.packed_tables import PackedTables
 from cce_torchrec.inference.portable import PortableLookup
 from cce_torchrec.inference.row_types import row_type
@@ -51,27 +51,39 @@ class InferenceEmbeddingBagCollection(nn.Module):
             ValueError: a missing feature, missing weights, a batch size per feature, or an id out
                 of bounds where these are not ignored.
         """
-        features = _selected(features, self.inputs)
+        order = _places(features, self.inputs)
+        values, lengths = features.values(), features.lengths()
         weights: Optional[torch.Tensor] = None  # noqa: UP045  # TorchScript reads no other form
         if self.weighted:
             weights = features.weights_or_none()
             if weights is None:
                 raise ValueError("the tables are pooled by weights, and the features have none")
-        pooled = self.lookup(features.values(), features.lengths(), weights)
+        # Not by `permute`, whose operator of FBGEMM neither traces nor takes batches of no row.
+        if features.keys() != self.inputs:
+            own, at = lengths.view(len(features.keys()), -1), torch.tensor(order)
+            source = reordered(own, at)
+            values, lengths = values.index_select(0, source), own.index_select(0, at).view(-1)
+            if weights is not None:
+                weights = weights.index_select(0, source)
+        pooled = self.lookup(values, lengths, weights)
         return KeyedTensor(self.keys, self.dims, pooled)
 
 
-def _selected(features: KeyedJaggedTensor, names: list[str]) -> KeyedJaggedTensor:
-    """`features` with the keys `names` alone, in this order."""
+def _places(features: KeyedJaggedTensor, names: list[str]) -> list[int]:
+    """Which keys of `features` are `names`.
+
+    Raises:
+        ValueError: one is missing, or the features have a batch size each.
+    """
+    if features.variable_stride_per_key():
+        raise ValueError("packed tables take one batch size for all features")
     keys = features.keys()
-    if keys == names:  # in nearly all jobs, whose batches have what the tables read
-        return features
     order: list[int] = []
     for name in names:
         if name not in keys:
             raise ValueError(f"the features {keys} lack {name}, which a table reads")
         order.append(keys.index(name))
-    return features.permute(order)
+    return order
 
 
 class InferenceEmbeddingCollection(nn.Module):
@@ -100,7 +112,7 @@ class InferenceEmbeddingCollection(nn.Module):
         Raises:
             ValueError: see `InferenceEmbeddingBagCollection.forward`.
         """
-        features = _selected(features, self.inputs)
+        _places(features, self.inputs)
         jagged = features.to_dict()
         out: dict[str, JaggedTensor] = {}
         for number, lookup in enumerate(self.lookups):
@@ -133,6 +145,11 @@ def inference_collection(
         ValueError: an unknown `data_type` or `lookup`, or values that are not finite.
         RuntimeError: "fused", and neither the library nor a compiler.
     """
+    if not isinstance(collection, CCEEmbeddingBagCollection | CCEEmbeddingCollection):
+        raise ValueError(
+            f"{type(collection).__name__} is no CCE collection; of a model that has some inside "
+            "make an inference_model"
+        )
     bags, sequences, need_indices = collection, False, False
     if isinstance(collection, CCEEmbeddingCollection):
         bags, sequences, need_indices = collection.bags, True, collection.need_indices()

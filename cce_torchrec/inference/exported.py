@@ -56,19 +56,47 @@ def to_torchscript(served: Served, example: Tensors | None = None) -> torch.jit.
     Args:
         served: the `lookup` of an inference collection, or `TensorInputs` of an `inference_model`.
         example: inputs of two rows or more, by which a model is traced: dense, values and lengths.
-            Of the others of it only the lookups are scripted, so that it has no KeyedJaggedTensor,
-            whose operators of FBGEMM C++ servers lack.
+            Only its lookups are scripted, so that it has no KeyedJaggedTensor, whose operators of
+            FBGEMM C++ servers lack.
 
     Raises:
-        ValueError: no `example` of a model, or one that does not fit.
+        ValueError: no `example` of a model, one that does not fit, or a model that goes by the
+            numbers of a batch (sequences, or collections of TorchRec's own, do).
     """
     if isinstance(served, PackedLookup):
         return torch.jit.script(served)
     example = _example(served, example)
     # Only what refuses ids out of bounds has to decide anything by the numbers of a batch.
     scripted = {id(m): torch.jit.script(m) for m in served.modules() if isinstance(m, PackedLookup)}
-    with torch.no_grad():
-        return torch.jit.trace(copy.deepcopy(served, scripted), example, check_trace=False)
+    copied = copy.deepcopy(served, scripted).eval()
+    try:
+        with torch.no_grad():
+            traced = torch.jit.trace(copied, example, check_trace=False)
+            # torch's own check would call it with the same batch again.
+            for rows in ([0], [0, 1, 0]):
+                other = _with_rows(served, example, rows)
+                torch.testing.assert_close(traced(*other), copied(*other))
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(
+            f"the model cannot be traced: with another batch it does not give the same ({error}); "
+            "sequences and TorchRec's own collections go by the numbers of a batch. Use "
+            "torch.jit.script in Python, or to_exported_program"
+        ) from error
+    return traced
+
+
+def _with_rows(served: TensorInputs, example: Tensors, rows: list[int]) -> Tensors:
+    """A batch of the rows `rows` of another."""
+    dense, values, lengths = example
+    at = torch.tensor(rows)
+    own = lengths.view(len(served.features), -1)
+    bags = values.split(lengths.tolist())
+    starts = range(0, len(bags), own.shape[1])
+    return (
+        dense[at],
+        torch.cat([bags[start + row] for start in starts for row in rows]),
+        own[:, at].reshape(-1),
+    )
 
 
 def to_exported_program(served: Served, example: Tensors | None = None) -> ExportedProgram:
@@ -85,10 +113,9 @@ def to_exported_program(served: Served, example: Tensors | None = None) -> Expor
         sizes.insert(0, {0: batch})
     elif len(example) == 3:
         sizes.append({0: Dim.DYNAMIC})  # weights
+    copied, shapes = copy.deepcopy(served).eval(), tuple(sizes)
     with torch.no_grad(), sizes_are_any():
-        return torch.export.export(
-            served.eval(), example, dynamic_shapes=tuple(sizes), strict=False
-        )
+        return torch.export.export(copied, example, dynamic_shapes=shapes, strict=False)
 
 
 def to_package(served: Served, path: str | Path, example: Tensors | None = None) -> Path:

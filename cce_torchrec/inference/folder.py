@@ -12,16 +12,24 @@ Whoever writes gives the folder its name last: one that has it is whole.
 from __future__ import annotations
 
 import json
+import logging
 import os
 import shutil
 import tempfile
+import zlib
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from cce_torchrec.checkpoint.location import fingerprint, sync_folder, write
+from cce_torchrec.checkpoint.location import (
+    fingerprint,
+    location,
+    store_of,
+    sync_folder,
+    write,
+)
 from cce_torchrec.inference.collection import (
     InferenceEmbeddingBagCollection,
     InferenceEmbeddingCollection,
@@ -31,6 +39,8 @@ from cce_torchrec.inference.collection import (
 from cce_torchrec.inference.packed_tables import PackedFeature, PackedTable, PackedTables
 from cce_torchrec.inference.row_types import row_type
 from cce_torchrec.versions import installed_versions
+
+logger = logging.getLogger(__name__)
 
 FORMAT = 1
 MANIFEST, CODES, ROWS = "manifest.json", "codes.bin", "rows.bin"
@@ -49,7 +59,14 @@ def save_inference(collection: Served, folder: str | Path) -> Path:
         ValueError: `folder` is there already, or cannot be written; nothing is left half-written.
     """
     # Never over another: processes may have its files mapped.
-    folder = Path(folder)
+    if not hasattr(collection, "packed"):
+        raise ValueError(
+            f"{type(collection).__name__} is no inference collection; save those of a model one by "
+            "one, each made by inference_collection"
+        )
+    folder = location(folder)
+    if store_of(folder) is not None:
+        raise ValueError(f"{folder}: exports are mapped, so give a local folder, and upload that")
     if folder.exists():
         raise ValueError(f"{folder} is there already; give another folder, or remove it")
     try:
@@ -66,10 +83,13 @@ def save_inference(collection: Served, folder: str | Path) -> Path:
         described = _described(collection) | {
             "files": {name: {"bytes": own.size, "crc32": own.crc} for name, own in files.items()}
         }
+        described["crc32"] = _checksum(described)
         write(writing / MANIFEST, [json.dumps(described, indent=1).encode()])
         os.chmod(writing, 0o755)  # mkdtemp's are for their owner alone
         writing.rename(folder)
         sync_folder(folder.parent)
+    except OSError as error:  # it may be there by now
+        raise ValueError(f"{folder} cannot be written ({error})") from error
     finally:
         shutil.rmtree(writing, ignore_errors=True)
     return folder
@@ -87,25 +107,27 @@ def load_inference(
         check: compare checksums, which reads the files once, and golden rows.
 
     Raises:
-        ValueError: no such folder, one that is still being written, of another format, of other
-            versions, or a file that is missing, cut short or damaged.
+        ValueError: no such folder, one that is still being written or of another format, or a file
+            that is missing, cut short or damaged. Other versions of torch, FBGEMM or TorchRec are
+            logged.
         RuntimeError: see `inference_collection`.
     """
     folder = Path(folder)
-    found = _manifest(folder)
-    for name, own in found["files"].items():
-        _check_file(folder / name, own, check)
-    packed = _packed(found, *(_tensor(folder / name, mmap) for name in (CODES, ROWS)))
-    collection = collection_of(
-        packed,
-        lookup=lookup,
-        ignores=found["ignores"],
-        sequences=found["sequences"],
-        need_indices=found["need_indices"],
-    )
+    found = _manifest(folder, check)
+    try:
+        for name in (CODES, ROWS):
+            _check_file(folder / name, found["files"][name], check)
+        packed = _packed(found, *(_tensor(folder / name, mmap) for name in (CODES, ROWS)))
+        options = {name: found[name] for name in ("ignores", "sequences", "need_indices")}
+        golden = found["golden"]
+    except (KeyError, TypeError, IndexError) as error:  # by hand, or by an unfinished version
+        raise ValueError(
+            f"{folder / MANIFEST} does not describe tables ({error!r}); write the export again"
+        ) from error
+    collection = collection_of(packed, lookup=lookup, **options)
     # The sums of what was mapped may be right, and the machine or a version not.
     if check:
-        _check_golden(folder, packed, found["golden"], lookup)
+        _check_golden(folder, packed, golden, lookup)
     return collection
 
 
@@ -142,7 +164,13 @@ def _vectors(packed: PackedTables, number: int, ids: list[int], lookup: str) -> 
     return own(torch.tensor(ids), torch.ones(len(ids), dtype=torch.int64))
 
 
-def _manifest(folder: Path) -> dict[str, Any]:
+def _checksum(described: dict[str, Any]) -> int:
+    """Of all that a manifest says but this."""
+    rest = {key: value for key, value in described.items() if key != "crc32"}
+    return zlib.crc32(json.dumps(rest, sort_keys=True).encode())
+
+
+def _manifest(folder: Path, check: bool) -> dict[str, Any]:
     """What the manifest says.
 
     Raises:
@@ -163,9 +191,16 @@ def _manifest(folder: Path) -> dict[str, Any]:
             f"{file} has format {format_}; this version reads {FORMAT}: install the version of "
             "cce_torchrec that wrote it, or write the export again"
         )
-    missing = {"files", "tables", "features", "golden", "ignores", "sequences"} - found.keys()
-    if missing:
-        raise ValueError(f"{file} lacks {sorted(missing)}; write the export again")
+    if check and found.get("crc32") != _checksum(found):
+        raise ValueError(f"{file} is damaged (its checksum differs); copy the whole export again")
+    versions = found.get("versions")
+    if versions != installed_versions():
+        logger.warning(
+            "%s was written with %s, and is read with %s: what golden rows say counts",
+            folder,
+            versions,
+            installed_versions(),
+        )
     return found
 
 
@@ -230,7 +265,8 @@ def _check_golden(
         expected = torch.tensor(own["vectors"])
         found = _vectors(packed, number, own["ids"], lookup)
         off = float((found - expected).abs().amax())
-        if off > _TOLERANCE * max(1e-30, float(expected.abs().amax())):
+        # Not a number is not within any tolerance.
+        if not off <= _TOLERANCE * max(1e-30, float(expected.abs().amax())):
             raise ValueError(
                 f"{folder}: feature {own['key']!r} of ids {own['ids']} is off by {off:.2g} from "
                 "what it was when the export was written; write it again with the versions that "

@@ -10,6 +10,15 @@ from torch import nn
 from cce_torchrec.inference.packed_tables import PackedTables
 
 
+def reordered(lengths: torch.Tensor, order: torch.Tensor) -> torch.Tensor:
+    """Where in a batch the ids [V] of the features `order` are, of `lengths` [features, B]."""
+    counts = lengths.sum(1)
+    starts = (counts.cumsum(0) - counts).index_select(0, order)
+    own = counts.index_select(0, order)
+    moved = (starts - (own.cumsum(0) - own)).repeat_interleave(own)
+    return moved + torch.arange(moved.size(0), device=moved.device)
+
+
 class PackedLookup(nn.Module):
     """Pooled embeddings of all features of packed tables, float32 [B, sum of D].
 

@@ -8,7 +8,9 @@ that serves loads it by `torch.ops.load_library` or dlopen before what it serves
 from __future__ import annotations
 
 import functools
+import logging
 import os
+import shlex
 import shutil
 import subprocess
 import tempfile
@@ -16,6 +18,8 @@ from pathlib import Path
 
 import torch
 from torch.utils import cpp_extension
+
+logger = logging.getLogger(__name__)
 
 _SOURCE = Path(__file__).parent / "_lookup.cpp"
 _HEADERS = [_SOURCE.parents[1] / name for name in ("hashing.h", "packing.h")]
@@ -37,19 +41,38 @@ def library() -> Path:
     return built
 
 
-@functools.cache
 def load() -> None:
-    """Has torch know the operator; see `library`."""
-    torch.ops.load_library(library())
+    """Has torch know the operator; see `library`.
+
+    Raises:
+        RuntimeError: it cannot, with the reason and the remedy.
+    """
+    problem = _problem()
+    if problem is not None:
+        raise RuntimeError(problem)
 
 
 def available() -> bool:
     """Whether there is the library, or a compiler that can build it."""
+    return _problem() is None
+
+
+@functools.cache
+def _problem() -> str | None:
+    """Why torch does not know the operator: found out once, as a build takes seconds."""
+    # A server may have loaded a copy, and torch takes no second one.
+    if hasattr(torch.ops.cce_inference, "lookup"):
+        return None
     try:
-        load()
-    except (RuntimeError, OSError):
-        return False
-    return True
+        try:
+            torch.ops.load_library(library())
+        except OSError:  # cut short, or of another machine
+            library().unlink()
+            torch.ops.load_library(library())
+    except (RuntimeError, OSError) as error:
+        logger.warning("lookups are portable, and slower: %s", error)
+        return str(error)
+    return None
 
 
 def _folder() -> Path:
@@ -67,20 +90,24 @@ def _build(to: Path) -> None:
             "the fused lookup is compiled when it is first used, and there is no C++ compiler; "
             "install g++, or ask for lookup='portable'"
         )
-    to.parent.mkdir(parents=True, exist_ok=True)
     # Those of Python are not among them: a server may be without it.
     include = [f"-I{path}" for path in cpp_extension.include_paths()]
     libraries = [f"-L{path}" for path in cpp_extension.library_paths()]
+    sources = [str(_SOURCE), *libraries, "-lc10", "-ltorch_cpu"]
+    to.parent.mkdir(parents=True, exist_ok=True)
     # Under a name of its own, as several processes may build at once.
-    handle, made = tempfile.mkstemp(dir=to.parent, suffix=".so")
-    os.close(handle)
-    command = [compiler, *_FLAGS, *include, str(_SOURCE), *libraries, "-lc10", "-ltorch_cpu"]
-    done = subprocess.run([*command, "-o", made], capture_output=True, text=True, check=False)
-    if done.returncode:
-        os.remove(made)
-        raise RuntimeError(
-            f"the fused lookup does not compile: {done.stderr.strip()[:2000]}\nask for "
-            "lookup='portable' to go without"
-        )
-    os.chmod(made, 0o755)
-    os.replace(made, to)
+    with tempfile.TemporaryDirectory(dir=to.parent) as folder:
+        made = Path(folder) / to.name
+        command = [*shlex.split(compiler), *_FLAGS, *include, *sources, "-o", str(made)]
+        try:
+            done = subprocess.run(command, capture_output=True, text=True, check=False)
+        except OSError as error:
+            raise RuntimeError(
+                f"CXX names no compiler ({error}); unset it, or ask for lookup='portable'"
+            ) from error
+        if done.returncode:
+            raise RuntimeError(
+                f"the fused lookup does not compile: {done.stderr.strip()[:2000]}\nask for "
+                "lookup='portable' to go without"
+            )
+        os.replace(made, to)

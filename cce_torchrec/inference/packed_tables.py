@@ -140,6 +140,7 @@ class PackedTables:
     @classmethod
     def of(cls, collection: CCEEmbeddingBagCollection, row_type: RowType) -> PackedTables:
         """What serving keeps of a trained `collection`, its rows stored as `row_type`."""
+        collection.restore_main()  # which an optimizer may have moved since the last lookup
         bags = collection.embedding_bag_collection.embedding_bags
         tables, codes, rows = [], [], []
         for table in collection.tables:
@@ -147,6 +148,11 @@ class PackedTables:
             own = codes_of(collection.codes, table.name)
             stored = _stored_codes(own)
             packed = [row_type.packed(weight) for weight in _weights(table, bags)]
+            if not all(map(row_type.is_finite, packed)):
+                raise ValueError(
+                    f"table {table.name!r} has values that are too large for {row_type.name} "
+                    "(its scales are float16); use fp32"
+                )
             tables.append(_described(table, own, stored, packed, row_type))
             codes.append(_in_words(stored))
             rows += [part.view(-1) for part in packed]
@@ -178,6 +184,10 @@ def _weights(table: Table, bags: nn.ModuleDict) -> Iterator[torch.Tensor]:
     """
     for chunk in table.chunks:
         bag: Any = bags[table.name if chunk is None else physical_table(table.name, chunk)]
+        if not bag.weight.is_floating_point():
+            raise ValueError(
+                f"table {table.name!r} is quantised already; pack the model before it is quantised"
+            )
         if not bool(torch.isfinite(bag.weight).all()):
             raise ValueError(
                 f"table {table.name!r} has NaN or infinite values; serve an earlier checkpoint"

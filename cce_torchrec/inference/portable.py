@@ -16,7 +16,7 @@ from typing import Final
 import torch
 from fbgemm_gpu.split_table_batched_embeddings_ops_common import EmbeddingLocation
 
-from cce_torchrec.inference.lookup import PackedLookup
+from cce_torchrec.inference.lookup import PackedLookup, reordered
 from cce_torchrec.inference.packed_tables import PackedTables
 from cce_torchrec.inference.row_types import ROW_TYPES
 from cce_torchrec.torchrec_internals import assert_in_graph
@@ -125,9 +125,10 @@ class PortableLookup(PackedLookup):
         self, values: torch.Tensor, lengths: torch.Tensor, weights: torch.Tensor | None = None
     ) -> torch.Tensor:
         """See `PackedLookup`."""
+        self._check(values, lengths, weights)
         lengths = lengths.long().view(self.num_inputs, -1)
         if not self.same_inputs:
-            source = self._source(lengths.sum(1))
+            source = reordered(lengths, self.input_of_feature)
             values = values.index_select(0, source)
             lengths = lengths.index_select(0, self.input_of_feature)
             if weights is not None:
@@ -157,12 +158,36 @@ class PortableLookup(PackedLookup):
             pooled = pooled / bags.repeat_interleave(self.dims, dim=1, output_size=self.total_dim)
         return pooled
 
-    def _source(self, counts: torch.Tensor) -> torch.Tensor:
-        """Where in a batch of `counts` ids the ids of the output's features are."""
-        starts = (counts.cumsum(0) - counts).index_select(0, self.input_of_feature)
-        own = counts.index_select(0, self.input_of_feature)
-        moved = (starts - (own.cumsum(0) - own)).repeat_interleave(own)
-        return moved + torch.arange(moved.size(0), device=moved.device)
+    def _check(
+        self, values: torch.Tensor, lengths: torch.Tensor, weights: torch.Tensor | None
+    ) -> None:
+        """Raises ValueError if a batch does not fit, by which FBGEMM would read other memory."""
+        if values.is_floating_point() or lengths.is_floating_point():
+            raise ValueError("values and lengths must be int32 or int64")
+        if torch.jit.is_scripting():
+            self._refuse_lengths(values, lengths, weights)
+        elif torch.compiler.is_compiling():
+            fits = (lengths >= 0).all() & (lengths.sum() == values.size(0))
+            assert_in_graph(fits, "lengths are negative, or do not add up to the values")
+        else:
+            self._refuse_lengths(values, lengths, weights)
+
+    def _refuse_lengths(
+        self, values: torch.Tensor, lengths: torch.Tensor, weights: torch.Tensor | None
+    ) -> None:
+        count = values.size(0)
+        if lengths.size(0) % self.num_inputs != 0:
+            raise ValueError(
+                f"{lengths.size(0)} lengths are no batch of {self.num_inputs} features"
+            )
+        # Each by itself, as a sum of huge ones may come out right.
+        if bool((lengths < 0).any()) or bool((lengths > count).any()):
+            raise ValueError(f"a length is negative, or more than the {count} values")
+        total = int(lengths.sum())
+        if total != count:
+            raise ValueError(f"lengths add up to {total}, and {count} values were given")
+        if weights is not None and weights.size(0) != count:
+            raise ValueError(f"{weights.size(0)} weights for {count} values")
 
     def _checked(self, ids: torch.Tensor, feature: torch.Tensor) -> torch.Tensor:
         """The tables' ids of the features' `ids`."""

@@ -49,6 +49,13 @@ class RowType:
         # Scale and bias come last there, and first where lookups read them.
         return quantise(rows, self.bits).roll(_SCALE_BYTES, dims=1).contiguous()
 
+    def is_finite(self, packed: torch.Tensor) -> bool:
+        """Whether no value, or scale, of rows that `packed` made has overflowed."""
+        if self.bits == 32:
+            return True
+        halves = packed[:, :_SCALE_BYTES] if self.quantised else packed
+        return bool(torch.isfinite(halves.contiguous().view(torch.float16)).all())
+
     def unpacked(self, packed: torch.Tensor, dim: int) -> torch.Tensor:
         """The values float32 [R, dim] of rows that `packed` made."""
         if not self.quantised:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import os
 import sys
@@ -72,7 +73,8 @@ def write_vectors(served: Served, key: str, path: str | Path) -> Path:
     except OSError as error:
         raise ValueError(f"{path} cannot be written ({error})") from error
     finally:
-        writing.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            writing.unlink(missing_ok=True)
     return path
 
 

@@ -8,6 +8,7 @@ import sys
 import pytest
 import torch
 from torchrec import EmbeddingBagConfig, EmbeddingConfig, KeyedJaggedTensor
+from torchrec.inference.modules import quantize_embeddings
 from torchrec.models.dlrm import DLRM
 
 from cce_torchrec import (
@@ -101,7 +102,14 @@ def test_outputs_that_leave_the_caches_are_the_same():
             inference_collection(collection, data_type=data_type, lookup=lookup).lookup
             for lookup in ("portable", "fused")
         )
-        assert torch.equal(fused(values, lengths), portable(values, lengths))
+        expected = portable(values, lengths)
+        assert torch.equal(fused(values, lengths), expected)
+        threads = torch.get_num_threads()
+        torch.set_num_threads(2)
+        try:
+            assert torch.equal(fused(values, lengths), expected)
+        finally:
+            torch.set_num_threads(threads)
 
 
 @pytest.mark.parametrize("dim", [2, 6, 14, 44, 50])
@@ -254,7 +262,54 @@ def test_a_model_is_copied_with_its_collections_packed():
     assert all(own[key].data_ptr() != copied[key].data_ptr() for key in own)
 
 
+def test_main_rows_that_an_optimizer_has_moved_are_put_back():
+    torch.manual_seed(0)
+    collection = one_table(4, num_helper_rows=40, recipe="rare")
+    optimizer = torch.optim.Adagrad(collection.parameters(), lr=0.1)
+    batch = KeyedJaggedTensor(["f"], torch.arange(64), lengths=torch.ones(64).int())
+    cluster(collection, optimizer=optimizer)
+    for _ in range(3):
+        optimizer.zero_grad()
+        collection(batch).values().square().sum().backward()
+        optimizer.step()
+    served = inference_collection(collection, data_type="fp32", lookup="portable")
+    assert torch.equal(served(batch).values(), collection(batch).values())
+
+
+@pytest.mark.parametrize("scripted", [False, True])
+def test_a_batch_size_per_feature_is_refused(scripted):
+    names = ["f", "g", "h", "raw", "q", "x", "y"]
+    batch = KeyedJaggedTensor(
+        names,
+        torch.zeros(8).long(),
+        lengths=torch.ones(8).int(),
+        stride_per_key_per_rank=[[2], *([1] for _ in names[1:])],
+    )
+    served = inference_collection(many_tables(), lookup="portable")
+    served = torch.jit.script(served) if scripted else served
+    with pytest.raises((ValueError, torch.jit.Error), match="one batch size for all features"):
+        served(batch)
+
+
+def test_values_beyond_a_data_type_are_refused():
+    collection = one_table()
+    collection.embedding_bag_collection.embedding_bags["a#0"].weight.data.fill_(1e5)
+    for data_type in ("fp16", "int8", "int4"):
+        with pytest.raises(ValueError, match=f"too large for {data_type} .its scales are float16"):
+            inference_collection(collection, data_type=data_type, lookup="portable")
+    inference_collection(collection, data_type="fp32", lookup="portable")
+
+
+def test_quantised_models_are_not_packed():
+    model = torch.nn.Sequential(one_table())
+    quantize_embeddings(model, torch.qint8, inplace=True)
+    with pytest.raises(ValueError, match="table 'a' is quantised already"):
+        inference_model(model)
+
+
 def test_what_cannot_be_packed_is_refused():
+    with pytest.raises(ValueError, match="Linear is no CCE collection"):
+        inference_collection(torch.nn.Linear(1, 1))
     with pytest.raises(ValueError, match="Linear has no CCE collection"):
         inference_model(torch.nn.Linear(1, 1))
     with pytest.raises(ValueError, match="row type 'int2' is none of"):
@@ -271,15 +326,19 @@ def test_what_cannot_be_packed_is_refused():
 
 
 @pytest.mark.skipif(not shutil.which("g++"), reason="needs a C++ compiler")
-def test_batches_that_do_not_fit_are_refused_by_the_kernel():
-    lookup = inference_collection(many_tables(), lookup="fused").lookup
+@pytest.mark.parametrize("lookup", ["portable", "fused"])
+def test_batches_that_do_not_fit_are_refused(lookup):
+    lookup = inference_collection(many_tables(), lookup=lookup).lookup
     values, lengths = torch.zeros(14).long(), torch.ones(14).long()
-    with pytest.raises(ValueError, match="lengths add up to 14, and 13 values"):
-        lookup(values[1:], lengths)
+    with pytest.raises(ValueError, match="lengths add up to 13, and 14 values"):
+        lookup(values, torch.cat([torch.zeros(1).long(), lengths[1:]]))
     with pytest.raises(ValueError, match="13 lengths are no batch of 7 features"):
         lookup(values, lengths[1:])
-    with pytest.raises(ValueError, match="length -1 of bag 0 is negative"):
-        lookup(values, torch.cat([torch.tensor([-1, 3]), lengths[2:]]))
+    # Huge ones, the sum of which wraps around to what is expected.
+    for first in ([-1, 3], [2**62, 2**62, 2**62, 2**62 + 4], [15, -13]):
+        own = torch.cat([torch.tensor(first), lengths[len(first) :]])
+        with pytest.raises(ValueError, match="is negative, or more than"):
+            lookup(values, own)
     with pytest.raises(ValueError, match="13 weights for 14 values"):
         lookup(values, lengths, torch.ones(13))
     with pytest.raises(ValueError, match="must be int32 or int64"):
@@ -288,7 +347,25 @@ def test_batches_that_do_not_fit_are_refused_by_the_kernel():
 
 def test_a_missing_compiler_is_named(monkeypatch, tmp_path):
     monkeypatch.setattr(native, "_folder", lambda: tmp_path)
-    monkeypatch.delenv("CXX", raising=False)
+    monkeypatch.setenv("CXX", "no-such-compiler -O3")
+    with pytest.raises(RuntimeError, match="CXX names no compiler"):
+        native.library()
+    monkeypatch.setenv("CXX", f"{sys.executable} -c 'raise SystemExit(1)'")
+    with pytest.raises(RuntimeError, match="the fused lookup does not compile"):
+        native.library()
+    monkeypatch.delenv("CXX")
     monkeypatch.setattr(shutil, "which", lambda name: None)
     with pytest.raises(RuntimeError, match=r"install g\+\+, or ask for lookup='portable'"):
         native.library()
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.skipif(not shutil.which("g++"), reason="needs a C++ compiler")
+def test_a_library_that_a_server_has_loaded_will_do(tmp_path):
+    copied = shutil.copy(native.library(), tmp_path / "libcopy.so")
+    code = (
+        f"import torch; torch.ops.load_library({str(copied)!r})\n"
+        "from cce_torchrec.inference import native\n"
+        "native.load()\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)

@@ -11,7 +11,7 @@ import torch
 from torch.utils import cpp_extension
 from torchrec.models.dlrm import DLRM
 
-from cce_torchrec import cluster
+from cce_torchrec import CCEEmbeddingBagConfig, CCEEmbeddingCollection, cluster
 from cce_torchrec.inference import (
     TensorInputs,
     inference_collection,
@@ -91,7 +91,7 @@ def test_packages_take_batches_of_any_size(lookup, tmp_path):
         assert torch.equal(package(values, lengths), served(values, lengths))
     values = batches[-1][0].clone()
     values[-1] = 60
-    with pytest.raises(RuntimeError):
+    with pytest.raises(RuntimeError, match=r"outside \[0, 60\)|API call failed|out of bounds"):
         package(values, batches[-1][1])
 
 
@@ -107,6 +107,51 @@ def test_models_are_exported_whole(dlrm):
     values[2] = 1000
     with pytest.raises((RuntimeError, torch.jit.Error), match=r"outside \[0, 1000\)"):
         script(inputs[-1][0], values, inputs[-1][2])
+
+
+def test_models_that_go_by_the_numbers_of_a_batch_are_not_traced():
+    class Sequences(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            tables = [
+                CCEEmbeddingBagConfig(name=name, num_embeddings=100, embedding_dim=16, num_rows=20)
+                for name in ("f", "g")
+            ]
+            self.collection = CCEEmbeddingCollection(tables)
+
+        def forward(self, dense, features):
+            return sum(own.values().sum() for own in self.collection(features).values())
+
+    served = TensorInputs(inference_model(Sequences(), lookup="portable"), ["f", "g"])
+    example = (torch.zeros(2, 1), torch.arange(6), torch.tensor([1, 2, 0, 3]))
+    with pytest.raises(ValueError, match="the model cannot be traced: with another batch"):
+        to_torchscript(served, example)
+
+
+def test_features_may_come_in_another_order_than_tables_have():
+    torch.manual_seed(0)
+    collection = many_tables()
+    cluster(collection)
+    names = ["y", "x", "q", "raw", "h", "g", "f"]
+
+    class Pooled(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.collection = collection
+
+        def forward(self, dense, features):
+            return self.collection(features).values() + dense
+
+    served = TensorInputs(inference_model(Pooled(), data_type="fp32", lookup="portable"), names)
+    batches = []
+    for size in (3, 1, 0):
+        batch = batch_of(collection, size)
+        turned = batch.permute([batch.keys().index(name) for name in names])
+        batches.append((torch.zeros(size, 1), turned.values(), turned.lengths()))
+    forms = [to_torchscript(served, batches[0]), to_exported_program(served, batches[0]).module()]
+    for inputs in batches:
+        for form in forms:
+            assert torch.equal(form(*inputs), served(*inputs))
 
 
 def test_models_need_an_example(dlrm):

@@ -70,6 +70,11 @@ def test_sequences_are_loaded(tmp_path):
     assert torch.equal(loaded(batch)["a"].weights(), torch.tensor([3, 4]))
 
 
+def test_what_is_no_inference_collection_is_not_saved(tmp_path):
+    with pytest.raises(ValueError, match="is no inference collection"):
+        save_inference(one_table(), tmp_path / "one")
+
+
 def test_a_folder_that_is_there_is_left_alone(export, copied):
     before = (copied / "manifest.json").read_bytes()
     with pytest.raises(ValueError, match="is there already"):
@@ -120,8 +125,10 @@ def test_manifests_that_cannot_be_read_are_refused(copied, tmp_path):
     with pytest.raises(ValueError, match="has format 2; this version reads 1"):
         load_inference(copied)
     manifest.write_text(json.dumps({k: v for k, v in found.items() if k != "golden"}))
-    with pytest.raises(ValueError, match=r"lacks \['golden'\]"):
+    with pytest.raises(ValueError, match=r"manifest\.json is damaged \(its checksum differs"):
         load_inference(copied)
+    with pytest.raises(ValueError, match=r"does not describe tables \(KeyError\('golden'\)\)"):
+        load_inference(copied, check=False)
     manifest.write_text("[]")
     with pytest.raises(ValueError, match="has format None"):
         load_inference(copied)
@@ -130,11 +137,29 @@ def test_manifests_that_cannot_be_read_are_refused(copied, tmp_path):
         load_inference(copied)
 
 
+def test_a_digit_that_was_flipped_is_found(copied):
+    manifest = copied / "manifest.json"
+    text = manifest.read_text()
+    assert text.count("333,") > 0
+    manifest.write_text(text.replace("333,", "338,", 1))
+    with pytest.raises(ValueError, match=r"manifest\.json is damaged"):
+        load_inference(copied, lookup="portable")
+
+
+def test_other_versions_are_told(copied, caplog):
+    manifest = copied / "manifest.json"
+    found = json.loads(manifest.read_text())
+    found["versions"]["torch"] = "1.0"
+    manifest.write_text(json.dumps(found | {"crc32": folders._checksum(found)}))
+    load_inference(copied, lookup="portable")
+    assert "was written with {'torch': '1.0'" in caplog.text
+
+
 def test_golden_rows_find_what_checksums_do_not(copied):
     manifest = copied / "manifest.json"
     found = json.loads(manifest.read_text())
     found["golden"][0]["vectors"][1][2] += 1
-    manifest.write_text(json.dumps(found))
+    manifest.write_text(json.dumps(found | {"crc32": folders._checksum(found)}))
     with pytest.raises(ValueError, match=r"feature 'f' of ids \[0, 333, 666, 999\] is off by 1 "):
         load_inference(copied, lookup="portable")
     load_inference(copied, lookup="portable", check=False)
