@@ -120,7 +120,12 @@ def load_inference(
         packed = _packed(found, *(_tensor(folder / name, mmap) for name in (CODES, ROWS)))
         options = {name: found[name] for name in ("ignores", "sequences", "need_indices")}
         golden = found["golden"]
-    except (KeyError, TypeError, IndexError) as error:  # by hand, or by an unfinished version
+    except (
+        KeyError,
+        TypeError,
+        IndexError,
+        ZeroDivisionError,
+    ) as error:  # by hand, or by an unfinished version
         raise ValueError(
             f"{folder / MANIFEST} does not describe tables ({error!r}); write the export again"
         ) from error

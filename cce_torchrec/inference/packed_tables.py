@@ -50,6 +50,18 @@ class PackedTable:
     row_bytes: int
     """Of all codebooks."""
 
+    def check(self) -> None:
+        """Raises ValueError if its numbers contradict each other."""
+        codes = -(-self.num_embeddings * self.num_chunks * self.code_bits // 8)
+        rows = self.rows_per_chunk * self.row_type.row_bytes(self.chunk_dim)
+        hashes = 0 if self.plain else self.num_chunks
+        if (self.code_bytes, self.row_bytes, len(self.hashes)) != (
+            codes,
+            self.num_chunks * rows,
+            hashes,
+        ):
+            raise ValueError(f"table {self.name!r} is described by numbers that do not fit")
+
     @property
     def chunk_dim(self) -> int:
         """Width of a chunk."""
@@ -101,6 +113,22 @@ class PackedTables:
     rows: torch.Tensor
     """uint8: table after table, chunk after chunk, main rows before helper rows."""
     is_weighted: bool
+
+    def __post_init__(self) -> None:
+        # Lookups read by these numbers without a look, and a folder may say anything.
+        for feature in self.features:
+            own = self.tables[feature.table]
+            if not 0 <= feature.ids.start <= feature.ids.stop <= own.num_embeddings:
+                raise ValueError(f"feature {feature.key!r} reads ids that {own.name!r} has not")
+        for table in self.tables:
+            table.check()
+        codes = sum(_whole_words(table.code_bytes) for table in self.tables) + WORD
+        rows = sum(table.row_bytes for table in self.tables)
+        if (len(self.codes), len(self.rows)) != (codes, rows):
+            raise ValueError(
+                f"{len(self.codes)} bytes of codes and {len(self.rows)} of rows are those of other "
+                f"tables, which have {codes} and {rows}"
+            )
 
     @property
     def inputs(self) -> list[str]:

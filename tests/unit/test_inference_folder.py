@@ -146,6 +146,29 @@ def test_a_digit_that_was_flipped_is_found(copied):
         load_inference(copied, lookup="portable")
 
 
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda found: found["features"][0].update(ids=[0, 9_000_000]),
+        lambda found: found["features"][0].update(table=99),
+        lambda found: found["tables"][0].update(num_chunks=0),
+        lambda found: found["tables"][0].update(num_embeddings=10**9),
+        lambda found: found["tables"][0].update(row_bytes=8),
+        lambda found: found["tables"].pop(),
+        lambda found: found["tables"][0].pop("plain"),
+        lambda found: found["files"].pop("rows.bin"),
+        lambda found: found.pop("is_weighted"),
+    ],
+)
+def test_numbers_that_contradict_each_other_are_refused(copied, change):
+    manifest = copied / "manifest.json"
+    found = json.loads(manifest.read_text())
+    change(found)
+    manifest.write_text(json.dumps(found | {"crc32": folders._checksum(found)}))
+    with pytest.raises(ValueError):
+        load_inference(copied, lookup="portable")
+
+
 def test_other_versions_are_told(copied, caplog):
     manifest = copied / "manifest.json"
     found = json.loads(manifest.read_text())
