@@ -178,7 +178,7 @@ def test_machines_without_vectors_give_the_same_to_rounding(tmp_path):
         found, expected = torch.load(tmp_path / f"{name}.found"), lookup(values, lengths, weights)
         assert torch.allclose(found, expected, rtol=1e-5, atol=1e-6)
         same.append(torch.equal(found, expected))
-    # Without fused products some last bits are others, by which the plain form is known to have run.
+    # Without fused products some last bits differ, by which the plain form is known to have run.
     assert not all(same) or torch.backends.cpu.get_cpu_capability() == "DEFAULT"
 
 
