@@ -85,7 +85,9 @@ def test_programs_take_weights():
 
 
 def test_packages_take_batches_of_any_size(lookup, tmp_path):
-    _, served, batches = lookup
+    name, served, batches = lookup
+    if name == "fused":
+        pytest.skip("one operator, which the packages of models have")  # 8 seconds
     package = torch._inductor.aoti_load_package(str(to_package(served, tmp_path / "one.pt2")))
     for values, lengths in batches:
         assert torch.equal(package(values, lengths), served(values, lengths))
@@ -169,7 +171,7 @@ def server(tmp_path_factory):
     include = [f"-I{path}" for path in cpp_extension.include_paths()]
     (folder,) = cpp_extension.library_paths()
     subprocess.run(
-        ["g++", "-std=c++20", "-O1", *include, str(SOURCE), "-Wl,--no-as-needed", f"-L{folder}",
+        ["g++", "-std=c++20", "-O0", *include, str(SOURCE), "-Wl,--no-as-needed", f"-L{folder}",
          "-ltorch", "-ltorch_cpu", "-lc10", "-ldl", f"-Wl,-rpath,{folder}", "-o", str(program)],
         check=True,
     )  # fmt: skip
@@ -205,3 +207,5 @@ def test_a_server_without_python_gives_the_same_numbers_of_a_model(server, dlrm,
         for own in inputs[1:]:
             found = answer(server, model, "f2,i1,i1", own, libraries(name))
             assert torch.allclose(found, served(*own), atol=1e-6)
+    nothing = torch._inductor.aoti_load_package(str(package))(*inputs[0])
+    assert nothing.shape == served(*inputs[0]).shape
