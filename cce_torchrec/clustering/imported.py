@@ -164,12 +164,14 @@ def _drawn(config: CCEEmbeddingBagConfig, per_centroid: int | None) -> torch.Ten
     most = None if per_centroid is None else per_centroid * config.num_rows
     if most is None or most >= len(ids):
         return ids
+    # By hash, so that the same ids are drawn again, wherever the weight is.
     hash_ = hash_function(config.seed, config.name, 0, role=IMPORT_ROLE)
     return hash_.bits31(ids).topk(most, largest=False).indices.sort().values
 
 
 def _rows(weight: Any, ids: torch.Tensor, table: str) -> torch.Tensor:
     """Rows of the full table, float32 [ids, D]."""
+    # An array that numpy maps reads what is asked for, and no more.
     at = ids if isinstance(weight, torch.Tensor) else ids.numpy()
     rows = torch.as_tensor(weight[at]).detach().float().cpu()
     if not bool(torch.isfinite(rows).all()):
@@ -190,6 +192,7 @@ def _blocks(weight: Any, ids: int, table: str) -> Iterator[tuple[int, torch.Tens
 
 def _nearest(rows: torch.Tensor, book: torch.Tensor) -> torch.Tensor:
     """The nearest row of `book` to each of `rows`, int32."""
+    # By the engine of clusterings, so that codes are those that K-means would have given.
     points = TensorPoints(rows)
     return make_backend("auto", rows.device).prepare(points, book)(0, len(rows))
 
@@ -212,6 +215,7 @@ def import_curve(
     Bytes are those of all N ids; errors are of the ids that were looked at, evenly spread.
     """
     ids, dim = weight.shape
+    # Evenly spread, as neighbouring ids may be alike.
     step = -(-ids // most_ids)
     sample = _rows(weight, torch.arange(0, ids, step), "full")
     out = []

@@ -13,6 +13,7 @@ from cce_torchrec.inference.exported import (
     to_torchscript,
 )
 from cce_torchrec.inference.folder import load_inference, save_inference
+from cce_torchrec.inference.plain import plain_collection
 from cce_torchrec.inference.vectors import vectors_of, write_vectors
 
 __all__ = [
@@ -22,6 +23,7 @@ __all__ = [
     "inference_collection",
     "inference_model",
     "load_inference",
+    "plain_collection",
     "save_inference",
     "to_exported_program",
     "to_package",

@@ -138,12 +138,13 @@ def _example(served: Served, example: Tensors | None) -> Tensors:
     """
     count = _num_inputs(served)
     if example is None and isinstance(served, PackedLookup):
-        # Id 0 is everyone's.
+        # Id 0 is everyone's, and two rows are the fewest that programs are made from.
         values = torch.zeros(2 * count, dtype=torch.int64)
         return values, torch.ones_like(values)
     wanted = "dense, values and lengths" if isinstance(served, TensorInputs) else "values, lengths"
     if example is None:
         raise ValueError(f"give an example of the model's inputs: {wanted}, of two rows or more")
+    # One row would have a program made for one.
     rows, rest = divmod(example[-1 if isinstance(served, TensorInputs) else 1].numel(), count)
     if rest or rows < 2:
         raise ValueError(

@@ -266,6 +266,7 @@ def _check_golden(
     Raises:
         ValueError: they are others than when the export was written.
     """
+    # One by one, so that the message names the feature.
     for number, own in enumerate(golden):
         expected = torch.tensor(own["vectors"])
         found = _vectors(packed, number, own["ids"], lookup)

@@ -30,6 +30,7 @@ class FusedLookup(PackedLookup):
 
 def _numbers(packed: PackedTables) -> list[list[int]]:
     """The fields of `Feature` in _lookup.cpp, in its order, of each feature."""
+    # Read by position there: a field that is added here is one in the struct too.
     out, column = [], 0
     code_starts, row_starts = packed.code_starts, packed.row_starts
     for feature, table in zip(packed.features, packed.tables_of_features, strict=True):

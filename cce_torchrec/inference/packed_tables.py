@@ -228,6 +228,7 @@ def _stored_codes(codes: ChunkCodes | None) -> torch.Tensor | None:
     # Before the first clustering all codes are hashes, which are computed as fast as read.
     if codes is None or codes.codes is None or not codes.num_clusterings:
         return None
+    # Training packs groups of ids chunk by chunk, which are read by a word for each chunk.
     packed, packing, ids = codes.codes.detach().cpu(), codes.packing, len(codes.ids)
     out = torch.empty(-(-ids * len(codes.chunks) * packing.bits // 8), dtype=torch.uint8)
     for first in range(0, ids, _BLOCK):

@@ -51,7 +51,7 @@ class RowType:
 
     def is_finite(self, packed: torch.Tensor) -> bool:
         """Whether no value, or scale, of rows that `packed` made has overflowed."""
-        if self.bits == 32:
+        if self.bits == 32:  # as they were, which were finite
             return True
         halves = packed[:, :_SCALE_BYTES] if self.quantised else packed
         return bool(torch.isfinite(halves.contiguous().view(torch.float16)).all())

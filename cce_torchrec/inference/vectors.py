@@ -53,8 +53,7 @@ def write_vectors(served: Served, key: str, path: str | Path) -> Path:
         ValueError: an unknown `key`, raw ids, of which there is no list, another suffix, or a file
             that is there already.
     """
-    path, lookup = Path(path), _lookup(served, key)
-    feature = served.packed.features[_number(served, key)]
+    path, feature = Path(path), served.packed.features[_number(served, key)]
     if feature.raw_key is not None:
         raise ValueError(
             f"feature {key!r} has raw ids, any of 2^64; look up those that there are by vectors_of"
@@ -63,12 +62,12 @@ def write_vectors(served: Served, key: str, path: str | Path) -> Path:
         raise ValueError(f"{path}: vectors are written as {' or '.join(_WRITERS)}")
     if path.exists():
         raise ValueError(f"{path} is there already; give another name, or remove it")
-    count, writing = len(feature.ids), path.with_name(f".{path.name}.writing-{os.getpid()}")
+    shape = len(feature.ids), served.packed.tables[feature.table].dim
+    writing = path.with_name(f".{path.name}.writing-{os.getpid()}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        size = max(16, _BLOCK_BYTES[path.suffix] // (4 * lookup.total_dim))
-        blocks = _blocks(lookup, count, size, key)
-        _WRITERS[path.suffix](writing, blocks, (count, lookup.total_dim))
+        blocks = blocks_of(served, key, _BLOCK_BYTES[path.suffix])
+        _WRITERS[path.suffix](writing, blocks, shape)
         writing.rename(path)
     except OSError as error:
         raise ValueError(f"{path} cannot be written ({error})") from error
@@ -91,10 +90,16 @@ def _lookup(served: Served, key: str) -> PackedLookup:
     return lookup_type("auto")(packed)
 
 
-def _blocks(
-    lookup: PackedLookup, count: int, size: int, key: str
+def blocks_of(
+    served: Served, key: str, nbytes: int = 1 << 20
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """Ids and vectors of `count` ids, `size` at once, with a bar where a person is looking on."""
+    """Ids and vectors of all ids of a feature, about `nbytes` of vectors at once.
+
+    With a bar where a person is looking on.
+    """
+    lookup = _lookup(served, key)
+    count = len(served.packed.features[_number(served, key)].ids)
+    size = max(16, nbytes // (4 * lookup.total_dim))
     bar = tqdm(total=count, desc=key, unit="id", leave=False, disable=not sys.stderr.isatty())
     ones = torch.ones(min(count, size), dtype=torch.int64)
     for first in range(0, count, size):

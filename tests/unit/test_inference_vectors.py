@@ -3,11 +3,17 @@
 import numpy as np
 import pytest
 import torch
-from torchrec import KeyedJaggedTensor
+from torchrec import EmbeddingBagCollection, KeyedJaggedTensor, PoolingType
 
-from cce_torchrec import cluster
-from cce_torchrec.inference import inference_collection, vectors, vectors_of, write_vectors
-from tests.support.inference import LIMITS, many_tables
+from cce_torchrec import CCEEmbeddingBagCollection, cluster
+from cce_torchrec.inference import (
+    inference_collection,
+    plain_collection,
+    vectors,
+    vectors_of,
+    write_vectors,
+)
+from tests.support.inference import LIMITS, batch_of, many_tables
 
 
 @pytest.fixture(scope="module")
@@ -79,3 +85,30 @@ def test_what_cannot_be_written_is_refused(trained, tmp_path, monkeypatch):
     with pytest.raises(ValueError, match=r"two\.npy cannot be written \(No space left"):
         write_vectors(served, "f", tmp_path / "two.npy")
     assert [file.name for file in tmp_path.iterdir()] == ["one.npy"]
+
+
+@pytest.mark.parametrize("is_weighted", [False, True])
+def test_a_plain_collection_gives_the_same(is_weighted):
+    torch.manual_seed(0)
+    names = {"a", "plain", "wide", "ce", "restarted", "joint"}
+    tables = [
+        table
+        for table in many_tables().embedding_bag_configs()
+        if table.name in names and not (is_weighted and table.pooling == PoolingType.MEAN)
+    ]
+    collection = CCEEmbeddingBagCollection(tables, is_weighted=is_weighted)
+    cluster(collection)
+    plain = plain_collection(collection)
+    assert type(plain) is EmbeddingBagCollection
+    batch = batch_of(collection, 9)
+    found, wanted = plain(batch), collection(batch)
+    assert found.keys() == wanted.keys()
+    assert torch.allclose(found.values(), wanted.values(), atol=1e-6)
+    assert [config.name for config in plain.embedding_bag_configs()][-2:] == ["joint_x", "joint_y"]
+
+
+def test_what_has_no_plain_form_is_refused():
+    with pytest.raises(ValueError, match="no mean of weighted bags"):
+        plain_collection(many_tables(is_weighted=True))
+    with pytest.raises(ValueError, match="table 'raw' has raw ids"):
+        plain_collection(many_tables())
