@@ -168,6 +168,8 @@ class PackedTables:
     @classmethod
     def of(cls, collection: CCEEmbeddingBagCollection, row_type: RowType) -> PackedTables:
         """What serving keeps of a trained `collection`, its rows stored as `row_type`."""
+        if not collection.tables:
+            raise ValueError("the collection has no tables to pack")
         collection.restore_main()  # which an optimizer may have moved since the last lookup
         bags = collection.embedding_bag_collection.embedding_bags
         tables, codes, rows = [], [], []

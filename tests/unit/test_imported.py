@@ -74,7 +74,8 @@ def test_counts_move_the_error_to_rare_ids():
     import_table(plain, "t", weight, samples_per_centroid=None)
     report = import_table(weighted, "t", weight, counts=counts, samples_per_centroid=None)
     assert report.error == pytest.approx(relative(looked_up(weighted), weight, counts), rel=1e-5)
-    assert report.error < relative(looked_up(plain), weight, counts)
+    # .908 of it: K-means by counts, and not rounding, makes the difference.
+    assert report.error < 0.95 * relative(looked_up(plain), weight, counts)
 
 
 def test_few_different_rows_are_kept_as_they_are():

@@ -312,6 +312,8 @@ def test_quantised_models_are_not_packed():
 
 
 def test_what_cannot_be_packed_is_refused():
+    with pytest.raises(ValueError, match="the collection has no tables to pack"):
+        inference_collection(CCEEmbeddingBagCollection([]))
     with pytest.raises(ValueError, match="Linear is no CCE collection"):
         inference_collection(torch.nn.Linear(1, 1))
     with pytest.raises(ValueError, match="Linear has no CCE collection"):
