@@ -38,7 +38,8 @@ def before_threads_end(call: Callable[[], Any]) -> None:
     """Has `call` called when the program ends, before Python stops its executors' threads.
 
     `atexit` comes after that, when clients of object stores, which use such threads, fail. Without
-    it, a checkpoint that is on its way to an object store when the program ends is lost.
+    it, a checkpoint that is on its way to an object store when the program ends is lost (as it is
+    from Python 3.12 on, where no thread starts any more by then).
     """
     threading._register_atexit(call)  # type: ignore[attr-defined]  # in no stub
 

@@ -61,6 +61,7 @@ def _measure(part: Part, setting: Setting, rate: float) -> None:
     profile = profiled(calls, part.device)
     moved = bytes_of(setting, arrived[0][0], sharded._expand(context, _again(arrived[0]))[0])
     floor = 1e3 * sum(moved.values()) / rate
+    reads = _random_reads(part, setting, len(calls))
     part.add(
         "milliseconds an expansion",
         {
@@ -69,6 +70,8 @@ def _measure(part: Part, setting: Setting, rate: float) -> None:
             "ms": milliseconds,
             "ms of a copy of its bytes": floor,
             "over the copy": milliseconds / floor,
+            "ms of a random read an id": reads,
+            "over the reads": None if reads is None else milliseconds / reads,
             "kernels ms": profile.milliseconds,
             "kernels over the copy": profile.milliseconds / floor,
             "launches": profile.launches,
@@ -80,6 +83,14 @@ def _measure(part: Part, setting: Setting, rate: float) -> None:
     )
     what = f"expansion, {setting.tables} x {setting.batch * setting.bag} ids / its bytes copied"
     part.goal(what, milliseconds / floor, GOAL)
+
+
+def _random_reads(part: Part, setting: Setting, calls: int) -> float | None:
+    if not part.on_gpu:
+        return None
+    from benchmarks.gpu_parts import random_reads  # here: Triton may not be installed
+
+    return random_reads.milliseconds(setting, part.device, calls)
 
 
 def _again(arrived: KJTList) -> KJTList:

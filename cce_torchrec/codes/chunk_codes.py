@@ -25,11 +25,10 @@ from cce_torchrec.codes.storage import (
     mark_seen,
     no_seen_ids,
 )
-from cce_torchrec.codes.written import Written
 from cce_torchrec.config import CCEEmbeddingBagConfig
 from cce_torchrec.packing import CodePacking
 from cce_torchrec.table import Table
-from cce_torchrec.torchrec_internals import buffers_of
+from cce_torchrec.torchrec_internals import buffers_of, version_of
 
 
 class ChunkCodes(nn.Module):
@@ -74,7 +73,7 @@ class ChunkCodes(nn.Module):
         # By which a load tells main from helper rows: codebooks have both in one tensor.
         helper = torch.tensor(config.helper_rows, dtype=torch.int64, device=device)
         self.register_buffer("num_helper_rows", helper)
-        self._counted: tuple[Written, int] | None = None
+        self._counted: tuple[torch.Tensor, int | None, int] | None = None
         self._hashes: dict[tuple[int, torch.device], torch.Tensor] = {}
 
     @property
@@ -108,9 +107,11 @@ class ChunkCodes(nn.Module):
             return int(count.item())
         if count.is_meta:  # which has the initial hash
             return 0
-        if self._counted is None or not self._counted[0].is_current([count]):
-            self._counted = Written([count]), int(count)
-        return self._counted[1]
+        # As `Written` does it, of a single buffer: every batch asks for each table.
+        version, known = version_of(count), self._counted
+        if known is None or known[0] is not count or version is None or known[1] != version:
+            known = self._counted = count, version, int(count)
+        return known[2]
 
     def set_clusterings(self, rounds: int) -> None:
         """Sets the number of clusterings, and so the helper's hash."""
@@ -173,8 +174,9 @@ class ChunkCodes(nn.Module):
 
     def begin_batch(self) -> None:
         """A batch of training is looked up next; every rank calls it, whatever it has of it."""
-        if self.batches is not None and self.counting:
-            self.batches.add_(1)
+        batches = buffers_of(self)["batches"]
+        if batches is not None and self.counting:
+            batches.add_(1)
 
     @property
     def counting(self) -> bool:

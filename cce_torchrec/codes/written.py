@@ -28,12 +28,17 @@ class Written:
 
     def is_unchanged(self) -> bool:
         """Whether none of them was written since."""
-        now = [version_of(tensor) for tensor in self._tensors]
-        return now == self._versions and None not in now
+        # A loop, as every batch asks for each table, and comprehensions take twice as long.
+        for tensor, version in zip(self._tensors, self._versions, strict=True):
+            if version is None or version_of(tensor) != version:
+                return False
+        return True
 
     def is_current(self, tensors: Sequence[torch.Tensor]) -> bool:
         """Whether `tensors` are the same ones, and none was written since."""
-        same = len(tensors) == len(self._tensors) and all(
-            a is b for a, b in zip(tensors, self._tensors, strict=True)
-        )
-        return same and self.is_unchanged()
+        if len(tensors) != len(self._tensors):
+            return False
+        for given, own in zip(tensors, self._tensors, strict=True):
+            if given is not own:
+                return False
+        return self.is_unchanged()

@@ -51,6 +51,7 @@ class Lookup:
         """Where chunks, features and the tables of logical features start in `numbers`."""
         self.num_tables, self.num_features = len(tables), len(table_of)
         self.num_out_features = len(features)
+        self.padded_features = triton.next_power_of_2(self.num_features)
         self.most_chunks = max(table[8] for table in tables)
         self.most_copies = max(table[13] for table in tables)
         """Rows per id of the table that has most of them."""
@@ -127,12 +128,12 @@ def expand(
         starts, out_starts = _find_starts(lookup, bags)
         step = 1
     num_values = ids.numel()
-    row_programs = triton.cdiv(num_values, _VALUES)
+    row_programs = -(-num_values // _VALUES)  # triton.cdiv takes the host microseconds
     long = bags.stride >= _BAGS  # then a program has bags of one feature, and reads its fields once
     bag_programs = (
-        lookup.num_out_features * triton.cdiv(bags.stride, _BAGS)
+        lookup.num_out_features * -(-bags.stride // _BAGS)
         if long
-        else max(1, triton.cdiv(bags.num_out, _BAGS))
+        else max(1, -(-bags.num_out // _BAGS))
     )
     # With many ids for each table, most programs have ids of one table and read its fields once;
     # with few, each id looks for its own.
@@ -142,7 +143,7 @@ def expand(
         lookup.numbers, out, out_weights, offsets, invalid, first_bad, *lookup.places, num_values,
         out.numel(), lookup.num_features, lookup.num_out_features, lookup.num_tables, bags.num_out,
         bags.stride, step, row_programs, lookup.most_copies,
-        FEATURES=triton.next_power_of_2(lookup.num_features), EXACT=exact,
+        FEATURES=lookup.padded_features, EXACT=exact,
         CHUNKS=lookup.most_chunks, STEPS=lookup.num_features.bit_length(),
         BAG_STEPS=lookup.num_out_features.bit_length() if variable else 0,
         VALUES=_VALUES, BAGS=_BAGS, CODE_BITS=lookup.code_bits, ROW_BYTES=lookup.row_bytes,

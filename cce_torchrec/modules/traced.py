@@ -103,7 +103,10 @@ class Bags(Protocol):
 
 def is_traced(features: Any) -> bool:
     """Whether `features` are those of a graph that torch.fx, or torch.export, is recording."""
-    return isinstance(features, torch.fx.Proxy) or torch.compiler.is_exporting()
+    if isinstance(features, torch.fx.Proxy):
+        return True
+    # While Dynamo traces, torch 2.11 says that it exports whatever it does.
+    return torch.compiler.is_exporting() and not torch.compiler.is_dynamo_compiling()
 
 
 def pooled(bags: Bags, features: KeyedJaggedTensor) -> KeyedTensor:

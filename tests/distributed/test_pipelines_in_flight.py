@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from functools import partial
 from unittest import mock
 
@@ -14,11 +15,11 @@ from torchrec.distributed.train_pipeline import (
     SparseDataDistUtil,
     StagedTrainPipeline,
     TrainPipelineFusedSparseDist,
+    experimental_pipelines,
 )
 from torchrec.distributed.train_pipeline.experimental_pipelines import (
     EvalPipelineCPUSparse,
     TrainEvalHybridPipelineBase,
-    TrainPipelinePrefetchEMS,
     TrainPipelineSparseDistBwdOpt,
     TrainPipelineSparseDistEmbStash,
     TrainPipelineSparseDistOptStash,
@@ -68,8 +69,10 @@ TRAIN = {
     "threads": TrainPipelineSparseDistT,
     "hybrid": TrainEvalHybridPipelineBase,
     "stash": partial(stashing, TrainPipelineSparseDistEmbStash, site_fqn="over"),
-    "stash, prefetch": partial(stashing, TrainPipelinePrefetchEMS, site_fqn="over"),
 }
+if hasattr(experimental_pipelines, "TrainPipelinePrefetchEMS"):  # not in torchrec 1.6
+    make = experimental_pipelines.TrainPipelinePrefetchEMS
+    TRAIN["stash, prefetch"] = partial(stashing, make, site_fqn="over")
 # They hook the exchange of outputs, which a rank that is alone does not have: TorchRec's own
 # collections are refused there too.
 TRAIN_HOOKED = {
@@ -121,6 +124,9 @@ EVAL = {
         1,
     ),
 }
+ahead = "enable_embedding_lookup_prefetch"
+if ahead not in inspect.signature(TrainPipelineFusedSparseDist.__init__).parameters:
+    del EVAL["fused, ahead"]  # torchrec 1.6 has no such option
 
 
 @on_ranks(2)

@@ -648,6 +648,9 @@ def write(ranks):
 PendingCheckpoint(write, Ranks(None))
 """
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    if sys.version_info >= (3, 12):  # which starts no thread once a program ends
+        assert "a checkpoint was not written: can't create new thread" in done.stderr
+        return
     assert done.stdout == "written\n", done.stderr
 
 

@@ -140,3 +140,10 @@ def test_passes_over_ids(name, new_codes):
     names = kernel.arg_names
     constants = {key: value for key, value in constants.items() if key in names}
     compile_for_h100(kernel, {k: v for k, v in types.items() if k in names}, constants)
+
+
+def test_random_reads_of_the_benchmark():
+    from benchmarks.gpu_parts.random_reads import read
+
+    types = {"ids_ptr": "*i64", "words_ptr": "*i64", "out_ptr": "*i64", "count": "i32"}
+    compile_for_h100(read, types, {"VALUES": 512}, num_warps=8)
