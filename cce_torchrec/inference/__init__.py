@@ -14,17 +14,21 @@ from cce_torchrec.inference.exported import (
 )
 from cce_torchrec.inference.folder import load_inference, save_inference
 from cce_torchrec.inference.plain import plain_collection
+from cce_torchrec.inference.sizes import Sizes, TableSizes, sizes_of
 from cce_torchrec.inference.vectors import vectors_of, write_vectors
 
 __all__ = [
     "InferenceEmbeddingBagCollection",
     "InferenceEmbeddingCollection",
+    "Sizes",
+    "TableSizes",
     "TensorInputs",
     "inference_collection",
     "inference_model",
     "load_inference",
     "plain_collection",
     "save_inference",
+    "sizes_of",
     "to_exported_program",
     "to_package",
     "to_torchscript",

@@ -108,8 +108,9 @@ def load_inference(
 
     Raises:
         ValueError: no such folder, one that is still being written or of another format, or a file
-            that is missing, cut short or damaged. Other versions of torch, FBGEMM or TorchRec are
-            logged.
+            that is missing, cut short or damaged. One that other versions of torch, FBGEMM or
+            TorchRec wrote is logged where golden rows can tell whether it is right, and refused
+            without `check`.
         RuntimeError: see `inference_collection`.
     """
     folder = Path(folder)
@@ -164,9 +165,12 @@ def _golden(collection: Served) -> list[dict[str, Any]]:
 
 
 def _vectors(packed: PackedTables, number: int, ids: list[int], lookup: str) -> torch.Tensor:
-    """The vectors [ids, D] of `ids` of a feature."""
+    """Of a feature the vectors of `ids` each by itself, and of all in one bag, [ids + 1, D]."""
     own = lookup_type(lookup)(packed.only(number))
-    return own(torch.tensor(ids), torch.ones(len(ids), dtype=torch.int64))
+    # By unequal weights, so that a pooling that is not the table's is seen.
+    weights = torch.arange(1.0, 1 + 2 * len(ids)) if packed.is_weighted else None
+    lengths = torch.tensor([1] * len(ids) + [len(ids)])
+    return own(torch.tensor(ids * 2), lengths, weights)
 
 
 def _checksum(described: dict[str, Any]) -> int:
@@ -200,12 +204,13 @@ def _manifest(folder: Path, check: bool) -> dict[str, Any]:
         raise ValueError(f"{file} is damaged (its checksum differs); copy the whole export again")
     versions = found.get("versions")
     if versions != installed_versions():
-        logger.warning(
-            "%s was written with %s, and is read with %s: what golden rows say counts",
-            folder,
-            versions,
-            installed_versions(),
-        )
+        differ = f"{folder} was written with {versions}, and is read with {installed_versions()}"
+        if not check:
+            raise ValueError(
+                f"{differ}: load it with check=True, so that golden rows tell whether it is right, "
+                "or write it again with the versions that are installed here"
+            )
+        logger.warning("%s: what golden rows say counts", differ)
     return found
 
 

@@ -178,6 +178,28 @@ def test_other_versions_are_told(copied, caplog):
     assert "was written with {'torch': '1.0'" in caplog.text
 
 
+def test_other_versions_are_refused_where_nothing_is_checked(copied):
+    manifest = copied / "manifest.json"
+    found = json.loads(manifest.read_text())
+    found["versions"]["fbgemm"] = "1.0"
+    manifest.write_text(json.dumps(found))
+    with pytest.raises(ValueError, match=r"was written with .*'1\.0'.* load it with check=True"):
+        load_inference(copied, check=False)
+
+
+def test_golden_rows_see_what_bags_are_pooled_by(copied):
+    """Not what one id of each table is alone."""
+    manifest = copied / "manifest.json"
+    found = json.loads(manifest.read_text())
+    assert any(own["mean"] for own in found["features"])
+    for own in found["features"]:
+        own["mean"] = False
+    found["crc32"] = folders._checksum(found)
+    manifest.write_text(json.dumps(found))
+    with pytest.raises(ValueError, match=r"is off by .* from what it was"):
+        load_inference(copied)
+
+
 def test_golden_rows_find_what_checksums_do_not(copied):
     manifest = copied / "manifest.json"
     found = json.loads(manifest.read_text())
