@@ -314,8 +314,24 @@ def sizes_are_any() -> Any:
     return fx_config.patch(backed_size_oblivious=True)  # type: ignore[attr-defined]  # added later
 
 
-def compile_package(program: ExportedProgram, path: Path) -> Path:
-    """Compiles `program` by AOTInductor into the file `path`."""
+def compile_package(program: ExportedProgram, path: Path, metadata: dict[str, str]) -> Path:
+    """Compiles `program` by AOTInductor into the file `path`, which says `metadata` too."""
     from torch import _inductor  # here: it takes a second to load
 
-    return Path(_inductor.aoti_compile_and_package(program, package_path=str(path)))
+    options = {"aot_inductor.metadata": metadata}
+    made = _inductor.aoti_compile_and_package(
+        program, package_path=str(path), inductor_configs=options
+    )
+    return Path(made)
+
+
+def load_package(path: Path) -> Any:
+    """What `compile_package` wrote, to be called with tensors."""
+    from torch import _inductor
+
+    return _inductor.aoti_load_package(str(path))
+
+
+def package_metadata(package: Any) -> dict[str, str]:
+    """What `compile_package` was told to write, and torch's own."""
+    return dict(package.loader.get_metadata())

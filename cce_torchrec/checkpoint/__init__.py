@@ -5,6 +5,7 @@ from cce_torchrec.versions import check_installation
 check_installation()  # before TorchRec is loaded, whose errors do not say what to do
 
 from cce_torchrec.checkpoint.folder import latest_checkpoint  # noqa: E402
+from cce_torchrec.checkpoint.full_table import full_table  # noqa: E402
 from cce_torchrec.checkpoint.info import CheckpointInfo, checkpoint_info  # noqa: E402
 from cce_torchrec.checkpoint.load import load_checkpoint  # noqa: E402
 from cce_torchrec.checkpoint.load_report import LoadReport  # noqa: E402
@@ -18,6 +19,7 @@ __all__ = [
     "PendingCheckpoint",
     "TrainingProgress",
     "checkpoint_info",
+    "full_table",
     "latest_checkpoint",
     "load_checkpoint",
     "save_checkpoint",

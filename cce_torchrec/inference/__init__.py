@@ -6,6 +6,7 @@ from cce_torchrec.inference.collection import (
     inference_collection,
     inference_model,
 )
+from cce_torchrec.inference.examples import write_examples
 from cce_torchrec.inference.exported import (
     TensorInputs,
     to_exported_program,
@@ -33,5 +34,6 @@ __all__ = [
     "to_package",
     "to_torchscript",
     "vectors_of",
+    "write_examples",
     "write_vectors",
 ]

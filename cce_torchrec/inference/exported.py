@@ -17,6 +17,7 @@ from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
 from cce_torchrec.inference.lookup import PackedLookup
 from cce_torchrec.torchrec_internals import compile_package, sizes_are_any
+from cce_torchrec.versions import installed_versions
 
 
 class TensorInputs(nn.Module):
@@ -123,7 +124,8 @@ def to_package(served: Served, path: str | Path, example: Tensors | None = None)
 
     Takes some 10 seconds and a C++ compiler. See `to_torchscript` for the arguments and errors.
     """
-    return compile_package(to_exported_program(served, example), Path(path))
+    program = to_exported_program(served, example)
+    return compile_package(program, Path(path), installed_versions())
 
 
 def _num_inputs(served: Served) -> int:

@@ -47,18 +47,18 @@ def load() -> None:
     Raises:
         RuntimeError: it cannot, with the reason and the remedy.
     """
-    problem = _problem()
-    if problem is not None:
-        raise RuntimeError(problem)
+    why = problem()
+    if why is not None:
+        raise RuntimeError(why)
 
 
 def available() -> bool:
     """Whether there is the library, or a compiler that can build it."""
-    return _problem() is None
+    return problem() is None
 
 
 @functools.cache
-def _problem() -> str | None:
+def problem() -> str | None:
     """Why torch does not know the operator: found out once, as a build takes seconds."""
     # A server may have loaded a copy, and torch takes no second one.
     if hasattr(torch.ops.cce_inference, "lookup"):

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
 import importlib
-import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,6 +12,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+from cce_torchrec.checkpoint.whole_file import whole_file
 from cce_torchrec.inference.collection import (
     InferenceEmbeddingBagCollection,
     InferenceEmbeddingCollection,
@@ -63,17 +62,9 @@ def write_vectors(served: Served, key: str, path: str | Path) -> Path:
     if path.exists():
         raise ValueError(f"{path} is there already; give another name, or remove it")
     shape = len(feature.ids), served.packed.tables[feature.table].dim
-    writing = path.with_name(f".{path.name}.writing-{os.getpid()}")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        blocks = blocks_of(served, key, _BLOCK_BYTES[path.suffix])
+    blocks = blocks_of(served, key, _BLOCK_BYTES[path.suffix])
+    with whole_file(path) as writing:
         _WRITERS[path.suffix](writing, blocks, shape)
-        writing.rename(path)
-    except OSError as error:
-        raise ValueError(f"{path} cannot be written ({error})") from error
-    finally:
-        with contextlib.suppress(OSError):
-            writing.unlink(missing_ok=True)
     return path
 
 

@@ -1,0 +1,249 @@
+"""The trained weight of a plain table, wherever a job has left it."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from torch import nn
+from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
+from torchrec.distributed.types import ShardedTensor
+
+from cce_torchrec.checkpoint import folder as folders
+from cce_torchrec.checkpoint.location import location, store_of
+from cce_torchrec.checkpoint.tensor_files import TensorReader
+from cce_torchrec.checkpoint.whole_file import whole_file
+from cce_torchrec.collectives import Ranks
+
+_BLOCK = 1 << 16
+"""Rows that are copied at once."""
+_NESTED = 3
+"""Levels of dictionaries in which a file may have the state dict."""
+
+Weight = torch.Tensor | np.ndarray[Any, Any]
+
+
+def full_table(
+    source: nn.Module | Mapping[str, Any] | str | Path,
+    table: str,
+    *,
+    file: str | Path | None = None,
+    process_group: dist.ProcessGroup | None = None,
+) -> Weight:
+    """The weight [N, D] of the plain table `table`, for `import_table`; it is not changed.
+
+    Args:
+        source: a model or a state dict, of a job on one device or, on all ranks together, of a
+            sharded one; or a path: a file of torch.save, safetensors or numpy, a checkpoint of this
+            package, or one of torch.distributed.checkpoint.
+        table: its name, as `embedding_bags.NAME.weight` or `embeddings.NAME.weight` have it
+            anywhere in a state dict, or the whole key.
+        file: `.npy` on a disk that all ranks see, where the weight is put together, and which is
+            mapped: needed for shards, and otherwise saves memory where a checkpoint is read.
+        process_group: ranks that share the tables of a sharded source; default: all.
+
+    Returns:
+        A tensor, or an array that numpy maps.
+
+    Raises:
+        ValueError: no such table, or several; a file that cannot be read, or is there already.
+    """
+    if isinstance(source, str | Path):
+        return _from_path(location(source), table, file)
+    state = source.state_dict() if isinstance(source, nn.Module) else source
+    return _from_state(state, table, file, process_group)
+
+
+def _from_state(
+    state: Mapping[str, Any],
+    table: str,
+    file: str | Path | None,
+    process_group: dist.ProcessGroup | None = None,
+) -> Weight:
+    value = state[_key(list(state), table)]
+    if isinstance(value, ShardedTensor):
+        return _put_together(value, table, file, process_group)
+    if type(value) not in (torch.Tensor, nn.Parameter):  # a DTensor, say
+        raise ValueError(
+            f"table {table!r} is a {type(value).__name__}; save the job by "
+            "torch.distributed.checkpoint, and give that folder"
+        )
+    return _checked(value.detach(), table)
+
+
+def _key(keys: list[str], table: str) -> str:
+    """The key of the table's weight.
+
+    Raises:
+        ValueError: there is none, or there are several.
+    """
+    if table in keys:
+        return table
+    ends = tuple(f"{kind}.{table}.weight" for kind in ("embedding_bags", "embeddings"))
+    own = [key for key in keys if key.endswith(ends)]
+    found = [key for key in own if key in ends or key.endswith(tuple(f".{end}" for end in ends))]
+    if len(found) == 1:
+        return found[0]
+    weights = sorted(key for key in keys if key.endswith(".weight"))[:20]
+    what = f"{len(found)} tables {table!r}: {sorted(found)}" if found else f"no table {table!r}"
+    raise ValueError(f"there is {what}; give one of these keys: {found or weights}")
+
+
+def _checked(value: torch.Tensor, table: str) -> torch.Tensor:
+    if value.ndim != 2 or not value.is_floating_point():
+        raise ValueError(
+            f"{table!r} is {value.dtype} {list(value.shape)}, and a table is [ids, embedding_dim] "
+            "of floating point"
+        )
+    return value
+
+
+def _from_path(path: Path, table: str, file: str | Path | None) -> Weight:
+    if not path.exists():
+        raise ValueError(f"{path} is not there")
+    if path.is_dir() or store_of(path) is not None:
+        return _from_folder(path, table, file)
+    readers: dict[str, Callable[[Path], Any]] = {".npy": _npy, ".safetensors": _safetensors}
+    try:
+        found = readers.get(path.suffix, _torch_file)(path)
+    except ValueError:
+        raise
+    except Exception as error:  # of any kind: the unpickler's, the system's
+        first = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise ValueError(
+            f"{path} is no weight, state dict or checkpoint that can be read ({first})"
+        ) from error
+    if not isinstance(found, Mapping):
+        return found if isinstance(found, np.ndarray) else _checked(found, table)
+    return _from_state(_flat(found), table, file)
+
+
+def _npy(path: Path) -> Any:
+    found = np.load(path, mmap_mode="r")
+    if found.ndim != 2 or found.dtype.kind != "f":
+        raise ValueError(f"{path} is {found.dtype} {list(found.shape)}, and a table is [ids, D]")
+    return found
+
+
+def _safetensors(path: Path) -> Any:
+    try:
+        return importlib.import_module("safetensors.torch").load_file(path)
+    except ImportError as error:
+        raise ValueError(f"{path} needs safetensors; pip install safetensors") from error
+
+
+def _torch_file(path: Path) -> Any:
+    return torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+
+
+def _flat(found: Mapping[str, Any], level: int = 0) -> dict[str, Any]:
+    """Tensors by key; `{"model": state_dict, ...}` and the like are common."""
+    out: dict[str, Any] = {}
+    for key, value in found.items():
+        if isinstance(value, Mapping) and level < _NESTED:
+            out |= {f"{key}.{name}": own for name, own in _flat(value, level + 1).items()}
+        else:
+            out[str(key)] = value
+    return out
+
+
+def _from_folder(path: Path, table: str, file: str | Path | None) -> Weight:
+    reader, metadata = _reader(path)
+    tensors = {
+        key: entry
+        for key, entry in metadata.state_dict_metadata.items()
+        if isinstance(entry, TensorStorageMetadata)
+    }
+    key = _key(list(tensors), table)
+    size, dtype = tensors[key].size, tensors[key].properties.dtype
+    _checked(torch.empty(size, dtype=dtype, device="meta"), table)
+
+    def read(into: torch.Tensor) -> None:
+        dcp.load({key: into}, storage_reader=reader, no_dist=True)
+
+    if file is None:
+        value = torch.empty(size, dtype=dtype)
+        read(value)
+        return value
+    if dtype not in (torch.float32, torch.float16, torch.float64):
+        raise ValueError(f"table {table!r} is {dtype}, which .npy has not; leave `file` out")
+    with whole_file(_new(file)) as writing:
+        read(torch.from_numpy(_mapped(writing, tuple(size), dtype)))
+    return np.load(file, mmap_mode="r")  # type: ignore[no-any-return]  # an array
+
+
+def _reader(path: Path) -> tuple[Any, Metadata]:
+    """What reads a checkpoint, of this package or of another job."""
+    try:
+        found = folders.find(path)
+    except ValueError:
+        if store_of(path) is not None or not (path / ".metadata").exists():
+            raise
+        reader = dcp.FileSystemReader(path)
+        return reader, reader.read_metadata()
+    own = TensorReader(found, folders.read_manifest(found).files, {})
+    return own, own.read_metadata()
+
+
+def _put_together(
+    value: ShardedTensor,
+    table: str,
+    file: str | Path | None,
+    process_group: dist.ProcessGroup | None,
+) -> Weight:
+    """The shards of all ranks in one file, each written by the rank that has it."""
+    if file is None:
+        raise ValueError(
+            f"table {table!r} is sharded; give file=, an .npy on a disk that all ranks see, where "
+            "its shards are put together"
+        )
+    ranks, size = Ranks(process_group), tuple(value.metadata().size)
+    path = ranks.first(lambda: _new(file))
+    writing = path.with_name(f".{path.stem}.shards{path.suffix}")
+    try:
+        # As float32, which numpy has; of other types it holds every value.
+        ranks.first(lambda: _mapped(writing, size, torch.float32).flush())
+        ranks.each(lambda: _write_shards(value, writing))
+        ranks.first(lambda: writing.rename(path))
+    finally:
+        if ranks.rank == 0:
+            writing.unlink(missing_ok=True)
+    return np.load(path, mmap_mode="r")  # type: ignore[no-any-return]  # an array
+
+
+def _new(file: str | Path) -> Path:
+    path = Path(file)
+    if path.suffix != ".npy":
+        raise ValueError(f"{path}: a weight is put together in an .npy")
+    if path.exists():
+        raise ValueError(f"{path} is there already; give another name, or remove it")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    return path
+
+
+def _mapped(file: Path, shape: tuple[int, ...], dtype: torch.dtype) -> Any:
+    kind = str(dtype).removeprefix("torch.")
+    return np.lib.format.open_memmap(file, mode="w+", dtype=kind, shape=shape)
+
+
+def _write_shards(value: ShardedTensor, file: Path) -> None:
+    out = np.load(file, mmap_mode="r+")
+    for first_row, first_column, block in _blocks(value):
+        rows, columns = block.shape
+        out[first_row : first_row + rows, first_column : first_column + columns] = block.numpy()
+    out.flush()
+
+
+def _blocks(value: ShardedTensor) -> Iterator[tuple[int, int, torch.Tensor]]:
+    """First row, first column and values of the parts that this rank has."""
+    for shard in value.local_shards():
+        row, column = shard.metadata.shard_offsets
+        for block in shard.tensor.detach().split(_BLOCK):
+            yield row, column, block.float().cpu()
+            row += len(block)

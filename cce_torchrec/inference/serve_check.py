@@ -1,0 +1,255 @@
+"""`python -m cce_torchrec.inference.serve_check EXPORT --data FILE`: is an export what was trained?
+
+Loads the export as a server would, in this process, which has none of what trained it: verifies
+checksums and golden rows, scores the examples of FILE, compares them with what the trained model
+gave (`write_examples`), and prints times. Exit status 1, with one sentence, where anything is
+wrong.
+
+EXPORT is a folder of `save_inference`, TorchScript (.pt) or an AOTInductor package (.pt2).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import sys
+import time
+import zipfile
+import zlib
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from cce_torchrec.inference import native
+from cce_torchrec.inference.collection import InferenceEmbeddingBagCollection
+from cce_torchrec.inference.examples import Examples, read_examples
+from cce_torchrec.inference.folder import load_inference
+from cce_torchrec.torchrec_internals import load_package, package_metadata
+from cce_torchrec.versions import check_installation, installed_versions
+
+_DAMAGED = (
+    OSError, EOFError, RuntimeError, NotImplementedError, zipfile.BadZipFile, zlib.error,
+)  # fmt: skip
+"""What reading a damaged zip file raises, by where it is damaged."""
+Score = Callable[[Examples], torch.Tensor]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ServeReport:
+    """What `check_export` has found; prints as sentences."""
+
+    export: str
+    verified: str
+    """What was compared before any example was scored."""
+    rows: int
+    batch_size: int
+    difference: float | None
+    """Largest one from what the trained model gave; None where the file does not say."""
+    tolerance: float
+    load_seconds: float
+    batch_microseconds: float
+    """Median of the batches, the first one not counted where there are more."""
+
+    @property
+    def ok(self) -> bool:
+        """Whether the export gives what the trained model does, within the tolerance."""
+        # Not a number is within no tolerance.
+        return self.difference is None or self.difference <= self.tolerance
+
+    def __str__(self) -> str:
+        said = f"{self.rows:,} examples in batches of {self.batch_size:,}"
+        if self.difference is None:
+            compared = f"{said}: compared with nothing, as the file has no trained outputs"
+        else:
+            compared = (
+                f"{said}: off by {self.difference:.3g} at most from the trained model, where "
+                f"{self.tolerance:.3g} may be: {'right' if self.ok else 'WRONG'}"
+            )
+        rate = 1e6 * self.batch_size / self.batch_microseconds
+        return (
+            f"{self.export}: {self.verified}\n{compared}\nloaded in {self.load_seconds:.2f} s; "
+            f"{self.batch_microseconds:,.0f} microseconds a batch (median), {rate:,.0f} examples a "
+            "second"
+        )
+
+
+def check_export(
+    export: str | Path,
+    data: str | Path,
+    *,
+    batch_size: int = 64,
+    tolerance: float | None = None,
+    lookup: str = "auto",
+) -> ServeReport:
+    """Loads `export`, and compares what it gives for the examples of `data`.
+
+    Args:
+        export: a folder of `save_inference`, TorchScript (.pt) or an AOTInductor package (.pt2).
+        data: see `read_examples`.
+        batch_size: examples at a time.
+        tolerance: largest difference; default: that of the file.
+        lookup: of a folder, see `inference_collection`.
+
+    Raises:
+        ValueError: an export or file that is missing, damaged, of other versions or for other
+            features, or a missing library, each with what to do.
+    """
+    export = Path(export)
+    if batch_size < 1:
+        raise ValueError(f"batch_size {batch_size} must be 1 or more")
+    if not export.exists():
+        raise ValueError(f"{export} is not there")
+    began = time.perf_counter()
+    score, verified, features = _loaded(export, lookup)
+    load_seconds = time.perf_counter() - began
+    examples = read_examples(data, features)
+    outputs, seconds = [], []
+    for first in range(0, examples.rows, batch_size):
+        part = examples.part(first, min(first + batch_size, examples.rows))
+        began = time.perf_counter()
+        outputs.append(_scored(export, score, part))
+        seconds.append(time.perf_counter() - began)
+    difference = None
+    if examples.expected is not None:
+        difference = _difference(export, torch.cat(outputs), examples.expected)
+    return ServeReport(
+        export=str(export),
+        verified=verified,
+        rows=examples.rows,
+        batch_size=min(batch_size, examples.rows),
+        difference=difference,
+        tolerance=examples.tolerance if tolerance is None else tolerance,
+        load_seconds=load_seconds,
+        batch_microseconds=1e6 * statistics.median(seconds[1:] or seconds),
+    )
+
+
+def _loaded(export: Path, lookup: str) -> tuple[Score, str, list[str] | None]:
+    """What scores examples, what was verified, and the features if the export names them."""
+    if export.is_dir():
+        served = load_inference(export, lookup=lookup)
+        if not isinstance(served, InferenceEmbeddingBagCollection):
+            raise ValueError(f"{export} has sequences, which examples are not written of")
+        return (
+            lambda examples: served(examples.keyed).values(),
+            "checksums and golden rows are right",
+            served.inputs,
+        )
+    loaders = {".pt": _torchscript, ".pt2": _package}
+    if export.suffix not in loaders:
+        raise ValueError(f"{export} is no folder and none of {list(loaders)}")
+    _check_zip(export)
+    # What the file was written with may be operators of either.
+    check_installation()
+    native.available()
+    return loaders[export.suffix](export), "checksums are right", None
+
+
+def _check_zip(file: Path) -> None:
+    """Raises ValueError if the file is cut short or damaged: torch loads flipped bytes silently."""
+    try:
+        with zipfile.ZipFile(file) as archive:
+            bad = archive.testzip()
+    except _DAMAGED as error:
+        raise ValueError(f"{file} is cut short or damaged ({error}); copy it again") from error
+    if bad is not None:
+        raise ValueError(f"{file} is damaged (the checksum of {bad} differs); copy it again")
+
+
+def _torchscript(file: Path) -> Score:
+    try:
+        module = torch.jit.load(str(file))
+    except RuntimeError as error:
+        said = str(error)
+        if "cce_inference::lookup" in said:
+            why = native.problem() or "it is not loaded"
+            raise ValueError(f"{file} needs the library of the fused lookup: {why}") from error
+        first = said.strip().splitlines()[0]
+        raise ValueError(
+            f"{file} is no TorchScript that torch {torch.__version__} loads ({first}); write it "
+            "again by to_torchscript"
+        ) from error
+    return lambda examples: module(*examples.tensors)
+
+
+def _package(file: Path) -> Score:
+    try:
+        package = load_package(file)
+        written = package_metadata(package)
+    except (RuntimeError, OSError) as error:
+        first = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise ValueError(
+            f"{file} is no AOTInductor package that torch {torch.__version__} loads ({first}); "
+            "compile it again by to_package"
+        ) from error
+    here = installed_versions()
+    other = {name: written[name] for name in here if written.get(name, here[name]) != here[name]}
+    if other:
+        raise ValueError(
+            f"{file} was compiled with {other}, and here is {here}; compile it again by to_package"
+        )
+    return lambda examples: package(*examples.tensors)
+
+
+def _scored(export: Path, score: Score, examples: Examples) -> torch.Tensor:
+    """What the export gives, float32.
+
+    Raises:
+        ValueError: it refuses the examples, with its first sentence.
+    """
+    try:
+        with torch.no_grad():
+            return score(examples).float()
+    except (RuntimeError, ValueError, TypeError, torch.jit.Error) as error:
+        lines = [line.strip() for line in str(error).strip().splitlines() if line.strip()]
+        # TorchScript tells its whole way there first.
+        said = next((line for line in reversed(lines) if "Error: " in line), lines[0])
+        raise ValueError(f"{export} refuses the examples: {said}") from error
+
+
+def _difference(export: Path, found: torch.Tensor, expected: torch.Tensor) -> float:
+    if found.shape != expected.shape:
+        raise ValueError(
+            f"{export} gives {list(found.shape)}, and the trained model gave "
+            f"{list(expected.shape)}: it is an export of another model"
+        )
+    return float((found - expected).abs().amax())
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Prints what was found."""
+    parser = argparse.ArgumentParser(
+        prog="serve_check", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
+    parser.add_argument("export", type=Path)
+    parser.add_argument("--data", type=Path, required=True, help="of write_examples, or .parquet")
+    parser.add_argument("--batch-size", type=int, default=64)
+    parser.add_argument("--tolerance", type=float, help="largest difference; default: the file's")
+    parser.add_argument("--lookup", default="auto", choices=["auto", "fused", "portable"])
+    parser.add_argument("--json", type=Path, help="write what was found there, too")
+    args = parser.parse_args(argv)
+    try:
+        report = check_export(
+            args.export,
+            args.data,
+            batch_size=args.batch_size,
+            tolerance=args.tolerance,
+            lookup=args.lookup,
+        )
+    except (ValueError, RuntimeError) as error:
+        sys.exit(f"serve_check: {error}")
+    print(report)
+    if args.json is not None:
+        found: dict[str, Any] = asdict(report) | {"ok": report.ok}
+        found["versions"] = installed_versions()
+        args.json.write_text(json.dumps(found, indent=1) + "\n")
+    if not report.ok:
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,208 @@
+"""An export beside what the trained model gave, in a process that has not trained it."""
+
+import json
+import subprocess
+import sys
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from torchrec import KeyedJaggedTensor
+from torchrec.models.dlrm import DLRM
+
+from cce_torchrec import cluster
+from cce_torchrec.inference import (
+    TensorInputs,
+    inference_collection,
+    inference_model,
+    save_inference,
+    serve_check,
+    to_package,
+    to_torchscript,
+    write_examples,
+)
+from cce_torchrec.inference.examples import read_examples
+from tests.support.inference import batch_of, many_tables, one_table
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    """A trained collection of every kind of table, its examples, and exports of it."""
+    torch.manual_seed(0)
+    folder = tmp_path_factory.mktemp("checked")
+    trained = many_tables()
+    cluster(trained)
+    served = inference_collection(trained, lookup="portable")
+    save_inference(served, folder / "tables")
+    to_torchscript(served.lookup).save(str(folder / "lookup.pt"))
+    write_examples(folder / "examples.npz", trained, batch_of(trained, 70))
+    return folder
+
+
+@pytest.mark.parametrize("batch_size", [1, 32, 70, 500])
+@pytest.mark.parametrize("export", ["tables", "lookup.pt"])
+def test_an_export_gives_what_was_trained(made, export, batch_size):
+    data = made / "examples.npz"
+    report = serve_check.check_export(made / export, data, batch_size=batch_size)
+    assert report.ok and report.rows == 70 and report.batch_size == min(batch_size, 70)
+    assert 0 < report.difference <= report.tolerance  # int8
+    assert "checksums" in report.verified and "right" in str(report)
+
+
+def test_a_whole_model_in_each_form(tmp_path):
+    trained = one_table()
+    cluster(trained)
+    dlrm = DLRM(trained, 4, dense_arch_layer_sizes=[8, 16], over_arch_layer_sizes=[8, 1]).eval()
+    ids, dense = batch_of(trained, 9), torch.randn(9, 4)
+    data = write_examples(tmp_path / "examples.npz", dlrm, ids, dense)
+    model = TensorInputs(inference_model(dlrm, lookup="portable"), ["f"])
+    example = dense, ids.values(), ids.lengths()
+    to_torchscript(model, example).save(str(tmp_path / "model.pt"))
+    to_package(model, tmp_path / "model.pt2", example)
+    for name in ("model.pt", "model.pt2"):
+        report = serve_check.check_export(tmp_path / name, data, batch_size=4)
+        assert report.ok, name
+    other = serve_check.installed_versions() | {"torch": "1.0"}
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(serve_check, "installed_versions", lambda: other)
+        with pytest.raises(ValueError, match=r"was compiled with .*; compile it again"):
+            serve_check.check_export(tmp_path / "model.pt2", data)
+
+
+def test_the_program_in_a_fresh_process(made, tmp_path):
+    command = [sys.executable, "-m", "cce_torchrec.inference.serve_check", str(made / "tables")]
+    command += ["--data", str(made / "examples.npz"), "--json", str(tmp_path / "found.json")]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert "70 examples in batches of 64: off by" in done.stdout and "a second" in done.stdout
+    found = json.loads((tmp_path / "found.json").read_text())
+    assert found["ok"] and found["rows"] == 70 and found["versions"]["torch"]
+
+
+def test_another_model_is_told(made, tmp_path, capsys):
+    """By numbers, and where it has another shape."""
+    torch.manual_seed(1)
+    trained = many_tables()
+    data = write_examples(tmp_path / "other.npz", trained, batch_of(trained, 5))
+    with pytest.raises(SystemExit) as ended:
+        serve_check.main([str(made / "tables"), "--data", str(data)])
+    assert ended.value.code == 1 and "WRONG" in capsys.readouterr().out
+    assert serve_check.check_export(made / "tables", data, tolerance=100.0).ok
+    small = one_table()
+    data = write_examples(tmp_path / "small.npz", small, batch_of(small, 5))
+    with pytest.raises(SystemExit, match=r"serve_check: .* refuses the examples: .*lack g"):
+        serve_check.main([str(made / "tables"), "--data", str(data)])
+    served = inference_collection(one_table(embedding_dim=32), lookup="portable")
+    to_torchscript(served.lookup).save(str(tmp_path / "wide.pt"))
+    with pytest.raises(ValueError, match=r"gives \[5, 32\], .* gave \[5, 16\]: it is an export of"):
+        serve_check.check_export(tmp_path / "wide.pt", data)
+
+
+def test_not_a_number_is_within_no_tolerance(made):
+    report = serve_check.check_export(made / "tables", made / "examples.npz")
+    assert not replace(report, difference=float("nan")).ok
+
+
+@pytest.mark.parametrize("at", [0.3, 0.6, 0.9])
+def test_damaged_files_are_told(made, tmp_path, at):
+    """torch.jit.load takes flipped bytes without a word."""
+    whole = (made / "lookup.pt").read_bytes()
+    place = whole.index(b"data/0") + 200 if at == 0.3 else int(at * len(whole))
+    flipped = bytearray(whole)
+    flipped[place] ^= 0xFF
+    for name, content in {"flipped.pt": flipped, "cut.pt": whole[:place]}.items():
+        (tmp_path / name).write_bytes(content)
+        with pytest.raises(ValueError, match=r"damaged .*copy it again"):
+            serve_check.check_export(tmp_path / name, made / "examples.npz")
+
+
+def test_rows_of_a_parquet_file_are_scored(made, tmp_path):
+    pa = pytest.importorskip("pyarrow", reason="pyarrow is not installed")
+    parquet = pytest.importorskip("pyarrow.parquet")
+    served = inference_collection(one_table(), lookup="portable")
+    folder = save_inference(served, tmp_path / "one")
+    rows = pa.table({"f": [[1, 2], [], [3]], "unread": [0.5, 1.0, 2.0]})
+    parquet.write_table(rows, tmp_path / "rows.parquet")
+    report = serve_check.check_export(folder, tmp_path / "rows.parquet")
+    assert report.difference is None and report.ok and "compared with nothing" in str(report)
+    parquet.write_table(pa.table({"f": [1, 2]}), tmp_path / "single.parquet")
+    assert read_examples(tmp_path / "single.parquet", ["f"]).lengths.tolist() == [1, 1]
+    with pytest.raises(ValueError, match=r"lacks columns \['g'\]; it has \['f', 'unread'\]"):
+        read_examples(tmp_path / "rows.parquet", ["f", "g"])
+    with pytest.raises(ValueError, match=r"does not name its features; give an \.npz"):
+        serve_check.check_export(made / "lookup.pt", tmp_path / "rows.parquet")
+    parquet.write_table(pa.table({"f": ["a"]}), tmp_path / "words.parquet")
+    with pytest.raises(ValueError, match="are ids or lists of ids"):
+        read_examples(tmp_path / "words.parquet", ["f"])
+
+
+def test_weights_go_with_their_ids(tmp_path):
+    trained = many_tables(is_weighted=True)
+    served = inference_collection(trained, data_type="fp32", lookup="portable")
+    folder = save_inference(served, tmp_path / "one")
+    to_torchscript(served.lookup).save(str(tmp_path / "lookup.pt"))
+    data = write_examples(tmp_path / "examples.npz", trained, batch_of(trained, 7), tolerance=1e-4)
+    for export in (folder, tmp_path / "lookup.pt"):
+        assert serve_check.check_export(export, data, batch_size=3).ok
+
+
+def test_bad_ids_are_refused_by_the_export(made, tmp_path):
+    arrays = dict(np.load(made / "examples.npz"))
+    arrays["values"][5] = -3
+    np.savez(tmp_path / "bad.npz", **arrays)
+    for export in ("tables", "lookup.pt"):
+        with pytest.raises(ValueError, match=r"refuses the examples: .*id -3 is outside \[0, "):
+            serve_check.check_export(made / export, tmp_path / "bad.npz")
+
+
+def test_what_is_missing_is_said(made, tmp_path):
+    data = made / "examples.npz"
+    with pytest.raises(ValueError, match="is not there"):
+        serve_check.check_export(tmp_path / "none", data)
+    with pytest.raises(ValueError, match="is no file"):
+        serve_check.check_export(made / "tables", tmp_path / "none.npz")
+    (tmp_path / "one.txt").write_text("one")
+    with pytest.raises(ValueError, match=r"is no folder and none of \['.pt', '.pt2'\]"):
+        serve_check.check_export(tmp_path / "one.txt", data)
+    with pytest.raises(ValueError, match=r"are read from \.npz and \.parquet"):
+        serve_check.check_export(made / "tables", tmp_path / "one.txt")
+    with pytest.raises(ValueError, match="batch_size 0 must be"):
+        serve_check.check_export(made / "tables", data, batch_size=0)
+    np.savez(tmp_path / "less.npz", features=np.array(["f"]), values=np.zeros(1, np.int64))
+    with pytest.raises(ValueError, match=r"lacks \['expected', 'lengths', 'tolerance'\]"):
+        serve_check.check_export(made / "tables", tmp_path / "less.npz")
+    (tmp_path / "cut.npz").write_bytes(data.read_bytes()[:300])
+    with pytest.raises(ValueError, match="holds no examples"):
+        serve_check.check_export(made / "tables", tmp_path / "cut.npz")
+
+
+def test_a_missing_library_is_named(made, tmp_path, monkeypatch):
+    """Which, and how to get it; a process of its own knows no operator yet."""
+    served = inference_collection(one_table(), lookup="auto")
+    if type(served.lookup).__name__ != "FusedLookup":
+        pytest.skip("there is no compiler for the fused lookup")
+    to_torchscript(served.lookup).save(str(tmp_path / "fused.pt"))
+    data = write_examples(tmp_path / "examples.npz", one_table(), batch_of(one_table(), 3))
+    program = f"""
+from cce_torchrec.inference import native, serve_check
+native.problem.cache_clear()
+native.library = lambda: (_ for _ in ()).throw(RuntimeError("no C++ compiler; install g++"))
+serve_check.main([{str(tmp_path / "fused.pt")!r}, "--data", {str(data)!r}])
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert done.returncode == 1
+    assert "needs the library of the fused lookup: no C++ compiler; install g++" in done.stderr
+
+
+def test_examples_that_cannot_be_written(tmp_path):
+    trained, ids = one_table(), batch_of(one_table(), 3)
+    with pytest.raises(ValueError, match=r"are written as \.npz"):
+        write_examples(tmp_path / "one.csv", trained, ids)
+    nothing = KeyedJaggedTensor(["f"], ids.values()[:0], lengths=ids.lengths()[:0])
+    with pytest.raises(ValueError, match="one example or more"):
+        write_examples(tmp_path / "one.npz", trained, nothing)
+    with torch.no_grad():
+        trained.embedding_bags["a#0"].weight.fill_(float("nan"))
+    with pytest.raises(ValueError, match="NaN or infinite"):
+        write_examples(tmp_path / "one.npz", trained, ids)
+    assert not list(tmp_path.iterdir())
