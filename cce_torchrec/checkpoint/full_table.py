@@ -69,6 +69,7 @@ def _from_state(
     value = state[_key(list(state), table)]
     if isinstance(value, ShardedTensor):
         return _put_together(value, table, file, process_group)
+    # Where others keep their shards, only their own libraries know.
     if type(value) not in (torch.Tensor, nn.Parameter):  # a DTensor, say
         raise ValueError(
             f"table {table!r} is a {type(value).__name__}; save the job by "
@@ -85,6 +86,7 @@ def _key(keys: list[str], table: str) -> str:
     """
     if table in keys:
         return table
+    # With the dots around it, as the name of one table may end that of another.
     ends = tuple(f"{kind}.{table}.weight" for kind in ("embedding_bags", "embeddings"))
     own = [key for key in keys if key.endswith(ends)]
     found = [key for key in own if key in ends or key.endswith(tuple(f".{end}" for end in ends))]
@@ -139,6 +141,7 @@ def _safetensors(path: Path) -> Any:
 
 
 def _torch_file(path: Path) -> Any:
+    # Mapped, as of a job's whole state one table is read; and without what a pickle may run.
     return torch.load(path, map_location="cpu", mmap=True, weights_only=True)
 
 
@@ -203,6 +206,7 @@ def _put_together(
             f"table {table!r} is sharded; give file=, an .npy on a disk that all ranks see, where "
             "its shards are put together"
         )
+    # Under another name until all have written: a file that has its name is whole.
     ranks, size = Ranks(process_group), tuple(value.metadata().size)
     path = ranks.first(lambda: _new(file))
     writing = path.with_name(f".{path.stem}.shards{path.suffix}")
@@ -233,6 +237,7 @@ def _mapped(file: Path, shape: tuple[int, ...], dtype: torch.dtype) -> Any:
 
 
 def _write_shards(value: ShardedTensor, file: Path) -> None:
+    # Each rank maps the whole file, and has the pages in memory that it writes.
     out = np.load(file, mmap_mode="r+")
     for first_row, first_column, block in _blocks(value):
         rows, columns = block.shape
@@ -242,6 +247,7 @@ def _write_shards(value: ShardedTensor, file: Path) -> None:
 
 def _blocks(value: ShardedTensor) -> Iterator[tuple[int, int, torch.Tensor]]:
     """First row, first column and values of the parts that this rank has."""
+    # A GPU's shards pass through the host block by block.
     for shard in value.local_shards():
         row, column = shard.metadata.shard_offsets
         for block in shard.tensor.detach().split(_BLOCK):

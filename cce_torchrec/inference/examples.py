@@ -55,6 +55,7 @@ class Examples:
 
     def part(self, first: int, last: int) -> Examples:
         """The examples from `first` to `last`."""
+        # Those of one feature come after those of another, so that a row's ids are far apart.
         lengths = self.lengths.view(len(self.features), -1)
         ends = self.lengths.cumsum(0).view_as(lengths)
         starts = ends - lengths

@@ -124,6 +124,7 @@ def check_export(
         difference=difference,
         tolerance=examples.tolerance if tolerance is None else tolerance,
         load_seconds=load_seconds,
+        # The first batch reads what is mapped, and TorchScript optimises itself by it.
         batch_microseconds=1e6 * statistics.median(seconds[1:] or seconds),
     )
 
@@ -186,6 +187,7 @@ def _package(file: Path) -> Score:
             f"{file} is no AOTInductor package that torch {torch.__version__} loads ({first}); "
             "compile it again by to_package"
         ) from error
+    # Compiled code goes by how libtorch lays its classes out, which versions change.
     here = installed_versions()
     other = {name: written[name] for name in here if written.get(name, here[name]) != here[name]}
     if other:
@@ -212,6 +214,7 @@ def _scored(export: Path, score: Score, examples: Examples) -> torch.Tensor:
 
 
 def _difference(export: Path, found: torch.Tensor, expected: torch.Tensor) -> float:
+    # Shapes that broadcast would be compared as if they were the same.
     if found.shape != expected.shape:
         raise ValueError(
             f"{export} gives {list(found.shape)}, and the trained model gave "

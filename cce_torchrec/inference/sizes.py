@@ -119,6 +119,7 @@ def _sizes(config: BaseEmbeddingConfig, optimizer: str, kind: RowType) -> TableS
         rows, chunks = config.rows_per_chunk, config.num_chunks
         codes, notes = config.code_bytes, config.notes_bytes(ids)
         served_codes = -(-ids * chunks * config.code_bits // 8)
+    # A chunk is a table of its own to FBGEMM, with a number for each of its rows.
     state = kind_of(optimizer).fused_bytes(rows=rows, width=dim, chunk_dim=dim // chunks)
     return TableSizes(
         name=config.name,
