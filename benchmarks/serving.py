@@ -6,6 +6,9 @@ Beside them FBGEMM's operator for full tables alone, and CCE's lookups, which ta
 turns in one process on one thread, each with other batches, so that none finds in a cache what
 another has read; figures are medians of CPU microseconds a call. Values of rows and codes are
 random: a lookup takes as long whatever they are.
+
+`--huge-pages` has torch ask for huge pages for large tensors (THP_MEM_ALLOC_ENABLE), where the
+system gives them to those that ask; how many bytes are in such pages is in the JSON.
 """
 
 from __future__ import annotations
@@ -13,7 +16,9 @@ from __future__ import annotations
 import argparse
 import gc
 import json
+import os
 import statistics
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -34,6 +39,7 @@ from cce_torchrec.inference import inference_collection
 from cce_torchrec.versions import installed_versions
 
 CPU = torch.device("cpu")
+HUGE_PAGES = "THP_MEM_ALLOC_ENABLE"
 DATA_TYPES = {"fp32": DataType.FP32, "int8": DataType.INT8, "int4": DataType.INT4}
 Batch = tuple[torch.Tensor, torch.Tensor]
 """Values, and lengths of bags."""
@@ -123,8 +129,8 @@ def full_tables(setting: Setting) -> tuple[dict[str, Contender], int]:
     return found, kernel.weights_host.numel()
 
 
-def packed_tables(setting: Setting) -> tuple[dict[str, Contender], int]:
-    """CCE tables in every form, and the bytes of their codes and rows."""
+def collection_of(setting: Setting) -> CCEEmbeddingBagCollection:
+    """CCE tables, finalized, with codes that look learned."""
     collection = CCEEmbeddingBagCollection(
         [
             CCEEmbeddingBagConfig(
@@ -139,6 +145,12 @@ def packed_tables(setting: Setting) -> tuple[dict[str, Contender], int]:
         for column in range(len(codes.chunks)):
             codes.write(column, torch.randint(setting.rows, (setting.ids,)))
         codes.set_clusterings(1)  # else its codes would be hashes, and not stored
+    return collection
+
+
+def packed_tables(setting: Setting) -> tuple[dict[str, Contender], int]:
+    """CCE tables in every form, and the bytes of their codes and rows."""
+    collection = collection_of(setting)
     found: dict[str, Contender] = {}
     nbytes = 0
     for lookup in ("fused", "portable"):
@@ -198,9 +210,19 @@ def measured(setting: Setting, sizes: list[int], rounds: int) -> dict[str, objec
         times[size] = medians(contenders, own, rounds)
     return asdict(setting) | {
         "microseconds": times,
+        "bytes_in_huge_pages": memory("AnonHugePages"),
         "full_bytes": full_bytes,
         "cce_bytes": packed_bytes,
     }
+
+
+def memory(kind: str) -> int:
+    """Bytes of this process of a kind of memory that Linux counts, by its name (Pss, say)."""
+    for line in Path("/proc/self/smaps_rollup").read_text().splitlines():
+        name, _, size = line.partition(":")
+        if name == kind:
+            return 1024 * int(size.split()[0])
+    return 0
 
 
 def shown(row: dict[str, object]) -> str:
@@ -235,8 +257,12 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="small tables, seconds")
     parser.add_argument("--sizes", type=int, nargs="+", default=[1, 64, 4096], help="of batches")
     parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--huge-pages", action="store_true", help="for large tensors")
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
+    if args.huge_pages and os.environ.get(HUGE_PAGES) != "1":  # torch reads it when it starts
+        command = [sys.executable, "-m", "benchmarks.serving", *sys.argv[1:]]
+        os.execve(sys.executable, command, {**os.environ, HUGE_PAGES: "1"})
     torch.set_num_threads(1)
     rows = []
     print(HEADER, flush=True)
