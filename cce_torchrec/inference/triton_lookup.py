@@ -32,11 +32,12 @@ FP16, INT8, INT4 = tl.constexpr(1), tl.constexpr(2), tl.constexpr(3)
 """FBGEMM's numbers of row types (row_types.py); that of float32 is 0."""
 NONE_FOUND = torch.iinfo(torch.int64).max
 """In place of the first of what is wrong, where nothing is."""
-_MOST = {0: 4, 1: 8, 2: 8, 3: 8}
-"""Values of a row that a slot has at most, by type: 16 bytes are the most that a thread loads at
-once, and of narrow types 8 values, as their sums take a register each."""
-_VALUES, _WARPS = 1024, 4
-"""Columns of a program, 8 for each thread. Not measured yet."""
+_MOST = {0: 4, 1: 8, 2: 4, 3: 8}
+"""Values of a row that a slot has at most, by type: those that one load of a thread may have, of 16
+bytes, and behind the 4 bytes of scale and bias of 4."""
+_SLOTS, _WARPS = 128, 4
+"""Slots of a program and its warps, a slot for each thread: two take 1.5 times the registers. No
+others were measured."""
 
 
 @triton.jit
@@ -281,12 +282,11 @@ def pooled(
     """
     num_bags, total_dim = out.shape
     ends = lengths.cumsum(0)  # int64, whatever lengths are
-    slots = _VALUES // shape.vec
     launch(
-        look_up, (-(-num_bags * shape.per_bag // slots), len(numbers)),
+        look_up, (-(-num_bags * shape.per_bag // _SLOTS), len(numbers)),
         values, lengths, ends, weights, codes, rows, numbers, hashes, out, found,
         values.numel(), lengths.numel(), num_bags, total_dim, hashes.shape[2],
-        TYPE=shape.row_type, VEC=shape.vec, SLOTS=slots, HASHED=shape.hashed,
+        TYPE=shape.row_type, VEC=shape.vec, SLOTS=_SLOTS, HASHED=shape.hashed,
         HELPED=shape.helped, ALIGNED=shape.aligned, FIELDS=FIELDS, NONE=NONE_FOUND,
         num_warps=_WARPS,
         enable_fp_fusion=False,  # sums are rounded where the compiled operator rounds them
