@@ -176,6 +176,31 @@ def test_narrow_ids_out_of_bounds():
         pair(collection)[1](*moved(*broken(batch, y=-7)))
 
 
+def test_the_first_id_of_a_bag_is_named():
+    with pytest.raises(ValueError, match=r"id 1000 is outside \[0, 1000\)"):
+        pair(one_table())[1](*moved(torch.tensor([5, 1000, -1]), torch.tensor([0, 3])))
+
+
+def test_infinite_weights():
+    """A table without helper rows reads none, beside one that has some."""
+    collection = CCEEmbeddingBagCollection(
+        [
+            CCEEmbeddingBagConfig(
+                name=name, num_embeddings=50, embedding_dim=16, num_rows=9, feature_names=[name],
+                num_helper_rows=rows,
+            )
+            for name, rows in (("a", 0), ("b", 5))
+        ],
+        is_weighted=True,
+    )  # fmt: skip
+    weights = torch.tensor([1.0, float("inf")] * 2)
+    batch = torch.tensor([1, 2, 3, 4]), torch.tensor([2, 0, 1, 1]), weights
+    cpu, cuda = pair(collection)
+    expected, found = cpu(*batch), on_cpu(cuda(*moved(*batch)))
+    assert expected[0, :16].isinf().all()
+    torch.testing.assert_close(found, expected, equal_nan=True)
+
+
 LENGTHS = [
     [2, -1, 3, 2],
     [2, 1, 3, 1],
