@@ -98,14 +98,12 @@ def _tell_bags(found_ptr, at, length, end, last, num_values, on):  # type: ignor
 
 @triton.jit
 def _main_rows(  # type: ignore[no-untyped-def]
-    ids, mixed, multiplier, addend, chunk, codes_ptr, start, bits, num_chunks, num_rows, is_hashed,
-    on,
+    ids, mixed, multiplier, addend, codes_ptr, first_bit, id_bits, bits, num_rows, is_hashed, on
 ):  # fmt: skip
     row = ids  # of a plain table
     # All slots of a program are of one table: these are no branches within a warp.
     if bits > 0:
-        bit = start * 8 + (ids * num_chunks + chunk) * bits
-        row = code_at(codes_ptr, bit, bits, on)
+        row = code_at(codes_ptr, first_bit + ids * id_bits, bits, on)
     if is_hashed != 0:
         row = hashed(mixed, multiplier, addend, num_rows)
     return row
@@ -128,7 +126,7 @@ def look_up(  # type: ignore[no-untyped-def]
     field = numbers_ptr + feature * FIELDS
     own, first_id = tl.load(field), tl.load(field + 1)
     key, is_raw = tl.load(field + 2), tl.load(field + 3)
-    start, bits = tl.load(field + 4), tl.load(field + 5)
+    bits = tl.load(field + 5)
     num_rows, helper_rows = tl.load(field + 6), tl.load(field + 7)
     is_hashed, row_bytes = tl.load(field + 9), tl.load(field + 12)
     width, num_chunks = tl.load(field + 14).to(tl.int32), tl.load(field + 15).to(tl.int32)
@@ -155,9 +153,11 @@ def look_up(  # type: ignore[no-untyped-def]
     begin = tl.minimum(tl.maximum(end - length, 0), num_values)
     count = tl.minimum(tl.maximum(end, begin), num_values) - begin
 
-    # What ids of a slot share: where the rows of its chunk begin, and how they are hashed.
+    # What ids of a slot share: where codes and rows of its chunk begin, and how they are hashed.
+    first_bit = tl.load(field + 4) * 8 + chunk * bits
     chunk_bytes = (num_rows + helper_rows) * row_bytes
-    rows = tl.load(field + 11) + chunk.to(tl.int64) * chunk_bytes
+    main = tl.load(field + 11) + chunk.to(tl.int64) * chunk_bytes
+    helper = main + num_rows * row_bytes
     hashes = hashes_ptr + feature * 4 * most_chunks + chunk
     zeros = tl.zeros(at.shape, tl.int64)  # makes one number for all slots one for each
     multiplier, addend = zeros, zeros
@@ -184,15 +184,15 @@ def look_up(  # type: ignore[no-untyped-def]
         mixed = ids
         if HASHED or HELPED:
             mixed = mix(ids)
-        row = _main_rows(ids, mixed, multiplier, addend, chunk, codes_ptr, start, bits, num_chunks,
-                         num_rows, is_hashed, here)  # fmt: skip
-        row = tl.multiple_of(rows + row * row_bytes, ALIGNED)
+        row = _main_rows(ids, mixed, multiplier, addend, codes_ptr, first_bit, num_chunks * bits,
+                         bits, num_rows, is_hashed, here)  # fmt: skip
+        row = tl.multiple_of(main + row * row_bytes, ALIGNED)
         scale, bias = _header(rows_ptr, row, here, TYPE)
         values = _values(rows_ptr, row, within, here, TYPE, VEC)
         if HELPED:  # read before the first row is waited for
             two = here & (helper_rows + zeros > 0)
-            row = hashed(mixed, helper_multiplier, helper_addend, helper_rows) + num_rows
-            row = tl.multiple_of(rows + row * row_bytes, ALIGNED)
+            row = hashed(mixed, helper_multiplier, helper_addend, helper_rows)
+            row = tl.multiple_of(helper + row * row_bytes, ALIGNED)
             helper_scale, helper_bias = _header(rows_ptr, row, two, TYPE)
             helper_values = _values(rows_ptr, row, within, two, TYPE, VEC)
         sums = _added(sums, values, scale, bias, weights, TYPE, weights_ptr is not None)
