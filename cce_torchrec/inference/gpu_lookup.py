@@ -55,7 +55,8 @@ class TritonLookup(PackedLookup):
             raise ValueError(_PYTHON_ONLY)
         self._check(values, lengths, weights)
         num_bags = lengths.numel() // self.num_inputs
-        out = torch.empty(num_bags, self.total_dim, device=values.device)
+        shape = num_bags, self.total_dim
+        out = torch.empty(shape, dtype=torch.float32, device=values.device)
         if not num_bags:
             return out
         values, lengths, found = values.contiguous(), lengths.contiguous(), None

@@ -3,6 +3,7 @@
 What it does on a device is in tests/desk/test_inference.py.
 """
 
+import importlib
 import importlib.util
 
 import pytest
@@ -17,6 +18,9 @@ from cce_torchrec.inference import (
     to_package,
     to_torchscript,
 )
+from cce_torchrec.inference.lookup import numbers_of
+from cce_torchrec.inference.packed_tables import PackedTables
+from cce_torchrec.inference.row_types import ROW_TYPES
 from tests.support.inference import batch_of, many_tables, one_table, tensors
 from tests.support.optional import needs, needs_interpreter
 
@@ -69,6 +73,15 @@ def test_forms_without_python_are_refused(tmp_path):
             torch.jit.script(module)
     with pytest.raises(ValueError, match=PYTHON_ONLY):
         torch.export.export(served.lookup, tensors(batch_of(one_table(), 2))[:2], strict=False)
+
+
+@needs("triton")
+def test_rows_of_several_types_are_refused():
+    mixed = PackedTables.of(many_tables(), ROW_TYPES["fp32"])
+    numbers = numbers_of(mixed)
+    numbers[1][13] = ROW_TYPES["int8"].number
+    with pytest.raises(ValueError, match="rows are all of one type"):
+        importlib.import_module("cce_torchrec.inference.triton_lookup").Shape.of(numbers)
 
 
 def test_a_machine_without_triton_is_told(monkeypatch):
