@@ -26,7 +26,7 @@ const int64_t TILE = 16;     // ids that are at one stage together; longer bags 
 const int64_t STREAMED = 4 << 20;  // bytes of output from which it is written past the caches
 const int64_t GRAIN = 4096;  // ids that are worth a thread of their own
 
-// What is said of a feature; numbers.py has the columns in this order.
+// What is said of a feature; numbers_of in lookup.py has the columns in this order.
 struct Feature {
   int64_t own, first, key, raw, start, bits, num_rows, helper_rows, reads, hashed, mask;
   int64_t row_start, row_bytes, type, width, chunks, mean, input, column;

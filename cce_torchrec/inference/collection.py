@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import importlib.util
 from typing import Optional
 
 import torch
@@ -13,6 +14,7 @@ from cce_torchrec.distributed.embedding_bag_collection import ShardedCCEEmbeddin
 from cce_torchrec.distributed.embedding_collection import ShardedCCEEmbeddingCollection
 from cce_torchrec.inference import native
 from cce_torchrec.inference.fused import FusedLookup
+from cce_torchrec.inference.gpu_lookup import TritonLookup
 from cce_torchrec.inference.lookup import PackedLookup, reordered
 from cce_torchrec.inference.packed_tables import PackedTables
 from cce_torchrec.inference.portable import PortableLookup
@@ -20,7 +22,7 @@ from cce_torchrec.inference.row_types import row_type
 from cce_torchrec.modules.embedding_bag_collection import CCEEmbeddingBagCollection
 from cce_torchrec.modules.embedding_collection import CCEEmbeddingCollection
 
-LOOKUPS = ("auto", "fused", "portable")
+LOOKUPS = ("auto", "fused", "portable", "triton")
 
 
 class InferenceEmbeddingBagCollection(nn.Module):
@@ -60,7 +62,8 @@ class InferenceEmbeddingBagCollection(nn.Module):
                 raise ValueError("the tables are pooled by weights, and the features have none")
         # Not by `permute`, whose operator of FBGEMM neither traces nor takes batches of no row.
         if features.keys() != self.inputs:
-            own, at = lengths.view(len(features.keys()), -1), torch.tensor(order)
+            own = lengths.view(len(features.keys()), -1)
+            at = torch.tensor(order, device=lengths.device)
             source = reordered(own, at)
             values, lengths = values.index_select(0, source), own.index_select(0, at).view(-1)
             if weights is not None:
@@ -137,13 +140,15 @@ def inference_collection(
     Args:
         collection: unsharded, finalized or not, on any device.
         data_type: of codebook rows and plain tables: "fp32", "fp16", "int8" or "int4".
-        lookup: "fused" is one compiled operator, "portable" operators of torch and FBGEMM; "auto"
-            is fused where there is its library, or a compiler to build it.
+        lookup: "fused" is one compiled operator, "portable" operators of torch and FBGEMM, both for
+            CPUs; "auto" is fused where there is its library, or a compiler to build it. "triton" is
+            a kernel for a GPU, to which the collection then has to be moved: `.to("cuda")`.
         ignores: whether ids out of bounds are read as id 0; they are refused otherwise.
 
     Raises:
         ValueError: an unknown `data_type` or `lookup`, or values that are not finite.
-        RuntimeError: "fused", and neither the library nor a compiler.
+        RuntimeError: "fused", and neither the library nor a compiler; or "triton", which is not
+            installed.
     """
     if not isinstance(collection, CCEEmbeddingBagCollection | CCEEmbeddingCollection):
         raise ValueError(
@@ -214,6 +219,10 @@ def lookup_type(lookup: str) -> type[PackedLookup]:
     """The kind of lookup that is called `lookup`; see `inference_collection`."""
     if lookup not in LOOKUPS:
         raise ValueError(f"lookup {lookup!r} is none of {list(LOOKUPS)}")
+    if lookup == "triton":
+        if importlib.util.find_spec("triton") is None:
+            raise RuntimeError("lookup 'triton' needs Triton, which is not installed; install it")
+        return TritonLookup
     if lookup == "fused":
         native.load()
     fused = lookup == "fused" or (lookup == "auto" and native.available())

@@ -15,6 +15,7 @@ from torch import nn
 from torch.export import Dim, ExportedProgram
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
+from cce_torchrec.inference.gpu_lookup import check_scriptable
 from cce_torchrec.inference.lookup import PackedLookup
 from cce_torchrec.torchrec_internals import compile_package, sizes_are_any
 from cce_torchrec.versions import installed_versions
@@ -61,9 +62,11 @@ def to_torchscript(served: Served, example: Tensors | None = None) -> torch.jit.
             FBGEMM C++ servers lack.
 
     Raises:
-        ValueError: no `example` of a model, one that does not fit, or a model that goes by the
-            numbers of a batch (sequences, or collections of TorchRec's own, do).
+        ValueError: no `example` of a model, one that does not fit, a model that goes by the
+            numbers of a batch (sequences, or collections of TorchRec's own, do), or a lookup for
+            GPUs, which runs in Python alone.
     """
+    check_scriptable(served)
     if isinstance(served, PackedLookup):
         return torch.jit.script(served)
     example = _example(served, example)
@@ -105,6 +108,7 @@ def to_exported_program(served: Served, example: Tensors | None = None) -> Expor
 
     See `to_torchscript` for the arguments and errors.
     """
+    check_scriptable(served)
     example = _example(served, example)
     # Lengths are a multiple of the batch, which a program must know of both.
     batch = Dim("batch")

@@ -104,7 +104,7 @@ def load_inference(
         lookup: see `inference_collection`; another one than that of the writer gives equal results.
         mmap: map the files, so that processes share their memory and start at once; they must stay
             where they are. Otherwise they are read.
-        check: compare checksums, which reads the files once, and golden rows.
+        check: compare checksums, which reads the files once, and golden rows, on the CPU.
 
     Raises:
         ValueError: no such folder, one that is still being written or of another format, or a file
@@ -166,7 +166,8 @@ def _golden(collection: Served) -> list[dict[str, Any]]:
 
 def _vectors(packed: PackedTables, number: int, ids: list[int], lookup: str) -> torch.Tensor:
     """Of a feature the vectors of `ids` each by itself, and of all in one bag, [ids + 1, D]."""
-    own = lookup_type(lookup)(packed.only(number))
+    # Golden rows tell of the files, and the tables are not on a GPU yet.
+    own = lookup_type("auto" if lookup == "triton" else lookup)(packed.only(number))
     # By unequal weights, so that a pooling that is not the table's is seen.
     weights = torch.arange(1.0, 1 + 2 * len(ids)) if packed.is_weighted else None
     lengths = torch.tensor([1] * len(ids) + [len(ids)])

@@ -1,4 +1,4 @@
-"""What both lookups of packed tables have in common."""
+"""What all lookups of packed tables have in common."""
 
 # No annotations as strings: TorchScript reads those of classes, as types.
 
@@ -17,6 +17,15 @@ def reordered(lengths: torch.Tensor, order: torch.Tensor) -> torch.Tensor:
     own = counts.index_select(0, order)
     moved = (starts - (own.cumsum(0) - own)).repeat_interleave(own)
     return moved + torch.arange(moved.size(0), device=moved.device)
+
+
+def refuse_cuda(values: torch.Tensor, rows: torch.Tensor) -> None:
+    """Raises ValueError if ids or tables are on a GPU, for lookups that run on CPUs."""
+    if values.is_cuda or rows.is_cuda:
+        raise ValueError(
+            "this lookup of packed tables runs on CPUs, and the tables or the batch are on a GPU; "
+            "make the collection with lookup='triton' for GPUs"
+        )
 
 
 class PackedLookup(nn.Module):
@@ -59,3 +68,36 @@ class PackedLookup(nn.Module):
         self.register_buffer("hashes", hashes)
         self.register_buffer("codes", packed.codes.view(torch.int32))
         self.register_buffer("rows", packed.rows)
+
+
+def numbers_of(packed: PackedTables) -> list[list[int]]:
+    """The fields of `Feature` in _lookup.cpp, in its order, of each feature.
+
+    int64 of each; triton_lookup.py says what they are.
+    """
+    # Read by position: a field that is added here is one in the struct and in the kernel too.
+    out, column = [], 0
+    code_starts, row_starts = packed.code_starts, packed.row_starts
+    for feature, table in zip(packed.features, packed.tables_of_features, strict=True):
+        of_ids = [len(feature.ids), feature.ids.start, feature.raw_key or 0]
+        of_codes = [code_starts[feature.table], table.code_bits, table.num_rows, table.helper_rows]
+        of_rows = [row_starts[feature.table], table.row_type.row_bytes(table.chunk_dim)]
+        out.append(
+            [
+                *of_ids,
+                int(feature.raw_key is not None),
+                *of_codes,
+                table.rows_per_id,
+                int(table.is_hashed),
+                (1 << table.code_bits) - 1,
+                *of_rows,
+                table.row_type.number,
+                table.chunk_dim,
+                table.num_chunks,
+                int(feature.mean),
+                packed.inputs.index(feature.feature),
+                column,
+            ]
+        )
+        column += table.dim
+    return out

@@ -16,7 +16,7 @@ from typing import Final
 import torch
 from fbgemm_gpu.split_table_batched_embeddings_ops_common import EmbeddingLocation
 
-from cce_torchrec.inference.lookup import PackedLookup, reordered
+from cce_torchrec.inference.lookup import PackedLookup, refuse_cuda, reordered
 from cce_torchrec.inference.packed_tables import PackedTables
 from cce_torchrec.inference.row_types import ROW_TYPES
 from cce_torchrec.torchrec_internals import assert_in_graph
@@ -125,6 +125,7 @@ class PortableLookup(PackedLookup):
         self, values: torch.Tensor, lengths: torch.Tensor, weights: torch.Tensor | None = None
     ) -> torch.Tensor:
         """See `PackedLookup`."""
+        refuse_cuda(values, self.rows)
         self._check(values, lengths, weights)
         lengths = lengths.long().view(self.num_inputs, -1)
         if not self.same_inputs:

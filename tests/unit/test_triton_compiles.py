@@ -11,6 +11,8 @@ from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
 
 from cce_torchrec.clustering import triton_kernel as passes  # noqa: E402
+from cce_torchrec.inference import triton_lookup  # noqa: E402
+from cce_torchrec.inference.row_types import ROW_TYPES  # noqa: E402
 from cce_torchrec.kmeans import triton_kernel as kmeans  # noqa: E402
 from cce_torchrec.kmeans import triton_search, triton_sums  # noqa: E402
 from cce_torchrec.lookup import triton_kernel as fused  # noqa: E402
@@ -68,6 +70,37 @@ def test_starts(offsets, variable):
     constants = {"FEATURES": 32, "TABLES": 16, "VARIABLE": variable}
     constants["TABLE_FIELDS"] = fused.TABLE_FIELDS
     compile_for_h100(fused.starts, types, constants)
+
+
+@pytest.mark.parametrize("of_batch", ["*i64", "*i32"])
+@pytest.mark.parametrize("row_type", ROW_TYPES.values(), ids=list(ROW_TYPES))
+def test_lookup_of_packed_tables(row_type, of_batch):
+    """All that there is with ids of int64, and next to nothing with int32."""
+    whole = of_batch == "*i64"
+    types = dict.fromkeys(("ends", "numbers", "hashes"), "*i64")
+    types |= {
+        "values": of_batch,
+        "lengths": of_batch,
+        "codes": "*i32",
+        "rows": "*u8",
+        "out": "*fp32",
+    }
+    types |= {"weights": "*fp32" if whole else None, "found": "*i64" if whole else None}
+    signature = {f"{name}_ptr": kind for name, kind in types.items() if kind is not None}
+    constants = {f"{name}_ptr": None for name, kind in types.items() if kind is None}
+    # Of a table of four chunks of 16 values, and of one whose width is the least there is.
+    width, chunks = (16, 4) if whole else (max(1, 16 // row_type.bits), 1)
+    numbers = [0] * triton_lookup.FIELDS
+    numbers[12], numbers[13] = row_type.row_bytes(width), row_type.number
+    numbers[14], numbers[15] = width, chunks
+    shape = triton_lookup.Shape.of([numbers])
+    constants |= {"TYPE": shape.row_type, "VEC": shape.vec, "ALIGNED": shape.aligned, "SLOTS": 128}
+    constants |= {"HASHED": whole, "HELPED": whole}
+    constants |= {"FIELDS": triton_lookup.FIELDS, "NONE": triton_lookup.NONE_FOUND}
+    kernel = triton_lookup.look_up
+    numbers = [name for name in kernel.arg_names if name not in {*signature, *constants}]
+    signature |= dict.fromkeys(numbers, "i32")
+    compile_for_h100(kernel, signature, constants, num_warps=4, enable_fp_fusion=False)
 
 
 HALVES = ("high", "low", "c_high", "c_low")
