@@ -13,6 +13,7 @@ from cce_torchrec.inference.exported import (
     to_torchscript,
 )
 from cce_torchrec.inference.folder import load_inference, save_inference
+from cce_torchrec.inference.onnx_file import to_onnx
 from cce_torchrec.inference.plain import plain_collection
 from cce_torchrec.inference.vectors import vectors_of, write_vectors
 
@@ -26,6 +27,7 @@ __all__ = [
     "plain_collection",
     "save_inference",
     "to_exported_program",
+    "to_onnx",
     "to_package",
     "to_torchscript",
     "vectors_of",
