@@ -96,12 +96,15 @@ def _halving(outer: Graph) -> Any:
     after = add("Min", add("Add", kept, number(1)), last)
     # What comes after the last vector of a bag is the first of another, whose place is even.
     odd = graph.cast(add("BitwiseAnd", add("Gather", ranks, after), number(1)), "BOOL")
-    nothing = number(0, np.float32)
-    added = add("Where", column(graph, odd), add("Gather", "vectors", after), nothing)
+    pairs = add("Squeeze", add("NonZero", odd), number([0]))
+    seconds = add("Gather", "vectors", add("Gather", after, pairs))
+    # Each at a place of its own, so that threads do not meet.
+    firsts = add("Gather", "vectors", kept)
+    vectors = add("ScatterND", firsts, column(graph, pairs), seconds, reduction="add")
     longest = add("Div", add("Add", longest, number(1)), number(2))
     outputs = {
         add("Greater", longest, number(1)): (graph.types.BOOL, []),
-        add("Add", add("Gather", "vectors", kept), added): (graph.types.FLOAT, [None, None]),
+        vectors: (graph.types.FLOAT, [None, None]),
         add("Div", add("Gather", ranks, kept), number(2)): (graph.types.INT64, [None]),
         add("Gather", "bags", kept): (graph.types.INT64, [None]),
         longest: (graph.types.INT64, []),
