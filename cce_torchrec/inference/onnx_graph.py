@@ -47,7 +47,7 @@ def lookup_graph(packed: PackedTables, ignores: bool) -> tuple[Any, int]:
     graph = Graph()
     types, helper = graph.types, graph.onnx.helper
     batch = Batch(graph, packed)
-    tables = _Tables(graph, packed, ignores)
+    tables = Tables(graph, packed, ignores)
     pooled = []
     for feature, table in zip(packed.features, packed.tables_of_features, strict=True):
         number = packed.inputs.index(feature.feature)
@@ -75,7 +75,7 @@ def lookup_graph(packed: PackedTables, ignores: bool) -> tuple[Any, int]:
     return made, graph.nbytes
 
 
-class _Tables:
+class Tables:
     """Codes and codebooks as tensors of a graph, and how ids are looked up in them."""
 
     def __init__(self, graph: Graph, packed: PackedTables, ignores: bool) -> None:
@@ -132,7 +132,7 @@ class _Tables:
         add, number = graph.add, graph.number
         if feature.raw_key is not None:
             key = number(feature.raw_key & _MASK, np.uint64)
-            mixed = self._mixed(add("BitwiseXor", graph.cast(ids, "UINT64"), key))
+            mixed = self.mixed(add("BitwiseXor", graph.cast(ids, "UINT64"), key))
             ids = add("Mod", self._shifted(mixed, 1), number(size, np.uint64))
             ids = graph.cast(ids, "INT64")
         else:
@@ -155,18 +155,18 @@ class _Tables:
         hashes = np.array(table.hashes, np.int64).view(np.uint64).T  # [4, c]
         helper, mixed = "", ""
         if table.is_hashed or table.helper_rows:
-            mixed = column(graph, self._mixed(graph.cast(ids, "UINT64")))
+            mixed = column(graph, self.mixed(graph.cast(ids, "UINT64")))
         if table.is_hashed:
-            main = self._hashed(mixed, hashes[:2], table.num_rows)
+            main = self.hashed(mixed, hashes[:2], table.num_rows)
         else:
             main = graph.cast(graph.add("Gather", self.codes[table.name], ids), "INT64")
         main = graph.add("Add", main, graph.number(starts))
         if table.helper_rows:
-            helper = self._hashed(mixed, hashes[2:], table.helper_rows)
+            helper = self.hashed(mixed, hashes[2:], table.helper_rows)
             helper = graph.add("Add", helper, graph.number(starts + table.num_rows))
         return main, helper
 
-    def _hashed(self, mixed: str, hashes: np.ndarray[Any, Any], num_rows: int) -> str:
+    def hashed(self, mixed: str, hashes: np.ndarray[Any, Any], num_rows: int) -> str:
         """Rows in [0, num_rows) [V, c] of mixed ids [V, 1], by `hashes` [2, c]."""
         add, number = self.graph.add, self.graph.number
         bits = add("Mul", mixed, number(hashes[0], np.uint64))
@@ -174,7 +174,7 @@ class _Tables:
         bits = add("Mul", bits, number(num_rows, np.uint64))
         return self.graph.cast(self._shifted(bits, 31), "INT64")
 
-    def _mixed(self, ids: str) -> str:
+    def mixed(self, ids: str) -> str:
         """What `codes.hashing.mix` gives, as uint64."""
         add = self.graph.add
         for shift, multiplier in _MIX:
