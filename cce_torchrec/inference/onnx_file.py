@@ -10,10 +10,12 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
+from cce_torchrec.checkpoint.location import sync_folder, write
 from cce_torchrec.inference.collection import InferenceEmbeddingBagCollection
-from cce_torchrec.inference.onnx_graph import lookup_graph
+from cce_torchrec.inference.onnx_graph import Arrays, lookup_graph
 from cce_torchrec.inference.onnx_nodes import onnx_package
 from cce_torchrec.inference.packed_tables import PackedTables
 
@@ -21,6 +23,8 @@ logger = logging.getLogger(__name__)
 
 _MOST_INSIDE = 1 << 30
 """Bytes of tensors in the file itself; a message of protobuf has at most twice as many."""
+_PAGE = 1 << 16
+"""Bytes, of which the pages of any system are parts."""
 _TOLERANCE = 1e-5
 """Of what ONNX Runtime gives, in parts of the largest value: it adds up in another order."""
 
@@ -57,7 +61,7 @@ def to_onnx(collection: InferenceEmbeddingBagCollection, path: str | Path) -> Pa
     for file in (path, data):
         if file.exists():
             raise ValueError(f"{file} is there already; give another name, or remove it")
-    model, nbytes = lookup_graph(collection.packed, collection.ignores)
+    model, arrays = lookup_graph(collection.packed, collection.ignores)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         # A folder, in which both files have the names by which one knows the other.
@@ -65,10 +69,15 @@ def to_onnx(collection: InferenceEmbeddingBagCollection, path: str | Path) -> Pa
     except OSError as error:
         raise ValueError(f"{path} cannot be written ({error})") from error
     try:
-        _write(model, writing / path.name, data.name if nbytes > _MOST_INSIDE else None)
-        del model  # of whose tensors the runtime makes its own
+        if sum(array.nbytes for array in arrays.values()) > _MOST_INSIDE:
+            _write_beside(model, arrays, writing / data.name)
+        else:
+            _put_inside(model, arrays)
+        write(writing / path.name, [model.SerializeToString()])
+        del model, arrays  # of which the runtime makes its own
         _check(collection, writing / path.name)
         _rename([writing / data.name, writing / path.name], path.parent)
+        sync_folder(path.parent)
     except OSError as error:
         raise ValueError(f"{path} cannot be written ({error})") from error
     finally:
@@ -88,13 +97,25 @@ def _refuse_others(collection: Any) -> None:
     raise ValueError(f"{name} is no inference collection; make one by inference_collection")
 
 
-def _write(model: Any, file: Path, data: str | None) -> None:
-    """Writes a model, with its tensors in the file `data` beside it if that has a name."""
-    onnx = onnx_package()
-    if data is None:
-        onnx.save_model(model, str(file))
-        return
-    onnx.save_model(model, str(file), save_as_external_data=True, location=data)
+def _put_inside(model: Any, arrays: Arrays) -> None:
+    for tensor in model.graph.initializer:
+        if tensor.name in arrays:
+            tensor.raw_data = arrays[tensor.name].tobytes()
+
+
+def _write_beside(model: Any, arrays: Arrays, file: Path) -> None:
+    """Writes all arrays into a file, and into the model where each of them is in it."""
+    tensors = {tensor.name: tensor for tensor in model.graph.initializer}
+    parts, at = [], 0
+    for name, array in arrays.items():
+        tensor = tensors[name]
+        tensor.data_location = tensor.EXTERNAL
+        for key, value in (("location", file.name), ("offset", at), ("length", array.nbytes)):
+            tensor.external_data.add(key=key, value=str(value))
+        # From a page on, so that a runtime may map it.
+        parts += [array.reshape(-1).view(np.uint8), np.zeros(-array.nbytes % _PAGE, np.uint8)]
+        at += sum(map(len, parts[-2:]))
+    write(file, parts)
 
 
 def _rename(files: list[Path], folder: Path) -> None:

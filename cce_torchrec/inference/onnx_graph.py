@@ -33,8 +33,11 @@ _MIX = ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB))
 _MASK = 2**64 - 1
 
 
-def lookup_graph(packed: PackedTables, ignores: bool) -> tuple[Any, int]:
-    """The ModelProto of a lookup of `packed`, and how many bytes of tensors it has.
+Arrays = dict[str, np.ndarray[Any, Any]]
+
+
+def lookup_graph(packed: PackedTables, ignores: bool) -> tuple[Any, Arrays]:
+    """The ModelProto of a lookup of `packed`, and the content of its large tensors, by name.
 
     Its inputs are `values` int64 [V], `lengths` int64 [features * B] and, of weighted tables,
     `weights` float32 [V]; its output `pooled` is float32 [B, sum of D]. An id out of bounds is
@@ -72,7 +75,7 @@ def lookup_graph(packed: PackedTables, ignores: bool) -> tuple[Any, int]:
     keys = [feature.key for feature in packed.features]
     told = {"inputs": packed.inputs, "keys": keys, "dims": dims}
     helper.set_model_props(made, {name: json.dumps(value) for name, value in told.items()})
-    return made, graph.nbytes
+    return made, graph.arrays
 
 
 class Tables:

@@ -30,8 +30,8 @@ class Graph:
         self.types = self.onnx.TensorProto
         self.nodes: list[Any] = []
         self.tensors: dict[str, Any] = {} if outer is None else outer.tensors
-        self.nbytes = 0
-        """Of the tensors that were given a name."""
+        self.arrays: dict[str, np.ndarray[Any, Any]] = {}
+        """What the tensors that were given a name consist of, which have none of it yet."""
         self.prefix = "value" if outer is None else "inner"
 
     def add(self, kind: str, *inputs: str, name: str = "", **attributes: Any) -> str:
@@ -54,7 +54,7 @@ class Graph:
 
     def number(self, value: Any, dtype: type = np.int64) -> str:
         """A small constant, a number or a list; equal ones are one tensor."""
-        array = np.asarray(value, dtype)
+        array: np.ndarray[Any, Any] = np.asarray(value, dtype)
         name = f"{array.dtype}{array.tolist()}"
         if name not in self.tensors:
             self.tensors[name] = self.onnx.numpy_helper.from_array(array, name)
@@ -62,8 +62,10 @@ class Graph:
 
     def tensor(self, name: str, array: np.ndarray[Any, Any]) -> str:
         """The tensor `name`, of which there is one."""
-        self.tensors[name] = self.onnx.numpy_helper.from_array(np.ascontiguousarray(array), name)
-        self.nbytes += array.nbytes
+        # Not by `make_tensor`: messages of protobuf are copied, and have 2 GiB at most.
+        kind = self.onnx.helper.np_dtype_to_tensor_dtype(array.dtype)
+        self.tensors[name] = self.types(name=name, data_type=kind, dims=array.shape)
+        self.arrays[name] = np.ascontiguousarray(array)
         return name
 
     def value_info(self, name: str, kind: int, shape: list[Any]) -> Any:
