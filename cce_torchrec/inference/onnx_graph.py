@@ -50,7 +50,7 @@ def lookup_graph(packed: PackedTables, ignores: bool) -> tuple[Any, Arrays]:
     graph = Graph()
     types, helper = graph.types, graph.onnx.helper
     batch = Batch(graph, packed)
-    tables = Tables(graph, packed, ignores)
+    tables = _Tables(graph, packed, ignores)
     pooled = []
     for feature, table in zip(packed.features, packed.tables_of_features, strict=True):
         number = packed.inputs.index(feature.feature)
@@ -78,7 +78,7 @@ def lookup_graph(packed: PackedTables, ignores: bool) -> tuple[Any, Arrays]:
     return made, graph.arrays
 
 
-class Tables:
+class _Tables:
     """Codes and codebooks as tensors of a graph, and how ids are looked up in them."""
 
     def __init__(self, graph: Graph, packed: PackedTables, ignores: bool) -> None:
@@ -135,8 +135,8 @@ class Tables:
         add, number = graph.add, graph.number
         if feature.raw_key is not None:
             key = number(feature.raw_key & _MASK, np.uint64)
-            mixed = self.mixed(add("BitwiseXor", graph.cast(ids, "UINT64"), key))
-            ids = add("Mod", self._shifted(mixed, 1), number(size, np.uint64))
+            mix = mixed(graph, add("BitwiseXor", graph.cast(ids, "UINT64"), key))
+            ids = add("Mod", _shifted(graph, mix, 1), number(size, np.uint64))
             ids = graph.cast(ids, "INT64")
         else:
             above = add("GreaterOrEqual", ids, number(size))
@@ -156,38 +156,38 @@ class Tables:
         graph = self.graph
         starts = np.arange(table.num_chunks) * table.rows_per_chunk
         hashes = np.array(table.hashes, np.int64).view(np.uint64).T  # [4, c]
-        helper, mixed = "", ""
+        helper, mix = "", ""
         if table.is_hashed or table.helper_rows:
-            mixed = column(graph, self.mixed(graph.cast(ids, "UINT64")))
+            mix = column(graph, mixed(graph, graph.cast(ids, "UINT64")))
         if table.is_hashed:
-            main = self.hashed(mixed, hashes[:2], table.num_rows)
+            main = hashed(graph, mix, hashes[:2], table.num_rows)
         else:
             main = graph.cast(graph.add("Gather", self.codes[table.name], ids), "INT64")
         main = graph.add("Add", main, graph.number(starts))
         if table.helper_rows:
-            helper = self.hashed(mixed, hashes[2:], table.helper_rows)
+            helper = hashed(graph, mix, hashes[2:], table.helper_rows)
             helper = graph.add("Add", helper, graph.number(starts + table.num_rows))
         return main, helper
 
-    def hashed(self, mixed: str, hashes: np.ndarray[Any, Any], num_rows: int) -> str:
-        """Rows in [0, num_rows) [V, c] of mixed ids [V, 1], by `hashes` [2, c]."""
-        add, number = self.graph.add, self.graph.number
-        bits = add("Mul", mixed, number(hashes[0], np.uint64))
-        bits = self._shifted(add("Add", bits, number(hashes[1], np.uint64)), 33)
-        bits = add("Mul", bits, number(num_rows, np.uint64))
-        return self.graph.cast(self._shifted(bits, 31), "INT64")
 
-    def mixed(self, ids: str) -> str:
-        """What `codes.hashing.mix` gives, as uint64."""
-        add = self.graph.add
-        for shift, multiplier in _MIX:
-            ids = add("BitwiseXor", ids, self._shifted(ids, shift))
-            ids = add("Mul", ids, self.graph.number(multiplier, np.uint64))
-        return add("BitwiseXor", ids, self._shifted(ids, 31))
+def mixed(graph: Graph, ids: str) -> str:
+    """What `codes.hashing.mix` gives for ids of type uint64, as uint64."""
+    for shift, multiplier in _MIX:
+        ids = graph.add("BitwiseXor", ids, _shifted(graph, ids, shift))
+        ids = graph.add("Mul", ids, graph.number(multiplier, np.uint64))
+    return graph.add("BitwiseXor", ids, _shifted(graph, ids, 31))
 
-    def _shifted(self, value: str, by: int) -> str:
-        shift = self.graph.number(by, np.uint64)
-        return self.graph.add("BitShift", value, shift, direction="RIGHT")
+
+def hashed(graph: Graph, mix: str, hashes: np.ndarray[Any, Any], num_rows: int) -> str:
+    """Rows in [0, num_rows) int64 [V, c] of mixed ids [V, 1], by `hashes` uint64 [2, c]."""
+    bits = graph.add("Mul", mix, graph.number(hashes[0], np.uint64))
+    bits = graph.add("Add", bits, graph.number(hashes[1], np.uint64))
+    bits = graph.add("Mul", _shifted(graph, bits, 33), graph.number(num_rows, np.uint64))
+    return graph.cast(_shifted(graph, bits, 31), "INT64")
+
+
+def _shifted(graph: Graph, value: str, by: int) -> str:
+    return graph.add("BitShift", value, graph.number(by, np.uint64), direction="RIGHT")
 
 
 def unpacked_codes(table: PackedTable, stream: torch.Tensor) -> np.ndarray[Any, Any]:

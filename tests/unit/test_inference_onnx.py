@@ -164,17 +164,15 @@ def test_weights_are_one_for_each_id(tmp_path):
 def test_hashes_are_those_of_training():
     """The runtime's uint64 is ours: it wraps around, and its shifts bring zeros in."""
     graph = onnx_graph.Graph()
-    tables = onnx_graph.Tables(graph, PackedTables.of(one_table(), ROW_TYPES["fp32"]), False)
     function = HashFunction(-0x123456789ABCDEF1, 2**63 - 5)
     hashes = np.array([[function.multiplier], [function.addend]]).view(np.uint64)
-    mixed = tables.mixed(graph.cast("ids", "UINT64"))
-    rows = tables.hashed(onnx_nodes.column(graph, mixed), hashes, 2**31 - 1)
+    mixed = onnx_graph.mixed(graph, graph.cast("ids", "UINT64"))
+    rows = onnx_graph.hashed(graph, onnx_nodes.column(graph, mixed), hashes, 2**31 - 1)
     int64 = graph.types.INT64
     outputs = [graph.value_info(graph.cast(mixed, "INT64"), int64, ["ids"])]
     outputs.append(graph.value_info(rows, int64, ["ids", 1]))
     inputs = [graph.value_info("ids", int64, ["ids"])]
-    constants = [own for name, own in graph.tensors.items() if name not in graph.arrays]
-    made = onnx.helper.make_graph(graph.nodes, "g", inputs, outputs, constants)
+    made = onnx.helper.make_graph(graph.nodes, "g", inputs, outputs, list(graph.tensors.values()))
     opset = onnx.helper.make_opsetid("", onnx_graph.OPSET)
     model = onnx.helper.make_model(made, opset_imports=[opset], ir_version=8)
     ids = torch.cat([torch.randint(-(2**63), 2**63 - 1, (1000,)), torch.tensor([0, -1, -(2**63)])])
