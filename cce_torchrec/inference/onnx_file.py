@@ -157,15 +157,15 @@ def _check(collection: InferenceEmbeddingBagCollection, file: Path) -> None:
         found = torch.from_numpy(session.run(["pooled"], tensors)[0])
     except Exception as error:  # its classes are not the same in all versions
         raise ValueError(
-            f"{file.name}: ONNX Runtime {runtime.__version__} does not run it ({error}); version "
-            "1.32 was tested"
+            f"{file.name}: ONNX Runtime {runtime.__version__} does not run it ({error}); versions "
+            "1.21 to 1.32 were tested"
         ) from error
     off = float((found - expected).abs().amax())
     # Not a number is not within any tolerance.
     if not off <= _TOLERANCE * max(1e-30, float(expected.abs().amax())):
         raise ValueError(
             f"{file.name}: ONNX Runtime {runtime.__version__} gives values that are off by "
-            f"{off:.2g}, so the file was removed; version 1.32 was tested"
+            f"{off:.2g}, so the file was removed; versions 1.21 to 1.32 were tested"
         )
 
 
