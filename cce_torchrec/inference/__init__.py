@@ -14,6 +14,7 @@ from cce_torchrec.inference.exported import (
     to_torchscript,
 )
 from cce_torchrec.inference.folder import load_inference, save_inference
+from cce_torchrec.inference.onnx_file import to_onnx
 from cce_torchrec.inference.plain import plain_collection
 from cce_torchrec.inference.sizes import Sizes, TableSizes, sizes_of
 from cce_torchrec.inference.vectors import vectors_of, write_vectors
@@ -31,6 +32,7 @@ __all__ = [
     "save_inference",
     "sizes_of",
     "to_exported_program",
+    "to_onnx",
     "to_package",
     "to_torchscript",
     "vectors_of",

@@ -58,14 +58,22 @@ class RowType:
 
     def unpacked(self, packed: torch.Tensor, dim: int) -> torch.Tensor:
         """The values float32 [R, dim] of rows that `packed` made."""
+        values, *scaled = (part.float() for part in self.parts(packed, dim))
+        return values * scaled[0] + scaled[1] if scaled else values
+
+    def parts(self, packed: torch.Tensor, dim: int) -> list[torch.Tensor]:
+        """Rows that `packed` made, as [R, dim] of float32, float16 or uint8.
+
+        Those of integers have a byte for each value, and are followed by scales and biases float16
+        [R, 1]: a value is integer * scale + bias.
+        """
         if not self.quantised:
-            own = torch.float32 if self.bits == 32 else torch.float16
-            return packed.contiguous().view(own).float()
-        scale, bias = packed[:, :_SCALE_BYTES].contiguous().view(torch.float16).float().unbind(1)
-        values = packed[:, _SCALE_BYTES:].long()
+            return [packed.contiguous().view(torch.float32 if self.bits == 32 else torch.float16)]
+        scales = packed[:, :_SCALE_BYTES].contiguous().view(torch.float16)
+        values = packed[:, _SCALE_BYTES:]
         if self.bits == 4:
             values = torch.stack([values & 15, values >> 4], dim=2).flatten(1)
-        return values[:, :dim].float() * scale[:, None] + bias[:, None]
+        return [values[:, :dim], scales[:, :1], scales[:, 1:]]
 
 
 ROW_TYPES = {

@@ -3,7 +3,7 @@
 import torch
 from torchrec import EmbeddingBagConfig, KeyedJaggedTensor, PoolingType
 
-from cce_torchrec import CCEEmbeddingBagCollection, CCEEmbeddingBagConfig
+from cce_torchrec import CCEEmbeddingBagCollection, CCEEmbeddingBagConfig, cluster, finalize
 
 LIMITS = {"f": 1000, "g": 50, "h": 333, "raw": 1 << 40, "q": 333, "x": 40, "y": 60}
 """Ids of each feature; those of "raw" are hashed."""
@@ -36,6 +36,17 @@ def many_tables(is_weighted=False):
               feature_names=["x", "y"], id_ranges={"x": range(0, 40), "y": range(40, 100)}),
     ]  # fmt: skip
     return CCEEmbeddingBagCollection(tables, is_weighted=is_weighted)
+
+
+def trained(is_weighted, stage):
+    """`many_tables` not yet clustered, clustered, and (those that can be) finalized."""
+    torch.manual_seed(0)
+    collection = many_tables(is_weighted)
+    if stage != "fresh":
+        cluster(collection)
+    if stage == "finalized":
+        finalize(collection, tables=["a", "wide"])
+    return collection
 
 
 def batch_of(collection, num_bags, seed=0, dtype=torch.int64):

@@ -16,14 +16,13 @@ from cce_torchrec import (
     CCEEmbeddingBagConfig,
     CCEEmbeddingCollection,
     cluster,
-    finalize,
 )
 from cce_torchrec.codes.hashing import mix
 from cce_torchrec.inference import inference_collection, inference_model, native
 from cce_torchrec.inference.packed_tables import PackedTables
 from cce_torchrec.inference.portable import mixed
 from cce_torchrec.inference.row_types import ROW_TYPES
-from tests.support.inference import batch_of, many_tables, one_table, tensors
+from tests.support.inference import batch_of, many_tables, one_table, tensors, trained
 
 LOOKUPS = [
     "portable",
@@ -31,17 +30,6 @@ LOOKUPS = [
         "fused", marks=pytest.mark.skipif(not shutil.which("g++"), reason="needs a C++ compiler")
     ),
 ]
-
-
-def trained(is_weighted, stage):
-    """Tables not yet clustered, clustered, and (those that can be) finalized."""
-    torch.manual_seed(0)
-    collection = many_tables(is_weighted)
-    if stage != "fresh":
-        cluster(collection)
-    if stage == "finalized":
-        finalize(collection, tables=["a", "wide"])
-    return collection
 
 
 @pytest.mark.parametrize("lookup", LOOKUPS)

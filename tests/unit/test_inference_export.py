@@ -178,11 +178,12 @@ def server(tmp_path_factory):
     return program
 
 
-def answer(server, model, types, inputs, libraries):
+def answer(server, model, types, inputs, libraries, **variables):
     """What the server prints for `inputs`, as a tensor; without Python in its surroundings."""
     text = "\n".join(" ".join(map(str, [*t.shape, *t.flatten().tolist()])) for t in inputs)
     env = {k: v for k, v in os.environ.items() if not k.startswith(("PYTHON", "LD_"))}
     command = [str(server), str(model), types, *libraries]
+    env |= variables
     done = subprocess.run(command, input=text, capture_output=True, text=True, env=env)
     assert done.returncode == 0, done.stderr
     sizes, *numbers = done.stdout.splitlines()
@@ -197,6 +198,18 @@ def test_a_server_without_python_gives_the_same_numbers(server, lookup, tmp_path
     for batch in batches[2:]:
         found = answer(server, script, "i1,i1", batch, libraries(name))
         assert torch.equal(found, served(*batch))
+
+
+def test_a_library_may_be_there_before_the_server_is(server, lookup, tmp_path):
+    """As Triton Inference Server has it."""
+    name, served, batches = lookup
+    script = tmp_path / "lookup.pt"
+    to_torchscript(served).save(script)
+    (folder,) = cpp_extension.library_paths()
+    (library,) = libraries(name)
+    variables = {"LD_PRELOAD": library, "LD_LIBRARY_PATH": folder}
+    found = answer(server, script, "i1,i1", batches[-1], [], **variables)
+    assert torch.equal(found, served(*batches[-1]))
 
 
 def test_a_server_without_python_gives_the_same_numbers_of_a_model(server, dlrm, tmp_path):
