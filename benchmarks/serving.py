@@ -19,11 +19,13 @@ import json
 import os
 import statistics
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+import onnxruntime
 import torch
 import torchrec.fx
 from torch import nn
@@ -35,7 +37,7 @@ from tqdm import tqdm
 from benchmarks.machine import device_name
 from cce_torchrec import CCEEmbeddingBagCollection, CCEEmbeddingBagConfig
 from cce_torchrec.codes.chunk_codes import local_codes
-from cce_torchrec.inference import inference_collection
+from cce_torchrec.inference import inference_collection, to_onnx
 from cce_torchrec.versions import installed_versions
 
 CPU = torch.device("cpu")
@@ -158,7 +160,26 @@ def packed_tables(setting: Setting) -> tuple[dict[str, Contender], int]:
         found[f"CCE, {lookup}"] = torch.jit.script(FromTensors(setting.names, served))
         found[f"CCE, {lookup} lookup"] = torch.jit.script(served.lookup)
         nbytes = served.packed.codes.numel() + served.packed.rows.numel()
+    if setting.data_type == "int8":
+        found["CCE, ONNX Runtime"] = in_onnx_runtime(served)
     return found, nbytes
+
+
+def in_onnx_runtime(served: nn.Module) -> Contender:
+    """The file of ONNX of a collection, on one thread."""
+    with tempfile.TemporaryDirectory() as folder:
+        file = to_onnx(served, Path(folder) / "tables.onnx")
+        options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads = options.inter_op_num_threads = 1
+        session = onnxruntime.InferenceSession(
+            str(file), options, providers=["CPUExecutionProvider"]
+        )
+
+    def run(values: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
+        (pooled,) = session.run(None, {"values": values.numpy(), "lengths": lengths.numpy()})
+        return torch.from_numpy(pooled)
+
+    return run
 
 
 def batches(setting: Setting, size: int, count: int) -> list[Batch]:

@@ -5,12 +5,14 @@ checksums and golden rows, scores the examples of FILE, compares them with what 
 gave (`write_examples`), and prints times. Exit status 1, with one sentence, where anything is
 wrong.
 
-EXPORT is a folder of `save_inference`, TorchScript (.pt) or an AOTInductor package (.pt2).
+EXPORT is a folder of `save_inference`, TorchScript (.pt), an AOTInductor package (.pt2) or a file
+of ONNX (.onnx).
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib
 import json
 import statistics
 import sys
@@ -88,7 +90,8 @@ def check_export(
     """Loads `export`, and compares what it gives for the examples of `data`.
 
     Args:
-        export: a folder of `save_inference`, TorchScript (.pt) or an AOTInductor package (.pt2).
+        export: a folder of `save_inference`, TorchScript (.pt), an AOTInductor package (.pt2), or a
+            file of ONNX (.onnx).
         data: see `read_examples`.
         batch_size: examples at a time.
         tolerance: largest difference; default: that of the file.
@@ -140,9 +143,11 @@ def _loaded(export: Path, lookup: str) -> tuple[Score, str, list[str] | None]:
             "checksums and golden rows are right",
             served.inputs,
         )
+    if export.suffix == ".onnx":
+        return _onnx(export), "ONNX Runtime loads it (the format has no checksums)", None
     loaders = {".pt": _torchscript, ".pt2": _package}
     if export.suffix not in loaders:
-        raise ValueError(f"{export} is no folder and none of {list(loaders)}")
+        raise ValueError(f"{export} is no folder and none of {[*loaders, '.onnx']}")
     _check_zip(export)
     # What the file was written with may be operators of either.
     check_installation()
@@ -197,6 +202,32 @@ def _package(file: Path) -> Score:
     return lambda examples: package(*examples.tensors)
 
 
+def _onnx(file: Path) -> Score:
+    try:
+        runtime: Any = importlib.import_module("onnxruntime")
+    except ImportError as error:
+        raise ValueError(
+            f"{file} needs onnxruntime; pip install 'cce-torchrec[serving]'"
+        ) from error
+    options = runtime.SessionOptions()
+    options.log_severity_level = 4  # what goes wrong is raised
+    try:
+        session = runtime.InferenceSession(str(file), options, providers=["CPUExecutionProvider"])
+    except Exception as error:  # its classes are not the same in all versions
+        raise ValueError(
+            f"{file} is no model that ONNX Runtime {runtime.__version__} loads ({error}); write it "
+            "again by to_onnx"
+        ) from error
+    names = [entry.name for entry in session.get_inputs()]
+
+    def score(examples: Examples) -> torch.Tensor:
+        given = {name: getattr(examples, name) for name in names}
+        arrays = {name: tensor.numpy() for name, tensor in given.items() if tensor is not None}
+        return torch.from_numpy(session.run(None, arrays)[0])
+
+    return score
+
+
 def _scored(export: Path, score: Score, examples: Examples) -> torch.Tensor:
     """What the export gives, float32.
 
@@ -206,7 +237,7 @@ def _scored(export: Path, score: Score, examples: Examples) -> torch.Tensor:
     try:
         with torch.no_grad():
             return score(examples).float()
-    except (RuntimeError, ValueError, TypeError, torch.jit.Error) as error:
+    except Exception as error:  # of any runtime
         lines = [line.strip() for line in str(error).strip().splitlines() if line.strip()]
         # TorchScript tells its whole way there first.
         said = next((line for line in reversed(lines) if "Error: " in line), lines[0])

@@ -18,6 +18,7 @@ from cce_torchrec.inference import (
     inference_model,
     save_inference,
     serve_check,
+    to_onnx,
     to_package,
     to_torchscript,
     write_examples,
@@ -146,6 +147,22 @@ def test_weights_go_with_their_ids(tmp_path):
         assert serve_check.check_export(export, data, batch_size=3).ok
 
 
+def test_a_file_of_onnx_is_checked_too(made, tmp_path):
+    pytest.importorskip("onnx", reason="onnx is not installed")
+    pytest.importorskip("onnxruntime", reason="onnxruntime is not installed")
+    for weighted in (False, True):
+        trained = many_tables(is_weighted=weighted)
+        cluster(trained)
+        file = to_onnx(inference_collection(trained), tmp_path / f"{weighted}.onnx")
+        data = write_examples(tmp_path / f"{weighted}.npz", trained, batch_of(trained, 9))
+        report = serve_check.check_export(file, data, batch_size=4)
+        assert report.ok and "no checksums" in report.verified
+    whole = file.read_bytes()
+    (tmp_path / "cut.onnx").write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(ValueError, match=r"cut\.onnx is no model that ONNX Runtime .* loads"):
+        serve_check.check_export(tmp_path / "cut.onnx", data)
+
+
 def test_bad_ids_are_refused_by_the_export(made, tmp_path):
     arrays = dict(np.load(made / "examples.npz"))
     arrays["values"][5] = -3
@@ -162,7 +179,7 @@ def test_what_is_missing_is_said(made, tmp_path):
     with pytest.raises(ValueError, match="is no file"):
         serve_check.check_export(made / "tables", tmp_path / "none.npz")
     (tmp_path / "one.txt").write_text("one")
-    with pytest.raises(ValueError, match=r"is no folder and none of \['.pt', '.pt2'\]"):
+    with pytest.raises(ValueError, match=r"is no folder and none of \['.pt', '.pt2', '.onnx'\]"):
         serve_check.check_export(tmp_path / "one.txt", data)
     with pytest.raises(ValueError, match=r"are read from \.npz and \.parquet"):
         serve_check.check_export(made / "tables", tmp_path / "one.txt")
