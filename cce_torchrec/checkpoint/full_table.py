@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import importlib
+import math
+import os
+import zipfile
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -45,14 +48,16 @@ def full_table(
         table: its name, as `embedding_bags.NAME.weight` or `embeddings.NAME.weight` have it
             anywhere in a state dict, or the whole key.
         file: `.npy` on a disk that all ranks see, where the weight is put together, and which is
-            mapped: needed for shards, and otherwise saves memory where a checkpoint is read.
+            mapped: needed for shards, saves memory where a checkpoint is read, and is not written
+            for what is in memory or in a file already.
         process_group: ranks that share the tables of a sharded source; default: all.
 
     Returns:
         A tensor, or an array that numpy maps.
 
     Raises:
-        ValueError: no such table, or several; a file that cannot be read, or is there already.
+        ValueError: no such table, or several; a file that is damaged, where it has checksums (those
+            of this package and of torch.save do), cannot be read, or is there already.
     """
     if isinstance(source, str | Path):
         return _from_path(location(source), table, file)
@@ -93,11 +98,16 @@ def _key(keys: list[str], table: str) -> str:
     if len(found) == 1:
         return found[0]
     weights = sorted(key for key in keys if key.endswith(".weight"))[:20]
+    chunks = [key for key in keys if f".{table}#" in key]
+    if chunks:
+        raise ValueError(f"{table!r} is a CCE table (of {chunks[0]}, say), and no full one")
     what = f"{len(found)} tables {table!r}: {sorted(found)}" if found else f"no table {table!r}"
-    raise ValueError(f"there is {what}; give one of these keys: {found or weights}")
+    raise ValueError(f"found {what}; give one of these keys: {found or weights}")
 
 
-def _checked(value: torch.Tensor, table: str) -> torch.Tensor:
+def _checked(value: Any, table: str) -> torch.Tensor:
+    if not isinstance(value, torch.Tensor):
+        raise ValueError(f"{table!r} is a {type(value).__name__}, and a table is a tensor")
     if value.ndim != 2 or not value.is_floating_point():
         raise ValueError(
             f"{table!r} is {value.dtype} {list(value.shape)}, and a table is [ids, embedding_dim] "
@@ -114,16 +124,16 @@ def _from_path(path: Path, table: str, file: str | Path | None) -> Weight:
     readers: dict[str, Callable[[Path], Any]] = {".npy": _npy, ".safetensors": _safetensors}
     try:
         found = readers.get(path.suffix, _torch_file)(path)
-    except ValueError:
-        raise
     except Exception as error:  # of any kind: the unpickler's, the system's
-        first = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise ValueError(
-            f"{path} is no weight, state dict or checkpoint that can be read ({first})"
-        ) from error
+        raise _unreadable(path, error) from error
     if not isinstance(found, Mapping):
         return found if isinstance(found, np.ndarray) else _checked(found, table)
     return _from_state(_flat(found), table, file)
+
+
+def _unreadable(path: Path, error: BaseException) -> ValueError:
+    first = (str(error).strip() or type(error).__name__).splitlines()[0]
+    return ValueError(f"{path} is no weight, state dict or checkpoint that can be read ({first})")
 
 
 def _npy(path: Path) -> Any:
@@ -142,7 +152,13 @@ def _safetensors(path: Path) -> Any:
 
 def _torch_file(path: Path) -> Any:
     # Mapped, as of a job's whole state one table is read; and without what a pickle may run.
-    return torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+    zipped = zipfile.is_zipfile(path)  # as torch.save has written for years
+    if zipped:  # whose checksums torch does not look at
+        with zipfile.ZipFile(path) as archive:
+            bad = archive.testzip()
+        if bad is not None:
+            raise ValueError(f"damaged: the checksum of {bad} differs; copy it again")
+    return torch.load(path, map_location="cpu", mmap=zipped, weights_only=True)
 
 
 def _flat(found: Mapping[str, Any], level: int = 0) -> dict[str, Any]:
@@ -157,7 +173,7 @@ def _flat(found: Mapping[str, Any], level: int = 0) -> dict[str, Any]:
 
 
 def _from_folder(path: Path, table: str, file: str | Path | None) -> Weight:
-    reader, metadata = _reader(path)
+    reader, metadata, verified = _reader(path)
     tensors = {
         key: entry
         for key, entry in metadata.state_dict_metadata.items()
@@ -167,8 +183,13 @@ def _from_folder(path: Path, table: str, file: str | Path | None) -> Weight:
     size, dtype = tensors[key].size, tensors[key].properties.dtype
     _checked(torch.empty(size, dtype=dtype, device="meta"), table)
 
+    verified(key)
+
     def read(into: torch.Tensor) -> None:
-        dcp.load({key: into}, storage_reader=reader, no_dist=True)
+        try:
+            dcp.load({key: into}, storage_reader=reader, no_dist=True)
+        except dcp.CheckpointException as error:  # a file of another job's is missing or cut short
+            raise _unreadable(path, next(iter(error.failures.values()))[0]) from error
 
     if file is None:
         value = torch.empty(size, dtype=dtype)
@@ -181,17 +202,28 @@ def _from_folder(path: Path, table: str, file: str | Path | None) -> Weight:
     return np.load(file, mmap_mode="r")  # type: ignore[no-any-return]  # an array
 
 
-def _reader(path: Path) -> tuple[Any, Metadata]:
-    """What reads a checkpoint, of this package or of another job."""
+def _reader(path: Path) -> tuple[Any, Metadata, Callable[[str], None]]:
+    """What reads a checkpoint, of this package or of another job, and verifies a key's files."""
     try:
         found = folders.find(path)
     except ValueError:
         if store_of(path) is not None or not (path / ".metadata").exists():
             raise
         reader = dcp.FileSystemReader(path)
-        return reader, reader.read_metadata()
-    own = TensorReader(found, folders.read_manifest(found).files, {})
-    return own, own.read_metadata()
+        try:
+            return reader, reader.read_metadata(), lambda key: None  # which has no checksums
+        except Exception as error:  # whatever a damaged pickle leads to
+            raise _unreadable(path / ".metadata", error) from error
+    files = folders.read_manifest(found).files
+    own = TensorReader(found, files, {})
+    metadata = own.read_metadata()
+
+    def verify(key: str) -> None:
+        places = metadata.storage_data
+        names = {place.file for index, place in places.items() if index.fqn == key}
+        folders.verify(found, {name: files[name] for name in names})
+
+    return own, metadata, verify
 
 
 def _put_together(
@@ -211,7 +243,7 @@ def _put_together(
     path = ranks.first(lambda: _new(file))
     writing = path.with_name(f".{path.stem}.shards{path.suffix}")
     try:
-        # As float32, which numpy has; of other types it holds every value.
+        # As float32, which tables are trained in, or in halves of it.
         ranks.first(lambda: _mapped(writing, size, torch.float32).flush())
         ranks.each(lambda: _write_shards(value, writing))
         ranks.first(lambda: writing.rename(path))
@@ -233,6 +265,9 @@ def _new(file: str | Path) -> Path:
 
 def _mapped(file: Path, shape: tuple[int, ...], dtype: torch.dtype) -> Any:
     kind = str(dtype).removeprefix("torch.")
+    # Room for all of it at once: a map of a file that finds none kills the process.
+    with file.open("wb") as made:
+        os.posix_fallocate(made.fileno(), 0, 4096 + math.prod(shape) * dtype.itemsize)
     return np.lib.format.open_memmap(file, mode="w+", dtype=kind, shape=shape)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -15,10 +16,14 @@ def whole_file(path: Path) -> Iterator[Path]:
     Raises:
         ValueError: it cannot be written, naming `path`.
     """
-    writing = path.with_name(f".{path.stem}.writing-{os.getpid()}{path.suffix}")
+    # Of this thread alone: others may write under the same name at the same time.
+    own = f"{os.getpid()}-{threading.get_ident()}"
+    writing = path.with_name(f".{path.stem}.writing-{own}{path.suffix}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         yield writing
+        if path.exists():  # since the caller looked
+            raise FileExistsError(f"{path} is there by now")
         writing.rename(path)
     except OSError as error:
         raise ValueError(f"{path} cannot be written ({error})") from error

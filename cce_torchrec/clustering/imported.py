@@ -148,14 +148,30 @@ def _checked(
             f"table {table!r}: a full table is imported into main rows alone; configure it with "
             "num_helper_rows=0 and learned codes"
         )
-    wanted = (config.num_embeddings, config.embedding_dim)
+    # Row i of a full table is id i, and that of a hash is of some raw id, or of several.
+    if config.hash_ids:
+        raise ValueError(
+            f"table {table!r} hashes raw ids (hash_ids), whose rows are not those of a full table; "
+            "configure it without, and number the ids as the full table does"
+        )
+    _check_weight(table, weight, counts, (config.num_embeddings, config.embedding_dim))
+    return config
+
+
+def _check_weight(
+    table: str, weight: Any, counts: torch.Tensor | None, wanted: tuple[int, int]
+) -> None:
+    """Raises ValueError if `weight` or `counts` are not those of a table of the shape `wanted`."""
+    if not hasattr(weight, "shape") or getattr(weight, "is_meta", False):
+        raise ValueError(f"table {table!r}: the weight is a tensor or an array with values")
+    if "complex" in str(weight.dtype):
+        raise ValueError(f"table {table!r}: the weight is {weight.dtype}, and rows are real")
     if tuple(weight.shape) != wanted:
         raise ValueError(f"table {table!r} is {list(wanted)}, the weight {list(weight.shape)}")
     if counts is not None and tuple(counts.shape) != wanted[:1]:
         raise ValueError(f"table {table!r} has {wanted[0]} ids, the counts {list(counts.shape)}")
     if counts is not None and (counts.is_floating_point() or bool((counts < 0).any())):
         raise ValueError(f"table {table!r}: counts are integers of 0 or more; got {counts.dtype}")
-    return config
 
 
 def _drawn(config: CCEEmbeddingBagConfig, per_centroid: int | None) -> torch.Tensor:
@@ -214,6 +230,11 @@ def import_curve(
 
     Bytes are those of all N ids; errors are of the ids that were looked at, evenly spread.
     """
+    given = list(getattr(weight, "shape", ()))
+    if len(given) != 2 or not given[0] or most_ids < 1:
+        raise ValueError(
+            f"the weight is {given}, most_ids {most_ids}; give [ids, embedding_dim], and 1 or more"
+        )
     ids, dim = weight.shape
     # Evenly spread, as neighbouring ids may be alike.
     step = -(-ids // most_ids)

@@ -150,6 +150,8 @@ def inference_collection(
         RuntimeError: "fused", and neither the library nor a compiler; or "triton", which is not
             installed.
     """
+    if hasattr(collection, "packed"):
+        raise ValueError(f"the {type(collection).__name__} is packed already")
     if not isinstance(collection, CCEEmbeddingBagCollection | CCEEmbeddingCollection):
         raise ValueError(
             f"{type(collection).__name__} is no CCE collection; of a model that has some inside "

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import zipfile
-from dataclasses import dataclass
+import zlib
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +18,10 @@ from cce_torchrec.checkpoint.whole_file import whole_file
 from cce_torchrec.modules.embedding_bag_collection import CCEEmbeddingBagCollection
 
 TOLERANCE = 0.02
-"""Of the largest output, where no tolerance is given: int8 and int4 rows are rounded."""
+"""Where none is given, in parts of the largest value of an output, a feature's or a model's: int8
+and int4 rows are rounded."""
+_DAMAGED = (OSError, EOFError, ValueError, KeyError, TypeError, zipfile.BadZipFile, zlib.error)
+"""What reading a damaged .npz raises, by where it is damaged."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,8 +39,8 @@ class Examples:
     """float32 [B, dense features]."""
     expected: torch.Tensor | None = None
     """float32 [B, ...]."""
-    tolerance: float = 0.0
-    """Largest difference from `expected` that is right."""
+    tolerance: torch.Tensor | None = None
+    """Largest difference from `expected` that is right, float64 [] or of each column."""
 
     @property
     def rows(self) -> int:
@@ -94,34 +99,28 @@ def write_examples(
             features)`; in evaluation mode.
         features: ids of B examples; of a model in the order in which `TensorInputs` names them.
         dense: float32 [B, dense features], of a model.
-        tolerance: largest difference that an export may have. Default: 0.02 of the largest output.
+        tolerance: largest difference that an export may have. Default: 0.02 of the largest value of
+            each feature, or of the largest distance of a model's outputs from their mean.
 
     Raises:
-        ValueError: another suffix, a batch without examples or with a batch size per feature,
-            outputs that are not finite, or a file that cannot be written.
+        ValueError: another suffix, a batch without examples, with a batch size per feature or
+            without a feature, outputs that are not finite or no tensor, or a file that is there
+            already or cannot be written.
     """
     path = Path(path)
-    if path.suffix != ".npz":
-        raise ValueError(f"{path}: examples are written as .npz")
-    if features.variable_stride_per_key() or not features.stride():
-        raise ValueError("give one example or more, with one batch size for all features")
+    _check_asked(path, tolerance)
+    _check_batch(trained, features, dense)
     if isinstance(trained, CCEEmbeddingBagCollection):
-        slots = trained.output.slots
-        names = list(dict.fromkeys(slots[i].feature for i in trained.output.order))
-        # As lookups without Python take them.
-        features = features.permute([features.keys().index(name) for name in names])
-    with torch.no_grad():
-        out = trained(features) if dense is None else trained(dense, features)
-    expected = (out.values() if isinstance(out, KeyedTensor) else out).float().cpu()
-    if not bool(torch.isfinite(expected).all()):
-        raise ValueError("the trained model gives NaN or infinite values for these examples")
-    largest = float(expected.abs().amax())
+        features = _as_inputs(trained, features)
+    expected, scale = _outputs(trained, features, dense)
+    if tolerance is not None:
+        scale = torch.tensor(tolerance / TOLERANCE, dtype=torch.float64)
     arrays: dict[str, Any] = {
         "features": np.array(features.keys()),
         "values": features.values().long().cpu().numpy(),
         "lengths": features.lengths().long().cpu().numpy(),
         "expected": expected.numpy(),
-        "tolerance": np.float64(TOLERANCE * largest if tolerance is None else tolerance),
+        "tolerance": (TOLERANCE * scale).numpy(),
     }
     weights = features.weights_or_none()
     if weights is not None:
@@ -131,6 +130,77 @@ def write_examples(
     with whole_file(path) as writing:
         np.savez(writing, **arrays)
     return path
+
+
+def _check_asked(path: Path, tolerance: float | None) -> None:
+    if path.suffix != ".npz":
+        raise ValueError(f"{path}: examples are written as .npz")
+    if path.exists():
+        raise ValueError(f"{path} is there already; give another name, or remove it")
+    if tolerance is not None and not 0 <= tolerance < math.inf:
+        raise ValueError(f"tolerance {tolerance} is no number of 0 or more")
+
+
+def _check_batch(
+    trained: nn.Module, features: KeyedJaggedTensor, dense: torch.Tensor | None
+) -> None:
+    # It would be compared with itself.
+    if any(hasattr(module, "packed") for module in trained.modules()):
+        raise ValueError("the model is packed; examples are of the one that was trained")
+    if features.variable_stride_per_key() or not features.stride():
+        raise ValueError("give one example or more, with one batch size for all features")
+    if dense is not None and len(dense) != features.stride():
+        raise ValueError(f"{len(dense)} rows of dense features for {features.stride()} examples")
+
+
+def _as_inputs(
+    trained: CCEEmbeddingBagCollection, features: KeyedJaggedTensor
+) -> KeyedJaggedTensor:
+    """`features` as the lookup without Python takes them: in its order, and no more than it reads.
+
+    Raises:
+        ValueError: one is missing.
+    """
+    slots, keys = trained.output.slots, features.keys()
+    names = list(dict.fromkeys(slots[i].feature for i in trained.output.order))
+    missing = [name for name in names if name not in keys]
+    if missing:
+        raise ValueError(f"the features {keys} lack {missing}, which tables read")
+    own = features.permute([keys.index(name) for name in names])
+    if trained.is_weighted() or own.weights_or_none() is None:
+        return own
+    return KeyedJaggedTensor(names, own.values(), lengths=own.lengths())  # nothing reads weights
+
+
+def _outputs(
+    trained: nn.Module, features: KeyedJaggedTensor, dense: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """What `trained` gives in evaluation, float32 [B, ...], and the size of it, float64."""
+    was_training = trained.training
+    trained.eval()
+    try:
+        with torch.no_grad():
+            out = trained(features) if dense is None else trained(dense, features)
+    finally:
+        trained.train(was_training)
+    if not isinstance(out, KeyedTensor | torch.Tensor):
+        raise ValueError(
+            f"the trained module gives a {type(out).__name__}, and examples are of pooled "
+            "embeddings or of a tensor; of sequences export their `lookups`"
+        )
+    expected = (out.values() if isinstance(out, KeyedTensor) else out).detach().float().cpu()
+    if len(expected) != features.stride():
+        raise ValueError(f"the trained module gives {len(expected)} rows for {features.stride()}")
+    if not bool(torch.isfinite(expected).all()):
+        raise ValueError("the trained model gives NaN or infinite values for these examples")
+    wide = expected.double()
+    if isinstance(out, KeyedTensor):
+        # Tables differ in size, and a wrong small one must not hide behind a large one.
+        parts = wide.abs().amax(0).split(out.length_per_key())
+        return expected, torch.cat([part.amax().expand(len(part)) for part in parts])
+    # What a model gives is a level and what differs by example, in which an export may be wrong.
+    mean = wide.mean(0) if len(wide) > 1 else 0.0
+    return expected, (wide - mean).abs().amax()
 
 
 def read_examples(path: str | Path, features: list[str] | None = None) -> Examples:
@@ -164,15 +234,40 @@ def _read_npz(path: Path) -> Examples:
         with np.load(path) as found:
             arrays = {name: torch.from_numpy(found[name]) for name in found if name != "features"}
             names = [str(name) for name in found["features"]]
-    except (OSError, ValueError, KeyError, TypeError, zipfile.BadZipFile) as error:
+    except _DAMAGED as error:
         raise ValueError(
             f"{path} holds no examples ({error}); write them by write_examples"
         ) from error
     missing = {"values", "lengths", "expected", "tolerance"} - set(arrays)
     if missing:
         raise ValueError(f"{path} lacks {sorted(missing)}; write it by write_examples")
-    tolerance = float(arrays.pop("tolerance"))
-    return Examples(features=names, tolerance=tolerance, **arrays)
+    known = {field.name for field in fields(Examples)} - {"features"}
+    found = {name: array for name, array in arrays.items() if name in known}
+    return _checked(path, Examples(features=names, **found))
+
+
+def _checked(path: Path, examples: Examples) -> Examples:
+    """`examples`, if their parts fit together.
+
+    Raises:
+        ValueError: they do not, or there are none.
+    """
+    own, rows = examples, examples.rows
+    ids = [own.values] if own.weights is None else [own.values, own.weights]
+    of_rows = [tensor for tensor in (own.dense, own.expected) if tensor is not None]
+    fits = [
+        own.lengths.shape == (rows * len(own.features),),
+        not (own.values.is_floating_point() or own.lengths.is_floating_point()),
+        bool((own.lengths >= 0).all()),
+        all(tensor.shape == (int(own.lengths.sum()),) for tensor in ids),
+        all(len(tensor) == rows for tensor in of_rows),
+    ]
+    if not rows or not all(fits):
+        raise ValueError(
+            f"{path} holds no examples, or their features {own.features}, values, lengths and "
+            "outputs do not fit together; write it again"
+        )
+    return examples
 
 
 def _read_parquet(path: Path, features: list[str]) -> Examples:
@@ -184,18 +279,23 @@ def _read_parquet(path: Path, features: list[str]) -> Examples:
         ) from error
     try:
         table = parquet.read_table(path)
-    except (OSError, ValueError) as error:
+    except Exception as error:  # pyarrow has errors of its own for what is damaged
         raise ValueError(f"{path} cannot be read ({error})") from error
     missing = set(features) - set(table.column_names)
     if missing:
         raise ValueError(f"{path} lacks columns {sorted(missing)}; it has {table.column_names}")
-    rows = [
-        [bag if isinstance(bag, list) else [bag] for bag in table.column(name).to_pylist()]
-        for name in features
-    ]
+    rows = [_bags(path, name, table.column(name)) for name in features]
     try:
         values = torch.tensor([i for own in rows for bag in own for i in bag], dtype=torch.int64)
     except (TypeError, ValueError, RuntimeError) as error:
-        raise ValueError(f"{path}: columns {features} are ids or lists of ids ({error})") from error
+        raise ValueError(f"{path}: ids of {features} are missing, or no int64 ({error})") from error
     lengths = torch.tensor([len(bag) for own in rows for bag in own])
-    return Examples(features=features, values=values, lengths=lengths)
+    return _checked(path, Examples(features=features, values=values, lengths=lengths))
+
+
+def _bags(path: Path, name: str, column: Any) -> list[list[int]]:
+    """The ids of each row of a column of Arrow's."""
+    kind = column.type.value_type if hasattr(column.type, "value_type") else column.type
+    if not str(kind).startswith(("int", "uint")):  # floats would be cut off
+        raise ValueError(f"{path}: column {name!r} is {kind}, and features are ids or lists of ids")
+    return [bag if isinstance(bag, list) else [bag] for bag in column.to_pylist()]

@@ -15,6 +15,7 @@ from torch import nn
 from torch.export import Dim, ExportedProgram
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
+from cce_torchrec.checkpoint.whole_file import whole_file
 from cce_torchrec.inference.gpu_lookup import check_scriptable
 from cce_torchrec.inference.lookup import PackedLookup
 from cce_torchrec.torchrec_internals import compile_package, sizes_are_any
@@ -31,11 +32,17 @@ class TensorInputs(nn.Module):
 
     def __init__(self, model: nn.Module, features: Sequence[str]) -> None:
         super().__init__()
+        if isinstance(features, str):
+            raise ValueError(f"features {features!r} is text; give a list of names")
         self.model = model
         self.features = list(features)
 
     def forward(
-        self, dense: torch.Tensor, values: torch.Tensor, lengths: torch.Tensor
+        self,
+        dense: torch.Tensor,
+        values: torch.Tensor,
+        lengths: torch.Tensor,
+        weights: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """What the model gives.
 
@@ -43,8 +50,9 @@ class TensorInputs(nn.Module):
             dense: [B, dense features].
             values: ids [V], those of one feature after those of another.
             lengths: of bags [features * B].
+            weights: of ids [V], where the model's tables are weighted.
         """
-        features = KeyedJaggedTensor(keys=self.features, values=values, lengths=lengths)
+        features = KeyedJaggedTensor(self.features, values, weights, lengths=lengths)
         return self.model(dense, features)
 
 
@@ -57,9 +65,9 @@ def to_torchscript(served: Served, example: Tensors | None = None) -> torch.jit.
 
     Args:
         served: the `lookup` of an inference collection, or `TensorInputs` of an `inference_model`.
-        example: inputs of two rows or more, by which a model is traced: dense, values and lengths.
-            Only its lookups are scripted, so that it has no KeyedJaggedTensor, whose operators of
-            FBGEMM C++ servers lack.
+        example: inputs of two rows or more, by which a model is traced: dense, values, lengths, and
+            weights of ids where there are some. Only its lookups are scripted, so that it has no
+            KeyedJaggedTensor, whose operators of FBGEMM C++ servers lack.
 
     Raises:
         ValueError: no `example` of a model, one that does not fit, a model that goes by the
@@ -70,6 +78,8 @@ def to_torchscript(served: Served, example: Tensors | None = None) -> torch.jit.
     if isinstance(served, PackedLookup):
         return torch.jit.script(served)
     example = _example(served, example)
+    with torch.no_grad():
+        served(*example)  # so that what is wrong with it is said as it is
     # Only what refuses ids out of bounds has to decide anything by the numbers of a batch.
     scripted = {id(m): torch.jit.script(m) for m in served.modules() if isinstance(m, PackedLookup)}
     copied = copy.deepcopy(served, scripted).eval()
@@ -91,16 +101,16 @@ def to_torchscript(served: Served, example: Tensors | None = None) -> torch.jit.
 
 def _with_rows(served: TensorInputs, example: Tensors, rows: list[int]) -> Tensors:
     """A batch of the rows `rows` of another."""
-    dense, values, lengths = example
+    dense, values, lengths, *weights = example
     at = torch.tensor(rows)
     own = lengths.view(len(served.features), -1)
-    bags = values.split(lengths.tolist())
-    starts = range(0, len(bags), own.shape[1])
-    return (
-        dense[at],
-        torch.cat([bags[start + row] for start in starts for row in rows]),
-        own[:, at].reshape(-1),
-    )
+    starts = range(0, lengths.numel(), own.shape[1])
+
+    def of(tensor: torch.Tensor) -> torch.Tensor:
+        bags = tensor.split(lengths.tolist())
+        return torch.cat([bags[start + row] for start in starts for row in rows])
+
+    return dense[at], of(values), own[:, at].reshape(-1), *map(of, weights)
 
 
 def to_exported_program(served: Served, example: Tensors | None = None) -> ExportedProgram:
@@ -116,7 +126,7 @@ def to_exported_program(served: Served, example: Tensors | None = None) -> Expor
     sizes: list[Any] = [{0: Dim.DYNAMIC}, {0: lengths}]
     if isinstance(served, TensorInputs):
         sizes.insert(0, {0: batch})
-    elif len(example) == 3:
+    if len(example) > len(sizes):
         sizes.append({0: Dim.DYNAMIC})  # weights
     copied, shapes = copy.deepcopy(served).eval(), tuple(sizes)
     with torch.no_grad(), sizes_are_any():
@@ -127,12 +137,27 @@ def to_package(served: Served, path: str | Path, example: Tensors | None = None)
     """Compiles `served` by AOTInductor into the file `path` (.pt2), and returns it.
 
     Takes some 10 seconds and a C++ compiler. See `to_torchscript` for the arguments and errors.
+
+    Raises:
+        ValueError: also a `path` that does not end in .pt2, is there already, or cannot be written.
     """
+    path = Path(path)
+    if path.suffix != ".pt2":
+        raise ValueError(f"{path}: the name of a package has to end in .pt2")
+    if path.exists():  # a server may have it open
+        raise ValueError(f"{path} is there already; give another name, or remove it")
     program = to_exported_program(served, example)
-    return compile_package(program, Path(path), installed_versions())
+    with whole_file(path) as writing:
+        compile_package(program, writing, installed_versions())
+    return path
 
 
 def _num_inputs(served: Served) -> int:
+    if not isinstance(served, TensorInputs | PackedLookup):
+        raise ValueError(
+            f"{type(served).__name__} is not called with tensors; give the `lookup` of an "
+            "inference collection, or TensorInputs of an inference_model"
+        )
     return len(served.features) if isinstance(served, TensorInputs) else served.num_inputs
 
 
@@ -146,12 +171,13 @@ def _example(served: Served, example: Tensors | None) -> Tensors:
     if example is None and isinstance(served, PackedLookup):
         # Id 0 is everyone's, and two rows are the fewest that programs are made from.
         values = torch.zeros(2 * count, dtype=torch.int64)
-        return values, torch.ones_like(values)
-    wanted = "dense, values and lengths" if isinstance(served, TensorInputs) else "values, lengths"
+        weights = (torch.ones(2 * count),) if served.is_weighted else ()
+        return values, torch.ones_like(values), *weights
+    wanted = "dense, values, lengths" if isinstance(served, TensorInputs) else "values, lengths"
     if example is None:
         raise ValueError(f"give an example of the model's inputs: {wanted}, of two rows or more")
     # One row would have a program made for one.
-    rows, rest = divmod(example[-1 if isinstance(served, TensorInputs) else 1].numel(), count)
+    rows, rest = divmod(example[2 if isinstance(served, TensorInputs) else 1].numel(), count)
     if rest or rows < 2:
         raise ValueError(
             f"an example is {wanted}, with {count} lengths for each of two rows or more; got "

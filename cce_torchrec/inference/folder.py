@@ -104,7 +104,8 @@ def load_inference(
         lookup: see `inference_collection`; another one than that of the writer gives equal results.
         mmap: map the files, so that processes share their memory and start at once; they must stay
             where they are. Otherwise they are read.
-        check: compare checksums, which reads the files once, and golden rows, on the CPU.
+        check: compare checksums, which reads the files once, and golden rows, on the CPU. Without
+            it, codes that are damaged may read other memory than rows.
 
     Raises:
         ValueError: no such folder, one that is still being written or of another format, or a file
@@ -113,7 +114,11 @@ def load_inference(
             without `check`.
         RuntimeError: see `inference_collection`.
     """
+    if "://" in str(folder):
+        raise ValueError(f"{folder}: exports are mapped; download it, and give that folder")
     folder = Path(folder)
+    if not folder.is_dir():
+        raise ValueError(f"{folder} is no folder; give one that save_inference wrote")
     found = _manifest(folder, check)
     try:
         for name in (CODES, ROWS):
@@ -167,7 +172,8 @@ def _golden(collection: Served) -> list[dict[str, Any]]:
 def _vectors(packed: PackedTables, number: int, ids: list[int], lookup: str) -> torch.Tensor:
     """Of a feature the vectors of `ids` each by itself, and of all in one bag, [ids + 1, D]."""
     # Golden rows tell of the files, and the tables are not on a GPU yet.
-    own = lookup_type("auto" if lookup == "triton" else lookup)(packed.only(number))
+    kind = lookup_type("auto" if lookup == "triton" else lookup)
+    own = kind(packed.only(number, is_weighted=packed.is_weighted))
     # By unequal weights, so that a pooling that is not the table's is seen.
     weights = torch.arange(1.0, 1 + 2 * len(ids)) if packed.is_weighted else None
     lengths = torch.tensor([1] * len(ids) + [len(ids)])
@@ -201,7 +207,7 @@ def _manifest(folder: Path, check: bool) -> dict[str, Any]:
             f"{file} has format {format_}; this version reads {FORMAT}: install the version of "
             "cce_torchrec that wrote it, or write the export again"
         )
-    if check and found.get("crc32") != _checksum(found):
+    if found.get("crc32") != _checksum(found):  # as others may be right by chance, and read amiss
         raise ValueError(f"{file} is damaged (its checksum differs); copy the whole export again")
     versions = found.get("versions")
     if versions != installed_versions():
@@ -223,6 +229,8 @@ def _check_file(file: Path, expected: dict[str, int], checksums: bool) -> None:
     """
     if not file.is_file():
         raise ValueError(f"{file} is missing; copy the whole export again")
+    if not os.access(file, os.R_OK):
+        raise ValueError(f"{file} cannot be read; see to its permissions")
     size = file.stat().st_size
     if size != expected["bytes"]:
         raise ValueError(

@@ -4,7 +4,7 @@
 
 import torch
 
-from cce_torchrec.inference.lookup import PackedLookup, numbers_of, refuse_cuda
+from cce_torchrec.inference.lookup import PackedLookup, check_weights, numbers_of, refuse_cuda
 from cce_torchrec.inference.packed_tables import PackedTables
 
 
@@ -23,6 +23,7 @@ class FusedLookup(PackedLookup):
     ) -> torch.Tensor:
         """See the class."""
         refuse_cuda(values, self.rows)
+        check_weights(self.is_weighted, weights)
         return torch.ops.cce_inference.lookup(
             values, lengths, weights, self.codes, self.rows, self.numbers, self.hashes,
             self.num_inputs, self.total_dim, self.ignores, self.names,

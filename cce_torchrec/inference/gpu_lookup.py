@@ -7,7 +7,7 @@ from typing import Any, NoReturn
 import torch
 
 from cce_torchrec.gpu.usable import unusable
-from cce_torchrec.inference.lookup import PackedLookup, numbers_of
+from cce_torchrec.inference.lookup import PackedLookup, check_weights, numbers_of
 from cce_torchrec.inference.packed_tables import PackedTables
 
 _WHOLE = (torch.int32, torch.int64)
@@ -53,6 +53,7 @@ class TritonLookup(PackedLookup):
 
         if torch.compiler.is_exporting():
             raise ValueError(_PYTHON_ONLY)
+        check_weights(self.is_weighted, weights)
         self._check(values, lengths, weights)
         num_bags = lengths.numel() // self.num_inputs
         shape = num_bags, self.total_dim

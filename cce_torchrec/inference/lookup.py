@@ -28,11 +28,20 @@ def refuse_cuda(values: torch.Tensor, rows: torch.Tensor) -> None:
         )
 
 
+def check_weights(is_weighted: bool, weights: torch.Tensor | None) -> None:
+    """Raises ValueError if tables that are pooled by weights get none, or others some."""
+    # Either would be pooled in another way than in training, and nobody would see it.
+    if is_weighted and weights is None:
+        raise ValueError("the tables are pooled by weights; give one for each id")
+    if not is_weighted and weights is not None:
+        raise ValueError("the tables are not pooled by weights; leave the weights out")
+
+
 class PackedLookup(nn.Module):
     """Pooled embeddings of all features of packed tables, float32 [B, sum of D].
 
     Called with `values`, ids [V] of type int32 or int64, those of one feature after those of
-    another; `lengths` of bags [features * B]; and, or None, `weights` of ids, float32 [V].
+    another; `lengths` of bags [features * B]; and, of weighted tables, `weights` of ids [V].
 
     Args:
         packed: the tables.
@@ -40,6 +49,7 @@ class PackedLookup(nn.Module):
     """
 
     ignores: Final[bool]
+    is_weighted: Final[bool]
     num_inputs: Final[int]
     """Features of a batch."""
     total_dim: Final[int]
@@ -52,9 +62,10 @@ class PackedLookup(nn.Module):
 
     def __init__(self, packed: PackedTables, ignores: bool = False) -> None:
         super().__init__()
-        self.ignores = ignores
+        self.ignores, self.is_weighted = ignores, packed.is_weighted
         tables = packed.tables_of_features
-        self.num_inputs = len(packed.inputs)
+        self.inputs = packed.inputs
+        self.num_inputs = len(self.inputs)
         self.total_dim = sum(table.dim for table in tables)
         # Of features, for messages.
         self.names = [

@@ -14,6 +14,7 @@ import shlex
 import shutil
 import subprocess
 import tempfile
+import zlib
 from pathlib import Path
 
 import torch
@@ -32,11 +33,10 @@ def library() -> Path:
     Raises:
         RuntimeError: it cannot be built, with the reason and the remedy.
     """
-    name = f"libcce_lookup-torch{torch.__version__}.so"
-    built = _folder() / name
-    # A library that is older than its source would be of another version.
-    newest = max(file.stat().st_mtime for file in (_SOURCE, *_HEADERS))
-    if not built.exists() or built.stat().st_mtime < newest:
+    # By what is in the sources: times of files are lost on the way into an image.
+    crc = zlib.crc32(b"".join(file.read_bytes() for file in (_SOURCE, *_HEADERS)))
+    built = _folder() / f"libcce_lookup-torch{torch.__version__}-{crc:08x}.so"
+    if not built.exists():
         _build(built)
     return built
 

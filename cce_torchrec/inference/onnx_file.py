@@ -7,14 +7,15 @@ import logging
 import os
 import shutil
 import tempfile
+import zlib
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
-from cce_torchrec.checkpoint.location import sync_folder, write
-from cce_torchrec.inference.collection import InferenceEmbeddingBagCollection
+from cce_torchrec.checkpoint.location import fingerprint, sync_folder, write
+from cce_torchrec.inference.collection import InferenceEmbeddingBagCollection, lookup_type
 from cce_torchrec.inference.onnx_graph import Arrays, lookup_graph
 from cce_torchrec.inference.onnx_nodes import onnx_package
 from cce_torchrec.inference.packed_tables import PackedTables
@@ -25,6 +26,8 @@ _MOST_INSIDE = 1 << 30
 """Bytes of tensors in the file itself; a message of protobuf has at most twice as many."""
 _PAGE = 1 << 16
 """Bytes, of which the pages of any system are parts."""
+NO_CHECKSUM = b"cce_torchrec crc32 00000000"
+DATA_CHECKSUM = b"cce_torchrec data crc32 "
 _TOLERANCE = 1e-5
 """Of what ONNX Runtime gives, in parts of the largest value: it adds up in another order."""
 
@@ -70,10 +73,12 @@ def to_onnx(collection: InferenceEmbeddingBagCollection, path: str | Path) -> Pa
         raise ValueError(f"{path} cannot be written ({error})") from error
     try:
         if sum(array.nbytes for array in arrays.values()) > _MOST_INSIDE:
-            _write_beside(model, arrays, writing / data.name)
+            crc = _write_beside(model, arrays, writing / data.name)
+            model.metadata_props.add(key="data", value=f"{DATA_CHECKSUM.decode()}{crc:08x}")
         else:
             _put_inside(model, arrays)
-        write(writing / path.name, [model.SerializeToString()])
+        model.metadata_props.add(key="checksum", value=NO_CHECKSUM.decode())
+        write(writing / path.name, [with_checksum(model.SerializeToString())])
         del model, arrays  # of which the runtime makes its own
         _check(collection, writing / path.name)
         _rename([writing / data.name, writing / path.name], path.parent)
@@ -85,6 +90,34 @@ def to_onnx(collection: InferenceEmbeddingBagCollection, path: str | Path) -> Pa
     return path
 
 
+def with_checksum(model: bytes) -> bytes:
+    """`model` with the checksum of all its bytes, those of the checksum being zeros, in its place.
+
+    The format has none, and runtimes read flipped bytes without a word.
+    """
+    start, _, end = model.rpartition(NO_CHECKSUM)
+    return start + NO_CHECKSUM[:-8] + b"%08x" % zlib.crc32(model) + end
+
+
+def verify_onnx(file: Path) -> None:
+    """Compares a file that `to_onnx` wrote, and the one with its tensors, with their checksums.
+
+    Raises:
+        ValueError: either is damaged, cut short or of another model.
+    """
+    model, mark = file.read_bytes(), NO_CHECKSUM[:-8]
+    start, found, end = model.rpartition(mark)
+    bare = start + NO_CHECKSUM + end[8:]
+    if not found or end[:8] != b"%08x" % zlib.crc32(bare):
+        raise ValueError(f"{file} is damaged, or to_onnx did not write it; copy it again")
+    _, beside, end = start.rpartition(DATA_CHECKSUM)
+    data = file.with_name(f"{file.name}.data")
+    if not beside:
+        return
+    if not data.is_file() or end[:8] != b"%08x" % fingerprint(data).crc:
+        raise ValueError(f"{data} is missing, damaged, or of another model; copy both again")
+
+
 def _refuse_others(collection: Any) -> None:
     if isinstance(collection, InferenceEmbeddingBagCollection):
         return
@@ -94,7 +127,10 @@ def _refuse_others(collection: Any) -> None:
             f"{name}: sequences have no form in ONNX here, only collections of bags do; export "
             "each of its lookups by to_torchscript, whose bags are single ids"
         )
-    raise ValueError(f"{name} is no inference collection; make one by inference_collection")
+    raise ValueError(
+        f"{name} is no inference collection; make one by inference_collection. Whole models have "
+        "no form in ONNX here: export their collections"
+    )
 
 
 def _put_inside(model: Any, arrays: Arrays) -> None:
@@ -103,8 +139,11 @@ def _put_inside(model: Any, arrays: Arrays) -> None:
             tensor.raw_data = arrays[tensor.name].tobytes()
 
 
-def _write_beside(model: Any, arrays: Arrays, file: Path) -> None:
-    """Writes all arrays into a file, and into the model where each of them is in it."""
+def _write_beside(model: Any, arrays: Arrays, file: Path) -> int:
+    """Writes all arrays into a file, and into the model where each of them is in it.
+
+    Returns its checksum.
+    """
     tensors = {tensor.name: tensor for tensor in model.graph.initializer}
     parts, at = [], 0
     for name, array in arrays.items():
@@ -115,7 +154,7 @@ def _write_beside(model: Any, arrays: Arrays, file: Path) -> None:
         # From a page on, so that a runtime may map it.
         parts += [array.reshape(-1).view(np.uint8), np.zeros(-array.nbytes % _PAGE, np.uint8)]
         at += sum(map(len, parts[-2:]))
-    write(file, parts)
+    return write(file, parts).crc
 
 
 def _rename(files: list[Path], folder: Path) -> None:
@@ -123,11 +162,13 @@ def _rename(files: list[Path], folder: Path) -> None:
     done: list[Path] = []
     try:
         for file in files:
+            if (folder / file.name).exists():  # by another process, since it was looked for
+                raise FileExistsError(f"{folder / file.name} is there by now")
             if file.exists():
                 done.append(folder / file.name)
                 os.rename(file, done[-1])
     except OSError:
-        for file in done[:-1]:
+        for file in done:
             file.unlink(missing_ok=True)
         raise
 
@@ -147,7 +188,9 @@ def _check(collection: InferenceEmbeddingBagCollection, file: Path) -> None:
         )
         return
     batch = _batch(collection.packed)
-    expected = collection.lookup(*batch)
+    # Of a lookup for CPUs, whatever the collection's own is for.
+    own = lookup_type("auto")(collection.packed, collection.ignores)
+    expected = own(*batch)
     options = runtime.SessionOptions()
     options.log_severity_level = 4  # what goes wrong is raised
     names = ("values", "lengths", "weights")

@@ -150,8 +150,11 @@ class PackedTables:
         """The byte of `rows` with which each table begins."""
         return _starts([table.row_bytes for table in self.tables])
 
-    def only(self, number: int) -> PackedTables:
-        """The feature `number` alone with its table, of which nothing is copied."""
+    def only(self, number: int, *, is_weighted: bool = False) -> PackedTables:
+        """The feature `number` alone with its table, of which nothing is copied.
+
+        `is_weighted`: whether its bags are pooled by weights, which single ids need not.
+        """
         feature = self.features[number]
         table, code, row = self.tables[feature.table], *self._starts_of(feature.table)
         return PackedTables(
@@ -159,7 +162,7 @@ class PackedTables:
             features=[replace(feature, table=0)],
             codes=self.codes[code : code + _whole_words(table.code_bytes) + WORD],
             rows=self.rows[row : row + table.row_bytes],
-            is_weighted=self.is_weighted,
+            is_weighted=is_weighted,
         )
 
     def _starts_of(self, table: int) -> tuple[int, int]:
@@ -174,7 +177,7 @@ class PackedTables:
         bags = collection.embedding_bag_collection.embedding_bags
         tables, codes, rows = [], [], []
         for table in collection.tables:
-            _check_width(table, row_type)
+            check_width(table, row_type)
             own = codes_of(collection.codes, table.name)
             stored = _stored_codes(own)
             packed = [row_type.packed(weight) for weight in _weights(table, bags)]
@@ -196,7 +199,7 @@ class PackedTables:
         )
 
 
-def _check_width(table: Table, row_type: RowType) -> None:
+def check_width(table: Table, row_type: RowType) -> None:
     """Raises ValueError if FBGEMM does not pack rows of the table's width as `row_type`."""
     width = table.config.embedding_dim // len(table.chunks)
     if width * row_type.bits % 16:

@@ -16,7 +16,7 @@ from typing import Final
 import torch
 from fbgemm_gpu.split_table_batched_embeddings_ops_common import EmbeddingLocation
 
-from cce_torchrec.inference.lookup import PackedLookup, refuse_cuda, reordered
+from cce_torchrec.inference.lookup import PackedLookup, check_weights, refuse_cuda, reordered
 from cce_torchrec.inference.packed_tables import PackedTables
 from cce_torchrec.inference.row_types import ROW_TYPES
 from cce_torchrec.torchrec_internals import assert_in_graph
@@ -126,6 +126,9 @@ class PortableLookup(PackedLookup):
     ) -> torch.Tensor:
         """See `PackedLookup`."""
         refuse_cuda(values, self.rows)
+        check_weights(self.is_weighted, weights)
+        if weights is not None:
+            weights = weights.float()  # as FBGEMM reads them
         self._check(values, lengths, weights)
         lengths = lengths.long().view(self.num_inputs, -1)
         if not self.same_inputs:
@@ -163,12 +166,15 @@ class PortableLookup(PackedLookup):
         self, values: torch.Tensor, lengths: torch.Tensor, weights: torch.Tensor | None
     ) -> None:
         """Raises ValueError if a batch does not fit, by which FBGEMM would read other memory."""
-        if values.is_floating_point() or lengths.is_floating_point():
-            raise ValueError("values and lengths must be int32 or int64")
+        for given in (values, lengths):
+            if given.dtype != torch.int32 and given.dtype != torch.int64:
+                raise ValueError("values and lengths must be int32 or int64")
         if torch.jit.is_scripting():
             self._refuse_lengths(values, lengths, weights)
         elif torch.compiler.is_compiling():
             fits = (lengths >= 0).all() & (lengths.sum() == values.size(0))
+            if weights is not None:  # counted, as a graph takes their number for that of the ids
+                fits = fits & (torch.ones_like(weights).sum() == values.size(0))
             assert_in_graph(fits, "lengths are negative, or do not add up to the values")
         else:
             self._refuse_lengths(values, lengths, weights)

@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import importlib
 import json
+import os
 import statistics
 import sys
 import time
@@ -30,6 +31,7 @@ from cce_torchrec.inference import native
 from cce_torchrec.inference.collection import InferenceEmbeddingBagCollection
 from cce_torchrec.inference.examples import Examples, read_examples
 from cce_torchrec.inference.folder import load_inference
+from cce_torchrec.inference.onnx_file import verify_onnx
 from cce_torchrec.torchrec_internals import load_package, package_metadata
 from cce_torchrec.versions import check_installation, installed_versions
 
@@ -50,8 +52,10 @@ class ServeReport:
     rows: int
     batch_size: int
     difference: float | None
-    """Largest one from what the trained model gave; None where the file does not say."""
+    """From what the trained model gave, where it is largest beside the tolerance; None where the
+    file does not say."""
     tolerance: float
+    """What the difference may be there."""
     load_seconds: float
     batch_microseconds: float
     """Median of the batches, the first one not counted where there are more."""
@@ -68,8 +72,8 @@ class ServeReport:
             compared = f"{said}: compared with nothing, as the file has no trained outputs"
         else:
             compared = (
-                f"{said}: off by {self.difference:.3g} at most from the trained model, where "
-                f"{self.tolerance:.3g} may be: {'right' if self.ok else 'WRONG'}"
+                f"{said}: off by {self.difference:.3g} from the trained model where it is worst, "
+                f"and {self.tolerance:.3g} may be: {'right' if self.ok else 'WRONG'}"
             )
         rate = 1e6 * self.batch_size / self.batch_microseconds
         return (
@@ -106,6 +110,8 @@ def check_export(
         raise ValueError(f"batch_size {batch_size} must be 1 or more")
     if not export.exists():
         raise ValueError(f"{export} is not there")
+    if not os.access(export, os.R_OK):
+        raise ValueError(f"{export} cannot be read; see to its permissions")
     began = time.perf_counter()
     score, verified, features = _loaded(export, lookup)
     load_seconds = time.perf_counter() - began
@@ -116,16 +122,17 @@ def check_export(
         began = time.perf_counter()
         outputs.append(_scored(export, score, part))
         seconds.append(time.perf_counter() - began)
-    difference = None
+    difference, allowed = None, tolerance or 0.0
     if examples.expected is not None:
-        difference = _difference(export, torch.cat(outputs), examples.expected)
+        limit = examples.tolerance if tolerance is None else torch.tensor(tolerance)
+        difference, allowed = _difference(export, torch.cat(outputs), examples.expected, limit)
     return ServeReport(
         export=str(export),
         verified=verified,
         rows=examples.rows,
         batch_size=min(batch_size, examples.rows),
         difference=difference,
-        tolerance=examples.tolerance if tolerance is None else tolerance,
+        tolerance=allowed,
         load_seconds=load_seconds,
         # The first batch reads what is mapped, and TorchScript optimises itself by it.
         batch_microseconds=1e6 * statistics.median(seconds[1:] or seconds),
@@ -144,7 +151,8 @@ def _loaded(export: Path, lookup: str) -> tuple[Score, str, list[str] | None]:
             served.inputs,
         )
     if export.suffix == ".onnx":
-        return _onnx(export), "ONNX Runtime loads it (the format has no checksums)", None
+        verify_onnx(export)
+        return _onnx(export), "checksums are right", None
     loaders = {".pt": _torchscript, ".pt2": _package}
     if export.suffix not in loaders:
         raise ValueError(f"{export} is no folder and none of {[*loaders, '.onnx']}")
@@ -170,16 +178,31 @@ def _torchscript(file: Path) -> Score:
     try:
         module = torch.jit.load(str(file))
     except RuntimeError as error:
-        said = str(error)
-        if "cce_inference::lookup" in said:
-            why = native.problem() or "it is not loaded"
-            raise ValueError(f"{file} needs the library of the fused lookup: {why}") from error
-        first = said.strip().splitlines()[0]
+        _refuse_without_library(file, error)
+        first = str(error).strip().splitlines()[0]
         raise ValueError(
             f"{file} is no TorchScript that torch {torch.__version__} loads ({first}); write it "
             "again by to_torchscript"
         ) from error
-    return lambda examples: module(*examples.tensors)
+    features = list(module.inputs) if hasattr(module, "inputs") else None
+
+    def score(examples: Examples) -> torch.Tensor:
+        _check_features(examples, features)
+        return module(*examples.tensors)
+
+    return score
+
+
+def _check_features(examples: Examples, features: list[str] | None) -> None:
+    """Raises ValueError if ids are those of other features, which tensors do not tell."""
+    if features is not None and examples.features != features:
+        raise ValueError(f"they are of features {examples.features}, and it takes {features}")
+
+
+def _refuse_without_library(file: Path, error: Exception) -> None:
+    if "cce_inference::lookup" in str(error):
+        why = native.problem() or "it is not loaded"
+        raise ValueError(f"{file} needs the library of the fused lookup: {why}") from error
 
 
 def _package(file: Path) -> Score:
@@ -187,6 +210,7 @@ def _package(file: Path) -> Score:
         package = load_package(file)
         written = package_metadata(package)
     except (RuntimeError, OSError) as error:
+        _refuse_without_library(file, error)
         first = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise ValueError(
             f"{file} is no AOTInductor package that torch {torch.__version__} loads ({first}); "
@@ -219,8 +243,10 @@ def _onnx(file: Path) -> Score:
             "again by to_onnx"
         ) from error
     names = [entry.name for entry in session.get_inputs()]
+    features = json.loads(session.get_modelmeta().custom_metadata_map.get("inputs", "null"))
 
     def score(examples: Examples) -> torch.Tensor:
+        _check_features(examples, features)
         given = {name: getattr(examples, name) for name in names}
         arrays = {name: tensor.numpy() for name, tensor in given.items() if tensor is not None}
         return torch.from_numpy(session.run(None, arrays)[0])
@@ -244,14 +270,21 @@ def _scored(export: Path, score: Score, examples: Examples) -> torch.Tensor:
         raise ValueError(f"{export} refuses the examples: {said}") from error
 
 
-def _difference(export: Path, found: torch.Tensor, expected: torch.Tensor) -> float:
+def _difference(
+    export: Path, found: torch.Tensor, expected: torch.Tensor, tolerance: torch.Tensor | None
+) -> tuple[float, float]:
+    """The difference that is largest beside its tolerance, and that."""
     # Shapes that broadcast would be compared as if they were the same.
     if found.shape != expected.shape:
         raise ValueError(
             f"{export} gives {list(found.shape)}, and the trained model gave "
             f"{list(expected.shape)}: it is an export of another model"
         )
-    return float((found - expected).abs().amax())
+    off = (found - expected).double().abs()
+    limit = (torch.zeros(()) if tolerance is None else tolerance).double().expand_as(off)
+    # Not a number is larger than any, so that it is found.
+    worst = (off - limit).nan_to_num(nan=torch.inf).argmax()
+    return float(off.view(-1)[worst]), float(limit.reshape(-1)[worst])
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -278,6 +311,7 @@ def main(argv: list[str] | None = None) -> None:
         sys.exit(f"serve_check: {error}")
     print(report)
     if args.json is not None:
+        args.json.parent.mkdir(parents=True, exist_ok=True)
         found: dict[str, Any] = asdict(report) | {"ok": report.ok}
         found["versions"] = installed_versions()
         args.json.write_text(json.dumps(found, indent=1) + "\n")

@@ -37,8 +37,8 @@ def vectors_of(served: Served, key: str, ids: torch.Tensor) -> torch.Tensor:
     Raises:
         ValueError: an unknown `key`, or an id out of bounds.
     """
-    lookup = _lookup(served, key)
-    return lookup(ids, torch.ones(len(ids), dtype=torch.int64))
+    ids = torch.as_tensor(ids).reshape(-1)
+    return _lookup(served, key)(ids, torch.ones(len(ids), dtype=torch.int64))
 
 
 def write_vectors(served: Served, key: str, path: str | Path) -> Path:
@@ -52,7 +52,8 @@ def write_vectors(served: Served, key: str, path: str | Path) -> Path:
         ValueError: an unknown `key`, raw ids, of which there is no list, another suffix, or a file
             that is there already.
     """
-    path, feature = Path(path), served.packed.features[_number(served, key)]
+    path, number = Path(path), _number(served, key)
+    feature = served.packed.features[number]
     if feature.raw_key is not None:
         raise ValueError(
             f"feature {key!r} has raw ids, any of 2^64; look up those that there are by vectors_of"
@@ -69,6 +70,10 @@ def write_vectors(served: Served, key: str, path: str | Path) -> Path:
 
 
 def _number(served: Served, key: str) -> int:
+    if not hasattr(served, "packed"):
+        raise ValueError(
+            f"{type(served).__name__} is no inference collection; make one by inference_collection"
+        )
     keys = [feature.key for feature in served.packed.features]
     if key not in keys:
         raise ValueError(f"no feature {key!r}; the collection has {keys}")

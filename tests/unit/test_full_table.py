@@ -105,7 +105,7 @@ def test_a_whole_key_is_a_name_too():
 
 def test_what_is_not_there_or_no_table(tmp_path):
     state = job().state_dict()
-    with pytest.raises(ValueError, match=r"no table 'user'; give one of these keys: \['bags"):
+    with pytest.raises(ValueError, match=r"found no table 'user'; give one of these keys: \['bags"):
         full_table(state, "user")
     twice = {f"{tower}.embedding_bags.item.weight": torch.ones(2, 2) for tower in "ab"}
     with pytest.raises(ValueError, match=r"2 tables 'item': \['a.embedding_bags"):
@@ -120,6 +120,38 @@ def test_what_is_not_there_or_no_table(tmp_path):
     (tmp_path / "empty").mkdir()
     with pytest.raises(ValueError, match="no checkpoint in"):
         full_table(tmp_path / "empty", "item")
+
+
+def test_damage_is_told_where_there_are_checksums(tmp_path):
+    """Of checkpoints of this package, and of torch.save, which loads flipped bytes itself."""
+    model = job()
+    own = next(saved(model, tmp_path, "own").rglob("*.safetensors"))
+    for source, file in ((tmp_path / "own", own), (saved(model, tmp_path, "torch.save"),) * 2):
+        weight = model["bags"].embedding_bags["item"].weight.detach().numpy().tobytes()
+        content = bytearray(file.read_bytes())
+        content[content.index(weight[:64]) + 30] ^= 0xFF
+        file.write_bytes(content)
+        with pytest.raises(ValueError, match=r"damaged.* checksum"):
+            full_table(source, "item")
+    with pytest.raises(ValueError, match=r"damaged.* checksum"):
+        full_table(tmp_path / "own", "item", file=tmp_path / "item.npy")
+    assert not list(tmp_path.glob("*.npy")) and not list(tmp_path.glob(".*"))
+
+
+def test_what_is_no_full_table(tmp_path):
+    config = CCEEmbeddingBagConfig(name="item", num_embeddings=300, embedding_dim=16, num_rows=20)
+    with pytest.raises(ValueError, match=r"'item' is a CCE table \(of .*item#0"):
+        full_table(CCEEmbeddingBagCollection([config]), "item")
+    torch.save([torch.ones(2, 2)], tmp_path / "list.pt")
+    with pytest.raises(ValueError, match="'item' is a list, and a table is a tensor"):
+        full_table(tmp_path / "list.pt", "item")
+    torch.save(job().state_dict(), tmp_path / "old.pt", _use_new_zipfile_serialization=False)
+    assert full_table(tmp_path / "old.pt", "item").shape == (300, 8)
+    folder = saved(job(), tmp_path, "dcp")
+    next(folder.glob("*.distcp")).unlink()
+    with pytest.raises(ValueError, match=r"dcp is no weight, state dict or checkpoint"):
+        full_table(folder, "item", file=tmp_path / "item.npy")
+    assert not list(tmp_path.glob("*.npy"))
 
 
 def test_a_name_that_ends_another_is_not_taken_for_it():

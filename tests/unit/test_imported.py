@@ -107,6 +107,16 @@ def test_the_curve_falls_with_the_rows_and_counts_the_bytes_of_all_ids():
     assert "relative squared error" in str(curve[0])
 
 
+def test_a_table_of_hashed_ids_is_refused():
+    """Row i of a full table is id i, and there it would be read by other raw ids."""
+    with pytest.raises(ValueError, match="table 't' hashes raw ids"):
+        import_table(collection_of(hash_ids=True), "t", full_table())
+    with pytest.raises(ValueError, match=r"the weight is torch\.complex64, and rows are"):
+        import_table(collection_of(), "t", full_table() * 1j)
+    with pytest.raises(ValueError, match=r"the weight is \[\], most_ids 100000; give"):
+        import_curve([1.0])
+
+
 def test_what_cannot_be_imported_is_refused():
     weight = full_table()
     collection = collection_of()

@@ -322,7 +322,7 @@ def test_what_cannot_be_packed_is_refused():
 @pytest.mark.skipif(not shutil.which("g++"), reason="needs a C++ compiler")
 @pytest.mark.parametrize("lookup", ["portable", "fused"])
 def test_batches_that_do_not_fit_are_refused(lookup):
-    lookup = inference_collection(many_tables(), lookup=lookup).lookup
+    kind, lookup = lookup, inference_collection(many_tables(), lookup=lookup).lookup
     values, lengths = torch.zeros(14).long(), torch.ones(14).long()
     with pytest.raises(ValueError, match="lengths add up to 13, and 14 values"):
         lookup(values, torch.cat([torch.zeros(1).long(), lengths[1:]]))
@@ -333,10 +333,21 @@ def test_batches_that_do_not_fit_are_refused(lookup):
         own = torch.cat([torch.tensor(first), lengths[len(first) :]])
         with pytest.raises(ValueError, match="is negative, or more than"):
             lookup(values, own)
+    weighted = inference_collection(many_tables(is_weighted=True), lookup=kind).lookup
     with pytest.raises(ValueError, match="13 weights for 14 values"):
-        lookup(values, lengths, torch.ones(13))
+        weighted(values, lengths, torch.ones(13))
+    with pytest.raises(ValueError, match="are pooled by weights; give one for each id"):
+        weighted(values, lengths)
+    assert torch.equal(
+        weighted(values, lengths, torch.ones(14).double()),
+        weighted(values, lengths, torch.ones(14)),
+    )
+    with pytest.raises(ValueError, match="are not pooled by weights; leave the weights out"):
+        lookup(values, lengths, torch.ones(14))
     with pytest.raises(ValueError, match="must be int32 or int64"):
         lookup(values.float(), lengths)
+    with pytest.raises(ValueError, match="must be int32 or int64"):
+        lookup(values.short(), lengths)
 
 
 def test_a_missing_compiler_is_named(monkeypatch, tmp_path):

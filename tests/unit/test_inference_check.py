@@ -11,13 +11,14 @@ import torch
 from torchrec import KeyedJaggedTensor
 from torchrec.models.dlrm import DLRM
 
-from cce_torchrec import cluster
+from cce_torchrec import CCEEmbeddingBagCollection, CCEEmbeddingBagConfig, cluster
 from cce_torchrec.inference import (
     TensorInputs,
     inference_collection,
     inference_model,
     save_inference,
     serve_check,
+    to_exported_program,
     to_onnx,
     to_package,
     to_torchscript,
@@ -99,6 +100,57 @@ def test_another_model_is_told(made, tmp_path, capsys):
         serve_check.check_export(tmp_path / "wide.pt", data)
 
 
+def test_a_small_table_does_not_hide_behind_a_large_one(tmp_path):
+    """By the size of each feature, not of all."""
+    config = {"num_embeddings": 100, "embedding_dim": 16, "num_rows": 8}
+    trained = CCEEmbeddingBagCollection(
+        [
+            CCEEmbeddingBagConfig(name=name, feature_names=[name], **config)
+            for name in ("big", "small")
+        ]
+    )
+    ids = KeyedJaggedTensor(["big", "small"], torch.arange(20), lengths=torch.ones(20).int())
+    with torch.no_grad():
+        for chunk in range(4):
+            trained.embedding_bags[f"big#{chunk}"].weight.mul_(100)
+    data = write_examples(tmp_path / "examples.npz", trained, ids)
+    right = save_inference(inference_collection(trained), tmp_path / "right")
+    assert serve_check.check_export(right, data).ok
+    with torch.no_grad():
+        for chunk in range(4):
+            trained.embedding_bags[f"small#{chunk}"].weight.zero_()
+    wrong = save_inference(inference_collection(trained), tmp_path / "wrong")
+    assert not serve_check.check_export(wrong, data).ok
+
+
+def test_a_weighted_model_is_exported_with_its_weights(tmp_path):
+    torch.manual_seed(0)
+    tables = CCEEmbeddingBagCollection(
+        [CCEEmbeddingBagConfig(name="f", num_embeddings=100, embedding_dim=16, num_rows=8)],
+        is_weighted=True,
+    )
+    dlrm = DLRM(tables, 4, dense_arch_layer_sizes=[8, 16], over_arch_layer_sizes=[8, 1])
+    ids = KeyedJaggedTensor(
+        ["f"], torch.arange(9), torch.rand(9) + 0.5, lengths=torch.tensor([2, 0, 4, 3])
+    )
+    dense = torch.randn(4, 4)
+    data = write_examples(tmp_path / "one.npz", dlrm, ids, dense, tolerance=1e-5)
+    assert dlrm.training  # it was scored in evaluation, and left as it was
+    packed = inference_model(dlrm, data_type="fp32", lookup="portable")
+    model, example = (
+        TensorInputs(packed, ["f"]),
+        (dense, ids.values(), ids.lengths(), ids.weights()),
+    )
+    to_torchscript(model, example).save(str(tmp_path / "model.pt"))
+    assert serve_check.check_export(tmp_path / "model.pt", data, batch_size=3).ok
+    program = to_exported_program(model, example).module()
+    torch.testing.assert_close(program(*example), dlrm.eval()(dense, ids))
+    lookup = inference_collection(tables, lookup="portable").lookup
+    assert to_exported_program(lookup).graph_signature.user_inputs[-1] == "weights"
+    with pytest.raises(RuntimeError, match="do not add up to the values"):
+        to_exported_program(lookup).module()(ids.values(), ids.lengths(), torch.ones(10))
+
+
 def test_not_a_number_is_within_no_tolerance(made):
     report = serve_check.check_export(made / "tables", made / "examples.npz")
     assert not replace(report, difference=float("nan")).ok
@@ -132,9 +184,13 @@ def test_rows_of_a_parquet_file_are_scored(made, tmp_path):
         read_examples(tmp_path / "rows.parquet", ["f", "g"])
     with pytest.raises(ValueError, match=r"does not name its features; give an \.npz"):
         serve_check.check_export(made / "lookup.pt", tmp_path / "rows.parquet")
-    parquet.write_table(pa.table({"f": ["a"]}), tmp_path / "words.parquet")
-    with pytest.raises(ValueError, match="are ids or lists of ids"):
-        read_examples(tmp_path / "words.parquet", ["f"])
+    for wrong in (["a"], [1.5], [[1.5]]):
+        parquet.write_table(pa.table({"f": wrong}), tmp_path / "wrong.parquet")
+        with pytest.raises(ValueError, match="are ids or lists of ids"):
+            read_examples(tmp_path / "wrong.parquet", ["f"])
+    parquet.write_table(pa.table({"f": pa.array([], pa.int64())}), tmp_path / "empty.parquet")
+    with pytest.raises(ValueError, match="holds no examples"):
+        read_examples(tmp_path / "empty.parquet", ["f"])
 
 
 def test_weights_go_with_their_ids(tmp_path):
@@ -156,11 +212,18 @@ def test_a_file_of_onnx_is_checked_too(made, tmp_path):
         file = to_onnx(inference_collection(trained), tmp_path / f"{weighted}.onnx")
         data = write_examples(tmp_path / f"{weighted}.npz", trained, batch_of(trained, 9))
         report = serve_check.check_export(file, data, batch_size=4)
-        assert report.ok and "no checksums" in report.verified
+        assert report.ok and "checksums are right" in report.verified
     whole = file.read_bytes()
     (tmp_path / "cut.onnx").write_bytes(whole[: len(whole) // 2])
-    with pytest.raises(ValueError, match=r"cut\.onnx is no model that ONNX Runtime .* loads"):
-        serve_check.check_export(tmp_path / "cut.onnx", data)
+    flipped = bytearray(whole)
+    flipped[len(whole) // 2] ^= 1
+    (tmp_path / "flipped.onnx").write_bytes(flipped)
+    for name in ("cut.onnx", "flipped.onnx"):
+        with pytest.raises(ValueError, match=r"is damaged, or to_onnx did not write it; copy it"):
+            serve_check.check_export(tmp_path / name, data)
+    with pytest.raises(ValueError, match=r"of features \['f'\], and it takes \['f', 'g', "):
+        small = write_examples(tmp_path / "small.npz", one_table(), batch_of(one_table(), 3))
+        serve_check.check_export(file, small)
 
 
 def test_bad_ids_are_refused_by_the_export(made, tmp_path):
@@ -213,6 +276,13 @@ serve_check.main([{str(tmp_path / "fused.pt")!r}, "--data", {str(data)!r}])
 
 def test_examples_that_cannot_be_written(tmp_path):
     trained, ids = one_table(), batch_of(one_table(), 3)
+    other = KeyedJaggedTensor(["x"], ids.values(), lengths=ids.lengths())
+    with pytest.raises(ValueError, match=r"lack \['f'\], which tables read"):
+        write_examples(tmp_path / "one.npz", trained, other)
+    with pytest.raises(ValueError, match="the model is packed; examples are of the one"):
+        write_examples(tmp_path / "one.npz", inference_collection(trained), ids)
+    with pytest.raises(ValueError, match="tolerance nan is no number"):
+        write_examples(tmp_path / "one.npz", trained, ids, tolerance=float("nan"))
     with pytest.raises(ValueError, match=r"are written as \.npz"):
         write_examples(tmp_path / "one.csv", trained, ids)
     nothing = KeyedJaggedTensor(["f"], ids.values()[:0], lengths=ids.lengths()[:0])

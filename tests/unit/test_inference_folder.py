@@ -117,8 +117,12 @@ def test_damaged_files_are_refused(copied, name):
 
 
 def test_manifests_that_cannot_be_read_are_refused(copied, tmp_path):
-    with pytest.raises(ValueError, match=r"has no manifest.json: it is no export, or is still"):
+    with pytest.raises(ValueError, match=r"nothing is no folder; give one that save_inference"):
         load_inference(tmp_path / "nothing")
+    with pytest.raises(ValueError, match=r"has no manifest.json: it is no export, or is still"):
+        load_inference(tmp_path)
+    with pytest.raises(ValueError, match=r"s3://bucket/one: exports are mapped; download it"):
+        load_inference("s3://bucket/one")
     manifest = copied / "manifest.json"
     found = json.loads(manifest.read_text())
     manifest.write_text(json.dumps(found | {"format": 2}))
@@ -127,6 +131,8 @@ def test_manifests_that_cannot_be_read_are_refused(copied, tmp_path):
     manifest.write_text(json.dumps({k: v for k, v in found.items() if k != "golden"}))
     with pytest.raises(ValueError, match=r"manifest\.json is damaged \(its checksum differs"):
         load_inference(copied)
+    less = {key: value for key, value in found.items() if key != "golden"}
+    manifest.write_text(json.dumps(less | {"crc32": folders._checksum(less)}))
     with pytest.raises(ValueError, match=r"does not describe tables \(KeyError\('golden'\)\)"):
         load_inference(copied, check=False)
     manifest.write_text("[]")
@@ -182,7 +188,7 @@ def test_other_versions_are_refused_where_nothing_is_checked(copied):
     manifest = copied / "manifest.json"
     found = json.loads(manifest.read_text())
     found["versions"]["fbgemm"] = "1.0"
-    manifest.write_text(json.dumps(found))
+    manifest.write_text(json.dumps(found | {"crc32": folders._checksum(found)}))
     with pytest.raises(ValueError, match=r"was written with .*'1\.0'.* load it with check=True"):
         load_inference(copied, check=False)
 

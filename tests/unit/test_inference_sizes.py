@@ -93,10 +93,31 @@ def test_a_model_has_the_tables_of_its_collections():
     assert lines[0].split()[:2] == ["table", "weights"] and lines[-1].startswith("all ")
 
 
+def test_codes_that_were_never_learned_are_not_served(tmp_path):
+    collection = many_tables()
+    found = sizes_of(collection).total
+    served = inference_collection(collection, lookup="portable")
+    folder = save_inference(served, tmp_path / "one")
+    assert found.served_codes == 0 and (folder / "codes.bin").stat().st_size == 8
+    assert sizes_of(collection.embedding_bag_configs()).total.served_codes > 0
+
+
+def test_what_has_two_names_counts_once():
+    one = one_table()
+    assert len(sizes_of(torch.nn.ModuleDict({"a": one, "b": one})).tables) == 1
+
+
 def test_what_cannot_be_counted_is_refused():
+    with pytest.raises(ValueError, match=r"bytes are in `packed`; give what was trained"):
+        sizes_of(inference_collection(one_table(), lookup="portable"))
+    narrow = EmbeddingBagConfig(name="p", num_embeddings=50, embedding_dim=10, feature_names=["p"])
+    with pytest.raises(ValueError, match="table 'p': 10 values of int4 are no whole number of 16"):
+        sizes_of([narrow], data_type="int4")
     with pytest.raises(ValueError, match="there are no tables"):
         sizes_of(torch.nn.Linear(1, 1))
-    with pytest.raises(ValueError, match="optimizer 'Lamb' is none whose state is known"):
+    with pytest.raises(
+        ValueError, match=r"optimizer 'Lamb' is none of \['Adagrad', .*whose state is"
+    ):
         sizes_of(one_table(), optimizer="Lamb")
     with pytest.raises(ValueError, match="row type 'int2' is none of"):
         sizes_of(one_table(), data_type="int2")
