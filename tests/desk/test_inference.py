@@ -244,11 +244,18 @@ def test_batches_that_the_host_refuses():
         ((values, lengths.view(7, 1)), "must be int32 or int64"),
         ((values, lengths[:5]), "5 lengths are no batch of 7 features"),
         ((values, lengths[:0]), "lengths add up to 0, and 7 values"),
-        ((values, lengths, torch.ones(6, device="cuda")), "6 weights for 7 values"),
+        ((values, lengths, torch.ones(7, device="cuda")), "are not pooled by weights"),
         ((values, on_cpu(lengths)), "the tables are on cuda:0, and the batch is on cpu, cuda:0"),
     ]:
         with pytest.raises(ValueError, match=said):
             lookup(*batch)
+    weighted = pair(many_tables(is_weighted=True))[1]
+    for weights, said in [
+        (None, "are pooled by weights; give one for each id"),
+        (torch.ones(6, device="cuda"), "6 weights for 7 values"),
+    ]:
+        with pytest.raises(ValueError, match=said):
+            weighted(values, lengths, weights)
     with pytest.raises(RuntimeError, match=r"run on CUDA, not on cpu; or make .* lookup='auto'"):
         lookup(on_cpu(values), on_cpu(lengths))
 
