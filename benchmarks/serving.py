@@ -3,9 +3,10 @@
 Full tables quantised by TorchRec, and packed CCE tables, fused and portable: collections that are
 scripted together with the making of a KeyedJaggedTensor from tensors, which is what a server gets.
 Beside them FBGEMM's operator for full tables alone, and CCE's lookups, which take tensors. All take
-turns in one process on one thread, each with other batches, so that none finds in a cache what
-another has read; figures are medians of CPU microseconds a call. Values of rows and codes are
-random: a lookup takes as long whatever they are.
+turns in one process on one thread, each with batches of its own in every turn, half as many of
+which come first and are not counted: so none finds in a cache ids that it or another has read
+before, and all find what their tables share. Figures are medians of CPU microseconds a call.
+Values of rows and codes are random: a lookup takes as long whatever they are.
 
 `--huge-pages` has torch ask for huge pages for large tensors (THP_MEM_ALLOC_ENABLE), where the
 system gives them to those that ask; how many bytes are in such pages is in the JSON.
@@ -182,9 +183,9 @@ def in_onnx_runtime(served: nn.Module) -> Contender:
     return run
 
 
-def batches(setting: Setting, size: int, count: int) -> list[Batch]:
+def batches(setting: Setting, size: int, count: int, seed: int = 0) -> list[Batch]:
     """Batches of `size` rows, whose bags have `setting.bag` ids each."""
-    random = torch.Generator().manual_seed(size)
+    random = torch.Generator().manual_seed(size + 10_000 * seed)
     shape = (count, setting.tables * size * setting.bag)
     if setting.zipf:  # of exponent 1.05, ranks scattered over the ids
         u = torch.rand(shape, generator=random, dtype=torch.float64)
@@ -197,24 +198,34 @@ def batches(setting: Setting, size: int, count: int) -> list[Batch]:
 
 
 def medians(
-    contenders: dict[str, Contender], own: list[list[Batch]], rounds: int
+    contenders: dict[str, Contender], setting: Setting, size: int, rounds: int
 ) -> dict[str, float]:
     """Microseconds of CPU time a call: of each round the mean, of these the median.
 
     Args:
         contenders: by name.
-        own: as many lists of batches as there are contenders, which exchange them every round.
-        rounds: after one to warm up, in which TorchScript compiles.
+        setting: of the tables.
+        size: bags of a feature in a batch.
+        rounds: after one to warm up, in which TorchScript compiles. Each starts with another
+            contender than the one before.
     """
     found: dict[str, list[float]] = {name: [] for name in contenders}
+    count = max(4, min(200, 100_000 // (setting.tables * size * setting.bag)))
     for turn in range(rounds + 1):
-        for number, (name, contender) in enumerate(contenders.items()):
-            taken = own[(number + turn) % len(own)]
+        # New ones every time: what another, or itself, has read before is in a cache.
+        each = count + count // 2
+        every = batches(setting, size, each * len(contenders), seed=turn)
+        names = list(contenders)
+        for number, name in enumerate(names[turn % len(names) :] + names[: turn % len(names)]):
+            contender, taken = contenders[name], every[number * each : (number + 1) * each]
+            # A server looks up one model: what the one before has driven from the cache is back.
+            for values, lengths in taken[count:]:
+                contender(values, lengths)
             began = time.process_time()
-            for values, lengths in taken:
+            for values, lengths in taken[:count]:
                 contender(values, lengths)
             if turn:
-                found[name].append(1e6 * (time.process_time() - began) / len(taken))
+                found[name].append(1e6 * (time.process_time() - began) / count)
     return {name: statistics.median(times) for name, times in found.items()}
 
 
@@ -225,10 +236,7 @@ def measured(setting: Setting, sizes: list[int], rounds: int) -> dict[str, objec
     packed, packed_bytes = packed_tables(setting)
     contenders, times = full | packed, {}
     for size in sizes:
-        count = max(4, min(200, 100_000 // (setting.tables * size * setting.bag)))
-        every = batches(setting, size, count * len(contenders))
-        own = [every[i * count : (i + 1) * count] for i in range(len(contenders))]
-        times[size] = medians(contenders, own, rounds)
+        times[size] = medians(contenders, setting, size, rounds)
     return asdict(setting) | {
         "microseconds": times,
         "bytes_in_huge_pages": memory("AnonHugePages"),
