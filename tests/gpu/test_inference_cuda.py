@@ -3,10 +3,10 @@
 import pytest
 import torch
 
-from cce_torchrec import CCEEmbeddingBagCollection, CCEEmbeddingBagConfig, cluster, finalize
+from cce_torchrec import CCEEmbeddingBagCollection, CCEEmbeddingBagConfig, cluster
 from cce_torchrec.inference import inference_collection, load_inference, save_inference
 from cce_torchrec.inference.row_types import ROW_TYPES
-from tests.support.inference import batch_of, many_tables, tensors
+from tests.support.inference import batch_of, many_tables, tensors, trained
 
 pytestmark = [
     pytest.mark.gpu,
@@ -43,12 +43,7 @@ def check(lookups, batch):
 @pytest.mark.parametrize("stage", ["fresh", "clustered", "finalized"])
 @pytest.mark.parametrize("data_type", list(ROW_TYPES))
 def test_kernel_equals_the_cpu(data_type, stage, is_weighted):
-    torch.manual_seed(0)
-    collection = many_tables(is_weighted)
-    if stage != "fresh":
-        cluster(collection)
-    if stage == "finalized":
-        finalize(collection, tables=["a", "wide"])
+    collection = trained(is_weighted, stage)
     lookups = pair(collection, data_type)
     for num_bags, dtype in (
         (0, torch.int64),
