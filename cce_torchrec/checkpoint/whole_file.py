@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import os
+import shutil
+import tempfile
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -30,3 +32,22 @@ def whole_file(path: Path) -> Iterator[Path]:
     finally:
         with contextlib.suppress(OSError):
             writing.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def folder_beside(path: Path) -> Iterator[Path]:
+    """A folder beside `path` to write in, from which the caller renames; removed at the end.
+
+    Raises:
+        ValueError: it cannot be written, or what is renamed is there by now, naming `path`.
+    """
+    writing = None
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        writing = Path(tempfile.mkdtemp(prefix=f".{path.name}.writing-", dir=path.parent))
+        yield writing
+    except OSError as error:
+        raise ValueError(f"{path} cannot be written ({error})") from error
+    finally:
+        if writing is not None:
+            shutil.rmtree(writing, ignore_errors=True)

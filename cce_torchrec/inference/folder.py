@@ -14,8 +14,6 @@ from __future__ import annotations
 import json
 import logging
 import os
-import shutil
-import tempfile
 import zlib
 from dataclasses import asdict
 from pathlib import Path
@@ -30,6 +28,7 @@ from cce_torchrec.checkpoint.location import (
     sync_folder,
     write,
 )
+from cce_torchrec.checkpoint.whole_file import folder_beside
 from cce_torchrec.inference.collection import (
     InferenceEmbeddingBagCollection,
     InferenceEmbeddingCollection,
@@ -69,12 +68,7 @@ def save_inference(collection: Served, folder: str | Path) -> Path:
         raise ValueError(f"{folder}: exports are mapped, so give a local folder, and upload that")
     if folder.exists():
         raise ValueError(f"{folder} is there already; give another folder, or remove it")
-    try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        writing = Path(tempfile.mkdtemp(prefix=f".{folder.name}.writing-", dir=folder.parent))
-    except OSError as error:
-        raise ValueError(f"{folder} cannot be written ({error})") from error
-    try:
+    with folder_beside(folder) as writing:
         packed = collection.packed
         files = {
             CODES: write(writing / CODES, [packed.codes.numpy()]),
@@ -88,10 +82,6 @@ def save_inference(collection: Served, folder: str | Path) -> Path:
         os.chmod(writing, 0o755)  # mkdtemp's are for their owner alone
         writing.rename(folder)
         sync_folder(folder.parent)
-    except OSError as error:  # it may be there by now
-        raise ValueError(f"{folder} cannot be written ({error})") from error
-    finally:
-        shutil.rmtree(writing, ignore_errors=True)
     return folder
 
 

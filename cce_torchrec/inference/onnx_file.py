@@ -5,8 +5,6 @@ from __future__ import annotations
 import importlib
 import logging
 import os
-import shutil
-import tempfile
 import zlib
 from pathlib import Path
 from typing import Any
@@ -15,6 +13,7 @@ import numpy as np
 import torch
 
 from cce_torchrec.checkpoint.location import fingerprint, sync_folder, write
+from cce_torchrec.checkpoint.whole_file import folder_beside
 from cce_torchrec.inference.collection import InferenceEmbeddingBagCollection, lookup_type
 from cce_torchrec.inference.onnx_graph import Arrays, lookup_graph
 from cce_torchrec.inference.onnx_nodes import onnx_package
@@ -65,13 +64,8 @@ def to_onnx(collection: InferenceEmbeddingBagCollection, path: str | Path) -> Pa
         if file.exists():
             raise ValueError(f"{file} is there already; give another name, or remove it")
     model, arrays = lookup_graph(collection.packed, collection.ignores)
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        # A folder, in which both files have the names by which one knows the other.
-        writing = Path(tempfile.mkdtemp(prefix=f".{path.name}.writing-", dir=path.parent))
-    except OSError as error:
-        raise ValueError(f"{path} cannot be written ({error})") from error
-    try:
+    # A folder, in which both files have the names by which one knows the other.
+    with folder_beside(path) as writing:
         if sum(array.nbytes for array in arrays.values()) > _MOST_INSIDE:
             crc = _write_beside(model, arrays, writing / data.name)
             model.metadata_props.add(key="data", value=f"{DATA_CHECKSUM.decode()}{crc:08x}")
@@ -83,10 +77,6 @@ def to_onnx(collection: InferenceEmbeddingBagCollection, path: str | Path) -> Pa
         _check(collection, writing / path.name)
         _rename([writing / data.name, writing / path.name], path.parent)
         sync_folder(path.parent)
-    except OSError as error:
-        raise ValueError(f"{path} cannot be written ({error})") from error
-    finally:
-        shutil.rmtree(writing, ignore_errors=True)
     return path
 
 
