@@ -8,7 +8,7 @@ import cce_torchrec
 ROOT = Path(cce_torchrec.__file__).parent
 LAYERS = [
     {"packing"},
-    {"collectives", "compiled", "gpu", "torchrec_internals", "versions"},
+    {"collectives", "compiled", "extras", "gpu", "torchrec_internals", "versions"},
     {"config_checks", "sizing"},
     {"config", "spans"},
     {"joint", "optimizer_state", "table"},
@@ -21,6 +21,7 @@ LAYERS = [
     {"checkpoint"},
     {"inference"},
     {"train"},
+    {"cli"},
 ]
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
 TREES = {path: ast.parse(path.read_text()) for path in sorted(ROOT.rglob("*.py"))}

@@ -1,0 +1,1 @@
+"""`cce-torchrec`: the command line."""
