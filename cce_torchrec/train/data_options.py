@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable
 from typing import Any
 
+import click
+
 from cce_torchrec.data.table_options import CRITEO_COLUMNS, IDS, TableOptions
+from cce_torchrec.train.option import option
 
 DATASETS = ("table", "criteo")
 """Data sets that are streamed from files."""
@@ -15,29 +17,33 @@ _OF_FILES = ("ids", "hash_size", "validation", "validation_fraction", "shuffle_r
              "vocabulary")  # fmt: skip
 FREE = ("validation", "vocabulary")
 """May differ in a run that is resumed: places of files, whose content is compared."""
-
-
-def add_options(add: Callable[..., None]) -> None:
-    """Gives a parser the options, by its `add_argument`, all of which are None unless given."""
-    add("--label", help="column of 0 and 1 (table)")
-    add("--dense", help="columns of numbers, A,B (table)")
-    add("--categorical", help="columns of ids, integers or text, A,B (table)")
-    add("--sequence", help="columns of lists of ids, pooled by their sum, A,B (table)")
-    add(
+PARAMS = [
+    option("--label", help="column of 0 and 1 (table)"),
+    option("--dense", help="columns of numbers, A,B (table)"),
+    option("--categorical", help="columns of ids, integers or text, A,B (table)"),
+    option("--sequence", help="columns of lists of ids, pooled by their sum, A,B (table)"),
+    option(
         "--ids",
-        choices=IDS,
-        help="auto: integers as they are, text by a vocabulary; or both by one, or both hashed",
-    )
-    add("--hash-size", type=int, help="ids of each feature with --ids hash; default 1000000")
-    add("--validation", help="file or folder of rows that validate; default a fraction of --data")
-    add("--validation-fraction", type=float, help="default 0.1")
-    add("--shuffle-rows", type=int, help="rows in memory to shuffle, of a rank; default 524288")
-    add("--compressed", help="columns whose tables are compressed; default from 1,000 ids on")
-    add("--vocabulary", help="folder that keeps vocabulary and counts; default --out")
+        type=click.Choice(IDS),
+        help="auto: integers as they are, text by a vocabulary; or both by one, or both hashed; "
+        "default auto",
+    ),
+    option("--hash-size", type=int, help="ids of each feature with --ids hash; default 1000000"),
+    option("--validation", help="file or folder of rows that validate; default some of --data"),
+    option("--validation-fraction", type=float, help="part of the rows of --data; default 0.1"),
+    option("--shuffle-rows", type=int, help="rows in memory of a rank; default 524288"),
+    option("--compressed", help="columns with compressed tables, A,B; default of 1,000 ids on"),
+    option("--vocabulary", help="folder that keeps vocabulary and counts; default --out"),
+]
+"""All of them None unless given: the defaults are those of `TableOptions`."""
 
 
-def check(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
-    """Ends the program where options of files are missing, or would be ignored."""
+def check(args: argparse.Namespace) -> None:
+    """Refuses options of files that are missing, or would be ignored.
+
+    Raises:
+        click.UsageError: naming them.
+    """
     given = [name for name in _OF_COLUMNS + _OF_FILES if getattr(args, name) is not None]
     # An option that nothing reads would leave the user with another run than was asked for.
     ignored = [name for name in given if args.dataset != "table" and name in _OF_COLUMNS]
@@ -45,19 +51,25 @@ def check(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
         ignored = given
     if ignored:
         names = ", ".join("--" + name.replace("_", "-") for name in ignored)
-        parser.error(f"{names}: --dataset {args.dataset} has columns of its own; leave it out")
+        raise click.UsageError(
+            f"{names}: --dataset {args.dataset} has columns of its own; leave it out"
+        )
     if args.dataset in DATASETS and args.data is None:
-        parser.error(f"--dataset {args.dataset} is in files; give --data a file or a folder")
+        raise click.UsageError(
+            f"--dataset {args.dataset} is in files; give --data a file or a folder"
+        )
     if args.dataset == "table":
         if args.label is None:
-            parser.error("--dataset table: --label names the column of 0 and 1")
+            raise click.UsageError("--dataset table: --label names the column of 0 and 1")
         if args.categorical is None and args.sequence is None:
-            parser.error("--dataset table: --categorical or --sequence names the columns of ids")
+            raise click.UsageError(
+                "--dataset table: --categorical or --sequence names the columns of ids"
+            )
     if args.dataset in DATASETS:
         try:
             table_options(args)
         except ValueError as error:
-            parser.error(str(error))
+            raise click.UsageError(str(error)) from error
 
 
 def table_options(args: argparse.Namespace, folder: Any = None) -> TableOptions | None:

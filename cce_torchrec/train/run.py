@@ -9,6 +9,7 @@ from datetime import timedelta
 import torch
 
 from cce_torchrec.distributed.process_group import end_process_group, start_process_group
+from cce_torchrec.extras import MissingExtra
 from cce_torchrec.train.trainer import Trainer
 
 
@@ -17,8 +18,8 @@ def run(args: argparse.Namespace) -> str | None:
     device = start_ranks(timedelta(seconds=args.timeout))
     try:
         Trainer(args, device).run()
-    except ValueError as error:  # not kept: it refers to the model, and so to the group
-        return f"error: {error}"
+    except (ValueError, OSError, MissingExtra) as error:
+        return str(error)  # alone: the error refers to the model, and so to the group
     finally:
         end_process_group()
     return None

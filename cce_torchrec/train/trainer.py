@@ -29,7 +29,7 @@ from cce_torchrec.collectives import Ranks, agree, gather
 from cce_torchrec.config import all_rare
 from cce_torchrec.distributed.embedding_bag_collection import ShardedCCEEmbeddingBagCollection
 from cce_torchrec.metrics import auc, log_loss
-from cce_torchrec.train import data_options, options, pipelines
+from cce_torchrec.train import data_options, options, pipelines, run_folder
 from cce_torchrec.train.job import Batch, build
 from cce_torchrec.train.model import (
     Compression,
@@ -80,6 +80,7 @@ class Trainer:
         options.set_defaults(args, self.dataset, rows, rare)
         args.out = location(args.out)
         self.checkpoints = args.out / "checkpoints"
+        _on_first_rank(lambda: run_folder.claim(args))
         # Here and not by load_checkpoint, whose errors name shapes of tables and no options.
         latest = _latest(self.checkpoints) if args.resume else None
         if latest is not None:

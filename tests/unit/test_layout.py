@@ -7,8 +7,8 @@ import cce_torchrec
 
 ROOT = Path(cce_torchrec.__file__).parent
 LAYERS = [
-    {"packing"},
-    {"collectives", "compiled", "extras", "gpu", "torchrec_internals", "versions"},
+    {"extras", "packing"},
+    {"collectives", "compiled", "gpu", "torchrec_internals", "versions", "yaml_files"},
     {"config_checks", "sizing"},
     {"config", "spans"},
     {"joint", "optimizer_state", "table"},

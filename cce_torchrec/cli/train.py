@@ -1,0 +1,5 @@
+"""`cce-torchrec train`."""
+
+from cce_torchrec.train.command import command
+
+__all__ = ["command"]
