@@ -31,7 +31,7 @@ def read_yaml(file: str | Path) -> Any:
         MissingExtra: pyyaml is not installed.
     """
     yaml: Any = load_extra("yaml", "cli", f"{file}: a file in YAML")
-    path = Path(file)
+    path = Path(file) if isinstance(file, str) else file  # which may be in an object store
     try:
         if path.stat().st_size > MOST_BYTES:
             raise ValueError(

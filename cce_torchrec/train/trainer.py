@@ -80,7 +80,6 @@ class Trainer:
         options.set_defaults(args, self.dataset, rows, rare)
         args.out = location(args.out)
         self.checkpoints = args.out / "checkpoints"
-        _on_first_rank(lambda: run_folder.claim(args))
         # Here and not by load_checkpoint, whose errors name shapes of tables and no options.
         latest = _latest(self.checkpoints) if args.resume else None
         if latest is not None:
@@ -119,6 +118,7 @@ class Trainer:
     def run(self) -> None:
         """Trains, evaluates every epoch, and writes metrics.jsonl and summary.json."""
         args = self.args
+        _on_first_rank(lambda: run_folder.claim(args))
         if args.resume and _latest(self.checkpoints) is not None:
             self._resume()
         _on_first_rank(lambda: self.records.write_metrics(args.out))

@@ -99,7 +99,7 @@ def test_no_thread_outlives_the_process_group(tmp_path, fails):
     done = train(tmp_path, *options, ranks=2, check=False, **how)
     assert done.returncode == 0, done.stderr[-3000:]
     assert done.stdout.count("threads at the end:") == 2
-    assert done.stdout.count("error: failed on purpose") == 2 * fails
+    assert done.stderr.count("Error: failed on purpose") == 2 * fails
     assert "gloo" not in "".join(line for line in done.stdout.splitlines() if "threads" in line)
 
 
@@ -176,10 +176,10 @@ def test_hash_on_one_rank(tmp_path):
 def test_bad_options_end_with_one_sentence(tmp_path):
     done = train(tmp_path, "--embedding-dim", "30", "--joint", "no", check=False)
     assert done.returncode != 0
-    assert "error: table 'feature_0': embedding_dim 30 is not divisible" in done.stderr
+    assert "Error: table 'feature_0': embedding_dim 30 is not divisible" in done.stderr
     assert not list(tmp_path.iterdir())
     done = train(tmp_path, "--batch-size", "1", ranks=2, check=False)
-    assert "error: --batch-size 1 is global; give each of 2 ranks" in done.stderr
+    assert "Error: --batch-size 1 is global; give each of 2 ranks" in done.stderr
     done = train(tmp_path, "--pipeline", "prefetch", check=False)
     assert "error: --pipeline prefetch fills caches on a CUDA device" in done.stderr
 
