@@ -70,7 +70,7 @@ class PlainIds(Numbering):
 
     def merge(self, seen: list[np.ndarray]) -> None:
         """The largest of all."""
-        self.largest = max(int(one[0]) for one in seen)
+        self.largest = max(self.largest, *(int(one[0]) for one in seen))
 
     def ids(self, found: Keys) -> np.ndarray:
         """The keys."""
@@ -83,6 +83,8 @@ class Vocabulary(Numbering):
 
     keys: np.ndarray = field(default_factory=lambda: np.zeros(0, dtype=np.int64))
     """Sorted, without repetition."""
+    numbers: np.ndarray | None = None
+    """The id of each key, int64; None where it is 1 and the position."""
     _new: list[np.ndarray] = field(default_factory=list)
 
     @property
@@ -97,21 +99,37 @@ class Vocabulary(Numbering):
         """Adds the keys of rows to train on; those of others alone would have untrained rows."""
         self._new.append(np.unique(trained.values[~trained.missing]))
         # Not at every block: each time all keys are sorted.
-        if sum(map(len, self._new)) > max(1 << 17, len(self.keys)):
-            self._add_new()
+        if sum(map(len, self._new[1:])) > max(1 << 17, len(self._new[0])):
+            self._join_new()
 
-    def _add_new(self) -> None:
-        self.keys = np.unique(np.concatenate([self.keys, *self._new]))
-        self._new = []
+    def _join_new(self) -> None:
+        self._new = [np.unique(np.concatenate(self._new))] if self._new else []
 
     def seen(self) -> np.ndarray:
-        """The keys."""
-        self._add_new()
-        return self.keys
+        """The keys that were seen."""
+        self._join_new()
+        return self._new.pop() if self._new else np.zeros(0, dtype=np.int64)
 
     def merge(self, seen: list[np.ndarray]) -> None:
-        """The keys of all."""
-        self.keys = np.unique(np.concatenate(seen))
+        """The keys of all, and those that were there before, whose ids stay."""
+        before, numbers = self.keys, self.numbers
+        self.keys = np.unique(np.concatenate([before, *seen]))
+        if numbers is not None:
+            new = ~np.isin(self.keys, before, assume_unique=True)
+            self.numbers = np.empty(len(self.keys), dtype=np.int64)
+            self.numbers[~new] = numbers
+            self.numbers[new] = np.arange(len(before) + 1, len(self.keys) + 1)
+
+    def all_numbers(self) -> np.ndarray:
+        """The id of each key, int64."""
+        return np.arange(1, len(self.keys) + 1) if self.numbers is None else self.numbers
+
+    def extend(self, keys: np.ndarray, numbers: np.ndarray) -> None:
+        """Takes over an earlier vocabulary, whose keys are sorted; new keys get the ids after it.
+
+        To be called before anything is seen, and with the same on every rank.
+        """
+        self.keys, self.numbers = keys, numbers
 
     def ids(self, found: Keys) -> np.ndarray:
         """1 and the position among the keys, or UNKNOWN."""
@@ -119,7 +137,8 @@ class Vocabulary(Numbering):
         place = np.searchsorted(self.keys, found.values)
         there = np.append(self.keys, 0)[place] == found.values
         known = there & (place < len(self.keys)) & ~found.missing
-        return np.where(known, place + 1, UNKNOWN)
+        ids = place + 1 if self.numbers is None else np.append(self.numbers, 0)[place]
+        return np.where(known, ids, UNKNOWN)
 
 
 @dataclass
@@ -152,3 +171,15 @@ class HashedIds(Numbering):
         mixed = mix(torch.from_numpy(found.values)).numpy().view(np.uint64) >> np.uint64(1)
         hashed = (mixed % np.uint64(self.size - 1)).astype(np.int64) + 1
         return np.where(found.missing, UNKNOWN, hashed)
+
+
+def numbering_of(ids: str, text: bool, hash_size: int) -> Numbering:
+    """How a feature is numbered, before anything was seen.
+
+    Args:
+        ids: as in `TableOptions`.
+        text: whether its values are text, not integers.
+    """
+    if ids == "hash":
+        return HashedIds(hash_size)
+    return Vocabulary() if text or ids == "vocabulary" else PlainIds()

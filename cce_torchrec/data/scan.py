@@ -55,13 +55,17 @@ class Scan:
     """Of each dense column, in rows to train on; 1 where all values are the same."""
 
 
-def scan(parts: Sequence[tuple[TableFiles, Piece]], ranks: Ranks) -> Scan:
+def scan(
+    parts: Sequence[tuple[TableFiles, Piece]], numberings: list[Numbering], ranks: Ranks
+) -> Scan:
     """The pass over the pieces of one table, or of two that have the same columns. Collective.
+
+    Args:
+        numberings: by feature, of which nothing was seen yet.
 
     Raises:
         ValueError: on every rank, if a value of any is bad.
     """
-    numberings = parts[0][0].numberings()
     bar = tqdm(
         range(ranks.rank, len(parts), ranks.size),
         desc="counting rows and ids",

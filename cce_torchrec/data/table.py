@@ -10,8 +10,9 @@ import torch
 
 from cce_torchrec.collectives import Ranks
 from cce_torchrec.data.dataset import Bags, Dataset, Examples, Rows, Share, epoch_generator
+from cce_torchrec.data.earlier import EarlierScan
 from cce_torchrec.data.even import even_batches
-from cce_torchrec.data.kept_scan import about, read_scan, write_scan
+from cce_torchrec.data.kept_scan import about, read_earlier, read_scan, write_scan
 from cce_torchrec.data.numbering import MAX_PLAIN_ID, PlainIds
 from cce_torchrec.data.regroup import ahead, joined, regrouped
 from cce_torchrec.data.scan import Scan, scan
@@ -208,14 +209,23 @@ def _scanned(tables: list[TableFiles], ranks: Ranks) -> Scan:
     """The scan that the folder keeps, or a new one, which it keeps from then on."""
     folder = tables[0].options.folder
 
-    def kept() -> tuple[list[Scan], dict[str, object]]:
-        told = about(tables)
-        return [] if folder is None else read_scan(tables, _path(folder), told), told
+    options, numberings = tables[0].options, tables[0].numberings()
 
-    found, told = ranks.first(kept)
+    def kept() -> tuple[EarlierScan | None, list[Scan], dict[str, object]]:
+        earlier = None if options.earlier is None else read_earlier(_path(options.earlier))
+        told = about(tables, earlier)
+        found = [] if folder is None else read_scan(tables, _path(folder), told)
+        return earlier, found, told
+
+    earlier, found, told = ranks.first(kept)
     if found:
         return found[0]
-    made = scan([(table, piece) for table in tables for piece in table.pieces], ranks)
+    if earlier is not None:
+        earlier.begin(options.features, numberings)
+    parts = [(table, piece) for table in tables for piece in table.pieces]
+    made = scan(parts, numberings, ranks)
+    if earlier is not None:
+        earlier.finish(options.dense, made)
     if folder is not None:
         ranks.first(lambda: write_scan(_path(folder), made, told))
     return made

@@ -14,7 +14,7 @@ import torch
 
 from cce_torchrec.codes.hashing import SAMPLE_ROLE, hash_function
 from cce_torchrec.data.files import Format, Piece, files_of, print_of, require
-from cce_torchrec.data.numbering import HashedIds, Numbering, PlainIds, Vocabulary
+from cce_torchrec.data.numbering import Numbering, numbering_of
 from cce_torchrec.data.parquet_files import ParquetFiles
 from cce_torchrec.data.table_options import TableOptions
 from cce_torchrec.data.text_files import TEXT_SUFFIXES, TextFiles
@@ -51,14 +51,8 @@ class TableFiles:
 
     def numberings(self) -> list[Numbering]:
         """How ids of each feature are numbered, before anything was seen."""
-        made: dict[str, Numbering] = {}
-        for name, text in self.text.items():
-            if self.options.ids == "hash":
-                made[name] = HashedIds(self.options.hash_size)
-            else:
-                counted = text or self.options.ids == "vocabulary"
-                made[name] = Vocabulary() if counted else PlainIds()
-        return list(made.values())
+        options = self.options
+        return [numbering_of(options.ids, text, options.hash_size) for text in self.text.values()]
 
     def values(self, piece: Piece, numberings: Sequence[Numbering]) -> Iterator[Values]:
         """The rows of a piece, block by block.

@@ -54,6 +54,10 @@ class TableOptions:
     resumes: bool = False
     """A vocabulary of other data in `folder` is refused, as of a run that goes on, not replaced."""
 
+    earlier: str | Path | None = None
+    """A folder with the vocabulary of an earlier run: its ids keep their numbers, new ones follow,
+    and dense columns are standardised as they were there."""
+
     def __post_init__(self) -> None:
         if not self.features:
             raise ValueError(

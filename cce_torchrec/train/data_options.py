@@ -72,11 +72,14 @@ def check(args: argparse.Namespace) -> None:
             raise click.UsageError(str(error)) from error
 
 
-def table_options(args: argparse.Namespace, folder: Any = None) -> TableOptions | None:
+def table_options(
+    args: argparse.Namespace, folder: Any = None, earlier: Any = None
+) -> TableOptions | None:
     """What the options say about files; None for data sets that have a reader of their own.
 
     Args:
         folder: keeps the vocabulary.
+        earlier: that of the run from which this one goes on.
     """
     if args.dataset not in DATASETS:
         return None
@@ -87,6 +90,7 @@ def table_options(args: argparse.Namespace, folder: Any = None) -> TableOptions 
     given["compressed"] = _names(given.get("compressed"))
     given.pop("vocabulary", None)
     given |= {"folder": folder, "split_seed": args.split_seed, "resumes": args.resume}
+    given["earlier"] = earlier
     if args.dataset == "criteo":
         return criteo_options(**given)
     return TableOptions(

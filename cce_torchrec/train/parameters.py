@@ -79,6 +79,11 @@ _TRAINING = [
         help="bytes beside the model that a clustering may take; default from what is free",
     ),
     flag("--finalize", help="the last clustering gives main the helper's rows"),
+    option(
+        "--warm-start",
+        help="folder or URI of an earlier run, whose ids keep their numbers and whose tables, with "
+        "their rows, and network are taken over where they fit",
+    ),
     option("--seed", type=int, default=0, help="of hashes, initial values and order"),
     option("--split-seed", type=int, default=DEFAULT_SPLIT_SEED, help="of the held-out rows"),
 ]

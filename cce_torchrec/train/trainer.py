@@ -39,6 +39,7 @@ from cce_torchrec.train.model import (
     tables,
 )
 from cce_torchrec.train.records import Records
+from cce_torchrec.train.warm_start import WarmStart, earlier_vocabulary
 
 T = TypeVar("T")
 
@@ -58,7 +59,12 @@ class Trainer:
         if args.num_chunks is None:  # options load no torch, which widths of chunks go by
             args.num_chunks = chunks_by_default(args)
         self.pipeline = pipelines.chosen(args.pipeline, device, self.world_size)
+        self.warm_start = _warm_start(args)
         self.dataset = _same_data(args)
+        if self.warm_start is not None:
+            self.dataset.compressed = self.warm_start.compressed(
+                self.dataset.features, self.dataset.compressed
+            )
         rows = options.rows_per_table(args, self.dataset)
         # A dot product of embeddings near zero has no gradient; DLRM's dense part has its own.
         init_bound = args.embedding_dim**-0.5 if args.model == "gmf" else None
@@ -76,6 +82,8 @@ class Trainer:
             seed=args.seed,
         )
         configs = tables(self.dataset, compression, dim=args.embedding_dim, init_bound=init_bound)
+        if self.warm_start is not None:
+            configs = [self.warm_start.as_before(config) for config in configs]
         rare = all_rare(configs)
         options.set_defaults(args, self.dataset, rows, rare)
         args.out = location(args.out)
@@ -121,6 +129,8 @@ class Trainer:
         _on_first_rank(lambda: run_folder.claim(args))
         if args.resume and _latest(self.checkpoints) is not None:
             self._resume()
+        elif self.warm_start is not None:
+            self.warm_start.load(self.model, [self.optimizer])
         _on_first_rank(lambda: self.records.write_metrics(args.out))
         done = len(self.records.history)
         for epoch in range(done + 1, args.epochs + 1):
@@ -279,7 +289,8 @@ def _same_data(args: argparse.Namespace) -> data.Examples:
         ValueError: on every rank, if reading failed on any, or numbers of rows differ.
     """
 
-    table = data_options.table_options(args, location(args.vocabulary or args.out))
+    earlier = None if args.warm_start is None else earlier_vocabulary(args.warm_start)
+    table = data_options.table_options(args, location(args.vocabulary or args.out), earlier)
 
     def read() -> tuple[data.Examples, int]:
         dataset = data.load(args.dataset, args.data, args.model, args.split_seed, table)
@@ -292,6 +303,12 @@ def _same_data(args: argparse.Namespace) -> data.Examples:
             "and would take different numbers of steps; give all ranks the same file"
         )
     return dataset
+
+
+def _warm_start(args: argparse.Namespace) -> WarmStart | None:
+    if args.warm_start is None:
+        return None
+    return _on_first_rank(lambda: WarmStart.from_run(args.warm_start))
 
 
 def _latest(checkpoints: Path) -> Path | None:
