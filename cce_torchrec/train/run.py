@@ -7,6 +7,7 @@ import os
 from datetime import timedelta
 
 import torch
+import torch.distributed as dist
 
 from cce_torchrec.distributed.process_group import end_process_group, start_process_group
 from cce_torchrec.extras import MissingExtra
@@ -15,7 +16,10 @@ from cce_torchrec.train.trainer import Trainer
 
 def run(args: argparse.Namespace) -> str | None:
     """Trains as `args` say (see options.py); what to tell the user if it could not, or None."""
-    device = start_ranks(timedelta(seconds=args.timeout))
+    try:
+        device = start_ranks(timedelta(seconds=args.timeout))
+    except (dist.DistError, ValueError) as error:
+        return _not_started(error)
     try:
         Trainer(args, device).run()
     except (ValueError, OSError, MissingExtra) as error:
@@ -23,6 +27,18 @@ def run(args: argparse.Namespace) -> str | None:
     finally:
         end_process_group()
     return None
+
+
+def _not_started(error: Exception) -> str:
+    """What to do where the ranks do not find each other."""
+    host, port = (os.environ.get(name, "?") for name in ("MASTER_ADDR", "MASTER_PORT"))
+    if "EADDRINUSE" in str(error):
+        return (
+            f"port {port} of {host} is in use by another program: give another one "
+            "(MASTER_PORT, torchrun --master-port), or let torchrun --standalone find one"
+        )
+    reason = str(error).splitlines()[0]  # torch adds frames of C++
+    return f"the ranks of this job did not find each other at {host}:{port} ({reason})"
 
 
 def start_ranks(timeout: timedelta) -> torch.device:
