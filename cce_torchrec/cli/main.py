@@ -8,6 +8,8 @@ from typing import Any
 
 import click
 
+from cce_torchrec.yaml_files import nearest
+
 COMMANDS: Mapping[str, str] = {
     "train": "Train DLRM or GMF with full or compressed tables.",
     "plan": "Say what tables take, and where they would be, before a GPU is booked.",
@@ -30,10 +32,14 @@ class Commands(click.Group):
         """All of them, in the order of `COMMANDS`."""
         return list(COMMANDS)
 
-    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
-        """The command, or None if there is none of this name."""
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command:
+        """The command.
+
+        Raises:
+            click.UsageError: there is none of this name.
+        """
         if cmd_name not in COMMANDS:
-            return None
+            ctx.fail(f"no command {cmd_name!r}{nearest(cmd_name, COMMANDS)}")
         name = cmd_name.replace("-", "_")
         return importlib.import_module(f"cce_torchrec.cli.{name}").command
 
