@@ -41,12 +41,8 @@ def test_a_machine_that_is_killed_comes_back(tmp_path):
 def test_nodes_reach_each_other_and_leave_nothing(tmp_path):
     log = tmp_path / "log"
     with nodes.two_nodes() as (first, second):
-        serve = (
-            "import socket; s = socket.create_server(('node-0', 5000)); s.accept()[0].send(b'!')"
-        )
-        ask = "import socket, time; time.sleep(1); s = socket.create_connection(('node-0', 5000)); "
-        server = first.start(["python3", "-c", serve], log=log)
-        client = second.start(["python3", "-c", ask + "print(s.recv(1))"], log=log)
+        server = first.start([sys.executable, "-c", SERVER], log=log)
+        client = second.start([sys.executable, "-c", CLIENT], log=log)
         assert (server.wait(20), client.wait(20)) == (0, 0)
         assert log.read_text() == "b'!'\n"
         sleeping = second.start(["sleep", "60"], log=log)
