@@ -33,9 +33,7 @@ def library() -> Path:
     Raises:
         RuntimeError: it cannot be built, with the reason and the remedy.
     """
-    # By what is in the sources: times of files are lost on the way into an image.
-    crc = zlib.crc32(b"".join(file.read_bytes() for file in (_SOURCE, *_HEADERS)))
-    built = _folder() / f"libcce_lookup-torch{torch.__version__}-{crc:08x}.so"
+    built = _folder() / _name()
     if not built.exists():
         _build(built)
     return built
@@ -75,10 +73,17 @@ def problem() -> str | None:
     return None
 
 
+def _name() -> str:
+    # By what is in the sources: times of files are lost on the way into an image.
+    crc = zlib.crc32(b"".join(file.read_bytes() for file in (_SOURCE, *_HEADERS)))
+    return f"libcce_lookup-torch{torch.__version__}-{crc:08x}.so"
+
+
 def _folder() -> Path:
     """Beside the source, or where the user keeps what is computed if nobody may write there."""
     own = _SOURCE.parent
-    if os.access(own, os.W_OK):
+    # An image has the library there, and a user who may only read it.
+    if os.access(own, os.W_OK) or (own / _name()).exists():
         return own
     return Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "cce_torchrec"
 

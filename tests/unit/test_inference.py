@@ -1,6 +1,7 @@
 """Packed tables, looked up by operators of torch and FBGEMM, and by a kernel of our own."""
 
 import copy
+import os
 import shutil
 import subprocess
 import sys
@@ -348,6 +349,14 @@ def test_batches_that_do_not_fit_are_refused(lookup):
         lookup(values.float(), lengths)
     with pytest.raises(ValueError, match="must be int32 or int64"):
         lookup(values.short(), lengths)
+
+
+def test_a_library_that_came_with_an_image_is_taken(monkeypatch, tmp_path):
+    shipped = native.library()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    monkeypatch.setattr(os, "access", lambda *_: False)  # to the user of the image
+    assert native.library() == shipped
 
 
 def test_a_missing_compiler_is_named(monkeypatch, tmp_path):

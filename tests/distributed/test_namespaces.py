@@ -1,0 +1,60 @@
+"""A job over two machines, network namespaces of this one, of which the second is killed."""
+
+from __future__ import annotations
+
+import sys
+
+import pytest
+
+from benchmarks import nodes
+from benchmarks.namespaces import OPTIONS, one_try, same_end
+from cce_torchrec.train import __main__ as program
+from tests.support.torchrun import forked
+
+SERVER = """
+import socket
+socket.create_server(("node-0", 5000)).accept()[0].send(b"!")
+"""
+CLIENT = """
+import socket, time
+for _ in range(100):
+    try:
+        print(socket.create_connection(("node-0", 5000)).recv(1))
+        break
+    except ConnectionRefusedError:  # the server has not started yet
+        time.sleep(0.1)
+"""
+
+pytestmark = pytest.mark.skipif(nodes.why_not() is not None, reason=f"{nodes.why_not()}")
+
+
+def test_a_machine_that_is_killed_comes_back(tmp_path):
+    alone, out = tmp_path / "alone", tmp_path / "out"
+    # Without torchrun and its machines, whose ranks do the same.
+    assert forked(2, program.main, *OPTIONS, "--out", alone).returncode == 0
+    found = one_try("program", launch="own store", seed=0, out=out)
+    assert found["recovered"], found
+    assert found["resumed"] == 1
+    assert same_end(alone, out)
+
+
+def test_nodes_reach_each_other_and_leave_nothing(tmp_path):
+    log = tmp_path / "log"
+    with nodes.two_nodes() as (first, second):
+        server = first.start([sys.executable, "-c", SERVER], log=log)
+        client = second.start([sys.executable, "-c", CLIENT], log=log)
+        assert (server.wait(20), client.wait(20)) == (0, 0)
+        assert log.read_text() == "b'!'\n"
+        sleeping = second.start(["sleep", "60"], log=log)
+        while not second.processes():
+            pass
+        assert second.kill() == 1 and sleeping.wait(5) == -9
+        assert not second.processes()
+        sleeping = first.start(["sleep", "60"], log=log)
+    assert sleeping.wait(5) == -9
+    assert first.name not in nodes.existing()
+
+
+def test_a_machine_without_the_command_is_told(monkeypatch):
+    monkeypatch.setenv("PATH", "")
+    assert "iproute2" in nodes.why_not()
