@@ -1,4 +1,4 @@
-"""How the clusters, rows and optimizer state of tables are: of tensors, checkpoints and live models.
+"""How clusters, rows and optimizer state of tables are: of tensors, checkpoints, live models.
 
 The health of a model is plain JSON, which training writes to `health.json` at its end:
 
@@ -165,7 +165,8 @@ def model_health(
                 {key: _nbytes(state[key]) for key in keys[name] if key.startswith("optimizer.")},
             )
         )
-        parts, sizes = Parts(), {}
+        parts = Parts()
+        sizes: dict[str, int] = {}
         for own, _, size in found:
             parts.merge(own)
             sizes |= size
@@ -181,9 +182,11 @@ class _Saved:
         self._state = state
 
     def shape_of(self, key: str) -> tuple[int, ...]:
+        """Of the whole tensor."""
         return self._state.shape(key)
 
     def blocks_of(self, key: str) -> Iterator[Block]:
+        """All of it, rows in all their columns."""
         shape = self.shape_of(key)
         if not shape:
             yield (), self._state.whole(key)
@@ -199,9 +202,11 @@ class _Live:
         self._state, self._rank = state, rank
 
     def shape_of(self, key: str) -> tuple[int, ...]:
+        """Of the whole tensor."""
         return tuple(self._state[key].size())
 
     def blocks_of(self, key: str) -> Iterator[Block]:
+        """The shards of this rank."""
         value = self._state[key]
         if isinstance(value, ShardedTensor):
             for shard in value.local_shards():
@@ -233,7 +238,8 @@ def _table(table: TableRecord, parts: Parts, kind: str | None, state_bytes: int)
     }
     types = {name for role, name in parts.types.items() if not role.state}
     own = {"dtype": min(types, default=None)}
-    optimizer = {"kind": kind, "bytes": state_bytes, "state": _states(parts)}
+    states = _states(parts)
+    optimizer = {"kind": kind, "bytes": state_bytes, "state": states}
     if isinstance(table, CCETableRecord):
         names = ("num_chunks", "num_rows", "num_helper_rows", "learned_codes")
         out |= {name: getattr(table, name) for name in names}
@@ -245,14 +251,15 @@ def _table(table: TableRecord, parts: Parts, kind: str | None, state_bytes: int)
     else:
         sums = parts.rows.get(Role(None, ""))
         out |= own | {"rows": None if sums is None else _rows(sums, sums.total())}
-        out["untouched"] = _untouched(table, optimizer["state"])
+        out["untouched"] = _untouched(table, states)
     return out | {"optimizer": optimizer, "warnings": warnings_of(out)}
 
 
 def _usage(parts: Parts, chunk: int) -> Usage:
     """Of all ids."""
     found = [usage for (own, _), usage in parts.usage.items() if own == chunk]
-    return Usage(sum(u.main for u in found), sum(u.helper for u in found))
+    # Each rank has counted its own ids.
+    return Usage(np.sum([u.main for u in found], 0), np.sum([u.helper for u in found], 0))
 
 
 def _chunk(chunk: int, usage: Usage, sums: RowSums | None) -> Json:

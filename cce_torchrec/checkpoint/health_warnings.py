@@ -95,8 +95,7 @@ def _of_plain(table: dict[str, Any]) -> list[str]:
     if rows is not None and rows["zero"] / max(1, rows["looked_at"]) >= DEAD:
         out.append(f"{share_in_words(rows['zero'] / rows['looked_at'])} of the rows are zero")
     if untouched is not None and untouched >= UNTOUCHED:
-        out.append(
-            f"{share_in_words(untouched)} of the rows were never trained: what the optimizer has "
-            "added up of them is 0"
-        )
+        whose = "no row was" if untouched == 1 else f"{share_in_words(untouched)} of the rows were"
+        never = "ever" if untouched == 1 else "never"
+        out.append(f"{whose} {never} trained: what the optimizer has added up of them is 0")
     return out
