@@ -1,4 +1,4 @@
-"""Charts as SVG: lines over steps, and histograms. Drawn here, so that a page needs nothing else."""
+"""Charts as SVG, lines over steps and histograms, drawn here: a page needs nothing else."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ COLORS = 8
 """Colours there are, by number; the style sheet has them for light and dark."""
 _MOST_POINTS = 400
 """Points of a line; of more, each is the mean of several."""
+_FEW = 20
 _MOST_HITS = 120
 """Points of a line that say their value."""
 
@@ -62,6 +63,9 @@ class _Axes:
     x: tuple[float, float]
     y: tuple[float, float]
     format: Format = field(default=short)
+    unit: Format | None = None
+    """How ticks are written, where they have a unit."""
+    whole_x: bool = True
 
     def left(self, value: float) -> float:
         low, high = self.x
@@ -79,8 +83,10 @@ def line_chart(
     lines: Sequence[Line],
     *,
     format: Format = short,
+    unit: Format | None = None,
     marks: Sequence[Mark] = (),
     from_zero: bool = False,
+    late: bool = False,
     note: str = "",
     x_label: str = "step",
 ) -> Html | None:
@@ -90,8 +96,11 @@ def line_chart(
         title: what is drawn.
         lines: those without points are left out.
         format: of the values, in what a point says.
+        unit: how ticks are written, where they have a unit.
         marks: vertical lines.
         from_zero: the axis of values begins at 0.
+        late: the axis has room for what comes after the first tenth of the steps, as losses fall
+            fast at first, and runs differ by little at last.
         note: beside the title.
         x_label: what the other axis counts.
     """
@@ -100,12 +109,28 @@ def line_chart(
         return None
     thinned = [thin(line.points) for line in lines]
     xs = [x for points in thinned for x, _ in points] + [mark.x for mark in marks]
-    ys = [y for points in thinned for _, y in points]
-    axes = _Axes((min(xs), max(xs)), _padded(min(ys), max(ys), from_zero), format)
+    first, last = min(xs), max(xs)
+    # Steps begin at 0, unless a run was resumed far from there.
+    first = 0.0 if 0 < first < 0.2 * last else first
+    every = [y for points in thinned for _, y in points]
+    begin = first + (last - first) / 10 if late else first
+    # Points that are drawn are never outside, nor lines of a few points.
+    ys = [
+        y
+        for line, points in zip(lines, thinned, strict=True)
+        for x, y in points
+        if x >= begin or line.dots or len(points) < _FEW
+    ]
+    ys = ys or every
+    axes = _Axes((first, last), _padded(min(ys), max(ys), from_zero), format, unit)
     parts = [_grid(axes, x_label), _marks(axes, marks)]
-    parts += [_line(axes, line, points) for line, points in zip(lines, thinned, strict=True)]
-    means = max(len(line.points) for line in lines) > _MOST_POINTS
-    said = note + (" Each point is the mean of several." if means else "")
+    for line, points in zip(lines, thinned, strict=True):
+        parts.append(_line(axes, line, _from_inside(points, axes.y)))
+    if max(len(line.points) for line in lines) > _MOST_POINTS:
+        note += " Each point is the mean of several."
+    if not all(axes.y[0] <= y <= axes.y[1] for y in every):
+        note += " The first steps are outside."
+    said = note
     keys = [(line.name, line.color, line.style) for line in lines]
     return _figure(title, said.strip(), parts, keys)
 
@@ -137,10 +162,15 @@ def histogram_chart(
     if low == high:  # all values are the same
         low, high = low - abs(low or 1) / 2, high + abs(high or 1) / 2
     most = max(max(layer.counts) for layer in layers)
-    axes = _Axes((low, high), (0, 1.08 * most), whole)
+    axes = _Axes((low, high), (0, 1.08 * most), whole, whole_x=False)
     parts = [_grid(axes, x_label)]
     parts += [_bars(axes, layer, layer.edges, _label(layer, short)) for layer in layers]
-    return _figure(title, note, parts, [(one.name, one.color, "bar") for one in layers])
+    return _figure(title, note, parts, _layer_keys(layers))
+
+
+def _layer_keys(layers: Sequence[Bars]) -> list[tuple[str, int, str]]:
+    """What a legend says of histograms: nothing of a single one."""
+    return [(one.name, one.color, "bar") for one in layers] if len(layers) > 1 else []
 
 
 def _equal_bins(title: str, layers: Sequence[Bars], x_label: str, note: str) -> Html:
@@ -150,7 +180,9 @@ def _equal_bins(title: str, layers: Sequence[Bars], x_label: str, note: str) -> 
     first, last = min(used), max(used) + 1
     most = max(max(layer.counts) for layer in layers)
     axes = _Axes((first, last), (0, 1.08 * most), whole)
-    parts = [_grid(axes, x_label, labels=[(p + 0.5, _bin_name(longest, p)) for p in range(first, last)])]
+    parts = [
+        _grid(axes, x_label, labels=[(p + 0.5, _bin_name(longest, p)) for p in range(first, last)])
+    ]
     for layer in layers:
         cut = Bars(
             name=layer.name, edges=layer.edges[first : last + 1],
@@ -162,12 +194,12 @@ def _equal_bins(title: str, layers: Sequence[Bars], x_label: str, note: str) -> 
             for place, count in enumerate(cut.counts)
         ]
         parts.append(_bars(axes, cut, places, labels))
-    return _figure(title, note, parts, [(one.name, one.color, "bar") for one in layers])
+    return _figure(title, note, parts, _layer_keys(layers))
 
 
 def _bin_name(edges: Sequence[float], place: int) -> str:
     low, high = edges[place], edges[place + 1] - 1
-    return short(low) if high <= low else f"{short(low)}–{short(high)}"
+    return short(low) if high <= low else f"{short(low)}-{short(high)}"
 
 
 def thin(points: Sequence[Point]) -> list[Point]:
@@ -180,6 +212,18 @@ def thin(points: Sequence[Point]) -> list[Point]:
     return [(block[-1][0], sum(y for _, y in block) / len(block)) for block in blocks]
 
 
+def _from_inside(points: Sequence[Point], room: tuple[float, float]) -> list[Point]:
+    """Points from where a line that starts outside of the axis of values comes in."""
+    low, high = room
+    outside = [at for at, (_, y) in enumerate(points) if not low <= y <= high]
+    inside = outside[-1] + 1 if outside else 0
+    if not 0 < inside < len(points):
+        return list(points[inside:])
+    (x, y), (next_x, next_y) = points[inside - 1 : inside + 1]
+    edge = high if y > high else low
+    return [(x + (next_x - x) * (edge - y) / (next_y - y), edge), *points[inside:]]
+
+
 def _padded(low: float, high: float, from_zero: bool) -> tuple[float, float]:
     if from_zero and low >= 0:
         return 0.0, high * 1.08 or 1.0
@@ -190,16 +234,18 @@ def _padded(low: float, high: float, from_zero: bool) -> tuple[float, float]:
 def _grid(axes: _Axes, x_label: str, labels: Sequence[tuple[float, str]] | None = None) -> Html:
     """Lines and labels of both axes."""
     right, bottom = WIDTH - _RIGHT, HEIGHT - _BOTTOM
-    across, up = ticks(*axes.x, 6), ticks(*axes.y, 5)
+    # Steps, epochs, ids: there is nothing between whole numbers of them.
+    across = [x for x in ticks(*axes.x, 6) if not axes.whole_x or x == round(x)]
+    up = ticks(*axes.y, 6)
     parts = []
     for value in up:
         y = axes.top(value)
         parts.append(tag("line", class_="grid", x1=_LEFT, x2=right, y1=y, y2=y))
-        label = tick_label(value, up)
+        label = axes.unit(value) if axes.unit and value else tick_label(value, up)
         parts.append(tag("text", label, x=_LEFT - 7, y=y + 4, text_anchor="end"))
     named = [(value, tick_label(value, across)) for value in across] if labels is None else labels
-    # As many as have room, each about 60 wide.
-    every = -(-len(named) // 8)
+    # As many as have room; names of bins are longer than numbers.
+    every = -(-len(named) // (8 if labels is None else 6))
     for value, label in named[::every]:
         x = axes.left(value)
         parts.append(tag("text", label, x=x, y=bottom + 17, text_anchor="middle"))
@@ -280,5 +326,8 @@ def _figure(
         "figure",
         tag("figcaption", tag("b", title), tag("span", note) if note else None),
         drawing,
-        tag("ul", legend, class_="legend") if len(legend) > 1 or keys[0][0] != title else None,
+        # A single line that is called as the chart is needs no legend.
+        tag("ul", legend, class_="legend")
+        if [key[0] for key in keys] not in ([], [title])
+        else None,
     )

@@ -8,7 +8,7 @@ from typing import Any
 from cce_torchrec.report.charts import Line, line_chart
 from cce_torchrec.report.grids import grid
 from cce_torchrec.report.html import Html, tag
-from cce_torchrec.report.numbers import number, percent, short, whole
+from cce_torchrec.report.numbers import number, percent, rounded_percent, short, whole
 from cce_torchrec.report.runs import Run
 
 Json = dict[str, Any]
@@ -19,7 +19,9 @@ _MOST_TABLES = 8
 def clustering(runs: Sequence[Run]) -> list[Html]:
     """Charts of all clusterings, and by run what the last one did to each table."""
     if not any(run.of("clustering") for run in runs):
-        return [tag("p", "There was no clustering step, or none that was written down.", class_="none")]
+        return [
+            tag("p", "There was no clustering step, or none that was written down.", class_="none")
+        ]
     charts = [_objective(runs), *(_by_table(runs, *what) for what in _CHARTS)]
     out = [tag("div", [chart for chart in charts if chart is not None], class_="charts")]
     for run in runs:
@@ -51,7 +53,9 @@ def _changed(chunks: Sequence[Json]) -> float | None:
 
 def _most(name: str) -> Callable[[Sequence[Json]], float | None]:
     def most(chunks: Sequence[Json]) -> float | None:
-        return max((n for chunk in chunks if (n := number(chunk.get(name))) is not None), default=None)
+        return max(
+            (n for chunk in chunks if (n := number(chunk.get(name))) is not None), default=None
+        )
 
     return most
 
@@ -65,10 +69,12 @@ def _sum(name: str) -> Callable[[Sequence[Json]], float | None]:
 
 
 _CHARTS = (
-    ("Codes changed", "changed", _changed, percent, "Share of ids with another cluster; "
-     "renumbering does not count."),
-    ("Imbalance", "imbalance", _most("imbalance"), short, "Of the least even chunk of a table; 1 is even."),
-    ("Dead rows", "dead_rows", _sum("dead_rows"), whole, "Main rows that no id reads, of all chunks."),
+    ("Codes changed", "changed", _changed, percent,
+     "Share of ids with another cluster; renumbering does not count."),
+    ("Imbalance", "imbalance", _most("imbalance"), short,
+     "Of the least even chunk of a table; 1 is even."),
+    ("Dead rows", "dead_rows", _sum("dead_rows"), whole,
+     "Main rows that no id reads, of all chunks."),
 )  # fmt: skip
 
 
@@ -81,12 +87,13 @@ def _by_table(
     note: str,
 ) -> Html | None:
     """A line a table; where several runs are compared, a line a run."""
+    unit = rounded_percent if format is percent else None
     if len(runs) > 1:
         lines = [
             Line(name=run.name, points=run.points("clustering", name), color=place, dots=True)
             for place, run in enumerate(runs)
         ]
-        return line_chart(title, lines, format=format, note=note, from_zero=True)
+        return line_chart(title, lines, format=format, unit=unit, note=note, from_zero=True)
     (run,) = runs
     points: dict[str, list[tuple[float, float]]] = {}
     for line in run.of("clustering"):
@@ -104,7 +111,7 @@ def _by_table(
         lines = [Line(name=title, points=run.points("clustering", name), color=0, dots=True)]
     left = len(points) - len(chosen)
     more = f" The {len(chosen)} tables with most ids; {left} more are below." if left > 0 else ""
-    return line_chart(title, lines, format=format, note=note + more, from_zero=True)
+    return line_chart(title, lines, format=format, unit=unit, note=note + more, from_zero=True)
 
 
 def _ids(run: Run, table: str) -> float:

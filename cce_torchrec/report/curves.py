@@ -56,7 +56,13 @@ def _trained_and_validated(
     marks = clustering_marks(runs) if steps else []
     note = "Vertical lines: clusterings." if marks else ""
     chart = line_chart(
-        title, lines, marks=marks, note=note, format=_four, x_label="step" if steps else "epoch"
+        title,
+        lines,
+        marks=marks,
+        note=note,
+        format=_four,
+        late=True,
+        x_label="step" if steps else "epoch",
     )
     return _or_nothing(chart, title)
 
@@ -66,7 +72,7 @@ def speed(runs: Sequence[Run]) -> list[Html]:
     return [
         _throughput(runs),
         _or_nothing(line_chart("Learning rates", _rates(runs)), "Learning rates"),
-        _or_nothing(line_chart("Memory", _memory(runs), format=size), "Memory"),
+        _or_nothing(line_chart("Memory", _memory(runs), format=size, unit=size), "Memory"),
     ]
 
 
@@ -94,7 +100,7 @@ def _rates(runs: Sequence[Run]) -> list[Line]:
             for name in line["rates"]
         )
         for other, name in enumerate(list(names)[:_MOST_RATES]):
-            values = ((line, (line.get("rates") or {}).get(name)) for line in run.of("train"))
+            values = ((line, _in(line.get("rates"), name)) for line in run.of("train"))
             out.append(
                 Line(
                     name=f"{_of(run, runs)}{name}",
@@ -106,13 +112,20 @@ def _rates(runs: Sequence[Run]) -> list[Line]:
     return out
 
 
+def _in(found: object, name: str) -> object:
+    return found.get(name) if isinstance(found, dict) else None
+
+
 def _memory(runs: Sequence[Run]) -> list[Line]:
     out = []
     for place, run in enumerate(runs):
         lines = [line for line in run.of("train") if isinstance(line.get("memory"), list)]
         ranks = max((len(line["memory"]) for line in lines), default=0)
         if len(runs) > 1 or ranks > _MOST_RANKS:
-            most = ((line, max(filter(None, map(number, line["memory"])), default=None)) for line in lines)
+            most = (
+                (line, max(filter(None, map(number, line["memory"])), default=None))
+                for line in lines
+            )
             name = run.name if len(runs) > 1 else f"the rank of {ranks} that has most"
             out.append(Line(name=name, points=_with_steps(most), color=place))
             continue

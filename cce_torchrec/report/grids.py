@@ -46,8 +46,6 @@ def grid(
         row("td", cells, class_="differs" if place in highlighted else None)
         for place, cells in enumerate(body)
     ]
-    table = tag(
-        "table", tag("thead", row("th", head)), tag("tbody", rows), class_=class_ or None
-    )
+    table = tag("table", tag("thead", row("th", head)), tag("tbody", rows), class_=class_ or None)
     # Focusable, as only then a keyboard scrolls it.
     return tag("div", table, class_="scroll", tabindex="0", role="region", aria_label="table")

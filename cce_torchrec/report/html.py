@@ -44,7 +44,7 @@ def joined(children: Iterable[Any]) -> Html:
         elif isinstance(child, list | tuple):
             out.append(joined(child))
         else:
-            out.append(html.escape(str(child)))
+            out.append(Html(html.escape(str(child))))
     return Html("".join(out))
 
 

@@ -3,20 +3,23 @@
 from __future__ import annotations
 
 import math
+from itertools import pairwise
 from typing import Any
 
+_MOST = 1e100
 _PREFIXES = ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k"))
 
 
 def number(value: Any) -> float | None:
-    """A finite number of JSON, None for anything else that a file may have in its place."""
+    """A number of JSON, None for anything else that a file may have in its place."""
     if isinstance(value, bool) or not isinstance(value, int | float):
         return None
     try:
         found = float(value)
     except OverflowError:  # Python's integers have no end
         return None
-    return found if math.isfinite(found) else None
+    # Nothing that is measured is larger, and sums and squares of these are finite.
+    return found if abs(found) <= _MOST else None
 
 
 def short(value: float) -> str:
@@ -51,6 +54,11 @@ def percent(value: float) -> str:
     return f"{share:.1f} %" if abs(share) < 99.95 else f"{share:.0f} %"
 
 
+def rounded_percent(value: float) -> str:
+    """A share that is a tick of an axis."""
+    return f"{100 * value:.6g} %"
+
+
 def duration(seconds: float) -> str:
     """How long: 3 h 12 min, 4 min 5 s, 12.3 s."""
     if seconds < 60:
@@ -82,7 +90,7 @@ def tick_label(value: float, values: list[float]) -> str:
         return "0"
     if most >= 1e4:
         return short(value)
-    step = min((b - a for a, b in zip(values, values[1:], strict=False)), default=abs(value))
+    step = min((b - a for a, b in pairwise(values)), default=abs(value))
     if most < 1e-3:
         return f"{value:.1e}".replace("e-0", "e-")
     digits = max(0, -math.floor(math.log10(step) + 1e-9)) if step > 0 else 2

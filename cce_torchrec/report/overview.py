@@ -33,7 +33,9 @@ def states(runs: Sequence[Run]) -> list[Html]:
 
 def _state(run: Run) -> str:
     """In a sentence, what state a run that is not finished is in."""
-    last = max((n for kind in run.lines for n in [run.last(kind, "step")] if n is not None), default=None)
+    last = max(
+        (n for kind in run.lines for n in [run.last(kind, "step")] if n is not None), default=None
+    )
     where = "before its first line" if last is None else f"after step {whole(last)}"
     if run.state == "failed":
         error = run.info.get("error")
@@ -66,6 +68,23 @@ def _best(run: Run, validation: str, of_epochs: str, best: Callable[..., float])
     return best(found) if found else run.figure(f"best_{of_epochs}")
 
 
+def _log_loss(run: Run) -> float | None:
+    return _best(run, "log_loss", "val_log_loss", min)
+
+
+def _auc(run: Run) -> float | None:
+    return _best(run, "auc", "val_auc", max)
+
+
+def _clusterings(run: Run) -> float | None:
+    # Older runs do not say.
+    return float(len(run.of("clustering"))) if run.of("train") or run.of("clustering") else None
+
+
+def _ranks(run: Run) -> float | None:
+    return run.figure("world_size")
+
+
 def _seconds(run: Run) -> float | None:
     started, ended = number(run.info.get("started")), number(run.info.get("ended"))
     if started is not None and ended is not None:
@@ -92,7 +111,8 @@ def _throughput(run: Run) -> float | None:
     lines = [
         (examples, rate)
         for line in run.of("train")
-        if (examples := number(line.get("examples"))) and (rate := number(line.get("examples_per_second")))
+        if (examples := number(line.get("examples")))
+        and (rate := number(line.get("examples_per_second")))
     ]
     seconds = sum(examples / rate for examples, rate in lines)
     return sum(e for e, _ in lines) / seconds if seconds else run.figure("examples_per_second")
@@ -104,7 +124,7 @@ def _clustering_seconds(run: Run) -> float | None:
 
 
 def _steps(run: Run) -> float | None:
-    found = [run.last(kind, "step") for kind in ("train", "validation", "epoch")]
+    found = [run.last(kind, "step") for kind in ("train", "validation", "clustering")]
     return max((n for n in found if n is not None), default=None)
 
 
@@ -115,18 +135,19 @@ def _share(run: Run) -> float | None:
 
 _Figure = tuple[str, Callable[[Run], float | None], Callable[[float], str], int]
 _FIGURES: tuple[_Figure, ...] = (
-    ("best validation log loss", lambda r: _best(r, "log_loss", "val_log_loss", min), "{:.4f}".format, -1),
-    ("best validation AUC", lambda r: _best(r, "auc", "val_auc", max), "{:.4f}".format, 1),
+    ("best validation log loss", _log_loss, "{:.4f}".format, -1),
+    ("best validation AUC", _auc, "{:.4f}".format, 1),
     ("bytes of tables", _table_bytes, size, -1),
     ("of full tables", _share, percent, -1),
-    ("examples per second", _throughput, short, 1),
-    ("time", _seconds, duration, -1),
+    ("examples per second", _throughput, short, 0),
+    ("time", _seconds, duration, 0),
     ("of it clustering", _clustering_seconds, duration, 0),
-    ("clusterings", lambda r: float(len(r.of("clustering"))), whole, 0),
+    ("clusterings", _clusterings, whole, 0),
     ("steps", _steps, whole, 0),
-    ("ranks", lambda r: r.figure("world_size"), whole, 0),
+    ("ranks", _ranks, whole, 0),
 )  # fmt: skip
-"""Name, value, form, and whether less (-1) or more (1) of it is better."""
+"""Name, value, form, and whether less (-1) or more (1) of it is better; 0: no best is marked, as of
+speeds, which differ from run to run by themselves."""
 
 
 def glance(runs: Sequence[Run]) -> Html:
@@ -134,17 +155,22 @@ def glance(runs: Sequence[Run]) -> Html:
     found = [(name, [of(run) for run in runs], form, better) for name, of, form, better in _FIGURES]
     found = [row for row in found if any(value is not None for value in row[1])]
     if len(runs) == 1:
-        return tag("dl", [_tile(name, values[0], form) for name, values, form, _ in found], class_="tiles")
+        return tag(
+            "dl", [_tile(name, values[0], form) for name, values, form, _ in found], class_="tiles"
+        )
     body = [
         [name, *(_cell(value, values, form, better) for value in values)]
         for name, values, form, better in found
     ]
-    state = ["state", *(tag("span", _WORDS[run.state], class_=f"badge {run.state}") for run in runs)]
+    state = [
+        "state",
+        *(tag("span", _WORDS[run.state], class_=f"badge {run.state}") for run in runs),
+    ]
     return grid(["", *(_key(place, run) for place, run in enumerate(runs))], [state, *body], left=1)
 
 
 def _tile(name: str, value: float | None, form: Callable[[float], str]) -> Html:
-    return tag("div", tag("dt", name), tag("dd", "–" if value is None else form(value)))
+    return tag("div", tag("dt", name), tag("dd", "-" if value is None else form(value)))
 
 
 def _key(place: int, run: Run) -> Html:
@@ -155,7 +181,7 @@ def _cell(
     value: float | None, values: Sequence[float | None], form: Callable[[float], str], better: int
 ) -> Html:
     if value is None:
-        return tag("span", "–")
+        return tag("span", "-")
     known = [one for one in values if one is not None]
     best = better and len(set(known)) > 1 and value == (max if better > 0 else min)(known)
     return tag("strong" if best else "span", form(value))

@@ -35,11 +35,10 @@ def write_report(runs: Sequence[str | Path], path: str | Path) -> Path:
     """
     text = page(read_runs(runs))
     file = location(path)
+    if file.is_dir():  # onto which nothing could be renamed
+        raise ValueError(f"{file} is a folder, and cannot be written; give the name of a file")
     make_folder(file.parent)
-    try:
-        write_whole(file, text)
-    except OSError as error:  # of the renaming, say onto a folder
-        raise ValueError(f"{file} cannot be written ({error})") from error
+    write_whole(file, text)
     return file
 
 
@@ -87,7 +86,9 @@ def _document(title: str, body: Html) -> str:
         tag("title", title),
         tag("style", Html(STYLE)),
     ]
-    whole = tag("html", tag("head", head), tag("body", body, tag("script", Html(SCRIPT))), lang="en")
+    whole = tag(
+        "html", tag("head", head), tag("body", body, tag("script", Html(SCRIPT))), lang="en"
+    )
     return f"<!doctype html>\n{whole}\n"
 
 

@@ -105,7 +105,9 @@ def _names(paths: Sequence[Path]) -> list[str]:
     whole = [str(path).rstrip("/").split("/") for path in paths]
     most = max(map(len, whole))
     for count in range(1, most + 1):
-        names = ["/".join(parts[-count:]) or str(path) for parts, path in zip(whole, paths, strict=True)]
+        names = [
+            "/".join(parts[-count:]) or str(path) for parts, path in zip(whole, paths, strict=True)
+        ]
         if len(set(names)) == len(names):
             return names
     # One run may well be given twice.

@@ -10,7 +10,7 @@ from cce_torchrec.report.grids import grid
 from cce_torchrec.report.html import Html, tag
 from cce_torchrec.report.runs import Run
 
-_ABSENT = "–"
+_ABSENT = "-"
 
 
 def settings(runs: Sequence[Run]) -> list[Html]:
@@ -34,9 +34,7 @@ def versions(runs: Sequence[Run]) -> list[Html]:
     return _compared(runs, found, "versions")
 
 
-def _compared(
-    runs: Sequence[Run], found: Callable[[Run], dict[str, Any]], what: str
-) -> list[Html]:
+def _compared(runs: Sequence[Run], found: Callable[[Run], dict[str, Any]], what: str) -> list[Html]:
     by_run = [_flat(found(run)) for run in runs]
     names = list(dict.fromkeys(name for one in by_run for name in one))
     if not names:

@@ -12,7 +12,8 @@ STYLE = """
 --c6:#ff8fc0;--c7:#aab4c0;--full:#46505c;--differs:#3a3219}}
 *{box-sizing:border-box}
 html{scroll-behavior:smooth}
-body{margin:0 auto;max-width:1180px;padding:1.25rem clamp(.75rem,3vw,2rem) 4rem;background:var(--bg);
+body{margin:0 auto;max-width:1180px;padding:1.25rem clamp(.75rem,3vw,2rem) 4rem;
+background:var(--bg);
 color:var(--ink);font:15px/1.5 system-ui,-apple-system,"Segoe UI",Roboto,sans-serif}
 h1{font-size:1.55rem;line-height:1.25;margin:.2rem 0;overflow-wrap:anywhere}
 h2{font-size:1.2rem;margin:2.4rem 0 .8rem;padding-bottom:.3rem;border-bottom:1px solid var(--edge)}
@@ -31,7 +32,8 @@ background:var(--panel);padding:.6rem .9rem;margin:.9rem 0 0}
 .state.running>b,.state.unknown>b,.badge.running,.badge.unknown{color:var(--wait)}
 .badge{font-weight:600}.badge.finished{color:var(--good)}
 .tiles{display:grid;grid-template-columns:repeat(auto-fill,minmax(150px,1fr));gap:.7rem;margin:0}
-.tiles div{background:var(--panel);border:1px solid var(--edge);border-radius:8px;padding:.6rem .8rem}
+.tiles div{background:var(--panel);border:1px solid var(--edge);border-radius:8px;
+padding:.6rem .8rem}
 .tiles dt{color:var(--muted);font-size:.82rem}
 .tiles dd{margin:.1rem 0 0;font-size:1.3rem;font-weight:600;font-variant-numeric:tabular-nums}
 .charts{display:grid;grid-template-columns:repeat(auto-fill,minmax(min(100%,440px),1fr));gap:1rem}
@@ -60,7 +62,8 @@ font-size:.84rem}
 .key{display:inline-block;flex:none;width:20px;height:0;border-top:3px solid var(--c);
 vertical-align:middle;margin-right:.3rem}
 .key.dashed{border-top-style:dashed}.key.dotted{border-top-style:dotted}
-.key.faint{border-top-width:2px;opacity:.62}.key.bar{height:10px;border:0;width:12px;background:var(--c)}
+.key.faint{border-top-width:2px;opacity:.62}.key.bar{height:10px;border:0;width:12px;
+background:var(--c)}
 .scroll{overflow-x:auto;border:1px solid var(--edge);border-radius:8px;margin:.6rem 0}
 .scroll:focus-visible{outline:2px solid var(--accent)}
 table{border-collapse:collapse;width:100%;font-size:.88rem;font-variant-numeric:tabular-nums}
@@ -71,7 +74,8 @@ tbody th{font-weight:500}
 .settings td,.settings th{overflow-wrap:anywhere;min-width:6rem}
 tr.differs{background:var(--differs)}
 .bars{list-style:none;margin:.5rem 0;padding:0;display:grid;gap:.55rem}
-.bars li{display:grid;grid-template-columns:minmax(90px,180px) 1fr minmax(110px,auto);gap:.2rem .8rem;
+.bars li{display:grid;grid-template-columns:minmax(90px,180px) 1fr minmax(110px,auto);
+gap:.2rem .8rem;
 align-items:center}
 .bars .table-name{overflow-wrap:anywhere;font-size:.9rem}
 .bars .bytes{font-size:.84rem;color:var(--muted);text-align:right;font-variant-numeric:tabular-nums}
@@ -85,8 +89,10 @@ summary{cursor:pointer}
 summary span{color:var(--muted);font-size:.85rem;margin-left:.7rem}
 details[open]>summary{margin-bottom:.6rem}
 .warnings{margin:.2rem 0 .8rem;padding-left:1.2rem;color:var(--wait)}
-pre{overflow-x:auto;background:var(--panel);border-radius:6px;padding:.7rem;font-size:.84rem;margin:0}
-#tip{position:fixed;z-index:9;pointer-events:none;max-width:18rem;padding:.25rem .55rem;font-size:.82rem;
+pre{overflow-x:auto;background:var(--panel);border-radius:6px;padding:.7rem;font-size:.84rem;
+margin:0}
+#tip{position:fixed;z-index:9;pointer-events:none;max-width:18rem;padding:.25rem .55rem;
+font-size:.82rem;
 border-radius:5px;background:var(--ink);color:var(--bg)}
 @media (max-width:560px){body{font-size:14px}svg text{font-size:17px}
 .bars li{grid-template-columns:1fr auto}.bars li>span:nth-child(2){grid-column:1/-1;grid-row:2}

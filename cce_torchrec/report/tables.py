@@ -20,13 +20,15 @@ _BINS = 40
 def bytes_of(runs: Sequence[Run]) -> list[Html]:
     """Bars of the bytes of each table, full against compressed; and what tables are like."""
     out = []
+    # One scale, so that bars of several runs compare.
+    most = max((_most(table) for run in runs for table in run.tables), default=0.0)
     for run in runs:
         if not run.tables:
             note = _summary(run) or "run.json does not say what tables there are."
             out.append(tag("p", _who(run, runs), note, class_="none"))
             continue
         title = tag("h3", run.name) if len(runs) > 1 else None
-        out.append(tag("div", title, _bars(run), _facts(run)))
+        out.append(tag("div", title, _bars(run, most), _facts(run)))
     return out
 
 
@@ -44,12 +46,13 @@ def _parts(table: Json) -> dict[str, float]:
     return {name: number(table.get(key)) or 0.0 for name, key in names.items()}
 
 
-def _bars(run: Run) -> Html:
+def _most(table: Json) -> float:
+    """The longer bar of a table."""
+    return max(sum(_parts(table).values()), number(table.get("full_bytes")) or 0.0)
+
+
+def _bars(run: Run, most: float) -> Html:
     """Two bars a table, drawn as boxes: they are as wide as there is room."""
-    most = max(
-        max(sum(_parts(table).values()), number(table.get("full_bytes")) or 0.0)
-        for table in run.tables
-    )
     rows = []
     for table in run.tables:
         parts, full = _parts(table), number(table.get("full_bytes")) or 0.0
@@ -57,7 +60,9 @@ def _bars(run: Run) -> Html:
         share = f", {percent(taken / full)} of full" if full else ""
         said = size(taken) + (share if table.get("kind") != "plain" else "")
         boxes = [
-            tag("i", class_=f"box {name}", style=_width(value, most), title=f"{name}: {size(value)}")
+            tag(
+                "i", class_=f"box {name}", style=_width(value, most), title=f"{name}: {size(value)}"
+            )
             for name, value in parts.items()
             if value
         ]
@@ -66,7 +71,9 @@ def _bars(run: Run) -> Html:
             tag(
                 "li",
                 tag("span", _name(table), class_="table-name"),
-                tag("span", tag("span", boxes, class_="track"), tag("span", whole_, class_="track")),
+                tag(
+                    "span", tag("span", boxes, class_="track"), tag("span", whole_, class_="track")
+                ),
                 tag("span", said, class_="bytes"),
             )
         )
@@ -217,9 +224,12 @@ def _histogram(found: Any) -> tuple[list[float], list[float]]:
         [number(value) for value in part] if isinstance(part := found.get(name), list) else []
         for name in ("edges", "counts")
     )
-    if not counts or len(edges) != len(counts) + 1 or None in edges or None in counts:
+    known = [e for e in edges if e is not None], [c for c in counts if c is not None and c >= 0]
+    whole_ = len(known[0]) == len(edges) and len(known[1]) == len(counts)
+    # Whatever a file has in place of a histogram is none.
+    if not counts or not whole_ or len(edges) != len(counts) + 1 or known[0] != sorted(known[0]):
         return [], []
-    return [e for e in edges if e is not None], [c for c in counts if c is not None]
+    return known
 
 
 def _together(parts: Sequence[tuple[list[float], list[float]]]) -> tuple[list[float], list[float]]:

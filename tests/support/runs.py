@@ -57,7 +57,9 @@ def write_run(
         "clustering_steps": clusterings,
     }  # fmt: skip
     _write(folder / "run.json", run)
-    (folder / "config.yaml").write_text("".join(f"{k}: {json.dumps(v)}\n" for k, v in settings.items()))
+    (folder / "config.yaml").write_text(
+        "".join(f"{k}: {json.dumps(v)}\n" for k, v in settings.items())
+    )
     if state == "finished":
         _write(folder / "health.json", {"step": steps, "tables": _health(random, tables)})
         _write(folder / "summary.json", {"seconds": lines[-1]["seconds"], "settings": settings})
