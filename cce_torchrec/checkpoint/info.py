@@ -55,12 +55,13 @@ def checkpoint_info(folder: str | Path) -> CheckpointInfo:
         extra=found.extra,
         schedule=found.schedule,
         tables=found.tables,
-        finalized=sorted(name for name, table in found.tables.items() if _is_final(table)),
+        finalized=sorted(name for name, table in found.tables.items() if is_final(table)),
         world_size=found.world_size,
         format=found.format,
         versions=found.versions,
     )
 
 
-def _is_final(table: TableRecord) -> bool:
+def is_final(table: TableRecord) -> bool:
+    """Whether it is a CCE table with learned codes that has no helper rows."""
     return isinstance(table, CCETableRecord) and table.learned_codes and not table.num_helper_rows

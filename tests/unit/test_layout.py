@@ -19,7 +19,7 @@ LAYERS = [
     {"distributed"},
     {"clustering", "planning"},
     {"checkpoint"},
-    {"inference"},
+    {"inference", "report"},
     {"train"},
     {"cli"},
 ]
