@@ -4,6 +4,7 @@ from cce_torchrec.versions import check_installation
 
 check_installation()  # before TorchRec is loaded, whose errors do not say what to do
 
+from cce_torchrec.checkpoint.compress_like import compress_like  # noqa: E402
 from cce_torchrec.checkpoint.folder import latest_checkpoint  # noqa: E402
 from cce_torchrec.checkpoint.full_table import full_table  # noqa: E402
 from cce_torchrec.checkpoint.info import CheckpointInfo, checkpoint_info  # noqa: E402
@@ -19,6 +20,7 @@ __all__ = [
     "PendingCheckpoint",
     "TrainingProgress",
     "checkpoint_info",
+    "compress_like",
     "full_table",
     "latest_checkpoint",
     "load_checkpoint",

@@ -121,14 +121,23 @@ def _from_path(path: Path, table: str, file: str | Path | None) -> Weight:
         raise ValueError(f"{path} is not there")
     if path.is_dir() or store_of(path) is not None:
         return _from_folder(path, table, file)
-    readers: dict[str, Callable[[Path], Any]] = {".npy": _npy, ".safetensors": _safetensors}
-    try:
-        found = readers.get(path.suffix, _torch_file)(path)
-    except Exception as error:  # of any kind: the unpickler's, the system's
-        raise _unreadable(path, error) from error
+    found = read_file(path)
     if not isinstance(found, Mapping):
         return found if isinstance(found, np.ndarray) else _checked(found, table)
     return _from_state(_flat(found), table, file)
+
+
+def read_file(path: Path) -> Any:
+    """What a file of torch.save (mapped), safetensors or numpy (mapped) holds.
+
+    Raises:
+        ValueError: it cannot be read, or is damaged.
+    """
+    readers: dict[str, Callable[[Path], Any]] = {".npy": _npy, ".safetensors": _safetensors}
+    try:
+        return readers.get(path.suffix, _torch_file)(path)
+    except Exception as error:  # of any kind: the unpickler's, the system's
+        raise _unreadable(path, error) from error
 
 
 def _unreadable(path: Path, error: BaseException) -> ValueError:
@@ -173,7 +182,7 @@ def _flat(found: Mapping[str, Any], level: int = 0) -> dict[str, Any]:
 
 
 def _from_folder(path: Path, table: str, file: str | Path | None) -> Weight:
-    reader, metadata, verified = _reader(path)
+    reader, metadata, verified = folder_reader(path)
     tensors = {
         key: entry
         for key, entry in metadata.state_dict_metadata.items()
@@ -202,8 +211,12 @@ def _from_folder(path: Path, table: str, file: str | Path | None) -> Weight:
     return np.load(file, mmap_mode="r")  # type: ignore[no-any-return]  # an array
 
 
-def _reader(path: Path) -> tuple[Any, Metadata, Callable[[str], None]]:
-    """What reads a checkpoint, of this package or of another job, and verifies a key's files."""
+def folder_reader(path: Path) -> tuple[Any, Metadata, Callable[[str], None]]:
+    """What reads a checkpoint, of this package or of another job, and verifies a key's files.
+
+    Raises:
+        ValueError: it is neither, or cannot be read.
+    """
     try:
         found = folders.find(path)
     except ValueError:

@@ -27,8 +27,19 @@ class Fingerprint(NamedTuple):
 
 
 @dataclass(frozen=True, kw_only=True)
+class Reading:
+    """How a model reads a table: what an export has to know, and a load does not compare."""
+
+    features: list[str]
+    pooling: str
+    """SUM or MEAN, or NONE of sequences."""
+    weighted: bool
+    """Whether bags are pooled by weights of their ids."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class TableRecord:
-    """A table of a collection, plain in this form; only what a load compares."""
+    """A table of a collection, plain in this form; what a load compares, and how it is read."""
 
     kind: ClassVar[str] = "plain"
     collection: str
@@ -36,6 +47,8 @@ class TableRecord:
     name: str
     num_embeddings: int
     embedding_dim: int
+    reading: Reading | None = field(default=None, compare=False)
+    """None in older manifests."""
 
     @property
     def full_name(self) -> str:
@@ -44,7 +57,7 @@ class TableRecord:
 
     def to_json(self) -> dict[str, Any]:
         """The record as JSON has it."""
-        found = asdict(self)
+        found = {key: value for key, value in asdict(self).items() if value or key != "reading"}
         # The order of format 2, in which the kind stands between the place and the shape.
         place = {"collection": found.pop("collection"), "name": found.pop("name")}
         return place | {"kind": self.kind} | found
@@ -181,7 +194,7 @@ class Manifest:
         return cls(
             step=int(found["step"]),
             world_size=int(found["world_size"]),
-            tables={name: _known(_TABLES[one["kind"]], one) for name, one in tables.items()},
+            tables={name: _table(one) for name, one in tables.items()},
             optimizers={k: _known(OptimizerRecord, one) for k, one in found["optimizers"].items()},
             schedule=None
             if schedule is None
@@ -195,6 +208,12 @@ class Manifest:
             files={name: Fingerprint(*one) for name, one in found["files"].items()},
             format=found["format"],
         )
+
+
+def _table(found: dict[str, Any]) -> TableRecord:
+    reading = found.get("reading")
+    read = None if reading is None else _known(Reading, reading)
+    return _known(_TABLES[found["kind"]], found | {"reading": read})
 
 
 def _known(record: type[T], found: dict[str, Any]) -> T:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import fields, replace
+from dataclasses import Field, fields, replace
 from typing import Any
 
 from torch import nn
 from torchrec.distributed import DistributedModelParallel
 
-from cce_torchrec.checkpoint.manifest import CCETableRecord, TableRecord
+from cce_torchrec.checkpoint.manifest import CCETableRecord, Reading, TableRecord
 from cce_torchrec.checkpoint.matching import Matching
 from cce_torchrec.config import is_cce
 from cce_torchrec.table import named
@@ -34,19 +34,37 @@ def describe_tables(model: nn.Module) -> dict[str, TableRecord]:
         configs = configs_of(module)
         if configs:
             inside.append(path)
-        for record in (_record(path, config) for config in configs):
+        for config in configs:
+            record = _record(path, config, _reading(module, config))
             out[record.full_name] = record
     return out
 
 
-def _record(collection: str, config: Any) -> TableRecord:
+def _reading(module: nn.Module, config: Any) -> Reading:
+    """How the collection `module`, sharded or not, reads one of its tables."""
+    # Collections of sequences have neither, whatever their tables are configured as.
+    bags = hasattr(module, "embedding_bag_configs") or bool(_own(module, "embedding_bag_configs"))
+    weighted = getattr(module, "is_weighted", None) or (lambda: _own(module, "is_weighted"))
+    return Reading(
+        features=list(config.feature_names or [config.name]),
+        pooling=config.pooling.name if bags else "NONE",
+        weighted=bool(weighted()) if bags else False,
+    )
+
+
+def _own(module: nn.Module, name: str) -> Any:
+    """What TorchRec's sharded modules keep of an option; None if they do not."""
+    return getattr(module, f"_{name}", None)
+
+
+def _record(collection: str, config: Any, reading: Reading) -> TableRecord:
     kind = CCETableRecord if is_cce(config) else TableRecord
-    names = {field.name for field in fields(kind)} - {"collection"}
+    names = {field.name for field in fields(kind)} - {"collection", "reading"}
     found = {name: getattr(config, name) for name in names}
     # JSON has no ranges.
     if found.get("id_ranges"):
         found["id_ranges"] = {f: [ids.start, ids.stop] for f, ids in config.id_ranges.items()}
-    return kind(collection=collection, **found)
+    return kind(collection=collection, reading=reading, **found)
 
 
 def configs_of(module: nn.Module) -> list[Any]:
@@ -144,11 +162,16 @@ def _conflict(saved: TableRecord, current: TableRecord) -> str:
     told = [f"shape {there} in the checkpoint, {here} in the model"]
     if saved.kind != current.kind:
         return f"{told[0]}; a {saved.kind} table in the checkpoint, a {current.kind} one here"
-    for one in fields(current):
+    for one in _compared(current):
         before, now = getattr(saved, one.name), getattr(current, one.name)
         if before != now and one.name not in ("num_embeddings", "embedding_dim"):
             told.append(f"{one.name} {before} in the checkpoint, {now} in the model")
     return "; ".join(told)
+
+
+def _compared(record: TableRecord) -> list[Field[Any]]:
+    """What a load compares: a feature may be renamed."""
+    return [one for one in fields(record) if one.compare]
 
 
 def _differences(saved: TableRecord, current: TableRecord, may_grow: bool) -> list[str]:
@@ -160,7 +183,7 @@ def _differences(saved: TableRecord, current: TableRecord, may_grow: bool) -> li
         return ["grow needs ids that stay; with hash_ids a larger table renumbers all raw ids"]
     differing = [
         field.name
-        for field in fields(current)
+        for field in _compared(current)
         if getattr(saved, field.name) != getattr(current, field.name)
     ]
     if may_grow and current.num_embeddings > saved.num_embeddings:

@@ -8,12 +8,14 @@ codes that were never learned.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import nn
+from tqdm import tqdm
 
 from cce_torchrec.codes.chunk_codes import ChunkCodes, codes_of
 from cce_torchrec.codes.hashing import code_hash, helper_hash, raw_id_key
@@ -176,7 +178,8 @@ class PackedTables:
         collection.restore_main()  # which an optimizer may have moved since the last lookup
         bags = collection.embedding_bag_collection.embedding_bags
         tables, codes, rows = [], [], []
-        for table in collection.tables:
+        hidden = not sys.stderr.isatty()
+        for table in tqdm(collection.tables, "packing", leave=False, unit="table", disable=hidden):
             check_width(table, row_type)
             own = codes_of(collection.codes, table.name)
             stored = _stored_codes(own)

@@ -1,12 +1,6 @@
 """`python -m cce_torchrec.inference.serve_check EXPORT --data FILE`: is an export what was trained?
 
-Loads the export as a server would, in this process, which has none of what trained it: verifies
-checksums and golden rows, scores the examples of FILE, compares them with what the trained model
-gave (`write_examples`), and prints times. Exit status 1, with one sentence, where anything is
-wrong.
-
-EXPORT is a folder of `save_inference`, TorchScript (.pt), an AOTInductor package (.pt2) or a file
-of ONNX (.onnx).
+`cce-torchrec serve-check` is the same; the options of both are in `serve_options`.
 """
 
 from __future__ import annotations
@@ -20,7 +14,7 @@ import sys
 import time
 import zipfile
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -32,6 +26,7 @@ from cce_torchrec.inference.collection import InferenceEmbeddingBagCollection
 from cce_torchrec.inference.examples import Examples, read_examples
 from cce_torchrec.inference.folder import load_inference
 from cce_torchrec.inference.onnx_file import verify_onnx
+from cce_torchrec.serve_options import ABOUT, OPTIONS
 from cce_torchrec.torchrec_internals import load_package, package_metadata
 from cce_torchrec.versions import check_installation, installed_versions
 
@@ -113,7 +108,7 @@ def check_export(
     if not os.access(export, os.R_OK):
         raise ValueError(f"{export} cannot be read; see to its permissions")
     began = time.perf_counter()
-    score, verified, features = _loaded(export, lookup)
+    score, verified, features = load_export(export, lookup)
     load_seconds = time.perf_counter() - began
     examples = read_examples(data, features)
     outputs, seconds = [], []
@@ -139,7 +134,7 @@ def check_export(
     )
 
 
-def _loaded(export: Path, lookup: str) -> tuple[Score, str, list[str] | None]:
+def load_export(export: Path, lookup: str) -> tuple[Score, str, list[str] | None]:
     """What scores examples, what was verified, and the features if the export names them."""
     if export.is_dir():
         served = load_inference(export, lookup=lookup)
@@ -287,35 +282,54 @@ def _difference(
     return float(off.view(-1)[worst]), float(limit.reshape(-1)[worst])
 
 
+def run(export: str | Path, options: Mapping[str, Any]) -> bool:
+    """Checks, prints what was found, and says whether it is right.
+
+    Args:
+        export: see `check_export`.
+        options: by the names of `serve_options.OPTIONS`, with underscores.
+
+    Raises:
+        ValueError, RuntimeError: see `check_export`.
+    """
+    report = check_export(
+        export,
+        options["data"],
+        batch_size=options["batch_size"],
+        tolerance=options["tolerance"],
+        lookup=options["lookup"],
+    )
+    print(report)
+    if options["json"] is not None:
+        file = Path(options["json"])
+        file.parent.mkdir(parents=True, exist_ok=True)
+        found: dict[str, Any] = asdict(report) | {"ok": report.ok}
+        found["versions"] = installed_versions()
+        file.write_text(json.dumps(found, indent=1) + "\n")
+    return report.ok
+
+
 def main(argv: list[str] | None = None) -> None:
     """Prints what was found."""
     parser = argparse.ArgumentParser(
-        prog="serve_check", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+        prog="serve_check", description=ABOUT, formatter_class=argparse.RawTextHelpFormatter
     )
     parser.add_argument("export", type=Path)
-    parser.add_argument("--data", type=Path, required=True, help="of write_examples, or .parquet")
-    parser.add_argument("--batch-size", type=int, default=64)
-    parser.add_argument("--tolerance", type=float, help="largest difference; default: the file's")
-    parser.add_argument("--lookup", default="auto", choices=["auto", "fused", "portable"])
-    parser.add_argument("--json", type=Path, help="write what was found there, too")
+    for one in OPTIONS:
+        parser.add_argument(
+            f"--{one.name}",
+            type=one.type,
+            default=one.default,
+            required=one.required,
+            choices=one.choices,
+            help=one.help,
+        )
     args = parser.parse_args(argv)
     try:
-        report = check_export(
-            args.export,
-            args.data,
-            batch_size=args.batch_size,
-            tolerance=args.tolerance,
-            lookup=args.lookup,
-        )
+        right = run(args.export, vars(args))
     except (ValueError, RuntimeError) as error:
         sys.exit(f"serve_check: {error}")
-    print(report)
-    if args.json is not None:
-        args.json.parent.mkdir(parents=True, exist_ok=True)
-        found: dict[str, Any] = asdict(report) | {"ok": report.ok}
-        found["versions"] = installed_versions()
-        args.json.write_text(json.dumps(found, indent=1) + "\n")
-    if not report.ok:
+    if not right:
         sys.exit(1)
 
 

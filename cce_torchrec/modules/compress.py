@@ -142,8 +142,8 @@ def compress_model(
     for at, made in _made(found, chosen, ratio, form, num_rows):
         described += [one for own in made for one in _describe(at.path, own)]
         if any(own.table is not own.of[0] for own in made):
-            replacements[at.module] = _replacement(at, [own.table for own in made])
-    _replace(model, replacements)
+            replacements[at.module] = replacement(at, [own.table for own in made])
+    replace_modules(model, replacements)
     report = CompressionReport(described)
     if not replacements:
         reasons = {f"{table.collection}.{table.name}": table.reason for table in described}
@@ -172,7 +172,7 @@ def _checked_ratio(
     return ratio
 
 
-def _replace(model: nn.Module, replacements: dict[nn.Module, nn.Module]) -> None:
+def replace_modules(model: nn.Module, replacements: dict[nn.Module, nn.Module]) -> None:
     """Puts the new modules wherever `model` has the old ones, which may be in several places."""
     # A list: the modules that are walked over are replaced meanwhile.
     for path, module in list(model.named_modules(remove_duplicate=False)):
@@ -206,7 +206,7 @@ def _choose(
             f"{type(model).__name__} has a table of {min_bytes} bytes or more; lower min_bytes or "
             f"name tables{stay}"
         )
-    _refuse_itself(model, chosen)
+    refuse_itself(model, chosen)
     return chosen
 
 
@@ -219,7 +219,7 @@ def _refuse_unknown(asked: set[str], names: set[str], left: dict[str, Found]) ->
         raise ValueError(f"no tables {sorted(asked - names)}; the model has {sorted(names)}")
 
 
-def _refuse_itself(model: nn.Module, chosen: dict[tuple[str, str], BaseEmbeddingConfig]) -> None:
+def refuse_itself(model: nn.Module, chosen: dict[tuple[str, str], BaseEmbeddingConfig]) -> None:
     """Raises where the model itself would have to be replaced."""
     if any(path == "" for path, _ in chosen):
         raise ValueError(
@@ -281,7 +281,7 @@ def _describe(path: str, made: Made) -> list[CompressedTable]:
     return out
 
 
-def _replacement(at: Found, tables: list[BaseEmbeddingConfig]) -> nn.Module:
+def replacement(at: Found, tables: list[BaseEmbeddingConfig]) -> nn.Module:
     """The CCE collection of `tables` for the one that was found.
 
     Raises:
