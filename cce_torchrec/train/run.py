@@ -10,6 +10,7 @@ import torch
 
 from cce_torchrec.distributed.process_group import end_process_group, start_process_group
 from cce_torchrec.extras import MissingExtra
+from cce_torchrec.train.log import shown
 from cce_torchrec.train.trainer import Trainer
 
 
@@ -17,7 +18,8 @@ def run(args: argparse.Namespace) -> str | None:
     """Trains as `args` say (see options.py); what to tell the user if it could not, or None."""
     device = start_ranks(timedelta(seconds=args.timeout))
     try:
-        Trainer(args, device).run()
+        with shown(args.log_level):
+            Trainer(args, device).run()
     except (ValueError, OSError, MissingExtra) as error:
         return str(error)  # alone: the error refers to the model, and so to the group
     finally:
