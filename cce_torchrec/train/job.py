@@ -112,11 +112,10 @@ def build(
         else DLRMLogits(collection, dense_features, args.embedding_dim)
     )
     plan = make_plan(model, configs, device, args.plan, batch_size=args.batch_size)
+    sharders = get_default_sharders(fused_params)
     report = plan_report(model, plan, dist.get_world_size())
     torch.manual_seed(args.seed + 1 + rank)  # tables differ by rank, DDP syncs the rest
-    sharded = DistributedModelParallel(
-        model, device=device, plan=plan, sharders=get_default_sharders(fused_params)
-    )
+    sharded = DistributedModelParallel(model, device=device, plan=plan, sharders=sharders)
     dense = {
         name: parameter
         for name, parameter in sharded.named_parameters()

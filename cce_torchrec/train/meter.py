@@ -122,6 +122,7 @@ def rates(optimizer: CombinedOptimizer) -> dict[str, float]:
     """The learning rates of the optimizer of `job.build`, by what they train."""
     found: dict[str, float] = {}
     for name, (_, own) in zip(("tables", "network"), optimizer.optimizers, strict=False):
-        values = list(dict.fromkeys(float(group["lr"]) for group in own.param_groups))
+        # FBGEMM has them in single precision.
+        values = list(dict.fromkeys(float(f"{group['lr']:.6g}") for group in own.param_groups))
         found |= {name if not i else f"{name}_{i}": value for i, value in enumerate(values)}
     return found

@@ -7,7 +7,7 @@ import cce_torchrec
 
 ROOT = Path(cce_torchrec.__file__).parent
 LAYERS = [
-    {"extras", "packing"},
+    {"bars", "extras", "packing"},
     {"collectives", "compiled", "gpu", "torchrec_internals", "versions", "yaml_files"},
     {"config_checks", "sizing"},
     {"config", "spans"},
