@@ -167,9 +167,10 @@ def final_state(out: Path) -> dict[str, tuple[str, list[int], bytes]]:
 
 
 def metrics(out: Path) -> list[dict[str, Any]]:
-    """Lines of metrics.jsonl without their times."""
+    """Of each epoch the line of metrics.jsonl, without its time."""
     lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in line.items() if k != "seconds"} for line in lines]
+    epochs = [line for line in lines if line["kind"] == "epoch"]
+    return [{k: v for k, v in line.items() if k != "seconds"} for line in epochs]
 
 
 def random_aims(kills: int, seed: int) -> list[tuple[str, int, float]]:

@@ -115,6 +115,14 @@ def profiler_enabled() -> bool:
     return torch.autograd._profiler_enabled()
 
 
+def default_store() -> dist.Store:
+    """The store of the job's process group, which outlives a rank that fails.
+
+    Without it, a rank that fails by itself could not tell the others why.
+    """
+    return dist.distributed_c10d._get_default_store()
+
+
 # --- Optimizers ----------------------------------------------------------------------------------
 
 

@@ -13,6 +13,7 @@ import tempfile
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 from benchmarks.gpu_parts.part import Part
 from benchmarks.kill import final_state, metrics
@@ -152,7 +153,8 @@ def _examples(part: Part, folder: Path, ways: dict[str, list[str]]) -> None:
         with part.attempt(name):
             out = folder / f"timed {name}"
             train(part, out, epochs, more)
-            every = [line["seconds"] for line in _lines(out / "metrics.jsonl")]
+            lines = _lines(out / "metrics.jsonl")
+            every = [line["seconds"] for line in lines if line["kind"] == "epoch"]
             later = every[1:] or every
             speeds[name] = STEPS * BATCH / statistics.median(later)
             summary = json.loads((out / "summary.json").read_text())
@@ -173,5 +175,5 @@ def _examples(part: Part, folder: Path, ways: dict[str, list[str]]) -> None:
             part.note(f"{name}: {speed / full:.2f} times the examples a second of full tables")
 
 
-def _lines(path: Path) -> list[dict[str, float]]:
+def _lines(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text().splitlines()]

@@ -17,6 +17,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
 
+from cce_torchrec.bars import bar
 from cce_torchrec.checkpoint.location import (
     entries,
     fingerprint,
@@ -26,6 +27,7 @@ from cce_torchrec.checkpoint.location import (
     write_whole,
 )
 from cce_torchrec.checkpoint.manifest import FORMAT, READABLE, Fingerprint, Manifest
+from cce_torchrec.spans import span
 
 logger = logging.getLogger(__name__)
 
@@ -198,16 +200,21 @@ def verify(checkpoint: Path, files: dict[str, Fingerprint]) -> None:
     Raises:
         ValueError: naming the file that is missing, short or changed.
     """
-    for name, expected in files.items():
-        file = checkpoint / name
-        if not file.is_file():  # to read a pipe or a device would not end
-            raise ValueError(f"{file} is missing; load another checkpoint")
-        found = file.stat().st_size
-        # Of a write that was cut short the size says more than a checksum, and is there at once.
-        if found != expected.size:
-            raise ValueError(
-                f"{file} has {found} bytes, its manifest says {expected.size}; load another "
-                "checkpoint"
-            )
-        if fingerprint(file) != expected:
-            raise ValueError(f"{file} is damaged (its checksum differs); load another checkpoint")
+    shown = bar(sum(file.size for file in files.values()), "checking the checkpoint", "B")
+    with span("checkpoint load, verify"), shown:
+        for name, expected in files.items():
+            _verify(checkpoint / name, expected)
+            shown.update(expected.size)
+
+
+def _verify(file: Path, expected: Fingerprint) -> None:
+    if not file.is_file():  # to read a pipe or a device would not end
+        raise ValueError(f"{file} is missing; load another checkpoint")
+    found = file.stat().st_size
+    # Of a write that was cut short the size says more than a checksum, and is there at once.
+    if found != expected.size:
+        raise ValueError(
+            f"{file} has {found} bytes, its manifest says {expected.size}; load another checkpoint"
+        )
+    if fingerprint(file) != expected:
+        raise ValueError(f"{file} is damaged (its checksum differs); load another checkpoint")

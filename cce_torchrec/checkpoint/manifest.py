@@ -154,10 +154,14 @@ class Manifest:
         return self.format < 4
 
     @property
+    def total_bytes(self) -> int:
+        """Of the checkpoint's files."""
+        return sum(Fingerprint(*one).size for one in self.files.values())
+
+    @property
     def summary(self) -> str:
         """What the checkpoint has, in numbers, as the log has it."""
-        size = sum(Fingerprint(*one).size for one in self.files.values())
-        return f"step {self.step}, {len(self.tables)} tables, {size:,} bytes"
+        return f"step {self.step}, {len(self.tables)} tables, {self.total_bytes:,} bytes"
 
     def to_json(self) -> dict[str, Any]:
         """The manifest as JSON has it."""

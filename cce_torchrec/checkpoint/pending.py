@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -28,8 +29,16 @@ class PendingCheckpoint:
     def __init__(self, write: Callable[[Ranks], Path], ranks: Ranks) -> None:
         # A group of its own: the training goes on to use the other, and messages would be mixed up.
         group = None if ranks.group is None else _cpu_group(ranks.group)
+        began = time.perf_counter()
+        self.seconds = 0.0
+        """From the call until it was written, or has failed; 0 until then."""
         self._future: Future[Path] = _THREAD.submit(lambda: write(Ranks(group)))
         self._future.add_done_callback(_log_failure)
+
+        def note_end(_: Future[Path]) -> None:
+            self.seconds = time.perf_counter() - began
+
+        self._future.add_done_callback(note_end)
         self._waited = False
         _unfinished[:] = [self]
 

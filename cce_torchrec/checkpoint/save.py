@@ -30,6 +30,7 @@ from cce_torchrec.checkpoint.tensor_files import SavePlans, TensorWriter
 from cce_torchrec.clustering.replicas import share_notes
 from cce_torchrec.clustering.schedule import ClusteringSchedule
 from cce_torchrec.collectives import Ranks, same_task
+from cce_torchrec.spans import span
 from cce_torchrec.versions import installed_versions
 
 logger = logging.getLogger(__name__)
@@ -108,7 +109,8 @@ def save_checkpoint(
 
     target = same_task(asked, "step, keep, pin, check_finite, blocking", ranks.group)
     writer = TensorWriter(ranks.rank, copy=not blocking)
-    tables, optimizer_records = _take(ranks, writer, model, optimizers, check_finite)
+    with span("checkpoint save, take"):
+        tables, optimizer_records = _take(ranks, writer, model, optimizers, check_finite)
     manifest = Manifest(
         step=target.step,
         world_size=ranks.size,
@@ -159,7 +161,8 @@ class _Job:
         to = self.target
         checkpoint = ranks.first(lambda: folders.begin(to.folder, to.step, to.pin))
         try:
-            written = ranks.agree(lambda: self._write(checkpoint, ranks.rank))
+            with span("checkpoint save, write"):
+                written = ranks.agree(lambda: self._write(checkpoint, ranks.rank))
             files = {name: found for part in written for name, found in part.items()}
             manifest = replace(self.manifest, files=files)
             path = ranks.first(lambda: folders.commit(checkpoint, manifest, to.keep))

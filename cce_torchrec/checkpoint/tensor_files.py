@@ -32,11 +32,13 @@ from torch.distributed.checkpoint.planner import (
 from torch.distributed.checkpoint.storage import StorageReader, StorageWriter, WriteResult
 from torch.futures import Future
 
+from cce_torchrec.bars import bar, in_blocks
 from cce_torchrec.checkpoint.location import write, write_whole
 from cce_torchrec.checkpoint.manifest import Fingerprint
 from cce_torchrec.checkpoint.plain import plain
 from cce_torchrec.checkpoint.renamed import with_names
 from cce_torchrec.checkpoint.tensor_index import DTYPES, INDEX, Place, read_index
+from cce_torchrec.spans import span
 
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
@@ -180,10 +182,16 @@ class TensorWriter(StorageWriter):
         return files
 
     def _parts(self) -> Iterator[memoryview]:
-        yield memoryview(self._header)
-        for shard in self.shards:
-            # One at a time: of a GPU's tables the host may have no room for all.
-            yield _bytes(shard.tensor.cpu().contiguous())
+        def whole() -> Iterator[memoryview]:
+            yield memoryview(self._header)
+            for shard in self.shards:
+                # One at a time: of a GPU's tables the host may have no room for all.
+                yield _bytes(shard.tensor.cpu().contiguous())
+
+        if self._copy:  # a thread writes, beside training and its bar
+            return whole()
+        total = len(self._header) + sum(shard.tensor.nbytes for shard in self.shards)
+        return in_blocks(whole(), total, f"writing {self.file}")
 
 
 class TensorReader(StorageReader):
@@ -240,10 +248,13 @@ class TensorReader(StorageReader):
                 planner.load_bytes(item, io.BytesIO(json.dumps(found).encode()))
             else:
                 by_file.setdefault(found.file, []).append(item)
-        for name, items in by_file.items():
-            with (self._checkpoint / name).open("rb") as file:
-                for item in items:
-                    self._read(file, item, planner)
+        shown = bar(sum(map(len, by_file.values())), "reading the checkpoint", "tensor")
+        with span("checkpoint load, read"), shown:
+            for name, items in by_file.items():
+                with (self._checkpoint / name).open("rb") as file:
+                    for item in items:
+                        self._read(file, item, planner)
+                        shown.update()
         done: Future[None] = Future()
         done.set_result(None)
         return done

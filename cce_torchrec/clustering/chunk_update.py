@@ -9,6 +9,7 @@ import torch
 from cce_torchrec.clustering.budget import ChunkShape
 from cce_torchrec.clustering.exact_sums import weighted_sums
 from cce_torchrec.clustering.id_passes import NewCodes
+from cce_torchrec.clustering.moves import Moves
 from cce_torchrec.clustering.task import Task
 from cce_torchrec.kmeans.lloyd import KMeansResult
 from cce_torchrec.kmeans.points import PairPoints
@@ -31,6 +32,12 @@ class ChunkUpdate:
     """Of this rank's ids; empty where they are found again when they are written."""
     changed: int = 0
     """Ids whose code is another one."""
+    moved: float = 0.0
+    """Share of ids that changed their cluster, whatever clusters are called."""
+    dead_rows: int = 0
+    """Main and helper rows that no id will read."""
+    imbalance: float = 0.0
+    """Of the clusters, in numbers of ids."""
 
 
 def new_main_rows(
@@ -71,6 +78,14 @@ class Relabelling:
 
     def __init__(self, task: Task, points: PairPoints, update: ChunkUpdate) -> None:
         self._task, self._points, self._update = task, points, update
+        shape = task.shape
+        self.moves = Moves(
+            shape.num_rows,
+            task.num_clusters,
+            num_ids=shape.num_ids,
+            levels=shape.levels,
+            device=points.main.device,
+        )
         self._hash = task.new_helper_hash
         # In fixed point, as the points are: sums of residuals are the same in any order then.
         main = update.weight[: task.num_clusters]
@@ -83,8 +98,15 @@ class Relabelling:
         sums, self._sizes, self._changed = self.totals.split([size, rows, 1])
         self._sums = sums.view(rows, dim)
 
-    def take(self, part: NewCodes) -> None:
-        """Adds the residuals of the ids of `part`, and counts those whose code changes."""
+    def take(self, part: NewCodes, counted: bool) -> None:
+        """Adds the residuals of the ids of `part`, and counts those whose code changes.
+
+        Args:
+            part: new codes.
+            counted: whether `moves` knows of its ids by their pairs.
+        """
+        if not counted:
+            self.moves.add_codes(part)
         if not self._task.finalize:
             stats = (self._sums, self._sizes)
             part.add_residuals(self._points, self._centroids, self._hash, stats)
@@ -92,9 +114,12 @@ class Relabelling:
 
     def finish(self) -> None:
         """Helper rows become mean residuals under the new hash, or zero where there are none."""
-        self._update.changed = int(self._changed)
+        update, moves = self._update, self.moves
+        update.changed, update.dead_rows = int(self._changed), moves.empty
+        update.moved, update.imbalance = moves.moved(), moves.imbalance
         if self._task.finalize:
             return
+        update.dead_rows += int((self._sizes == 0).sum())
         means = self._sums.double() / self._sizes.clamp(min=1)[:, None] / self._points.scale
         self._update.weight[len(self._centroids) :] = means.float()
 

@@ -244,6 +244,21 @@ class NewCodes:
             return changed
         return sum(int((own.rows(i, j) != self.of(i, j)).sum()) for i, j in self._blocks())
 
+    def by_old_code(self) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
+        """Old and new code of every pair, and its ids that are here; int64, in blocks."""
+        own, counts = self.ids, self.ids.count_pairs()
+        for first in range(0, len(counts), PAIR_BLOCK):
+            pairs = torch.arange(
+                first, min(first + PAIR_BLOCK, len(counts)), device=self.codes.device
+            )
+            old = pairs // (own.helper_rows * own.levels)
+            yield old, rows_of(self.codes[pairs]), counts[pairs].long()
+
+    def beside_old(self) -> Iterator[tuple[int, torch.Tensor, torch.Tensor]]:
+        """First id, old and new codes of the ids of each block, int64; codes are of ids."""
+        for first, last in self._blocks(GPU_WRITE_BLOCK if self.ids.on_gpu else ID_BLOCK):
+            yield first, self.ids.rows(first, last), self.of(first, last)
+
     def write(self) -> None:
         """Rewrites the codes in place."""
         own = self.ids

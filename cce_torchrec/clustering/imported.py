@@ -6,21 +6,21 @@ finalized form, one codebook a chunk: a helper that is read by a hash gains noth
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torchrec.modules.embedding_configs import data_type_to_dtype
-from tqdm import tqdm
 
+from cce_torchrec.bars import bar
 from cce_torchrec.codes.chunk_codes import local_codes
 from cce_torchrec.codes.hashing import IMPORT_ROLE, hash_function
 from cce_torchrec.config import CCEEmbeddingBagConfig
 from cce_torchrec.kmeans import TensorPoints, kmeans
 from cce_torchrec.kmeans.backends import make_backend
 from cce_torchrec.modules.embedding_bag_collection import CCEEmbeddingBagCollection
+from cce_torchrec.spans import span
 from cce_torchrec.table import physical_table
 
 _BLOCK = 1 << 16
@@ -83,19 +83,24 @@ def import_table(
         raise ValueError(
             f"table {table!r}: none of the ids that were drawn occurs; leave counts out"
         )
-    books = [
-        kmeans(
-            own.contiguous(), config.num_rows, iterations, init="k-means++", weights=weights
-        ).centroids
-        for own in sample.split(config.chunk_dim, dim=1)
-    ]
+    books = []
+    shown = bar(config.num_chunks, f"{table}: K-means", "chunk")
+    for chunk, own in enumerate(sample.split(config.chunk_dim, dim=1)):
+        with span(f"import {table}, chunk {chunk}, k-means"):
+            found_rows = kmeans(
+                own.contiguous(), config.num_rows, iterations, init="k-means++", weights=weights
+            )
+        books.append(found_rows.centroids)
+        shown.update()
+    shown.close()
     # As the table stores them, by which ids are coded and the error is counted.
     kind = data_type_to_dtype(config.data_type)
     books = [book.to(kind).float() for book in books]
     if not all(bool(torch.isfinite(book).all()) for book in books):
         raise ValueError(f"table {table!r}: the weight is too large for its data_type, {kind}")
     # All codes are found before any is written, as values of a later block may not be finite.
-    found, error = _coded(config, weight, counts, books)
+    with span(f"import {table}, codes"):
+        found, error = _coded(config, weight, counts, books)
     with torch.no_grad():
         for chunk, (book, rows) in enumerate(zip(books, found, strict=True)):
             bag: Any = collection.embedding_bags[physical_table(table, chunk)]
@@ -198,12 +203,12 @@ def _rows(weight: Any, ids: torch.Tensor, table: str) -> torch.Tensor:
 
 def _blocks(weight: Any, ids: int, table: str) -> Iterator[tuple[int, torch.Tensor]]:
     """The first id and the rows of each block, with a bar where a person is looking on."""
-    bar = tqdm(total=ids, desc=table, unit="id", leave=False, disable=not sys.stderr.isatty())
+    shown = bar(ids, table, "id")
     for first in range(0, ids, _BLOCK):
         own = torch.arange(first, min(first + _BLOCK, ids))
         yield first, _rows(weight, own, table)
-        bar.update(len(own))
-    bar.close()
+        shown.update(len(own))
+    shown.close()
 
 
 def _nearest(rows: torch.Tensor, book: torch.Tensor) -> torch.Tensor:

@@ -114,10 +114,15 @@ class ChunkSolver:
         """
         state, scorers = self._state, self._scorers
         relabelling = scorers.together(lambda: Relabelling(self._task, pairs.points, update))
+        # The pairs of all ids are here, with their numbers unless they weigh otherwise.
+        counted = nearest is not None and self._options.weights is None
 
         def take(parts: Parts) -> None:
+            if counted and nearest is not None and state.owned:
+                relabelling.moves.add_points(pairs.points, nearest)
             for part in parts:
-                relabelling.take(part)  # before it is written: residuals are of the old codes
+                # Before it is written: residuals and moves are of the old codes.
+                relabelling.take(part, counted)
                 put(part)
 
         if nearest is not None:
@@ -129,6 +134,7 @@ class ChunkSolver:
         scorers.together(lambda: take(parts))
         if state.row_wise:
             scorers.all_reduce(relabelling.totals)
+            relabelling.moves.share(scorers)
         scorers.together(relabelling.finish)
 
     def _own_blocks(self, pairs: ChunkPairs, update: ChunkUpdate) -> Iterator[NewCodes]:

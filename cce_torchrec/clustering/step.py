@@ -110,10 +110,11 @@ def run(
     began = time.perf_counter()
     group = ranks_of_call(process_group)
     meet(group)
-    with uncached(model):
+    what = "finalize" if options.finalize else "cluster"
+    with uncached(model), span(what):
         report, paths = _run(model, options, optimizer, group, began)
     if group is None or dist.get_rank(group) == 0:
-        logger.info("%s: %s", "finalize" if options.finalize else "cluster", report)
+        logger.info("%s: %s", what, report)
     return report, paths
 
 

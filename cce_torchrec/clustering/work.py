@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 import torch
 import torch.distributed as dist
 
+from cce_torchrec.bars import bar
 from cce_torchrec.clustering.chunk_group import ALONE, ChunkGroup
 from cce_torchrec.clustering.chunk_state import ChunkState
 from cce_torchrec.clustering.chunk_update import ChunkUpdate
@@ -54,6 +55,9 @@ class Work:
     def solve(self) -> Done:
         """Writes nothing."""
         done: Done = {}
+        plan = self.plan
+        chunks = [*plan.alone, *plan.common, *plan.row_wise]
+        shown = bar(len(chunks), "clustering", "chunk")
 
         def solve(key: ChunkKey) -> None:
             started, keep = time.perf_counter(), key in self.kept
@@ -66,6 +70,7 @@ class Work:
                         self._helper(key).solve(keep)
             except Exception as error:
                 raise ValueError(f"{self.plan.tasks[key].name}: {reason(error)}") from error
+            shown.update()
 
         def solve_own() -> tuple[None, None]:
             for key in self.plan.alone:
@@ -76,6 +81,7 @@ class Work:
         # Collective, and so in one order on all ranks; after those that each does by itself.
         for key in [*self.plan.common, *self.plan.row_wise]:
             solve(key)
+        shown.close()
         return done
 
     def commit(self, done: Done) -> None:

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
-from tqdm import tqdm
 
+from cce_torchrec.bars import bar
 from cce_torchrec.collectives import Ranks
 from cce_torchrec.data.files import Piece
 from cce_torchrec.data.numbering import Numbering
@@ -66,16 +65,16 @@ def scan(
     Raises:
         ValueError: on every rank, if a value of any is bad.
     """
-    bar = tqdm(
-        range(ranks.rank, len(parts), ranks.size),
-        desc="counting rows and ids",
-        leave=False,
-        disable=ranks.rank != 0 or not sys.stderr.isatty(),
-    )
+    own_parts = range(ranks.rank, len(parts), ranks.size)
+    shown = bar(len(own_parts), "counting rows and ids", "piece")
 
     def own() -> tuple[dict[int, tuple[int, int, Moments]], list[np.ndarray]]:
         # Each rank reads some of the pieces; a row's part in the split needs no other piece.
-        counts = {n: _piece(parts[n][0], parts[n][1], numberings) for n in bar}
+        counts = {}
+        for n in own_parts:
+            counts[n] = _piece(parts[n][0], parts[n][1], numberings)
+            shown.update()
+        shown.close()
         return counts, [numbering.seen() for numbering in numberings]
 
     by_rank = ranks.agree(own)

@@ -21,6 +21,7 @@ from typing import Any
 
 import torch
 
+from cce_torchrec.bars import in_blocks
 from cce_torchrec.checkpoint.location import (
     fingerprint,
     location,
@@ -37,6 +38,7 @@ from cce_torchrec.inference.collection import (
 )
 from cce_torchrec.inference.packed_tables import PackedFeature, PackedTable, PackedTables
 from cce_torchrec.inference.row_types import row_type
+from cce_torchrec.spans import span
 from cce_torchrec.versions import installed_versions
 
 logger = logging.getLogger(__name__)
@@ -70,10 +72,12 @@ def save_inference(collection: Served, folder: str | Path) -> Path:
         raise ValueError(f"{folder} is there already; give another folder, or remove it")
     with folder_beside(folder) as writing:
         packed = collection.packed
-        files = {
-            CODES: write(writing / CODES, [packed.codes.numpy()]),
-            ROWS: write(writing / ROWS, [packed.rows.numpy()]),
-        }
+        parts = {CODES: packed.codes.numpy(), ROWS: packed.rows.numpy()}
+        with span("export, write"):
+            files = {
+                name: write(writing / name, in_blocks([part], part.nbytes, f"writing {name}"))
+                for name, part in parts.items()
+            }
         described = _described(collection) | {
             "files": {name: {"bytes": own.size, "crc32": own.crc} for name, own in files.items()}
         }

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import importlib
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from tqdm import tqdm
 
+from cce_torchrec.bars import bar
 from cce_torchrec.checkpoint.whole_file import whole_file
 from cce_torchrec.inference.collection import (
     InferenceEmbeddingBagCollection,
@@ -96,13 +95,13 @@ def blocks_of(
     lookup = _lookup(served, key)
     count = len(served.packed.features[_number(served, key)].ids)
     size = max(16, nbytes // (4 * lookup.total_dim))
-    bar = tqdm(total=count, desc=key, unit="id", leave=False, disable=not sys.stderr.isatty())
+    shown = bar(count, key, "id")
     ones = torch.ones(min(count, size), dtype=torch.int64)
     for first in range(0, count, size):
         ids = torch.arange(first, min(first + size, count))
         yield ids, lookup(ids, ones[: len(ids)])
-        bar.update(len(ids))
-    bar.close()
+        shown.update(len(ids))
+    shown.close()
 
 
 def _write_npy(path: Path, blocks: Iterator[Any], shape: tuple[int, int]) -> None:

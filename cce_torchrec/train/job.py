@@ -5,9 +5,10 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
+import torch.distributed as dist
 import torchrec
 from torch import nn
 from torchrec.distributed import DistributedModelParallel
@@ -19,7 +20,7 @@ from torchrec.streamable import Pipelineable
 
 from cce_torchrec.distributed.sharders import get_default_sharders
 from cce_torchrec.modules.embedding_bag_collection import CCEEmbeddingBagCollection
-from cce_torchrec.planning import make_plan
+from cce_torchrec.planning import PlanReport, make_plan, plan_report
 from cce_torchrec.train.model import GMF, DLRMLogits
 
 OPTIMIZERS: dict[str, type[torch.optim.Optimizer]] = {
@@ -64,17 +65,26 @@ def mean_loss(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
 
 
 class WithLoss(nn.Module):
-    """(loss, (loss, logits)) of a batch, as TorchRec's pipelines expect it."""
+    """(loss, (loss, logits, labels)) of a batch, as TorchRec's pipelines expect it."""
 
     def __init__(self, logits: nn.Module) -> None:
         super().__init__()
         self.logits = logits
 
-    def forward(self, batch: Batch) -> tuple[torch.Tensor, tuple[torch.Tensor, torch.Tensor]]:
+    def forward(self, batch: Batch) -> tuple[torch.Tensor, tuple[torch.Tensor, ...]]:
         """Mean binary cross-entropy (0 of no example), to be trained on, then detached outputs."""
         logits = self.logits(batch.dense, batch.ids)
         loss = mean_loss(logits, batch.labels)
-        return loss, (loss.detach(), logits.detach())
+        return loss, (loss.detach(), logits.detach(), batch.labels)
+
+
+class Built(NamedTuple):
+    """A sharded model, what trains it, and where its tables are."""
+
+    model: DistributedModelParallel
+    optimizer: CombinedOptimizer
+    """Of its tables (fused), then of its network (Adam) if it has one."""
+    plan: PlanReport
 
 
 def build(
@@ -84,8 +94,8 @@ def build(
     device: torch.device,
     rank: int,
     fused_params: dict[str, Any] | None = None,
-) -> tuple[DistributedModelParallel, CombinedOptimizer]:
-    """The sharded model, and one optimizer of its tables (fused) and its network (Adam).
+) -> Built:
+    """The sharded model, one optimizer of its tables and its network, and what the plan says.
 
     Args:
         fused_params: of the tables' kernels, where the pipeline needs some.
@@ -102,10 +112,10 @@ def build(
         else DLRMLogits(collection, dense_features, args.embedding_dim)
     )
     plan = make_plan(model, configs, device, args.plan, batch_size=args.batch_size)
+    sharders = get_default_sharders(fused_params)
+    report = plan_report(model, plan, dist.get_world_size())
     torch.manual_seed(args.seed + 1 + rank)  # tables differ by rank, DDP syncs the rest
-    sharded = DistributedModelParallel(
-        model, device=device, plan=plan, sharders=get_default_sharders(fused_params)
-    )
+    sharded = DistributedModelParallel(model, device=device, plan=plan, sharders=sharders)
     dense = {
         name: parameter
         for name, parameter in sharded.named_parameters()
@@ -116,4 +126,4 @@ def build(
         optimizers.append(
             KeyedOptimizerWrapper(dense, lambda p: torch.optim.Adam(p, lr=args.dense_lr))
         )
-    return sharded, CombinedOptimizer(optimizers)
+    return Built(sharded, CombinedOptimizer(optimizers), report)

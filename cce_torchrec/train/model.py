@@ -18,6 +18,7 @@ from cce_torchrec.data import Examples, Rows
 from cce_torchrec.joint import free_name, joint_table
 from cce_torchrec.modules.embedding_bag_collection import CCEEmbeddingBagCollection
 from cce_torchrec.sizing import BYTES_CHUNKS, PARAMS_CHUNKS, most_chunks
+from cce_torchrec.train.options import bytes_per_table
 
 
 class GMF(nn.Module):
@@ -80,6 +81,25 @@ class Compression:
     """Features that share one table, of the rows or bytes of all of them: "no", those of "rare"
     ids, or "all"."""
     seed: int
+
+    @classmethod
+    def asked_for(
+        cls, args: argparse.Namespace, dataset: Examples, rows: dict[str, int]
+    ) -> Compression:
+        """What the options of a run say, whose tables have `rows`."""
+        # A budget in bytes is that of each table; of other budgets rows say all.
+        by_bytes = {} if args.table_bytes is None else bytes_per_table(args, dataset)
+        return cls(
+            method=args.method,
+            num_chunks=args.num_chunks,
+            rows=rows,
+            num_rows=args.num_rows,
+            table_bytes=by_bytes,
+            finalize=args.finalize,
+            recipe=args.recipe,
+            joint=args.joint,
+            seed=args.seed,
+        )
 
     def joins(self, examples_per_id: float) -> bool:
         """Whether a feature is one of those that share a table."""

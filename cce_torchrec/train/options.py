@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from cce_torchrec.train import config_file, data_options
-from cce_torchrec.train.parameters import CALL_ALONE, CALL_PARAMS, SETTINGS
+from cce_torchrec.train.parameters import CALL_ALONE, CALL_PARAMS, SEEING, SETTINGS
 
 if TYPE_CHECKING:  # neither the options nor `--help` need torch
     from cce_torchrec.data import Examples
@@ -80,7 +80,8 @@ def resolved(ctx: click.Context) -> argparse.Namespace:
 def _check_numbers(args: argparse.Namespace) -> None:
     """Refuses numbers that are too small."""
     least = dict.fromkeys(("embedding_dim", "num_chunks", "epochs", "batch_size"), 1)
-    for name, bound in (least | {"checkpoint_every": 0}).items():
+    least |= dict.fromkeys(("checkpoint_every", "log_every", "validate_every", "profile"), 0)
+    for name, bound in (least | {"validate_rows": 1}).items():
         value = getattr(args, name)
         if value is not None and value < bound:
             raise click.UsageError(
@@ -147,22 +148,29 @@ def bytes_per_table(args: argparse.Namespace, dataset: Examples) -> dict[str, in
 
 def set_defaults(
     args: argparse.Namespace, dataset: Examples, rows: dict[str, int], rare: bool
-) -> None:
-    """Fills in --lr by the rule of docs/train.md; `rare`: whether all CCE tables are that."""
+) -> str:
+    """Fills in --lr by the rule of docs/train.md, and says why; `rare`: if all CCE tables are."""
+    why = "as asked for"
     if args.lr is None:
         full = sum(dataset.features[name] for name in dataset.compressed)
         frequent = args.method == "cce" and not rare
         compression = 1.0 if args.method == "full" or frequent else full / sum(rows.values())
         args.lr = 0.1 if compression >= 10 else 0.03
+        why = f"as the compressed tables have 1/{compression:.3g} of their full rows"
+        if frequent:
+            why = "as CCE tables are of frequent ids"
+        elif args.method == "full":
+            why = "as nothing is compressed"
     if args.clusterings is None and args.method != "cce":
         args.clusterings = 0
+    return why
 
 
 def lasting(args: argparse.Namespace) -> dict[str, Any]:
     """The options that a resumed run must share with the run that saved its checkpoint."""
     # They say where and how the run goes on, and not what is trained.
     free = ("out", "checkpoint_every", "async_checkpoints", "resume", "overwrite", "pipeline",
-            "timeout", "plan", "data", *data_options.FREE)  # fmt: skip
+            "timeout", "plan", "data", *data_options.FREE, *SEEING)  # fmt: skip
     return {name: value for name, value in vars(args).items() if name not in free}
 
 

@@ -105,7 +105,39 @@ _RUN = [
     ),
     option("--timeout", type=float, default=600.0, help="seconds until a rank gives up on others"),
 ]
-SETTINGS: list[click.Option] = [*_DATA, *_TABLES, *_TRAINING, *_RUN]
+_SEEING = [
+    option(
+        "--log-every",
+        type=int,
+        default=0,
+        help="optimizer steps between lines of metrics.jsonl; 0 is about 50 lines a pass",
+    ),
+    option(
+        "--validate-every",
+        type=int,
+        default=0,
+        help="optimizer steps between validations; 0 is at the end of each pass only",
+    ),
+    option(
+        "--validate-rows",
+        type=int,
+        help="examples that validate, the first ones, in whole batches; default all",
+    ),
+    flag("--tensorboard", help="write TensorBoard's scalars to --out/tensorboard"),
+    option(
+        "--profile",
+        type=int,
+        default=0,
+        help="optimizer steps of which --out/profile gets a trace of each rank; 0 is none",
+    ),
+    option(
+        "--log-level",
+        type=choice("debug", "info", "warning", "error"),
+        default="info",
+        help="least of what is said on stderr, by the first rank",
+    ),
+]
+SETTINGS: list[click.Option] = [*_DATA, *_TABLES, *_TRAINING, *_RUN, *_SEEING]
 """What a configuration file may hold."""
 CALL_PARAMS: list[click.Option] = [
     flag("--no-pipeline", help="the same as --pipeline none: the plain loop"),
@@ -117,6 +149,8 @@ CALL_PARAMS: list[click.Option] = [
         help="start so many ranks on this machine, by torchrun; default one, without it",
     ),
 ]
+SEEING = tuple(str(parameter.name) for parameter in _SEEING)
+"""Options that say what is told of a run, and nothing of what is trained."""
 CALL = ("config", "no_pipeline", "resume", "overwrite", "nproc_per_node")
 """Options that say how the program is called, and nothing of the run."""
 CALL_ALONE = ("config", "no_pipeline", "nproc_per_node")

@@ -11,6 +11,7 @@ import torch.distributed as dist
 
 from cce_torchrec.distributed.process_group import end_process_group, start_process_group
 from cce_torchrec.extras import MissingExtra
+from cce_torchrec.train.log import shown
 from cce_torchrec.train.trainer import Trainer
 
 
@@ -21,7 +22,8 @@ def run(args: argparse.Namespace) -> str | None:
     except (dist.DistError, ValueError) as error:
         return _not_started(error)
     try:
-        Trainer(args, device).run()
+        with shown(args.log_level):
+            Trainer(args, device).run()
     except (ValueError, OSError, MissingExtra) as error:
         return str(error)  # alone: the error refers to the model, and so to the group
     finally:

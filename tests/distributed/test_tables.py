@@ -1,6 +1,5 @@
 """Tables in files on several ranks: the training program, and failures told to every rank."""
 
-import json
 import shutil
 from collections import Counter
 
@@ -12,6 +11,7 @@ from cce_torchrec.data import Share, TableDataset, TableOptions
 from cce_torchrec.data.kept_scan import FILE
 from cce_torchrec.train.__main__ import main
 from tests.support.ranks import on_ranks
+from tests.support.run_folder import untimed
 from tests.support.s3 import make_bucket, needs_s3, s3_server
 from tests.support.tables import FLAT, OPTIONS, frame, write_csv, write_parquet
 from tests.support.torchrun import forked
@@ -91,11 +91,6 @@ def test_a_rank_without_rows(rank, world_size, tmp_path):
         opened(path, TableOptions(**FLAT, validation_fraction=0.5))
 
 
-def losses(out):
-    lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in line.items() if k != "seconds"} for line in lines]
-
-
 @pytest.mark.parametrize("kind, ranks", [("parquet", 2), ("csv", 1)])
 def test_a_run_is_resumed_with_the_next_example(tmp_path, kind, ranks):
     rows, path = frame(700), tmp_path / f"data.{kind}"
@@ -115,7 +110,7 @@ def test_a_run_is_resumed_with_the_next_example(tmp_path, kind, ranks):
     shutil.rmtree(saved[-1])  # as if killed after the first
     done = forked(ranks, main, *options, "--out", parts, "--checkpoint-every", "7", "--resume")
     assert "resumed after step 14" in done.stdout, done.stderr[-3000:]
-    assert losses(whole) == losses(parts)
+    assert untimed(whole) == untimed(parts)
     write_csv(path, rows[:600]) if kind == "csv" else write_parquet(path, rows[:600])
     done = forked(ranks, main, *options, "--out", parts, "--resume")
     assert f"{FILE} is of other data (files were" in done.stderr

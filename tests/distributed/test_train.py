@@ -17,6 +17,7 @@ from cce_torchrec.train import options
 from cce_torchrec.train.__main__ import main
 from cce_torchrec.train.trainer import Trainer
 from tests.support.ranks import on_ranks
+from tests.support.run_folder import lines_of, untimed
 from tests.support.s3 import make_bucket, needs_s3, s3_server
 from tests.support.torchrun import forked, torchrun
 
@@ -64,7 +65,7 @@ def train(out, *options, ranks=1, check=True, start=forked, program=(main,)):
     assert done.returncode == 0, done.stderr[-3000:]
     summary = json.loads((out / "summary.json").read_text())
     assert summary.keys() >= KEYS
-    epochs = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    epochs = lines_of(out, "epoch")
     assert [e["epoch"] for e in epochs] == [1, 2]
     assert summary["best_val_log_loss"] == min(e["val_log_loss"] for e in epochs)
     return summary
@@ -113,8 +114,7 @@ def test_resumed_on_fewer_ranks(tmp_path):
     assert [int(path.name[5:14]) for path in saved] == [30, 42]  # and the end, of 2 x 21
     shutil.rmtree(saved[1])  # as if killed after the first
     train(parts, *options, "--resume")
-    metrics = [(out / "metrics.jsonl").read_text().splitlines() for out in (whole, parts)]
-    losses = [[json.loads(line)["train_loss"] for line in lines] for lines in metrics]
+    losses = [[line["train_loss"] for line in lines_of(out, "epoch")] for out in (whole, parts)]
     assert losses[0] == pytest.approx(losses[1], rel=0.01)
     done = train(parts, *options, "--resume", "--epochs", "3", check=False)
     assert "--epochs was 2 and is 3; resume with the same options" in done.stderr
@@ -146,11 +146,8 @@ def test_resumed_under_another_pipeline(tmp_path):
     assert [int(path.name[5:14]) for path in saved] == [30, 42]
     shutil.rmtree(saved[1])  # as if killed after the first
     train(parts, *options, "--pipeline", "none", "--resume", ranks=2)
-    metrics = []
-    for out in (whole, parts):
-        lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-        metrics.append([{k: v for k, v in line.items() if k != "seconds"} for line in lines])
-    assert metrics[0] == metrics[1]
+    for kind in ("epoch", "validation", "clustering"):
+        assert untimed(whole, kind) == untimed(parts, kind), kind
 
 
 def test_without_torchrun_beside_another_program(tmp_path):

@@ -1,6 +1,5 @@
 """What only a CUDA device shows: waits, sums by atomics, TF32, FAISS and pinned pipelines."""
 
-import json
 import os
 import shutil
 import subprocess
@@ -12,6 +11,7 @@ import torch
 from cce_torchrec.clustering.exact_sums import weighted_sums
 from cce_torchrec.kmeans import kmeans
 from cce_torchrec.kmeans.plus_plus import plus_plus
+from tests.support.run_folder import lines_of
 
 pytestmark = [
     pytest.mark.gpu,
@@ -100,8 +100,8 @@ def test_the_training_program_under_every_pipeline(tmp_path):
                 [*command, *run], capture_output=True, text=True, env=dict(os.environ), timeout=300
             )
             assert done.returncode == 0, done.stderr[-3000:]
-            metrics = (tmp_path / pipeline / "metrics.jsonl").read_text().splitlines()
-            found[(pipeline, *run)] = json.loads(metrics[-1])["val_log_loss"]
+            epochs = lines_of(tmp_path / pipeline, "epoch")
+            found[(pipeline, *run)] = epochs[-1]["val_log_loss"]
             saved = sorted((tmp_path / pipeline / "checkpoints").glob("step-*"))
             for later in saved[1:]:  # as if killed after the first
                 shutil.rmtree(later)

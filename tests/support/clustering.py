@@ -9,7 +9,7 @@ from unittest import mock
 import torch
 import torch.distributed as dist
 
-from cce_torchrec.clustering import budget, cluster, plan
+from cce_torchrec.clustering import budget, cluster, moves, plan
 from cce_torchrec.clustering.local_chunks import fused_rows
 from cce_torchrec.kmeans import backends, scan
 from tests.support.models import sharded_tables
@@ -38,7 +38,10 @@ def small_blocks(share_from, keep_codes):
         return memory(self, limit)[0], []
 
     with contextlib.ExitStack() as stack:
+        # Pairs of codes in a list, of all ids all the same.
+        sparse = [] if keep_codes else [(moves, "_DENSE", 0), (moves, "_SAMPLED", 10**6)]
         for module, name, value in [
+            *sparse,
             (scan, "BLOCK", 64), (backends, "BLOCK", 64), (budget, "ASSIGN_BLOCK", 512),
             (plan, "SHARE_FROM", share_from),
         ]:  # fmt: skip
@@ -68,11 +71,16 @@ def fill(sharded):
             value.copy_(torch.rand(value.shape, generator=g))
 
 
+def told_of(chunk):
+    """All that a report says of a chunk but its seconds."""
+    return {name: value for name, value in vars(chunk).items() if name != "seconds"}
+
+
 def digests(model, sharded, **options):
     """Of all state after two steps, and what the last of them told."""
     for _ in range(2):
         report = cluster(model, **options)
-    numbers = [(c.objective_after, c.changed) for c in report.chunks]
+    numbers = [told_of(chunk) for chunk in report.chunks]
     return state_digests(sharded) | {"report": numbers}
 
 

@@ -14,6 +14,7 @@ from cce_torchrec.clustering.local_chunks import fused_rows, unsharded_rows
 from cce_torchrec.distributed.data_parallel import data_parallel_parameters
 from cce_torchrec.distributed.sharders import get_default_sharders
 from cce_torchrec.planning import make_plan, make_planner
+from tests.support.clustering import told_of
 from tests.support.models import CPU, ROWWISE, Model, batch, shard_by, tables
 
 
@@ -186,9 +187,8 @@ class Pair:
         self.copy()
         sharded = cluster(self.model, optimizer=self.optimizer)
         plain = cluster(self.plain, optimizer=self.plain_optimizer)
-        reports = [[(c.chunk, c.objective_after, c.changed) for c in r.chunks]
-                   for r in (sharded, plain)]  # fmt: skip
-        assert reports[0] == reports[1] and any(changed for *_, changed in reports[0])
+        reports = [[told_of(chunk) for chunk in report.chunks] for report in (sharded, plain)]
+        assert reports[0] == reports[1] and any(chunk.changed for chunk in sharded.chunks)
         self.compare(exact=True)
         self.train(make, (2,))
         self.compare(exact=False)
