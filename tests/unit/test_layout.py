@@ -7,7 +7,7 @@ import cce_torchrec
 
 ROOT = Path(cce_torchrec.__file__).parent
 LAYERS = [
-    {"packing"},
+    {"cpu_level", "packing"},
     {"collectives", "compiled", "extras", "gpu", "torchrec_internals", "versions"},
     {"config_checks", "sizing"},
     {"config", "spans"},
