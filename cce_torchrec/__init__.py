@@ -9,6 +9,9 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
+__version__ = "0.1.0"
+"""The one place of it: pyproject.toml reads it from here, and tests compare the rest with it."""
+
 if TYPE_CHECKING:  # what `__getattr__` finds, for type checkers and editors
     from cce_torchrec.checkpoint import (  # fmt: skip
         CheckpointInfo,

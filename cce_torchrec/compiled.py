@@ -1,7 +1,8 @@
 """The one loader of compiled kernels: C functions, by ctypes, where a compiler built them.
 
-Not a torch extension: building needs no torch, and one library serves every torch. To torch they
-are operators all the same, in the namespace `cce_torchrec`, which are registered from Python.
+Not an extension of torch or Python: building needs neither, and one library serves all versions of
+them. To torch they are operators all the same, in the namespace `cce_torchrec`, registered from
+Python. There is a library for each level of CPU instructions (cpu_level.py).
 
 Tensors go to them by address, which says nothing of what is there: `Pointer` is the one place where
 an address is taken, once type, device and strides are seen to be what the kernel was written for.
@@ -17,6 +18,7 @@ from typing import Any
 
 import torch
 
+from cce_torchrec.cpu_level import LEVELS, levels_below
 from cce_torchrec.packing import CodePacking
 
 _CPU = torch.device("cpu")
@@ -25,11 +27,16 @@ _OPERATORS = torch.library.Library("cce_torchrec", "DEF")
 
 @functools.cache
 def library(folder: Path, functions: tuple[str, ...]) -> ctypes.CDLL | None:
-    """The library `_native` in `folder` that has all `functions`, or None."""
-    for file in sorted(folder.glob("_native*.so")):
+    """The library `_native` in `folder` that has all `functions`, of the highest level, or None.
+
+    Raises:
+        ValueError: `CCE_CPU_LEVEL` is not one of those that this processor has.
+    """
+    for level in levels_below():
+        name = "_native.so" if level == LEVELS[0] else f"_native_{level}.so"
         try:
-            found = ctypes.CDLL(str(file))
-        except OSError:  # built for another platform
+            found = ctypes.CDLL(str(folder / name))
+        except OSError:  # not built, or for another platform
             continue
         if all(hasattr(found, name) for name in functions):  # else built from older sources
             return found

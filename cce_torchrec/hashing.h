@@ -2,12 +2,6 @@
 #pragma once
 #include <cstdint>
 
-// Products of 64 bits are vectors' own with AVX-512DQ only, which x86-64-v4 has.
-#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
-#define ID_CLONES __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
-#else
-#define ID_CLONES
-#endif
 #define INLINE static inline __attribute__((always_inline))
 
 INLINE int64_t mix(int64_t id) {

@@ -244,8 +244,11 @@ Pool pool_of(int64_t type, int64_t width) {
 
 Pool best_pool(const Feature &f, int64_t num_bags, int64_t total_dim) {
 #if defined(__x86_64__) && defined(__GNUC__)
+  // cpu_level.py has the rule; a server has this library without Python.
+  static const char *level = std::getenv("CCE_CPU_LEVEL");
   static const bool vectors = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
-                              __builtin_cpu_supports("f16c") && !std::getenv("CCE_PLAIN_LOOKUP");
+                              __builtin_cpu_supports("f16c") &&
+                              !(level && !std::strcmp(level, "none"));
   // Whole vectors, each at a multiple of its size, that are not read again to be divided.
   const bool streams = num_bags * total_dim * 4 >= STREAMED && !f.mean &&
                        (f.width | f.column | total_dim) % 8 == 0;

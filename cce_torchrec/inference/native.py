@@ -20,6 +20,8 @@ from pathlib import Path
 import torch
 from torch.utils import cpp_extension
 
+from cce_torchrec.cpu_level import cpu_level
+
 logger = logging.getLogger(__name__)
 
 _SOURCE = Path(__file__).parent / "_lookup.cpp"
@@ -57,7 +59,12 @@ def available() -> bool:
 
 @functools.cache
 def problem() -> str | None:
-    """Why torch does not know the operator: found out once, as a build takes seconds."""
+    """Why torch does not know the operator: found out once, as a build takes seconds.
+
+    Raises:
+        ValueError: `CCE_CPU_LEVEL` is not one of those that this processor has.
+    """
+    cpu_level()  # refuses what is no level, which the library would take for the highest
     # A server may have loaded a copy, and torch takes no second one.
     if hasattr(torch.ops.cce_inference, "lookup"):
         return None

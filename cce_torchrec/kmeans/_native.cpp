@@ -1,85 +1,50 @@
 // Kernels of the clustering step; loaded by native.py through ctypes. Plain loops over rows that
-// the compiler's vector types turn into AVX-512, AVX2 or baseline code, chosen when loaded.
+// the compiler's vector types turn into AVX-512, AVX2 or baseline code: setup.py has a library made
+// of each, and compiled.py chooses.
 //
 // Every result is a function of one point (or id) alone, or an exact integer sum, so that no
 // bit depends on how the work was cut.
 #include <cstdint>
 #include <cstring>
 
-#include "../hashing.h"
 #include "ids.h"
-
-#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
-#define CLONES __attribute__((target_clones("avx512f", "arch=haswell", "default")))
-#else
-#define CLONES
-#endif
-
-typedef float v16f __attribute__((vector_size(64)));
-typedef int32_t v16i __attribute__((vector_size(64)));
+#include "vectors.h"
 
 static const int64_t GROUP = 128;      // centroids whose index is found by a second look
 static const int64_t PANEL = 32;       // centroids that direct products take at once
+// Points and vectors of centroids whose scores are in registers at once: there are 32 or 16.
+static const int POINTS = LANES == 16 ? 8 : 6, VECTORS = 2;
 static const int64_t TILE = 1 << 19;  // bytes of helper scores kept in the second-level cache
-
-// Candidate: the best score of each lane so far, and the group it came from.
-struct Best { v16f score; v16i group; };
-
-INLINE v16f load(const float *p) { v16f v; memcpy(&v, p, 64); return v; }
-
-INLINE v16f larger(v16f a, v16f b) { return a > b ? a : b; }
-INLINE v16i smaller(v16i a, v16i b) { return a < b ? a : b; }
-
-INLINE v16i lanes() { return (v16i){0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15}; }
-
-INLINE float top_of(v16f v) {
-  v = larger(v, __builtin_shuffle(v, lanes() ^ 8));
-  v = larger(v, __builtin_shuffle(v, lanes() ^ 4));
-  v = larger(v, __builtin_shuffle(v, lanes() ^ 2));
-  return v[0] > v[1] ? v[0] : v[1];
-}
-
-INLINE int32_t lowest_of(v16i v) {
-  v = smaller(v, __builtin_shuffle(v, lanes() ^ 8));
-  v = smaller(v, __builtin_shuffle(v, lanes() ^ 4));
-  v = smaller(v, __builtin_shuffle(v, lanes() ^ 2));
-  return v[0] < v[1] ? v[0] : v[1];
-}
-
-INLINE void keep_larger(Best &best, v16f score, int64_t group) {
-  const v16i better = score > best.score;
-  best.score = better ? score : best.score;
-  best.group = better ? (v16i){} + (int32_t)group : best.group;
-}
 
 // Lowest c that maximises p[c] + q[c], c < padded (a multiple of 16): every vector is compared.
 INLINE int32_t nearest_of_few(const float *p, const float *q, int64_t padded) {
-  Best best = {load(p) + load(q), (v16i){}};
-  for (int64_t c = 16; c < padded; c += 16) keep_larger(best, load(p + c) + load(q + c), c);
-  const v16i reached = best.score == (v16f){} + top_of(best.score);
-  return lowest_of(reached ? best.group + lanes() : (v16i){} + INT32_MAX);
+  Best best = {load(p) + load(q), (vi){}};
+  for (int64_t c = LANES; c < padded; c += LANES)
+    keep_larger(best, load(p + c) + load(q + c), c);
+  const vi reached = best.score == (vf){} + top_of(best.score);
+  return lowest_of(reached ? best.group + lanes() : (vi){} + INT32_MAX);
 }
 
 // The same for many c (a multiple of GROUP): groups of them are compared, then looked at again.
 INLINE int32_t nearest_by_scores(const float *p, const float *q, int64_t padded) {
   if (padded <= GROUP) return nearest_of_few(p, q, padded);
-  Best best = {(v16f){} - __builtin_inff(), (v16i){}};
+  Best best = {(vf){} - __builtin_inff(), (vi){}};
   for (int64_t g = 0; g < padded; g += GROUP) {
-    v16f m0 = load(p + g) + load(q + g), m1 = load(p + g + 16) + load(q + g + 16);
-    for (int64_t c = 32; c < GROUP; c += 32) {
-      v16f t0 = load(p + g + c) + load(q + g + c);
-      v16f t1 = load(p + g + c + 16) + load(q + g + c + 16);
+    vf m0 = load(p + g) + load(q + g), m1 = load(p + g + LANES) + load(q + g + LANES);
+    for (int64_t c = 2 * LANES; c < GROUP; c += 2 * LANES) {
+      vf t0 = load(p + g + c) + load(q + g + c);
+      vf t1 = load(p + g + c + LANES) + load(q + g + c + LANES);
       m0 = t0 > m0 ? t0 : m0;
       m1 = t1 > m1 ? t1 : m1;
     }
     keep_larger(best, larger(m0, m1), g);
   }
-  const v16f top = (v16f){} + top_of(best.score);
-  const v16i never = (v16i){} + INT32_MAX;
+  const vf top = (vf){} + top_of(best.score);
+  const vi never = (vi){} + INT32_MAX;
   const int32_t g = lowest_of(best.score == top ? best.group : never);
-  v16i index = never;
-  for (int64_t c = GROUP - 16; c >= 0; c -= 16) {
-    v16f t = load(p + g + c) + load(q + g + c);
+  vi index = never;
+  for (int64_t c = GROUP - LANES; c >= 0; c -= LANES) {
+    vf t = load(p + g + c) + load(q + g + c);
     index = t == top ? lanes() + (int32_t)(g + c) : index;
   }
   return lowest_of(index);
@@ -100,15 +65,15 @@ INLINE void fetch(const Points &from, int64_t i, int64_t dim, float *row) {
   for (int64_t d = 0; d < dim; d++) row[d] = (float)((m[d] + (h ? h[d] : 0)) * from.unit);
 }
 
-// score[j][v]: half_norm + point j times the 16 centroids of vector v of one panel.
+// score[j][v]: half_norm + point j times the centroids of vector v of one panel.
 template <int POINTS, int VECTORS>
 INLINE void panel_scores(const float *rows, int64_t dim, const float *panel, const float *half_norms,
-                         v16f score[POINTS][VECTORS]) {
+                         vf score[POINTS][VECTORS]) {
   for (int j = 0; j < POINTS; j++)
-    for (int v = 0; v < VECTORS; v++) score[j][v] = load(half_norms + 16 * v);
+    for (int v = 0; v < VECTORS; v++) score[j][v] = load(half_norms + LANES * v);
   for (int64_t d = 0; d < dim; d++) {
-    v16f value[VECTORS];
-    for (int v = 0; v < VECTORS; v++) value[v] = load(panel + d * PANEL + 16 * v);
+    vf value[VECTORS];
+    for (int v = 0; v < VECTORS; v++) value[v] = load(panel + d * PANEL + LANES * v);
     for (int j = 0; j < POINTS; j++)
       for (int v = 0; v < VECTORS; v++) score[j][v] += value[v] * rows[j * dim + d];
   }
@@ -117,12 +82,13 @@ INLINE void panel_scores(const float *rows, int64_t dim, const float *panel, con
 // Lowest centroid of the group from g on whose score for one point is `top`.
 INLINE int32_t in_group(const float *row, int64_t dim, const float *group, const float *half_norms,
                         int64_t g, float top) {
-  v16i index = (v16i){} + INT32_MAX;
+  constexpr int VECTORS = PANEL / LANES;
+  vi index = (vi){} + INT32_MAX;
   for (int64_t c = GROUP - PANEL; c >= 0; c -= PANEL) {
-    v16f score[1][2];
-    panel_scores<1, 2>(row, dim, group + c * dim, half_norms + c, score);
-    for (int v = 1; v >= 0; v--)
-      index = score[0][v] == (v16f){} + top ? lanes() + (int32_t)(g + c + 16 * v) : index;
+    vf score[1][VECTORS];
+    panel_scores<1, VECTORS>(row, dim, group + c * dim, half_norms + c, score);
+    for (int v = VECTORS - 1; v >= 0; v--)
+      index = score[0][v] == (vf){} + top ? lanes() + (int32_t)(g + c + LANES * v) : index;
   }
   return lowest_of(index);
 }
@@ -133,32 +99,32 @@ INLINE int32_t in_group(const float *row, int64_t dim, const float *group, const
 template <int POINTS, int VECTORS, bool LONG>
 INLINE void nearest_points(const Points &from, const float *panels, const float *half_norms,
                            int64_t padded, int64_t dim, int64_t n, float *rows, int32_t *out) {
-  const v16f lowest = (v16f){} - __builtin_inff();
-  const v16i never = (v16i){} + INT32_MAX;
+  const vf lowest = (vf){} - __builtin_inff();
+  const vi never = (vi){} + INT32_MAX;
   for (int64_t i = 0; i < n; i += POINTS) {
     Best best[POINTS];
     for (int j = 0; j < POINTS; j++) {
       fetch(from, i + j < n ? i + j : n - 1, dim, rows + j * dim);
-      best[j] = {lowest, (v16i){}};
+      best[j] = {lowest, (vi){}};
     }
     for (int64_t g = 0; g < padded; g += GROUP) {
-      v16f most[POINTS];
+      vf most[POINTS];
       for (int j = 0; j < POINTS; j++) most[j] = lowest;
-      for (int64_t c = g; c < g + GROUP; c += 16 * VECTORS) {
-        v16f score[POINTS][VECTORS];
+      for (int64_t c = g; c < g + GROUP; c += LANES * VECTORS) {
+        vf score[POINTS][VECTORS];
         const float *panel = panels + c / PANEL * PANEL * dim + c % PANEL;
         panel_scores<POINTS, VECTORS>(rows, dim, panel, half_norms + c, score);
         for (int j = 0; j < POINTS; j++)
           for (int v = 0; v < VECTORS; v++)
             if (LONG) most[j] = larger(score[j][v], most[j]);
-            else keep_larger(best[j], score[j][v], c + 16 * v);
+            else keep_larger(best[j], score[j][v], c + LANES * v);
       }
       if (LONG)
         for (int j = 0; j < POINTS; j++) keep_larger(best[j], most[j], g);
     }
     for (int j = 0; j < POINTS && i + j < n; j++) {
       const float top = top_of(best[j].score);
-      const v16i reached = best[j].score == (v16f){} + top;
+      const vi reached = best[j].score == (vf){} + top;
       const int32_t g = lowest_of(reached ? best[j].group : never);
       out[i + j] = LONG ? in_group(rows + j * dim, dim, panels + g * dim, half_norms + g, g, top)
                         : lowest_of(reached ? best[j].group + lanes() : never);
@@ -166,26 +132,14 @@ INLINE void nearest_points(const Points &from, const float *panels, const float 
   }
 }
 
-#if defined(__x86_64__) && defined(__GNUC__)
-__attribute__((target("avx512f")))
-static void nearest_points_wide(const Points &from, const float *panels, const float *half_norms,
-                                int64_t padded, int64_t dim, int64_t n, float *rows,
-                                int32_t *out) {
-  if (padded < 2048)
-    nearest_points<8, 2, false>(from, panels, half_norms, padded, dim, n, rows, out);
-  else
-    nearest_points<8, 2, true>(from, panels, half_norms, padded, dim, n, rows, out);
-}
-#endif
-
 extern "C" {
 
 // out[i]: the centroid with the highest main_scores[a[i]] + helper_scores[b[i]]; pairs are sorted
 // by (a, b). `cursor` is scratch of num_main + 1.
-CLONES void cce_nearest_sums(const float *main_scores, const float *helper_scores,
-                              int64_t padded, int64_t num_main, int64_t num_helper,
-                              const int32_t *a, const int32_t *b, int64_t n, int64_t *cursor,
-                              int32_t *out) {
+void cce_nearest_sums(const float *main_scores, const float *helper_scores,
+                      int64_t padded, int64_t num_main, int64_t num_helper,
+                      const int32_t *a, const int32_t *b, int64_t n, int64_t *cursor,
+                      int32_t *out) {
   int64_t i = 0;
   for (int64_t row = 0; row <= num_main; row++) {
     while (i < n && a[i] < row) i++;
@@ -207,27 +161,26 @@ CLONES void cce_nearest_sums(const float *main_scores, const float *helper_score
 
 // out[i]: the centroid c with the highest half_norms[c] + sum_d x[i, d] * centroids[c, d].
 // panels: the centroids as [padded / PANEL][dim][PANEL]. `rows` is scratch of 8 * dim.
-CLONES void cce_nearest_points(const float *x, const int32_t *main_points,
-                               const int32_t *helper_points, const int32_t *a, const int32_t *b,
-                               double unit, const float *panels, const float *half_norms,
-                               int64_t padded, int64_t dim, int64_t n, float *rows,
-                               int32_t *out) {
+void cce_nearest_points(const float *x, const int32_t *main_points,
+                        const int32_t *helper_points, const int32_t *a, const int32_t *b,
+                        double unit, const float *panels, const float *half_norms,
+                        int64_t padded, int64_t dim, int64_t n, float *rows,
+                        int32_t *out) {
   const Points from = {x, main_points, helper_points, a, b, unit};
-#if defined(__x86_64__) && defined(__GNUC__)
-  if (__builtin_cpu_supports("avx512f"))
-    return nearest_points_wide(from, panels, half_norms, padded, dim, n, rows, out);
-#endif
-  nearest_points<4, 1, false>(from, panels, half_norms, padded, dim, n, rows, out);
+  if (padded < 2048)
+    nearest_points<POINTS, VECTORS, false>(from, panels, half_norms, padded, dim, n, rows, out);
+  else
+    nearest_points<POINTS, VECTORS, true>(from, panels, half_norms, padded, dim, n, rows, out);
 }
 
 // Per cluster c = nearest[i]: sums[c] += weight * x, sizes[c] += weight, and
 // errors[c] += weight * round(|x / scale - centroid|^2 * error_scale), all exact integers.
 // x = main[a] + helper[b].
-CLONES void cce_accumulate(const int32_t *main_points, const int32_t *helper_points, int64_t dim,
-                           const int32_t *a, const int32_t *b, const int64_t *weights,
-                           const int32_t *nearest, int64_t n, const double *centroids,
-                           double inverse_scale, double error_scale, int64_t *sums,
-                           int64_t *sizes, int64_t *errors) {
+void cce_accumulate(const int32_t *main_points, const int32_t *helper_points, int64_t dim,
+                    const int32_t *a, const int32_t *b, const int64_t *weights,
+                    const int32_t *nearest, int64_t n, const double *centroids,
+                    double inverse_scale, double error_scale, int64_t *sums,
+                    int64_t *sizes, int64_t *errors) {
   for (int64_t i = 0; i < n; i++) {
     const int64_t c = nearest[i], w = weights[i];
     const int32_t *m = main_points + a[i] * dim, *h = helper_points + b[i] * dim;

@@ -72,9 +72,9 @@ extern "C" {
 
 // counts[code * num_helper + hash] += weight (1 where weights is null; weights start at id first),
 // over ids [first, last).
-ID_CLONES void cce_count_pairs_leveled(const Column *column, int64_t first, int64_t last,
-                               int64_t multiplier, int64_t addend,
-                               int64_t num_helper, const int64_t *weights, int64_t *counts) {
+void cce_count_pairs_leveled(const Column *column, int64_t first, int64_t last,
+                             int64_t multiplier, int64_t addend,
+                             int64_t num_helper, const int64_t *weights, int64_t *counts) {
   Ids ids;
   int64_t b[Ids::MOST];
   for (int64_t id = first; id < last; id += ids.count) {
@@ -87,12 +87,12 @@ ID_CLONES void cce_count_pairs_leveled(const Column *column, int64_t first, int6
 
 // Over ids [first, last): sums[new hash] += main[code] + helper[old hash] - centroid[new code],
 // sizes[new hash] += 1.
-ID_CLONES void cce_residuals_leveled(const Column *column, int64_t first, int64_t last,
-                                    const void *new_codes, int64_t bytes, int64_t by_pair,
-                                    int64_t old_multiplier, int64_t old_addend, int64_t new_multiplier,
-                                    int64_t new_addend, int64_t num_helper, int64_t dim,
-                                    const int32_t *main_points, const int32_t *helper_points,
-                                    const int32_t *centroids, int64_t *sums, int64_t *sizes) {
+void cce_residuals_leveled(const Column *column, int64_t first, int64_t last,
+                           const void *new_codes, int64_t bytes, int64_t by_pair,
+                           int64_t old_multiplier, int64_t old_addend, int64_t new_multiplier,
+                           int64_t new_addend, int64_t num_helper, int64_t dim,
+                           const int32_t *main_points, const int32_t *helper_points,
+                           const int32_t *centroids, int64_t *sums, int64_t *sizes) {
   Ids ids;
   int64_t b[Ids::MOST], row[Ids::MOST];
   for (int64_t id = first; id < last; id += ids.count) {
@@ -114,10 +114,10 @@ ID_CLONES void cce_residuals_leveled(const Column *column, int64_t first, int64_
 }
 
 // Writes the new codes of ids [first, last) if `write`; returns how many are others.
-ID_CLONES int64_t cce_relabel_leveled(const Column *column, int64_t first, int64_t last,
-                                     const void *new_codes, int64_t bytes, int64_t by_pair,
-                                     int64_t multiplier, int64_t addend, int64_t num_helper,
-                                     int64_t write) {
+int64_t cce_relabel_leveled(const Column *column, int64_t first, int64_t last,
+                            const void *new_codes, int64_t bytes, int64_t by_pair,
+                            int64_t multiplier, int64_t addend, int64_t num_helper,
+                            int64_t write) {
   int64_t changed = 0, b[Ids::MOST];
   Ids ids;
   for (int64_t id = first; id < last; id += ids.count) {

@@ -69,7 +69,12 @@ def available() -> bool:
 
 
 @functools.cache
-def _kernels() -> ctypes.CDLL:
+def kernels() -> ctypes.CDLL:
+    """The compiled functions.
+
+    Raises:
+        RuntimeError: they were not built.
+    """
     found = compiled.loaded(*_LIBRARY)
     for name, types in _KERNELS.items():
         kernel = getattr(found, name)
@@ -90,7 +95,7 @@ def _nearest_sums(*args: torch.Tensor) -> torch.Tensor:
     p, q, a, b = args
     out, cursor = _one_per(a), a.new_empty(len(p) + 1, dtype=torch.int64)
     sizes = (p.shape[1], len(p), len(q))
-    _kernels().cce_nearest_sums(p, q, *sizes, a, b, len(a), cursor, out)
+    kernels().cce_nearest_sums(p, q, *sizes, a, b, len(a), cursor, out)
     return out
 
 
@@ -123,7 +128,7 @@ def _nearest_points(
     dim = panels.shape[1]
     # Room for the eight points that the AVX-512 form takes at once.
     shape, scratch = (len(half_norms), dim, len(out)), panels.new_empty(8 * dim)
-    _kernels().cce_nearest_points(*points, panels, half_norms, *shape, scratch, out)
+    kernels().cce_nearest_points(*points, panels, half_norms, *shape, scratch, out)
     return out
 
 
@@ -187,7 +192,7 @@ class PointScorer:
 def _accumulate(main: torch.Tensor, helper: torch.Tensor, a: torch.Tensor, *rest: Any) -> None:
     b, weights, nearest, *others = rest
     points = (main, helper, main.shape[1], a, b, weights, nearest, len(a))
-    _kernels().cce_accumulate(*points, *others)
+    kernels().cce_accumulate(*points, *others)
 
 
 def accumulate(
@@ -224,7 +229,7 @@ _COLUMN = "Tensor? levels, int bits, int column, int base, int first, int last"
     fake=compiled.writes_only,
 )
 def _count_pairs(codes: torch.Tensor, *args: Any) -> None:
-    _kernels().cce_count_pairs_leveled(*_column(codes, *args[:6]), *args[6:])
+    kernels().cce_count_pairs_leveled(*_column(codes, *args[:6]), *args[6:])
 
 
 @compiled.operator(
@@ -238,7 +243,7 @@ def _residuals(codes: torch.Tensor, *args: Any) -> None:
     shape = (len(sizes), main.shape[1])
     width = new_codes.element_size()
     column = _column(codes, *args[:6])
-    _kernels().cce_residuals_leveled(*column, new_codes, width, *args[7:12], *shape, *args[12:])
+    kernels().cce_residuals_leveled(*column, new_codes, width, *args[7:12], *shape, *args[12:])
 
 
 @compiled.operator(
@@ -249,7 +254,7 @@ def _residuals(codes: torch.Tensor, *args: Any) -> None:
 def _relabel(codes: torch.Tensor, *args: Any) -> torch.Tensor:
     new_codes, column = args[6], _column(codes, *args[:6])
     width = new_codes.element_size()
-    changed = _kernels().cce_relabel_leveled(*column, new_codes, width, *args[7:])
+    changed = kernels().cce_relabel_leveled(*column, new_codes, width, *args[7:])
     return torch.tensor(changed, device="cpu")  # whatever a job has set as default device
 
 

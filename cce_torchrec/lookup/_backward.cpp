@@ -11,6 +11,7 @@
 #include <vector>
 
 #include "../hashing.h"
+#include "../lanes.h"
 
 static const int64_t AHEAD = 16;  // bags, or rows, that are fetched before their turn
 
@@ -36,17 +37,19 @@ struct Buffers {
   int32_t *list;
 };
 
+// WIDTH values in PARTS vectors that the processor has.
 template <int WIDTH>
-struct Vector {
-  typedef float type __attribute__((vector_size(4 * WIDTH), aligned(4), may_alias));
+struct Vectors {
+  static const int SIZE = WIDTH < LANES ? WIDTH : LANES, PARTS = WIDTH / SIZE;
+  typedef float type __attribute__((vector_size(4 * SIZE), aligned(4), may_alias));
 };
 
-// Adds the gradient of every bag to those of its rows. A row is `count` vectors of WIDTH values,
-// COUNT if that is not 0.
+// Adds the gradient of every bag to those of its rows. A row is COUNT times WIDTH values, or if that
+// is 0 as many as there are.
 template <int WIDTH, int COUNT>
 INLINE void gather(const Table table, const Lookups in, const Buffers to) {
-  typedef typename Vector<WIDTH>::type V;
-  const int64_t count = COUNT ? COUNT : table.dim / WIDTH;
+  typedef typename Vectors<WIDTH>::type V;
+  const int64_t count = (COUNT ? COUNT : table.dim / WIDTH) * Vectors<WIDTH>::PARTS;
   for (int64_t f = 0; f < table.num_features; f++) {
     const int64_t *offsets = in.offsets + (table.first_feature + f) * in.bags;
     const float *column = in.grad + table.column + f * table.dim;
@@ -82,10 +85,16 @@ INLINE int64_t marked(const Buffers &in, int64_t rows) {
   return found;
 }
 
+// The sum of the squares of `count` vectors: in WIDTH sums, then their halves, whatever the level.
 template <int WIDTH>
-INLINE float total(const typename Vector<WIDTH>::type &of) {
+INLINE float squared(const typename Vectors<WIDTH>::type *of, int64_t count) {
+  const int64_t parts = Vectors<WIDTH>::PARTS;
+  typename Vectors<WIDTH>::type squares[parts];
+  for (int64_t p = 0; p < parts; p++) squares[p] = of[p] * of[p];
+  for (int64_t i = parts; i < count; i += parts)
+    for (int64_t p = 0; p < parts; p++) squares[p] += of[i + p] * of[i + p];
   float part[WIDTH];
-  std::memcpy(part, &of, sizeof(part));
+  std::memcpy(part, squares, sizeof(part));
   for (int half = WIDTH / 2; half > 0; half /= 2)
     for (int i = 0; i < half; i++) part[i] += part[i + half];
   return part[0];
@@ -94,16 +103,14 @@ INLINE float total(const typename Vector<WIDTH>::type &of) {
 // One step of row-wise Adagrad on the marked rows, whose sums and marks are zero afterwards.
 template <int WIDTH, int COUNT>
 INLINE void step(const Table table, const Buffers in, float rate, float eps) {
-  typedef typename Vector<WIDTH>::type V;
-  const int64_t count = COUNT ? COUNT : table.dim / WIDTH;
+  typedef typename Vectors<WIDTH>::type V;
+  const int64_t count = (COUNT ? COUNT : table.dim / WIDTH) * Vectors<WIDTH>::PARTS;
   const int64_t found = marked(in, table.rows);
   for (int64_t k = 0; k < found; k++) {
     const int64_t row = in.list[k];
     if (k + AHEAD < found) __builtin_prefetch(table.weights + in.list[k + AHEAD] * table.dim, 1);
     V *sum = (V *)(in.sums + row * table.dim), *weights = (V *)(table.weights + row * table.dim);
-    V squares = sum[0] * sum[0];
-    for (int64_t i = 1; i < count; i++) squares += sum[i] * sum[i];
-    table.momentum[row] += total<WIDTH>(squares) / (float)table.dim;
+    table.momentum[row] += squared<WIDTH>(sum, count) / (float)table.dim;
     const float scale = rate / (__builtin_sqrtf(table.momentum[row]) + eps);
     for (int64_t i = 0; i < count; i++) {
       weights[i] -= scale * sum[i];
@@ -120,9 +127,8 @@ INLINE void update(const Table &table, const Lookups &in, const Buffers &buffers
 }
 
 // Updates the tables whose turn it is until none is left. FBGEMM's dims are multiples of four.
-ID_CLONES static void work(const Table *tables, int64_t num_tables, const Lookups &in,
-                           const Buffers &buffers, float rate, float eps,
-                           std::atomic<int64_t> *next) {
+static void work(const Table *tables, int64_t num_tables, const Lookups &in, const Buffers &buffers,
+                 float rate, float eps, std::atomic<int64_t> *next) {
   for (int64_t t = (*next)++; t < num_tables; t = (*next)++) {
     const Table &table = tables[t];
     if (table.dim == 4) update<4, 1>(table, in, buffers, rate, eps);

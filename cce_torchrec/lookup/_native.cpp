@@ -150,7 +150,7 @@ INLINE int64_t by_code(Job &job) {
 
 // out[j, i, :] = rows of ids[i] in chunk j of each job, ids out of [0, num_embeddings) read as 0;
 // of a plain table, the ids. Returns how many those are in all.
-extern "C" ID_CLONES int64_t cce_expand_packed(Job *jobs, int64_t num_jobs) {
+extern "C" int64_t cce_expand_packed(Job *jobs, int64_t num_jobs) {
   int64_t invalid = 0;
   for (Job *job = jobs; job < jobs + num_jobs; job++) {
     job->invalid = job->id_bytes == 4 ? by_code<int32_t>(*job) : by_code<int64_t>(*job);
@@ -178,8 +178,8 @@ INLINE void count_bags(const Length *lengths, const int64_t *sizes, int64_t num_
 
 // out: for each key the sum of the lengths of its `sizes[key]` bags, then the least and the greatest
 // length of all. There is at least one bag.
-extern "C" ID_CLONES void cce_count_bags(const void *lengths, int64_t length_bytes,
-                                         const int64_t *sizes, int64_t num_keys, int64_t *out) {
+extern "C" void cce_count_bags(const void *lengths, int64_t length_bytes,
+                               const int64_t *sizes, int64_t num_keys, int64_t *out) {
   if (length_bytes == 4) count_bags((const int32_t *)lengths, sizes, num_keys, out);
   else count_bags((const int64_t *)lengths, sizes, num_keys, out);
 }
@@ -217,8 +217,8 @@ INLINE int64_t into_ranges(const Id *ids, IdRange *features, int64_t num_feature
 
 // Ids of `features`, one's after the other's, as their tables count them; returns how many are out
 // of bounds.
-extern "C" ID_CLONES int64_t cce_into_ranges(const void *ids, int64_t id_bytes, IdRange *features,
-                                             int64_t num_features, int64_t *out) {
+extern "C" int64_t cce_into_ranges(const void *ids, int64_t id_bytes, IdRange *features,
+                                   int64_t num_features, int64_t *out) {
   return id_bytes == 4 ? into_ranges((const int32_t *)ids, features, num_features, out)
                        : into_ranges((const int64_t *)ids, features, num_features, out);
 }
@@ -227,9 +227,9 @@ extern "C" ID_CLONES int64_t cce_into_ranges(const void *ids, int64_t id_bytes, 
 // the table, which has `size` of them from there on, and ids that are not among these are read as
 // the first. The level of an id rises if its hashed bits are below its chance. All levels are read
 // before any is written, or an id that is there twice would rise twice. `levels` is scratch.
-extern "C" ID_CLONES void cce_count_ids(uint8_t *counts, const int64_t *ids, int64_t count,
-                                        int64_t first, int64_t size, int64_t multiplier,
-                                        int64_t addend, const int64_t *chances, uint8_t *levels) {
+extern "C" void cce_count_ids(uint8_t *counts, const int64_t *ids, int64_t count,
+                              int64_t first, int64_t size, int64_t multiplier,
+                              int64_t addend, const int64_t *chances, uint8_t *levels) {
   for (int64_t i = 0; i < count; i++) {
     const int64_t id = (uint64_t)ids[i] < (uint64_t)size ? ids[i] : 0;
     const int64_t level = counts[id >> 1] >> 4 * (id & 1) & 15;

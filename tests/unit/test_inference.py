@@ -160,7 +160,7 @@ def test_machines_without_vectors_give_the_same_to_rounding(tmp_path):
         f"    torch.save(found, f'{tmp_path}/{{t}}.found')\n"
     )
     subprocess.run(
-        [sys.executable, "-c", code], check=True, env={"CCE_PLAIN_LOOKUP": "1", "PATH": ""}
+        [sys.executable, "-c", code], check=True, env={"CCE_CPU_LEVEL": "none", "PATH": ""}
     )
     same = []
     for name, lookup in served.items():

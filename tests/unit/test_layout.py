@@ -7,7 +7,7 @@ import cce_torchrec
 
 ROOT = Path(cce_torchrec.__file__).parent
 LAYERS = [
-    {"bars", "byte_sizes", "extras", "packing", "serve_options"},
+    {"bars", "byte_sizes", "cpu_level", "extras", "packing", "serve_options"},
     {"collectives", "compiled", "gpu", "torchrec_internals", "versions", "yaml_files"},
     {"config_checks", "sizing"},
     {"config", "spans"},
