@@ -201,7 +201,7 @@ class Local:
 _HELD: dict[str, Job] = {}
 
 
-def _serve(rank: int, size: int, port: int, pipe: Connection) -> None:
+def _serve(kind: type[Job], rank: int, size: int, port: int, pipe: Connection) -> None:
     """A rank's life: it makes the calls that come through the pipe until that is closed."""
     torch.set_num_threads(1)
     logging.disable(logging.WARNING)
@@ -217,7 +217,7 @@ def _serve(rank: int, size: int, port: int, pipe: Connection) -> None:
             break
         try:
             if name == "make":
-                _HELD["job"] = Job(*args)
+                _HELD["job"] = kind(*args)
                 pipe.send((None, None))
             else:
                 pipe.send((getattr(_HELD["job"], name)(*args), None))
@@ -229,7 +229,7 @@ def _serve(rank: int, size: int, port: int, pipe: Connection) -> None:
 class Ranks:
     """Processes of a gloo group, which hold one job after the other."""
 
-    def __init__(self, size: int) -> None:
+    def __init__(self, size: int, kind: type[Job] = Job) -> None:
         context = mp.get_context("forkserver")
         context.set_forkserver_preload(["benchmarks.hard.drivers", "torchrec.distributed"])
         with socket.socket() as s:
@@ -238,7 +238,7 @@ class Ranks:
         self.pipes, self.processes = [], []
         for rank in range(size):
             here, there = context.Pipe()
-            process = context.Process(target=_serve, args=(rank, size, port, there), daemon=True)
+            process = context.Process(target=_serve, args=(kind, rank, size, port, there), daemon=True)
             process.start()
             there.close()
             self.pipes.append(here)
