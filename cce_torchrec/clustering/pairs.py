@@ -70,6 +70,8 @@ def find_pairs(state: ChunkState, plan: Budget, weights: IdWeights | None = None
         if plan.samples_per_centroid is None and not state.row_wise:
             pair_of_id = inverse.int()
         del inverse
+    if weights is not None and not _any_weight(counts, holders):
+        return find_pairs(state, plan)  # of ids that count nothing, each counts as much as another
     # Starts are drawn by the hash of ids, not by a generator: the same ones on any number of ranks.
     drawn = holders.together(lambda: _drawn(ids, sample, starts_wanted(state, weights)))
     holders.all_reduce(drawn)
@@ -81,6 +83,12 @@ def find_pairs(state: ChunkState, plan: Budget, weights: IdWeights | None = None
         return ChunkPairs(points, plan.by_pair, pair_of_id)
 
     return holders.send(found)
+
+
+def _any_weight(counts: torch.Tensor, holders: ChunkGroup) -> bool:
+    """Whether any of the owner's `counts` is not 0."""
+    some = holders.together(lambda: (counts.any() & holders.owned).long())
+    return bool(holders.all_reduce(some))
 
 
 def _counted(
@@ -216,8 +224,6 @@ def points_of(
 ) -> PairPoints:
     """The pairs `keys`, with their ids or weights, as points; `drawn`: pairs of drawn ids."""
     # Integers, so that it makes no difference how many ranks added them up.
-    if not bool(counts.any()):
-        counts = torch.ones_like(counts)  # nothing was seen: uniform, as without weights
     starts = starting_pairs(drawn, starts_wanted(state, weights), keys)
     if weights is not None:  # a centroid where nothing weighs would lose its cluster at once
         starts = starts[counts[starts] > 0]

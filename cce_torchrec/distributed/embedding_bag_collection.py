@@ -321,7 +321,10 @@ class ShardedCCEEmbeddingBagCollection(
 
     @property
     def num_invalid_ids(self) -> int:
-        """Ids out of bounds that this rank has seen so far (bounds_check_mode WARNING)."""
+        """Ids out of bounds that this rank has seen so far (bounds_check_mode WARNING).
+
+        An id of a table whose chunks are spread is seen on every rank that has some.
+        """
         return self.bounds_check.num_invalid
 
     @property

@@ -215,7 +215,10 @@ class ShardedCCEEmbeddingCollection(
 
     @property
     def num_invalid_ids(self) -> int:
-        """Ids out of bounds that this rank has seen so far (bounds_check_mode WARNING)."""
+        """Ids out of bounds that this rank has seen so far (bounds_check_mode WARNING).
+
+        An id of a table whose chunks are spread is seen on every rank that has some.
+        """
         return self.bags.num_invalid_ids
 
     def sharded_parameter_names(self, prefix: str = "") -> Iterator[str]:

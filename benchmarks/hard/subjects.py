@@ -1,0 +1,240 @@
+"""What is damaged: good files of each kind, how they are read, and what they give."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import zlib
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from benchmarks.hard.drivers import Local
+from benchmarks.hard.properties import assert_equal
+from benchmarks.hard.specs import BatchSpec, ModelSpec, TableSpec
+from cce_torchrec import ClusteringSchedule, checkpoint_info, cluster, load_checkpoint
+from cce_torchrec import save_checkpoint
+from cce_torchrec.inference import inference_collection, load_inference, save_inference
+
+SPEC = ModelSpec(
+    tables=(
+        TableSpec(name="t", ids=37, features=("f", "g"), mean=True, width=4, chunks=2, rows=5,
+                  helper=9, seen=True, joint=True),
+        TableSpec(name="p", ids=11, features=("h",), mean=False, width=8),
+        TableSpec(name="u", ids=20, features=("h",), mean=False, width=4, chunks=1, rows=3,
+                  helper=4, recipe="rare"),
+    ),
+    optimizer="Adam",
+    in_backward=False,
+)  # fmt: skip
+
+
+class Changed(Exception):
+    """A load was refused, and has changed the model all the same."""
+
+
+class Subject(ABC):
+    """Files of one kind in `folder`, and others of the same kind in `donor`."""
+
+    name: str
+
+    def __init__(self, folder: Path) -> None:
+        self.folder, self.donor = folder / "good", folder / "donor"
+        folder.mkdir(parents=True)
+
+    @abstractmethod
+    def read(self, folder: Path) -> bool:
+        """Reads the files; whether they give what the good ones do.
+
+        Raises:
+            ValueError, OSError: they are refused.
+        """
+
+    def forge(self, folder: Path) -> bool:
+        """Makes checksums fit the files again; whether there are some."""
+        return False
+
+    def allows(self, error: BaseException) -> bool:
+        """Whether the command line makes a sentence of such an error."""
+        return False
+
+
+def _trained(seed: int) -> Local:
+    """A model after some steps and a clustering."""
+    driver = Local(ModelSpec(**{**vars(SPEC), "seed": seed}))
+    for step in range(3):
+        driver.call("step", BatchSpec(seed=seed + step, bags=4, outside=False))
+        if step == 1:
+            cluster(driver.job.model, optimizer=driver.job.optimizer)
+    return driver
+
+
+class Checkpoint(Subject):
+    """A job's folder of two checkpoints, of which the earlier is read where the later is none."""
+
+    name = "checkpoint"
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__(folder)
+        self.states = []
+        driver = _trained(1)
+        for step in (3, 4):
+            self._save(driver, self.folder, step)
+            self.states.append(driver.state())
+            driver.call("step", BatchSpec(seed=9, bags=4, outside=False))
+        self._save(_trained(5), self.donor, 7)
+        self.fresh = Local(SPEC)
+        self.before = self.fresh.state()
+
+    def _save(self, driver: Local, folder: Path, step: int) -> None:
+        save_checkpoint(
+            folder, driver.job.model, step=step, optimizers=driver.job.optimizers,
+            schedule=ClusteringSchedule.every(5), extra={"position": [step, {"a": 0.5}]}, keep=2,
+        )  # fmt: skip
+
+    def read(self, folder: Path) -> bool:
+        """Into a fresh model, which is to stay as it is where the load is refused."""
+        job = self.fresh.job
+        torch.manual_seed(0)
+        try:
+            info = checkpoint_info(folder)
+            report = load_checkpoint(folder, job.model, optimizers=job.optimizers)
+        except ValueError as error:
+            if "may be overwritten" not in str(error):
+                self._check_untouched()
+            raise
+        if report.step != info.step or report.step not in (3, 4) or report.dropped:
+            return False
+        if report.extra != {"position": [report.step, {"a": 0.5}]}:
+            return False
+        if report.schedule != ClusteringSchedule.every(5):
+            return False
+        group = job.optimizer.param_groups[0]
+        if (group["lr"], group["eps"], group["betas"]) != (0.0625, 1e-3, (0.9, 0.999)):
+            return False
+        try:
+            assert_equal(self.fresh.state(), self.states[report.step - 3], exact=True)
+        except AssertionError:
+            return False
+        return True
+
+    def _check_untouched(self) -> None:
+        try:
+            assert_equal(self.fresh.state(), self.before, exact=True)
+        except AssertionError as error:
+            raise Changed(str(error)) from error
+
+    def forge(self, folder: Path) -> bool:
+        """Writes sizes and sums of the files into the manifest."""
+        forged = False
+        for manifest in folder.rglob("manifest.json"):
+            try:
+                found = json.loads(manifest.read_text())
+                for name in found["files"]:
+                    content = (manifest.parent / name).read_bytes()
+                    found["files"][name] = [len(content), zlib.crc32(content)]
+                found.pop("crc32", None)  # as of an older version
+                manifest.write_text(json.dumps(found))
+                forged = True
+            except Exception:  # damaged so that nothing can be made to fit
+                continue
+        return forged
+
+
+class Export(Subject):
+    """A folder of packed tables."""
+
+    name = "inference"
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__(folder)
+        for seed, at in ((1, self.folder), (5, self.donor)):
+            served = inference_collection(_trained(seed).job.collection, data_type="int8")
+            save_inference(served, at)
+        self.batch = BatchSpec(seed=3, bags=8, outside=False).tensors(SPEC)
+        self.expected = load_inference(self.folder)(self.batch).values()
+
+    def read(self, folder: Path) -> bool:
+        """By both lookups, mapped or not."""
+        same = True
+        for lookup, mmap in (("portable", True), ("fused", False)):
+            served = load_inference(folder, lookup=lookup, mmap=mmap)
+            try:
+                out = served(self.batch).values()
+            except ValueError:  # of forged tables, which lack a feature or an id
+                return False
+            # The two lookups round in other places.
+            same &= out.shape == self.expected.shape and bool(
+                torch.allclose(out, self.expected, rtol=1e-5, atol=1e-6)
+            )
+        return same
+
+    def forge(self, folder: Path) -> bool:
+        """Writes sizes and sums of the files into the manifest, and the sum of that."""
+        try:
+            manifest = folder / "manifest.json"
+            found = json.loads(manifest.read_text())
+            for name in found["files"]:
+                content = (folder / name).read_bytes()
+                found["files"][name] = {"bytes": len(content), "crc32": zlib.crc32(content)}
+            rest = {key: value for key, value in found.items() if key != "crc32"}
+            found["crc32"] = zlib.crc32(json.dumps(rest, sort_keys=True).encode())
+            manifest.write_text(json.dumps(found))
+        except Exception:  # damaged so that nothing can be made to fit
+            return False
+        return True
+
+
+class Vocabulary(Subject):
+    """The file in which a scan of a user's table is kept."""
+
+    name = "vocabulary"
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__(folder)
+        import pandas as pd
+
+        g = np.random.default_rng(0)
+        for at in (self.donor, self.folder):
+            at.mkdir()
+            frame = pd.DataFrame({
+                "click": g.integers(0, 2, 200), "price": g.normal(size=200),
+                "user": [f"u{i}" for i in g.integers(0, 30, 200)],
+                "item": g.integers(0, 9, 200),
+            })  # fmt: skip
+            self.clicks = folder / f"{at.name}.parquet"
+            frame.to_parquet(self.clicks, index=False)
+            self.expected = self._read(at)
+
+    def _read(self, folder: Path) -> list[str]:
+        """All that the data set gives, as text."""
+        from cce_torchrec.data import Share
+        from cce_torchrec.data.table import TableDataset
+        from cce_torchrec.data.table_options import TableOptions
+
+        options = TableOptions(
+            label="click", dense=("price",), categorical=("user", "item"), folder=folder
+        )
+        dataset = TableDataset(self.clicks, options)
+        share = Share(batch_size=64, rank=0, world_size=1)
+        rows = [*dataset.batches(share, seed=0, epoch=1), *dataset.validation_batches(share)]
+        return [str(dataset.features), *map(str, rows)]
+
+    def read(self, folder: Path) -> bool:
+        """Every batch, made with the ids of the file, or with ids that are counted anew."""
+        return self._read(folder) == self.expected
+
+
+SUBJECTS: dict[str, Callable[[Path], Subject]] = {
+    kind.name: kind for kind in (Checkpoint, Export, Vocabulary)
+}
+
+
+def available() -> list[str]:
+    """Subjects whose packages are installed."""
+    lacks = importlib.util.find_spec("pyarrow") is None
+    return [name for name in SUBJECTS if not (lacks and name == "vocabulary")]
