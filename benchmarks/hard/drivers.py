@@ -238,7 +238,9 @@ class Ranks:
         self.pipes, self.processes = [], []
         for rank in range(size):
             here, there = context.Pipe()
-            process = context.Process(target=_serve, args=(kind, rank, size, port, there), daemon=True)
+            process = context.Process(
+                target=_serve, args=(kind, rank, size, port, there), daemon=True
+            )
             process.start()
             there.close()
             self.pipes.append(here)

@@ -8,7 +8,6 @@ import zlib
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -16,8 +15,13 @@ import torch
 from benchmarks.hard.drivers import Local
 from benchmarks.hard.properties import assert_equal
 from benchmarks.hard.specs import BatchSpec, ModelSpec, TableSpec
-from cce_torchrec import ClusteringSchedule, checkpoint_info, cluster, load_checkpoint
-from cce_torchrec import save_checkpoint
+from cce_torchrec import (
+    ClusteringSchedule,
+    checkpoint_info,
+    cluster,
+    load_checkpoint,
+    save_checkpoint,
+)
 from cce_torchrec.inference import inference_collection, load_inference, save_inference
 
 SPEC = ModelSpec(

@@ -26,12 +26,13 @@ from cce_torchrec.checkpoint import (
 from cce_torchrec.checkpoint.location import location
 from cce_torchrec.checkpoint.pending import finish_pending
 from cce_torchrec.clustering import ClusteringSchedule
-from cce_torchrec.collectives import Ranks, agree, gather
+from cce_torchrec.collectives import Ranks, gather
 from cce_torchrec.config import all_rare
 from cce_torchrec.distributed.embedding_bag_collection import ShardedCCEEmbeddingBagCollection
 from cce_torchrec.spans import span
-from cce_torchrec.train import data_options, options, pipelines, run_folder
+from cce_torchrec.train import options, pipelines, run_folder
 from cce_torchrec.train.board import check_board
+from cce_torchrec.train.closing import write_health, write_page
 from cce_torchrec.train.job import Batch, build
 from cce_torchrec.train.log import clustering_steps, say_decisions
 from cce_torchrec.train.model import (
@@ -44,8 +45,9 @@ from cce_torchrec.train.model import (
 from cce_torchrec.train.profiling import Trace, check_profile
 from cce_torchrec.train.records import Records
 from cce_torchrec.train.run_file import RunFile, describe
+from cce_torchrec.train.shared_data import shared_data
 from cce_torchrec.train.validation import Predictions, Score
-from cce_torchrec.train.warm_start import WarmStart, earlier_vocabulary
+from cce_torchrec.train.warm_start import WarmStart
 from cce_torchrec.train.watch import Watch
 
 T = TypeVar("T")
@@ -67,11 +69,7 @@ class Trainer:
             args.num_chunks = chunks_by_default(args)
         self.pipeline = pipelines.chosen(args.pipeline, device, self.world_size)
         self.warm_start = _warm_start(args)
-        self.dataset = _same_data(args)
-        if self.warm_start is not None:
-            self.dataset.compressed = self.warm_start.compressed(
-                self.dataset.features, self.dataset.compressed
-            )
+        self.dataset = shared_data(args, self.warm_start)
         rows = options.rows_per_table(args, self.dataset)
         # A dot product of embeddings near zero has no gradient; DLRM's dense part has its own.
         init_bound = args.embedding_dim**-0.5 if args.model == "gmf" else None
@@ -151,10 +149,12 @@ class Trainer:
                 self.warm_start.load(self.model, [self.optimizer])
             _on_first_rank(lambda: self.records.write_metrics(args.out))
             self._train()
+            write_health(self.model, [self.optimizer], args.out, self.step)
             _on_first_rank(lambda: self.run_file.write("finished"))
         except BaseException as error:
             self.run_file.failed(error)
             raise
+        write_page(args.out, self.rank)
 
     def _train(self) -> None:
         """What is left of the run."""
@@ -331,29 +331,6 @@ class Trainer:
         self.loss.fill_(losses[self.rank])
         if self.rank == 0:
             print(f"resumed after step {self.step} from {report.path}", flush=True)
-
-
-def _same_data(args: argparse.Namespace) -> data.Examples:
-    """The data set, of which every rank has read the same: each step takes a part of it on each.
-
-    Raises:
-        ValueError: on every rank, if reading failed on any, or numbers of rows differ.
-    """
-
-    earlier = None if args.warm_start is None else earlier_vocabulary(args.warm_start)
-    table = data_options.table_options(args, location(args.vocabulary or args.out), earlier)
-
-    def read() -> tuple[data.Examples, int]:
-        dataset = data.load(args.dataset, args.data, args.model, args.split_seed, table)
-        return dataset, dataset.num_train
-
-    dataset, rows = agree(read, dist.group.WORLD)
-    if len(set(rows)) > 1:
-        raise ValueError(
-            f"--data {args.data}: ranks 0 to {len(rows) - 1} have read {rows} rows to train on, "
-            "and would take different numbers of steps; give all ranks the same file"
-        )
-    return dataset
 
 
 def _warm_start(args: argparse.Namespace) -> WarmStart | None:

@@ -181,7 +181,17 @@ def run_tests(argv):
     """The tests of kernels, in a process of the level in its environment."""
     files = [str(TESTS / f"test_{name}.py") for name in ("expand", "bags", "backward", "kmeans")]
     sys.exit(
-        pytest.main(["-q", "-p", "no:cacheprovider", "-k", "expand or backward or compiled or native", *files, *argv])
+        pytest.main(
+            [
+                "-q",
+                "-p",
+                "no:cacheprovider",
+                "-k",
+                "expand or backward or compiled or native",
+                *files,
+                *argv,
+            ]
+        )
     )
 
 
