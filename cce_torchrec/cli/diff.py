@@ -107,7 +107,7 @@ def _tables(found: dict[str, Any]) -> list[str]:
     equal = sum(table["equal"] for table in found["both"])
     if equal:
         out.append(f"{equal} of {len(found['both'])} tables are bit-equal")
-    return out + (["", *columns(head, body, left=1), ""] if body else [])
+    return out + (["", *columns(head, body, left=1)] if body else [])
 
 
 def _changed(table: dict[str, Any]) -> str:
