@@ -115,6 +115,7 @@ def _changed(table: dict[str, Any]) -> str:
         return "" if table["codes_equal"] is None else "other chunks"
     if table["codes_equal"]:
         return "none"
+    # A line a table; all chunks are in --json.
     low, high = min(table["codes"]), max(table["codes"])
     if high == 0:
         return "renumbered"
