@@ -113,6 +113,7 @@ def _plain(record: OptimizerRecord | None) -> Json:
 
 
 def _random(one: Manifest, other: Manifest) -> bool | None:
+    # Each rank has its own, and there are others.
     if one.world_size != other.world_size:
         return None
     own, others = (
@@ -152,6 +153,7 @@ def _keys(state: SavedState) -> list[str]:
 def _counts(out: Json) -> bool:
     """Whether nothing of what counts differs."""
     tables, dense = out["tables"], out["dense"]
+    # Neither `extra` nor versions: a job goes on alike from both.
     return not (
         out["step"]
         or out["schedule"]

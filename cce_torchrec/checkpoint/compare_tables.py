@@ -80,6 +80,7 @@ def _codes(one: SavedTable, other: SavedTable) -> tuple[bool | None, list[float]
     own, others = one.record, other.record
     if not (isinstance(own, CCETableRecord) and isinstance(others, CCETableRecord)):
         return None, None
+    # Chunks of other widths have nothing to match.
     if own.num_chunks != others.num_chunks:
         return False, None
     chunks, ids = range(own.num_chunks), min(own.num_embeddings, others.num_embeddings)
@@ -106,6 +107,7 @@ def _distance(one: SavedTable, other: SavedTable, *, equal: bool) -> Json:
         # By a hash, so that any two checkpoints of a table are compared by the same ids.
         hash_ = hash_function(0, "", 0, role=_SAMPLE_ROLE)
         ids = torch.unique(hash_(torch.arange(SAMPLE), count))
+    # float64, so that the difference is that of the numbers and not of their rounding.
     a, b = one.embeddings(ids), other.embeddings(ids)
     squares, of_a = float((a - b).square().sum()), float(a.square().sum())
     return out | {"relative_norm": relative(squares, of_a), "ids": len(ids)}

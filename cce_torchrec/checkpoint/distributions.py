@@ -13,6 +13,7 @@ BINS = 40
 
 def rounded(value: float) -> float | None:
     """Six digits of a number, which make no difference to a reader; None if it is not finite."""
+    # Plain JSON has no NaN.
     return float(f"{value:.6g}") if np.isfinite(value) else None
 
 

@@ -92,6 +92,7 @@ def chunk_health(
         helper_codes: helper row of each id, [N].
         chunk: its number.
     """
+    # As a codebook lies in memory.
     rows = main if helper is None else torch.cat([main, helper])
     sums = RowSums(tuple(rows.shape))
     sums.add((0, 0), rows, squares=True)

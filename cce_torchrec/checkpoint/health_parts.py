@@ -142,6 +142,7 @@ def role_of(key: str) -> Role | None:
     if not parameter.endswith(".weight"):
         return None
     physical = parameter.removesuffix(".weight").rpartition(".")[2]
+    # No table of a user has a # in its name.
     chunk = physical.partition("#")[2]
     return Role(int(chunk) if chunk else None, state)
 
@@ -233,11 +234,13 @@ def _count_ids(
     Codes [last - first, chunks] are int64. `out` has the number of clusterings, by which ids are
     hashed.
     """
+    # As the lookup hashes: by the number of clusterings so far.
     helpers = [helper_hash(table.seed, table.name, chunk, out.clusterings) for chunk in chunks]
     main = torch.zeros(len(chunks), table.num_rows, dtype=torch.int64)
     helper = torch.zeros(len(chunks), table.num_helper_rows, dtype=torch.int64)
     for first, last in _ranges(len(ids)):
         block = codes(first, last)
+        # A wrong code would otherwise be counted as a row of the helper, or fail without a word.
         if int(block.max()) >= table.num_rows:
             raise ValueError(
                 f"table {table.name!r} has the code {int(block.max())}, and {table.num_rows} rows; "

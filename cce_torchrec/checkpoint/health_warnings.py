@@ -22,6 +22,7 @@ def share_in_words(share: float) -> str:
     """About how much a share of 0.1 or more is, as it is said."""
     if share >= 1:
         return "all"
+    # Words, as nobody acts on a tenth of a percent.
     return next((word for below, word in _WORDS if share < below), "nearly all")
 
 
@@ -36,6 +37,7 @@ def warnings_of(table: dict[str, Any]) -> list[str]:
     )
     out += _grouped(chunks, _uneven)
     out += _grouped(chunks, _not_finite)
+    # Before, main rows of the recipe "rare" are zero by intention.
     if table["clusterings"]:
         out += _grouped(chunks, _zero_main)
     return out

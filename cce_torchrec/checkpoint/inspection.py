@@ -151,6 +151,7 @@ def _table(name: str, table: TableRecord, manifest: Manifest) -> Json:
     if isinstance(table, CCETableRecord):
         rows = table.num_rows + table.num_helper_rows
         codes = packing_of(table).nbytes(table.num_embeddings, table.num_chunks)
+    # The manifest does not say the type of rows.
     values = rows * table.embedding_dim
     return {
         "name": name,
@@ -204,6 +205,7 @@ def _add_health(
 ) -> None:
     name = table["name"]
     keys = keys_of(state.tensors, {name: manifest.tables[name]})[name]
+    # Shards of one table may be in files of several ranks.
     bad = sorted({file for key in keys for file in state.files(key)} & set(damaged))
     if bad:
         table["not_read"] = f"{', '.join(bad)} {'is' if len(bad) == 1 else 'are'} damaged"

@@ -92,6 +92,7 @@ class SavedState:
     def blocks(self, key: str) -> Iterator[tuple[int, torch.Tensor]]:
         """First row and values of the blocks of a tensor that has rows."""
         rows, width = self.shape(key)[0], self.nbytes(key) // max(1, self.shape(key)[0])
+        # Of packed codes any row begins a group of ids; of whole ones every eighth.
         size = max(1, BLOCK_BYTES // max(1, width) // _GROUP) * _GROUP
         for first in range(0, rows, size):
             yield first, self.rows(key, first, min(rows, first + size))
@@ -100,6 +101,7 @@ class SavedState:
         size = self.tensors[key].size
         shape = [last - first, *size[1:]] if size else []
         out = torch.empty(shape, dtype=self.dtype(key), device="cpu")
+        # As loads have it: what to read of which shard, and where to put it.
         items = []
         for chunk in self.tensors[key].chunks:
             begins, sizes = list(chunk.offsets), list(chunk.sizes)

@@ -55,6 +55,7 @@ class SavedTable:
             return torch.stack([one.of_mixed(mixed, table.num_rows) for one in hashes], 1)
         if manifest.has_whole_codes:
             return rows_of(self._state.rows(self._codes, first, last))
+        # Whole groups of ids are read, as several share a byte.
         packing = packing_of(table)
         rows = self._state.rows(self._codes, first // packing.group, packing.rows(last))
         return packing.unpack(rows, last - first)
@@ -73,6 +74,7 @@ class SavedTable:
         out = []
         for chunk in range(table.num_chunks):
             weight = self._state.whole(self._weights[Role(chunk, "")]).double()
+            # Main and helper are in one tensor, main first.
             rows = weight[codes[:, chunk]]
             if table.num_helper_rows:
                 hash_ = helper_hash(table.seed, table.name, chunk, self.clusterings)
@@ -91,5 +93,6 @@ class SavedTable:
 
 def _between(ids: torch.Tensor, first: int, last: int) -> torch.Tensor:
     """Those of ascending `ids` in [first, last)."""
+    # They ascend, so no block looks at all of them.
     ends = torch.searchsorted(ids, torch.tensor([first, last]))
     return ids[int(ends[0]) : int(ends[1])]

@@ -107,7 +107,7 @@ def _tables(found: dict[str, Any]) -> list[str]:
     equal = sum(table["equal"] for table in found["both"])
     if equal:
         out.append(f"{equal} of {len(found['both'])} tables are bit-equal")
-    return out + (["", *columns(head, body, left=1), ""] if body else [])
+    return out + (["", *columns(head, body, left=1)] if body else [])
 
 
 def _changed(table: dict[str, Any]) -> str:
@@ -115,6 +115,7 @@ def _changed(table: dict[str, Any]) -> str:
         return "" if table["codes_equal"] is None else "other chunks"
     if table["codes_equal"]:
         return "none"
+    # A line a table; all chunks are in --json.
     low, high = min(table["codes"]), max(table["codes"])
     if high == 0:
         return "renumbered"

@@ -97,6 +97,7 @@ def _files(found: dict[str, Any]) -> list[str]:
 def _settings(extra: dict[str, Any] | None) -> list[str]:
     if not isinstance(extra, dict) or not extra:
         return ["settings: none are saved"]
+    # The training program keeps more than settings there.
     settings = extra["settings"] if isinstance(extra.get("settings"), dict) else extra
     out = ["settings:"]
     for name, value in list(settings.items())[:_MOST_SETTINGS]:
@@ -111,6 +112,7 @@ def _tables(found: dict[str, Any]) -> list[str]:
             "of full"]  # fmt: skip
     body = []
     for table in found["tables"]:
+        # Optimizer state is not in the share: both sides would have it.
         size, cce = table["bytes"], table["kind"] == "CCE"
         share = (size["rows"] + size["codes"] + (size["notes"] or 0)) / table["full_bytes"]
         body.append(

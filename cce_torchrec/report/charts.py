@@ -2,14 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass
 
+from cce_torchrec.report.axes import (
+    BOTTOM,
+    HEIGHT,
+    TOP,
+    WIDTH,
+    Axes,
+    Format,
+    grid_of,
+    padded,
+)
 from cce_torchrec.report.html import Html, joined, tag
-from cce_torchrec.report.numbers import short, tick_label, ticks, whole
+from cce_torchrec.report.numbers import short, whole
 
-WIDTH, HEIGHT = 520, 280
-_LEFT, _RIGHT, _TOP, _BOTTOM = 58, 12, 12, 40
 COLORS = 8
 """Colours there are, by number; the style sheet has them for light and dark."""
 _MOST_POINTS = 400
@@ -19,7 +27,6 @@ _MOST_HITS = 120
 """Points of a line that say their value."""
 
 Point = tuple[float, float]
-Format = Callable[[float], str]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,28 +63,6 @@ class Bars:
     """Drawn as its outline, in front of others."""
 
 
-@dataclass
-class _Axes:
-    """Where numbers are on a chart."""
-
-    x: tuple[float, float]
-    y: tuple[float, float]
-    format: Format = field(default=short)
-    unit: Format | None = None
-    """How ticks are written, where they have a unit."""
-    whole_x: bool = True
-
-    def left(self, value: float) -> float:
-        low, high = self.x
-        share = (value - low) / (high - low) if high > low else 0.5
-        return round(_LEFT + share * (WIDTH - _LEFT - _RIGHT), 1)
-
-    def top(self, value: float) -> float:
-        low, high = self.y
-        share = (value - low) / (high - low) if high > low else 0.5
-        return round(HEIGHT - _BOTTOM - share * (HEIGHT - _TOP - _BOTTOM), 1)
-
-
 def line_chart(
     title: str,
     lines: Sequence[Line],
@@ -108,6 +93,30 @@ def line_chart(
     if not lines:
         return None
     thinned = [thin(line.points) for line in lines]
+    axes = _axes_of(lines, thinned, marks, from_zero=from_zero, late=late)
+    axes.format, axes.unit = format, unit
+    parts = [grid_of(axes, x_label), _marks(axes, marks)]
+    for line, points in zip(lines, thinned, strict=True):
+        parts.append(_line(axes, line, _from_inside(points, axes.y)))
+    if max(len(line.points) for line in lines) > _MOST_POINTS:
+        note += " Each point is the mean of several."
+    if not all(axes.y[0] <= y <= axes.y[1] for points in thinned for _, y in points):
+        note += " The first steps are outside."
+    said = note
+    # Styles as well as colours, as not every reader tells colours apart.
+    keys = [(line.name, line.color, line.style) for line in lines]
+    return _figure(title, said.strip(), parts, keys)
+
+
+def _axes_of(
+    lines: Sequence[Line],
+    thinned: Sequence[Sequence[Point]],
+    marks: Sequence[Mark],
+    *,
+    from_zero: bool,
+    late: bool,
+) -> Axes:
+    """Axes with room for what `line_chart` shows."""
     xs = [x for points in thinned for x, _ in points] + [mark.x for mark in marks]
     first, last = min(xs), max(xs)
     # Steps begin at 0, unless a run was resumed far from there.
@@ -122,17 +131,7 @@ def line_chart(
         if x >= begin or line.dots or len(points) < _FEW
     ]
     ys = ys or every
-    axes = _Axes((first, last), _padded(min(ys), max(ys), from_zero), format, unit)
-    parts = [_grid(axes, x_label), _marks(axes, marks)]
-    for line, points in zip(lines, thinned, strict=True):
-        parts.append(_line(axes, line, _from_inside(points, axes.y)))
-    if max(len(line.points) for line in lines) > _MOST_POINTS:
-        note += " Each point is the mean of several."
-    if not all(axes.y[0] <= y <= axes.y[1] for y in every):
-        note += " The first steps are outside."
-    said = note
-    keys = [(line.name, line.color, line.style) for line in lines]
-    return _figure(title, said.strip(), parts, keys)
+    return Axes((first, last), padded(min(ys), max(ys), from_zero))
 
 
 def histogram_chart(
@@ -162,8 +161,8 @@ def histogram_chart(
     if low == high:  # all values are the same
         low, high = low - abs(low or 1) / 2, high + abs(high or 1) / 2
     most = max(max(layer.counts) for layer in layers)
-    axes = _Axes((low, high), (0, 1.08 * most), whole, whole_x=False)
-    parts = [_grid(axes, x_label)]
+    axes = Axes((low, high), (0, 1.08 * most), whole, whole_x=False)
+    parts = [grid_of(axes, x_label)]
     parts += [_bars(axes, layer, layer.edges, _label(layer, short)) for layer in layers]
     return _figure(title, note, parts, _layer_keys(layers))
 
@@ -179,9 +178,11 @@ def _equal_bins(title: str, layers: Sequence[Bars], x_label: str, note: str) -> 
     used = [place for layer in layers for place, count in enumerate(layer.counts) if count]
     first, last = min(used), max(used) + 1
     most = max(max(layer.counts) for layer in layers)
-    axes = _Axes((first, last), (0, 1.08 * most), whole)
+    axes = Axes((first, last), (0, 1.08 * most), whole)
     parts = [
-        _grid(axes, x_label, labels=[(p + 0.5, _bin_name(longest, p)) for p in range(first, last)])
+        grid_of(
+            axes, x_label, labels=[(p + 0.5, _bin_name(longest, p)) for p in range(first, last)]
+        )
     ]
     for layer in layers:
         cut = Bars(
@@ -224,48 +225,18 @@ def _from_inside(points: Sequence[Point], room: tuple[float, float]) -> list[Poi
     return [(x + (next_x - x) * (edge - y) / (next_y - y), edge), *points[inside:]]
 
 
-def _padded(low: float, high: float, from_zero: bool) -> tuple[float, float]:
-    if from_zero and low >= 0:
-        return 0.0, high * 1.08 or 1.0
-    room = (high - low) * 0.06 or abs(high) * 0.05 or 1.0
-    return low - room, high + room
-
-
-def _grid(axes: _Axes, x_label: str, labels: Sequence[tuple[float, str]] | None = None) -> Html:
-    """Lines and labels of both axes."""
-    right, bottom = WIDTH - _RIGHT, HEIGHT - _BOTTOM
-    # Steps, epochs, ids: there is nothing between whole numbers of them.
-    across = [x for x in ticks(*axes.x, 6) if not axes.whole_x or x == round(x)]
-    up = ticks(*axes.y, 6)
-    parts = []
-    for value in up:
-        y = axes.top(value)
-        parts.append(tag("line", class_="grid", x1=_LEFT, x2=right, y1=y, y2=y))
-        label = axes.unit(value) if axes.unit and value else tick_label(value, up)
-        parts.append(tag("text", label, x=_LEFT - 7, y=y + 4, text_anchor="end"))
-    named = [(value, tick_label(value, across)) for value in across] if labels is None else labels
-    # As many as have room; names of bins are longer than numbers.
-    every = -(-len(named) // (8 if labels is None else 6))
-    for value, label in named[::every]:
-        x = axes.left(value)
-        parts.append(tag("text", label, x=x, y=bottom + 17, text_anchor="middle"))
-    parts.append(tag("line", class_="axis", x1=_LEFT, x2=right, y1=bottom, y2=bottom))
-    middle = (_LEFT + right) / 2
-    parts.append(tag("text", x_label, x=middle, y=HEIGHT - 5, text_anchor="middle", class_="name"))
-    return joined(parts)
-
-
-def _marks(axes: _Axes, marks: Sequence[Mark]) -> Html:
+def _marks(axes: Axes, marks: Sequence[Mark]) -> Html:
     parts = []
     for mark in marks:
         x, own = axes.left(mark.x), "" if mark.color is None else f" c{mark.color % COLORS}"
         title = tag("title", mark.label)
-        line = tag("line", title, class_=f"mark{own}", x1=x, x2=x, y1=_TOP, y2=HEIGHT - _BOTTOM)
+        line = tag("line", title, class_=f"mark{own}", x1=x, x2=x, y1=TOP, y2=HEIGHT - BOTTOM)
         parts.append(line)
     return joined(parts)
 
 
-def _line(axes: _Axes, line: Line, points: Sequence[Point]) -> Html:
+def _line(axes: Axes, line: Line, points: Sequence[Point]) -> Html:
+    # In tenths of a pixel, which keeps pages small.
     places = [(axes.left(x), axes.top(y)) for x, y in points]
     path = " ".join(f"{x:g},{y:g}" for x, y in places)
     color = f"c{line.color % COLORS}"
@@ -290,10 +261,11 @@ def _label(layer: Bars, format: Format) -> list[str]:
     ]
 
 
-def _bars(axes: _Axes, layer: Bars, places: Sequence[float], labels: Sequence[str]) -> Html:
+def _bars(axes: Axes, layer: Bars, places: Sequence[float], labels: Sequence[str]) -> Html:
     color, base = f"c{layer.color % COLORS}", axes.top(0)
     if places[0] == places[-1]:  # one value
         places = axes.x
+    # The base on both sides, so that an outline is closed.
     parts, outline = [], [f"{axes.left(places[0])},{base}"]
     for low, high, count, label in zip(places, places[1:], layer.counts, labels, strict=False):
         left, right, top = axes.left(low), axes.left(high), axes.top(count)

@@ -47,6 +47,7 @@ def _changed(chunks: Sequence[Json]) -> float | None:
     """Mean over chunks, by their ids."""
     pairs = [(number(chunk.get("changed")), number(chunk.get("ids")) or 1.0) for chunk in chunks]
     known = [(share, ids) for share, ids in pairs if share is not None]
+    # A mean over ids, as chunks of several tables have other numbers of them.
     total = sum(ids for _, ids in known)
     return sum(share * ids for share, ids in known) / total if total else None
 
@@ -102,6 +103,7 @@ def _by_table(
             value = of(chunks)
             if step is not None and value is not None:
                 points.setdefault(table, []).append((step, value))
+    # More lines than colours would tell nothing.
     chosen = sorted(points, key=lambda table: -_ids(run, table))[:_MOST_TABLES]
     lines = [
         Line(name=table, points=points[table], color=place, dots=True)

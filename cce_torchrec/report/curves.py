@@ -48,6 +48,7 @@ def _trained_and_validated(
         if not train and not validation:
             train, validation = (run.points("epoch", name) for name in of_epochs)
             steps = run.figure("steps_per_epoch") is not None
+        # Faint, as single steps scatter.
         name = "training" if alone else f"{run.name}, training"
         lines.append(Line(name=name, points=train, color=place, style="faint"))
         name = "validation" if alone else f"{run.name}, validation"
@@ -121,6 +122,7 @@ def _memory(runs: Sequence[Run]) -> list[Line]:
     for place, run in enumerate(runs):
         lines = [line for line in run.of("train") if isinstance(line.get("memory"), list)]
         ranks = max((len(line["memory"]) for line in lines), default=0)
+        # The rank that has most is the one that runs out of it.
         if len(runs) > 1 or ranks > _MOST_RANKS:
             most = (
                 (line, max(filter(None, map(number, line["memory"])), default=None))

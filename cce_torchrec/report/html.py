@@ -23,6 +23,7 @@ def tag(name: str, *children: Any, **attributes: Any) -> Html:
         attributes: their values are escaped; `class_` is `class`, other underscores are dashes;
             those that are None or False are left out.
     """
+    # Names are of this package; values may be of anyone's files.
     told = "".join(
         f" {_attribute(key)}" + ("" if value is True else f'="{html.escape(str(value))}"')
         for key, value in attributes.items()

@@ -114,6 +114,7 @@ def _throughput(run: Run) -> float | None:
         if (examples := number(line.get("examples")))
         and (rate := number(line.get("examples_per_second")))
     ]
+    # Not the mean of rates, in which short lines would count as much as long ones.
     seconds = sum(examples / rate for examples, rate in lines)
     return sum(e for e, _ in lines) / seconds if seconds else run.figure("examples_per_second")
 
@@ -182,6 +183,7 @@ def _cell(
 ) -> Html:
     if value is None:
         return tag("span", "-")
+    # Equal ones are all best, which tells nothing.
     known = [one for one in values if one is not None]
     best = better and len(set(known)) > 1 and value == (max if better > 0 else min)(known)
     return tag("strong" if best else "span", form(value))

@@ -56,6 +56,7 @@ def page(runs: Sequence[Run]) -> str:
         ("settings", "Settings", settings(runs)),
         ("versions", "Versions", versions(runs)),
     ]
+    # Pages of many tables are long.
     links = [tag("li", tag("a", name, href=f"#{key}")) for key, name, _ in sections]
     body = [
         tag(

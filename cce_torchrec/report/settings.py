@@ -41,6 +41,7 @@ def _compared(runs: Sequence[Run], found: Callable[[Run], dict[str, Any]], what:
         return [tag("p", f"No {what} were written down.", class_="none")]
     rows = {name: [one.get(name, _ABSENT) for one in by_run] for name in names}
     differing = [name for name in names if len(set(rows[name])) > 1]
+    # What differs is what a comparison is read for.
     ordered = differing + [name for name in names if name not in differing]
     head = ["", *(run.name for run in runs)] if len(runs) > 1 else ["name", "value"]
     table = grid(
@@ -60,6 +61,7 @@ def _flat(found: dict[str, Any], prefix: str = "") -> dict[str, str]:
     """Values as text, those of dictionaries by the names joined with dots."""
     out: dict[str, str] = {}
     for name, value in found.items():
+        # An empty dictionary is a value, too.
         if isinstance(value, dict) and value:
             out |= _flat(value, f"{prefix}{name}.")
         else:

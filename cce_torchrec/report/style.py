@@ -1,6 +1,7 @@
 """How a page looks, in light and dark and on paper; and a script for hovering, without which the
 browser's own tips say the same."""
 
+# Colours have a contrast of 3 to 1 or more to their ground, text of 4.5 to 1.
 STYLE = """
 :root{--bg:#fff;--panel:#f6f8fa;--ink:#1b1f24;--muted:#57606a;--edge:#d0d7de;--grid:#e4e8ec;
 --accent:#0b62c4;--good:#116329;--bad:#b42318;--wait:#7a5200;--mark:#8c959f;
@@ -105,6 +106,7 @@ figure,.tiles div,tr,.bars li{break-inside:avoid}h2{break-after:avoid}
 @page{margin:14mm}}
 """
 
+# Tips come at once, and on touch, which those of browsers do not.
 SCRIPT = """
 (function () {
   var tip = document.getElementById("tip");

@@ -143,6 +143,7 @@ def _usage(name: str, runs: Sequence[Run], *, is_open: bool) -> Html:
             continue
         who = _who(run, runs)
         charts += [c for c in (_codes(who, table), _norms(who, table)) if c is not None]
+        # Made when health was, so that all who read it say the same.
         warnings = table.get("warnings")
         said += [f"{who}{text}" for text in warnings] if isinstance(warnings, list) else []
         facts.append(f"{who}{_facts_of_health(table)}")
@@ -239,6 +240,7 @@ def _together(parts: Sequence[tuple[list[float], list[float]]]) -> tuple[list[fl
     low, high = min(edges[0] for edges, _ in parts), max(edges[-1] for edges, _ in parts)
     if low == high:
         return [low, high], [sum(sum(counts) for _, counts in parts)]
+    # Each chunk has bins of its own, from its least norm to its largest.
     width = (high - low) / _BINS
     out = [0.0] * _BINS
     for edges, counts in parts:
