@@ -214,7 +214,7 @@ def measure(args: argparse.Namespace) -> None:
         "versions": installed_versions(),
         "options": OPTIONS,
         "seed": args.seed,
-        "results": results,
+        "tries": results,
     }
     args.json.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as folder:

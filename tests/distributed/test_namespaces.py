@@ -25,7 +25,8 @@ for _ in range(100):
         time.sleep(0.1)
 """
 
-pytestmark = pytest.mark.skipif(nodes.why_not() is not None, reason=f"{nodes.why_not()}")
+WHY_NOT = nodes.why_not()
+pytestmark = pytest.mark.skipif(WHY_NOT is not None, reason=str(WHY_NOT))
 
 
 def test_a_machine_that_is_killed_comes_back(tmp_path):
