@@ -29,6 +29,7 @@ def _shared() -> list[click.Parameter]:
     by_name = {str(parameter.name): parameter for parameter in SETTINGS}
     out: list[click.Parameter] = []
     for name in _SHARED:
+        # A copy, as the training program's says something else of some.
         own = copy.copy(by_name[name])
         if isinstance(own, click.Option):
             own.help = _HELP.get(name, own.help)

@@ -104,6 +104,7 @@ def _lines() -> list[tuple[str, str]]:
 
 
 def _list(ctx: click.Context, parameter: click.Parameter, value: bool) -> None:
+    # Completion parses too, and must not end the process.
     if not value or ctx.resilient_parsing:
         return
     for name, said in _lines():

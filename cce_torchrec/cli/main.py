@@ -40,6 +40,7 @@ class Commands(click.Group):
 
     def shell_complete(self, ctx: click.Context, incomplete: str) -> list[CompletionItem]:
         """Names of commands without loading these, and options of the group."""
+        # click's own asks each command for its help, and so loads all of them.
         names = [
             CompletionItem(name, help=said)
             for name, said in COMMANDS.items()

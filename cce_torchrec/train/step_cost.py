@@ -170,6 +170,7 @@ def _measure(
     repeats: int,
 ) -> dict[str, list[float]]:
     """Seconds of each step that counts, of each contender."""
+    # Both are there all the time, as a comparison of two processes would be one of two moments.
     models = {kind: _model(setting, own, device) for kind, own in configs.items()}
     times: dict[str, list[float]] = {kind: [] for kind in models}
     random = torch.Generator(device=device).manual_seed(0)
@@ -229,6 +230,7 @@ def _step(model: nn.Module, ids: KeyedJaggedTensor, device: torch.device) -> flo
     _wait(device)
     began = time.perf_counter()
     out = model(own).values()
+    # Fused optimizers update their tables within it.
     out.backward(torch.ones_like(out))
     _wait(device)
     return time.perf_counter() - began
