@@ -23,6 +23,7 @@ def parse_bytes(text: str | int) -> int:
     found = _SIZE.fullmatch(str(text))
     unit = found[2].lower() if found else "?"
     if found is None or unit not in _UNITS:
+        # A letter alone means 1000 to some, and 1024 to others.
         hint = f"; write {text}B or {text}iB" if f"{unit}b" in _UNITS and unit else ""
         raise ValueError(
             f"{text!r} is no number of bytes; give for example 40GB, 512MiB or 1000000{hint}"
@@ -32,6 +33,7 @@ def parse_bytes(text: str | int) -> int:
 
 def said_bytes(count: float) -> str:
     """A number of bytes for people, with three digits or four: "40.0 GB", "976 B"."""
+    # From the largest unit down to the first that there is one of.
     for power, unit in reversed(list(enumerate(("B", "kB", "MB", "GB", "TB", "PB")))):
         if count >= 1000**power and power:
             return f"{count / 1000**power:.{2 if count < 10 * 1000**power else 1}f} {unit}"

@@ -1,4 +1,7 @@
-"""`python -m benchmarks.quality`: see benchmarks/README.md."""
+"""`python -m benchmarks.quality`: log loss of every method at equal bytes or parameters.
+
+See benchmarks/README.md.
+"""
 
 from __future__ import annotations
 

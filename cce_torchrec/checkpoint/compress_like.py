@@ -46,6 +46,7 @@ def compress_like(model: nn.Module, folder: str | Path) -> list[str]:
     for at in collections_of(model):
         own = [_full_name(at, config) for config in at.configs]
         chosen = [n for n, c in zip(own, at.configs, strict=True) if n in saved and not is_cce(c)]
+        # What has no compressed table stays TorchRec's own, with its keys.
         if not chosen:
             continue
         if at.reason:
@@ -72,6 +73,7 @@ def _full_name(at: Found, config: BaseEmbeddingConfig) -> str:
 
 def _like(config: BaseEmbeddingConfig, saved: CCETableRecord) -> CCEEmbeddingBagConfig:
     """The table of the model in the form that it was saved in."""
+    # Rows that are more could grow, but which ids they are is not for this to say.
     here, there = ([one.num_embeddings, one.embedding_dim] for one in (config, saved))
     if here != there:
         raise ValueError(

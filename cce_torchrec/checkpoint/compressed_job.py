@@ -99,6 +99,7 @@ class CompressedJob:
         bar = tqdm(made, unit="table", disable=not sys.stderr.isatty())
         for table, candidates in bar:
             bar.set_description(table.full_name)
+            # Found before a table is read, and told with those that are compressed.
             if not candidates:
                 said[table.full_name] = stays(table, "as compressed it would not be smaller")
                 continue
@@ -127,6 +128,7 @@ class CompressedJob:
             ValueError: it is there already, or cannot be written.
         """
         path = refuse_existing(out)
+        # Both appear when they are whole, and a checkpoint has checksums, too.
         if path.suffix != ".pt":
             return save_checkpoint(path, self.model, step=step)
         with whole_file(path) as writing:
@@ -147,6 +149,7 @@ class CompressedJob:
             ]
             compressed = any(table.full_name in made for table in own)
             built[path] = self._collection(own, configs) if compressed else _torchrec(own, configs)
+        # A state dict may well be that of a collection alone.
         self.model = built[""] if "" in built else nn.Module()
         for path, collection in built.items():
             put(self.model, path, collection)
@@ -196,6 +199,7 @@ def refuse_existing(out: str | Path) -> Path:
         ValueError: something is there already.
     """
     path = location(out)
+    # A folder with checkpoints would get this one as its latest.
     if path.is_file() or (path.is_dir() and any(path.iterdir())):
         raise ValueError(f"{path} is there already; give another name, or remove it")
     if path.suffix == ".pt" and store_of(path) is not None:
@@ -227,4 +231,5 @@ def _put_tensor(root: nn.Module, name: str, value: torch.Tensor) -> None:
         if part not in dict(module.named_children()):
             module.add_module(part, nn.Module())
         module = module.get_submodule(part)
+    # Of a buffer and of a parameter the key is the same, and a load asks for no more.
     module.register_buffer(own, value)

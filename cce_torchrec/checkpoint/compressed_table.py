@@ -112,6 +112,7 @@ def forms(
         if rows >= 2:
             config = CCEEmbeddingBagConfig(num_rows=rows, **shape)
             out += [config] if config.table_bytes < table.bytes else []
+    # Else a table that is small already, and better left as it is.
     if not out and size is not None and size < min(least, table.bytes):
         raise ValueError(
             f"table {table.full_name!r}: {said_bytes(size)} do not hold two rows a chunk, which "
@@ -124,6 +125,7 @@ def _rows(table: PlainTable, shape: Mapping[str, Any], budget: Budget, size: int
     """The most rows a chunk whose bytes with codes are within `size`, or those of the budget."""
     if size is None:
         return min(budget.num_rows or 0, table.shape[0])
+    # Bytes never fall where rows are added, though codes grow in steps.
     low, high = 0, min(budget.most_rows, table.shape[0])
     while low < high:
         middle = (low + high + 1) // 2
@@ -156,6 +158,7 @@ def best(weight: Any, candidates: Sequence[CCEEmbeddingBagConfig]) -> CCEEmbeddi
 
 
 def stays(table: PlainTable, reason: str) -> CompressedSaved:
+    """What is said of a table that is not compressed."""
     return CompressedSaved(
         table=table.full_name,
         bytes_before=table.bytes,
@@ -168,6 +171,7 @@ def stays(table: PlainTable, reason: str) -> CompressedSaved:
 def compressed_to(
     table: PlainTable, config: CCEEmbeddingBagConfig, report: ImportReport
 ) -> CompressedSaved:
+    """What is said of one that is."""
     return CompressedSaved(
         table=table.full_name,
         bytes_before=table.bytes,

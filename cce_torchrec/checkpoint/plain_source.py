@@ -99,6 +99,7 @@ class PlainSource:
         for prefix, name, value in _values(found):
             key = prefix + name
             state[key], self._prefixes[key] = value, prefix
+            # Not of a subclass: shards are parts, which only their own libraries know.
             if type(value) in (torch.Tensor, torch.nn.Parameter):
                 self._shapes[key] = tuple(value.shape), value.dtype
             else:
@@ -139,6 +140,7 @@ class PlainSource:
             for key, prefix in self._prefixes.items()
             if key in self._shapes and _WEIGHT.fullmatch(key.removeprefix(prefix))
         }
+        # Of a model and a moving average of it, say, one is meant.
         if len(found) > 1:
             raise ValueError(
                 f"{self.path} has tables under the prefixes {sorted(found)}; choose one by --prefix"
@@ -175,12 +177,14 @@ class PlainSource:
             records = folders.read_manifest(folders.find(self.path)).tables.values()
         except ValueError:
             return None
+        # To compress them again would lose twice, and their codes are no plain state.
         if compressed := [r.full_name for r in records if isinstance(r, CCETableRecord)]:
             raise ValueError(f"{self.path}: tables {compressed} are CCE tables already")
         return {record.collection for record in records}
 
     def weight(self, table: PlainTable, scratch: Path) -> torch.Tensor | np.ndarray[Any, Any]:
         """The weight of a table, which is read into the file `scratch` where it comes in parts."""
+        # What torch.save wrote is mapped, and needs no copy.
         if self._state:
             return self._state[table.key].detach()
         # numpy has no bfloat16: then it is in memory as a whole.

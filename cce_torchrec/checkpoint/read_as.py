@@ -46,6 +46,7 @@ class ReadAs:
     def reading(self, full_name: str, default: Reading) -> Reading:
         """Of one table of a resolved one, where `default` holds for the rest."""
         return Reading(
+            # What a caller says wins, as a model may have been changed since.
             features=list(self.features.get(full_name, default.features)),
             pooling=self.pooling.get(full_name, default.pooling).upper(),
             weighted=default.weighted if self.weighted is None else self.weighted,

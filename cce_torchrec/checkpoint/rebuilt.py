@@ -98,6 +98,7 @@ def bag_tables(folder: str | Path) -> list[EmbeddingBagConfig]:
     names = [table.name for table in tables]
     if twice := sorted({name for name in names if names.count(name) > 1}):
         raise ValueError(f"{folder}: two collections have tables {twice}; plan the model itself")
+    # Plans of sequences are those of bags: bytes and rows are the same.
     return [table if isinstance(table, EmbeddingBagConfig) else _as_bags(table) for table in tables]
 
 
@@ -126,6 +127,7 @@ def _weight_keys(path: Path, manifest: Manifest) -> dict[str, tuple[str, torch.d
     out: dict[str, tuple[str, torch.dtype]] = {}
     for key, entry in found.items():
         name = key.removeprefix("model.")
+        # Optimizer state has keys of its own, in front of the same names.
         if not (key.startswith("model.") and isinstance(entry, TensorStorageMetadata)):
             continue
         table = table_of(name, manifest.tables) if name.endswith(".weight") else None

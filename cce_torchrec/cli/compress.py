@@ -76,6 +76,7 @@ BUDGETS = ("table_bytes", "compression", "num_rows")
 @reading_options("none, as a state dict does not say")
 @click.option("--json", "json_file", type=JSON_FILE, help="write what became of tables there")
 def command(
+    *,
     source: str,
     out: str,
     tables: tuple[str, ...],
@@ -119,6 +120,7 @@ def command(
     from cce_torchrec.checkpoint.location import store_of
     from cce_torchrec.checkpoint.plain_source import PlainSource
 
+    # Before minutes of K-means, which a name that is taken would throw away.
     path = refuse_existing(out)
     job_source = PlainSource(source, prefix)
     if job_source.prefix:

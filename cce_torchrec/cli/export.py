@@ -41,6 +41,7 @@ FORMS = ("folder", "torchscript", "program", "package", "onnx", "vectors")
     help="compare 64 ids of each feature with the checkpoint, and remove what differs",
 )
 def command(
+    *,
     checkpoint: str,
     out: str,
     form: str | None,

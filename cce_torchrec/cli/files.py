@@ -18,6 +18,7 @@ def write_text(file: str | Path, text: str) -> None:
     Raises:
         ValueError: naming the file, if it cannot be written.
     """
+    # Here, as it loads torch.
     from cce_torchrec.checkpoint.location import make_folder, write_whole
 
     path = Path(file)

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import click
+from click.shell_completion import CompletionItem
 
 from cce_torchrec.yaml_files import nearest
 
@@ -42,6 +43,16 @@ class Commands(click.Group):
             ctx.fail(f"no command {cmd_name!r}{nearest(cmd_name, COMMANDS)}")
         name = cmd_name.replace("-", "_")
         return importlib.import_module(f"cce_torchrec.cli.{name}").command
+
+    def shell_complete(self, ctx: click.Context, incomplete: str) -> list[CompletionItem]:
+        """Names of commands without loading these, and options of the group."""
+        # click's own asks each command for its help, and so loads all of them.
+        names = [
+            CompletionItem(name, help=said)
+            for name, said in COMMANDS.items()
+            if name.startswith(incomplete)
+        ]
+        return [*names, *click.Command.shell_complete(self, ctx, incomplete)]
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         """A line of help for each, without loading it."""

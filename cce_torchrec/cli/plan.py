@@ -78,6 +78,7 @@ _GPU_MEMORY = 80 * 10**9
 )
 @click.option("--json", "json_file", type=JSON_FILE, help="write all of it there, in bytes")
 def command(
+    *,
     source: str,
     world_size: int,
     memory: int | None,
@@ -119,6 +120,7 @@ def command(
     from cce_torchrec.versions import installed_versions
 
     tables, where = _tables(source), torch.device(device)
+    # Some twenty plans are made, which for a thousand tables take a minute.
     if fit and memory is not None:
         click.echo(f"finding the largest tables that fit {said_bytes(memory)} a rank", err=True)
         tables = tables_for_memory(

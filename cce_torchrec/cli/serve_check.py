@@ -12,6 +12,7 @@ from cce_torchrec.serve_options import ABOUT, OPTIONS, PURPOSE
 def _check(export: str, **options: Any) -> None:
     from cce_torchrec.inference.serve_check import run
 
+    # A wrong export is no error of the call, so no `Error:` is in front of what was found.
     if not run(export, options):
         raise SystemExit(1)
 

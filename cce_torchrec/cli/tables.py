@@ -32,6 +32,7 @@ def reading_options(default: str) -> Callable[[Callable[..., Any]], Callable[...
     """Gives a command `--features`, `--pooling` and `--weighted`; `default`: what holds else."""
 
     def give(command: Callable[..., Any]) -> Callable[..., Any]:
+        # Decorators put the last one first.
         for option in reversed(
             [
                 click.option(

@@ -20,6 +20,7 @@ class Bytes(click.ParamType):
             found = parse_bytes(value)
         except ValueError as error:
             self.fail(str(error), param, ctx)
+        # No table and no rank has none.
         if not found:
             self.fail("give more than 0 bytes", param, ctx)
         return found

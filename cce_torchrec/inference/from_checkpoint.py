@@ -83,6 +83,7 @@ def export_checkpoint(
     """
     path = Path(out)
     form = _form(path, form)
+    # Looked at first, as all that follows may take minutes.
     if path.exists():
         raise ValueError(f"{path} is there already; give another name, or remove it")
     data_type = data_type or ("fp32" if form == "vectors" else "int8")
@@ -93,6 +94,7 @@ def export_checkpoint(
             f"collection {chosen.path!r} is of sequences, which are written as folder or vectors, "
             f"and not as {form}"
         )
+    # Of the other collections nothing is read.
     trained = load_collections(folder, [chosen])[chosen.path]
     served = inference_collection(trained, data_type=data_type, ignores=ignores)
     key = _key(served, feature, form)
@@ -160,6 +162,7 @@ def _checked(path: Path, form: str, trained: Collection, served: Served, key: st
 
 def _files(path: Path) -> list[Path]:
     """What was written; tensors of a large ONNX are beside it."""
+    # Whichever there are: a form has one file, a folder of some, or two.
     found = [path, path.with_name(f"{path.name}.data"), *path.glob("*")]
     return [file for file in found if file.is_file()]
 

@@ -154,6 +154,7 @@ def outlook(
         ValueError: the tables do not fit, or an argument is not usable.
     """
     device = device if device is not None else torch.device("cpu")
+    # TorchRec would ask the GPU, and there may be none here.
     if device.type == "cuda" and memory_bytes is None:
         raise ValueError("a plan of GPUs that are not there needs memory_bytes of each")
     if optimizer not in OPTIMIZERS:
@@ -163,6 +164,7 @@ def outlook(
     collection = CCEEmbeddingBagCollection(tables, device=torch.device("meta"))
     apply_optimizer_in_backward(OPTIMIZERS[optimizer], list(collection.parameters()), {"lr": 0.1})
     model = nn.ModuleDict({"tables": collection})
+    # TorchRec asks nothing of a GPU for this but the name of its type.
     planner = make_planner(
         tables, world_size, device, kind, batch_size=batch_size, memory_bytes=memory_bytes
     )
@@ -172,6 +174,7 @@ def outlook(
         raise _does_not_fit(tables, world_size, memory_bytes) from error
     report = plan_report(model, plan, world_size)
     parts: dict[str, list[PlannedTable]] = {}
+    # A table that is spread has a part on each of several ranks.
     for part in report.tables:
         parts.setdefault(part.name, []).append(part)
     return Outlook(

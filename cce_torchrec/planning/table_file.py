@@ -93,6 +93,7 @@ def _tables(found: Any) -> list[EmbeddingBagConfig]:
     if not found["tables"]:
         raise ValueError("the list of tables is empty; name one or more")
     tables = [_table(at, own, common) for at, own in enumerate(found["tables"], start=1)]
+    # Collections refuse this as well, but not by the file.
     names = [table.name for table in tables]
     if twice := sorted({name for name in names if names.count(name) > 1}):
         raise ValueError(f"tables {twice} are named twice; a name is one table's alone")
@@ -119,6 +120,7 @@ def _table(at: int, own: Any, common: Mapping[str, Any]) -> EmbeddingBagConfig:
     budgets = budgets or [name for name in BUDGETS if common.get(name) is not None]
     if len(budgets) > 1:
         raise ValueError(f"{who}: {' and '.join(budgets)} both say how many rows; give one")
+    # Of `common` a plain table takes what plain tables have, and no more.
     if plain or not budgets:
         wrong = [name for name in (*BUDGETS, *_OF_CCE) if own.get(name) is not None]
         if wrong:
@@ -155,21 +157,7 @@ def _values(who: str, given: Mapping[str, Any]) -> dict[str, Any]:
     for name in ("num_embeddings", "embedding_dim"):
         if name not in out:
             raise ValueError(f"{who} has no {name}; give it, or for all tables in `common`")
-    for name in _NUMBERS:
-        if name in out:
-            least = 0 if name in ("seed", "num_helper_rows") else 1
-            out[name] = _whole(who, name, out[name], least)
-    if "table_bytes" in out:
-        try:
-            out["table_bytes"] = parse_bytes(out["table_bytes"])
-        except ValueError as error:
-            raise ValueError(f"{who}: table_bytes: {error}") from error
-    for name in _FLAGS:
-        if name in out and not isinstance(out[name], bool):
-            raise ValueError(f"{who}: {name} {out[name]!r} is neither true nor false")
-    for name in ("helper_ratio", "examples_per_id"):
-        if name in out:
-            out[name] = _real(who, name, out[name])
+    _convert_numbers(who, out)
     names = out.setdefault("feature_names", [out["name"]])
     names = [names] if isinstance(names, str) else names
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names) or not names:
@@ -181,6 +169,26 @@ def _values(who: str, given: Mapping[str, Any]) -> dict[str, Any]:
     if "id_ranges" in out:
         out["id_ranges"] = _ranges(who, out["id_ranges"])
     return out
+
+
+def _convert_numbers(who: str, out: dict[str, Any]) -> None:
+    """Numbers, bytes and flags become what configurations take, in place."""
+    for name in _NUMBERS:
+        if name in out:
+            least = 0 if name in ("seed", "num_helper_rows") else 1
+            out[name] = _whole(who, name, out[name], least)
+    if "table_bytes" in out:
+        try:
+            out["table_bytes"] = parse_bytes(out["table_bytes"])
+        except ValueError as error:
+            raise ValueError(f"{who}: table_bytes: {error}") from error
+    for name in _FLAGS:
+        # A number, or the text "no", would else be taken for true.
+        if name in out and not isinstance(out[name], bool):
+            raise ValueError(f"{who}: {name} {out[name]!r} is neither true nor false")
+    for name in ("helper_ratio", "examples_per_id"):
+        if name in out:
+            out[name] = _real(who, name, out[name])
 
 
 def _whole(who: str, name: str, value: Any, least: int) -> int:

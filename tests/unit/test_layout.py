@@ -8,7 +8,15 @@ import cce_torchrec
 ROOT = Path(cce_torchrec.__file__).parent
 LAYERS = [
     {"bars", "byte_sizes", "cpu_level", "extras", "packing", "serve_options"},
-    {"collectives", "compiled", "gpu", "torchrec_internals", "versions", "yaml_files"},
+    {
+        "collectives",
+        "compiled",
+        "device_name",
+        "gpu",
+        "torchrec_internals",
+        "versions",
+        "yaml_files",
+    },
     {"config_checks", "sizing"},
     {"config", "spans"},
     {"joint", "optimizer_state", "table"},
