@@ -115,12 +115,16 @@ class ChunkIds:
 
     def keys(self, ids: torch.Tensor) -> torch.Tensor:
         """Pair of each of `ids`: (code * levels + level) * k' + hash, int64."""
-        width = self.packing.width
-        own = self.codes[:, self.column * width : (self.column + 1) * width]
-        rows = self.packing.read(own, ids - self.local.start, 1).view(-1)
+        rows = self.rows_of(ids)
         if self.counts is not None:
             rows = rows * LEVELS + levels_of(self.counts, ids - self.local.start)
         return rows * self.helper_rows + self.hash(ids, self.helper_rows)
+
+    def rows_of(self, ids: torch.Tensor) -> torch.Tensor:
+        """Main rows of `ids`, int64."""
+        width = self.packing.width
+        own = self.codes[:, self.column * width : (self.column + 1) * width]
+        return self.packing.read(own, ids - self.local.start, 1).view(-1)
 
     def rows(self, first: int, last: int) -> torch.Tensor:
         """Main rows of ids [first, last), int64."""
@@ -244,20 +248,16 @@ class NewCodes:
             return changed
         return sum(int((own.rows(i, j) != self.of(i, j)).sum()) for i, j in self._blocks())
 
-    def by_old_code(self) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
-        """Old and new code of every pair, and its ids that are here; int64, in blocks."""
-        own, counts = self.ids, self.ids.count_pairs()
-        for first in range(0, len(counts), PAIR_BLOCK):
-            pairs = torch.arange(
-                first, min(first + PAIR_BLOCK, len(counts)), device=self.codes.device
-            )
-            old = pairs // (own.helper_rows * own.levels)
-            yield old, rows_of(self.codes[pairs]), counts[pairs].long()
-
-    def beside_old(self) -> Iterator[tuple[int, torch.Tensor, torch.Tensor]]:
-        """First id, old and new codes of the ids of each block, int64; codes are of ids."""
-        for first, last in self._blocks(GPU_WRITE_BLOCK if self.ids.on_gpu else ID_BLOCK):
-            yield first, self.ids.rows(first, last), self.of(first, last)
+    def beside_old(self, stride: int) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
+        """New codes of all ids; old and new codes of every `stride`-th; int64, in blocks."""
+        own = self.ids
+        for first, last in self._blocks(GPU_WRITE_BLOCK if own.on_gpu else ID_BLOCK):
+            new = self.of(first, last)
+            if stride == 1:
+                yield new, own.rows(first, last), new
+                continue
+            ids = torch.arange(first + -first % stride, last, stride, device=new.device)
+            yield new, own.rows_of(ids), new[ids - first]
 
     def write(self) -> None:
         """Rewrites the codes in place."""

@@ -17,8 +17,10 @@ from cce_torchrec.kmeans.points import PairPoints
 
 _DENSE = 1 << 19
 """Most pairs of codes that are counted in a table of all, 4 MiB; of more, those that occur."""
+_LOOKED_AT = 1 << 21
+"""Ids whose old codes are looked at, where K-means saw a sample: a share is right to 0.1 %."""
 _SAMPLED = 64
-"""Of those, where K-means saw no list of all pairs, ids of each new cluster that are looked at."""
+"""Of each new cluster, where pairs of codes are listed."""
 
 
 class Moves:
@@ -42,31 +44,24 @@ class Moves:
         self._sizes, self._table = self._totals.split([after, size - after])
         self._keys: list[torch.Tensor] = []
         self._ids: list[torch.Tensor] = []
-        # Ids are taken by their number, so that they are the same wherever they are.
-        self._stride = 1 if self._dense else max(1, num_ids // (_SAMPLED * after))
+        # Every so many of them, by their numbers, so that they are the same wherever they are.
+        self._stride = max(1, num_ids // (_LOOKED_AT if self._dense else _SAMPLED * after))
 
-    def add_points(self, points: PairPoints, nearest: torch.Tensor) -> None:
-        """Takes the pairs of all ids, whose weights are numbers of ids, with their new codes."""
+    def add_points(self, points: PairPoints, nearest: torch.Tensor, numbers: torch.Tensor) -> None:
+        """Takes the pairs of all ids, with the new code of each pair and the number of its ids."""
         for first in range(0, points.num_points, PAIR_BLOCK):
             at = slice(first, first + PAIR_BLOCK)
-            self._add(points.a[at].long() // self._levels, nearest[at].long(), points.weights[at])
+            new = nearest[at].long()
+            self._sizes.index_add_(0, new, numbers[at])
+            self._add(points.a[at].long() // self._levels, new, numbers[at])
 
     def add_codes(self, part: NewCodes) -> None:
         """Takes new codes of this rank's ids, before they are written."""
-        if part.by_pair:
-            for old, new, ids in part.by_old_code():
-                self._add(old, new, ids)
-            return
-        for first, old, new in part.beside_old():
-            self._sizes.index_add_(0, new, torch.ones_like(new))
-            sampled = slice(-first % self._stride, None, self._stride)
-            self._pairs(old[sampled], new[sampled], torch.ones_like(new[sampled]))
+        for new, old, sampled in part.beside_old(self._stride):
+            self._sizes += torch.bincount(new, minlength=self._after)
+            self._add(old, sampled, torch.ones_like(sampled))
 
     def _add(self, old: torch.Tensor, new: torch.Tensor, ids: torch.Tensor) -> None:
-        self._sizes.index_add_(0, new, ids)
-        self._pairs(old, new, ids)
-
-    def _pairs(self, old: torch.Tensor, new: torch.Tensor, ids: torch.Tensor) -> None:
         keys = old * self._after + new
         if self._dense:
             self._table.index_add_(0, keys, ids)

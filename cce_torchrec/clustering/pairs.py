@@ -34,6 +34,13 @@ class ChunkPairs:
     """Whether they were counted in a table of all pairs."""
     pair_of_id: torch.Tensor | None = None
     """int32 [N]: position of each id's pair, where the pairs of all ids were listed on one rank."""
+    ids: torch.Tensor | None = None
+    """int64: how many ids have each pair, on the owner, if all were counted and weigh otherwise."""
+
+    @property
+    def numbers(self) -> torch.Tensor:
+        """How many ids have each pair, where all ids were looked at; on the owner."""
+        return self.points.weights if self.ids is None else self.ids
 
 
 def sample_hash(state: ChunkState) -> HashFunction:
@@ -63,8 +70,9 @@ def find_pairs(state: ChunkState, plan: Budget, weights: IdWeights | None = None
     """
     ids, sample, holders = state.ids, sample_hash(state), state.holders
     pair_of_id: torch.Tensor | None = None
+    numbers: torch.Tensor | None = None
     if plan.by_pair:
-        keys, counts = _counted(ids, weights, holders)
+        keys, counts, numbers = _counted(ids, weights, holders)
     else:
         keys, counts, inverse = _listed(ids, sample, most_ids(state, plan), weights, holders)
         if plan.samples_per_centroid is None and not state.row_wise:
@@ -80,7 +88,7 @@ def find_pairs(state: ChunkState, plan: Budget, weights: IdWeights | None = None
 
     def found() -> ChunkPairs:
         points = points_of(state, keys, counts, drawn, weights)
-        return ChunkPairs(points, plan.by_pair, pair_of_id)
+        return ChunkPairs(points, plan.by_pair, pair_of_id, numbers)
 
     return holders.send(found)
 
@@ -93,14 +101,19 @@ def _any_weight(counts: torch.Tensor, holders: ChunkGroup) -> bool:
 
 def _counted(
     ids: ChunkIds, weights: IdWeights | None, holders: ChunkGroup
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Pairs of all ids, rising, and their ids or weights, int64 on the owner."""
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+    """Pairs of all ids, rising, their ids or weights, and with weights also their ids.
+
+    int64, on the owner.
+    """
     grid = holders.reduce(holders.together(ids.count_pairs))
     keys = holders.together(lambda: grid.nonzero().view(-1))
+    numbers = None
     if weights is not None:
+        numbers = holders.together(lambda: taken_at(grid, keys))
         del grid  # as large as the next one
         grid = holders.reduce(holders.together(lambda: ids.count_pairs(weights)))
-    return keys, holders.together(lambda: taken_at(grid, keys))
+    return keys, holders.together(lambda: taken_at(grid, keys)), numbers
 
 
 def _listed(

@@ -114,12 +114,12 @@ class ChunkSolver:
         """
         state, scorers = self._state, self._scorers
         relabelling = scorers.together(lambda: Relabelling(self._task, pairs.points, update))
-        # The pairs of all ids are here, with their numbers unless they weigh otherwise.
-        counted = nearest is not None and self._options.weights is None
+        # How many ids have each pair is known, unless they are in a list and weigh otherwise.
+        counted = nearest is not None and (pairs.by_pair or self._options.weights is None)
 
         def take(parts: Parts) -> None:
             if counted and nearest is not None and state.owned:
-                relabelling.moves.add_points(pairs.points, nearest)
+                relabelling.moves.add_points(pairs.points, nearest, pairs.numbers)
             for part in parts:
                 # Before it is written: residuals and moves are of the old codes.
                 relabelling.take(part, counted)

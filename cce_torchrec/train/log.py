@@ -30,6 +30,7 @@ class _Handler(logging.Handler):
     """Writes lines above the bars that are shown."""
 
     def emit(self, record: logging.LogRecord) -> None:
+        """Writes a line."""
         try:
             tqdm.write(self.format(record), file=sys.stderr)
         except Exception:  # as logging's own handlers: what is told must not end a run

@@ -46,7 +46,7 @@ from cce_torchrec.train.profiling import Trace, check_profile
 from cce_torchrec.train.records import Records
 from cce_torchrec.train.run_file import RunFile, describe
 from cce_torchrec.train.shared_data import shared_data
-from cce_torchrec.train.validation import Predictions, Score
+from cce_torchrec.train.validation import Score, evaluate
 from cce_torchrec.train.warm_start import WarmStart
 from cce_torchrec.train.watch import Watch
 
@@ -281,21 +281,15 @@ class Trainer:
                 # Batches that are on their way stay in the pipeline, which goes on with them.
                 self._running.detach()
             score = self._evaluate()
-            self.model.train()
             if self._running is not None:
                 self._running.attach(self.model)
         self.watch.validated(score, time.perf_counter() - began)
 
-    @torch.no_grad()
     def _evaluate(self) -> Score:
-        self.model.eval()
-        predictions, most = Predictions(), self.args.validate_rows
+        most = self.args.validate_rows
         batches = None if most is None else -(-most // self.args.batch_size)
-        for rows in islice(self.dataset.validation_batches(self._share()), batches):
-            batch = self._batch(rows)
-            _, (_, logits, _) = self.model(batch.to(self.device, non_blocking=True))
-            predictions.add(logits.cpu(), batch.labels)
-        return predictions.score()
+        rows = islice(self.dataset.validation_batches(self._share()), batches)
+        return evaluate(self.model, map(self._batch, rows), self.device)
 
     def _save(self) -> None:
         self.watch.train_line(self.optimizer)  # of what it would not know after a restart

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
+from torch import nn
 from torch.nn.functional import binary_cross_entropy_with_logits
 
 from cce_torchrec.collectives import gather
 from cce_torchrec.metrics import BINS, add_logits, auc, histogram_auc
+from cce_torchrec.train.job import Batch
 
 EXACT_ROWS = 1 << 22
 """Up to so many examples of all ranks the AUC is exact; of more it is one of a histogram."""
@@ -67,3 +70,15 @@ class Predictions:
         everyone = gather(own, dist.group.WORLD)
         logits, labels = (torch.cat(part) for part in zip(*everyone, strict=True))
         return Score(mean, auc(logits, labels) if rows else float("nan"), rows)
+
+
+@torch.no_grad()
+def evaluate(model: nn.Module, batches: Iterable[Batch], device: torch.device) -> Score:
+    """Scores a model in training, which it goes on with, on this rank's `batches`. Collective."""
+    predictions = Predictions()
+    model.eval()
+    for batch in batches:
+        _, (_, logits, _) = model(batch.to(device, non_blocking=True))
+        predictions.add(logits.cpu(), batch.labels)
+    model.train()
+    return predictions.score()

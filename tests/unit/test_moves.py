@@ -39,7 +39,7 @@ def measured(old, new, k, k_new):
     rows = torch.zeros(k, 4, dtype=torch.int32)
     a, none = pairs[0].int(), torch.zeros(0, dtype=torch.int64)
     points = PairPoints.from_integers(rows, rows, 1.0, a, a, counts, none)
-    own.add_points(points, pairs[1])
+    own.add_points(points, pairs[1], counts)
     return own
 
 
@@ -122,8 +122,8 @@ def test_a_report_counts_codes_as_they_were_and_are(way, call, dense):
 def test_a_sample_of_ids_is_about_right():
     """Where pairs of codes are too many for a table, and K-means saw a sample."""
     collection = one_table(num_rows=4)
-    with mock.patch.object(moves, "_DENSE", 0):
-        report = cluster(collection, samples_per_centroid=20)  # every 11th of 3,000 ids
+    with mock.patch.object(moves, "_DENSE", 0):  # every 11th of 3,000 ids
+        report = cluster(collection, samples_per_centroid=20)
     other = one_table(num_rows=4)
     other.load_state_dict(collection.state_dict())
     with mock.patch.object(moves, "_DENSE", 0):
