@@ -85,9 +85,7 @@ class ClusteringCheck:
             assert after.clusterings[table.name] == before.clusterings[table.name]
             assert (table.name in after.finalized) == (table.name in before.finalized)
 
-    def _chunk(
-        self, table: TableSpec, chunk: int, after: State, told: dict[str, Any]
-    ) -> None:
+    def _chunk(self, table: TableSpec, chunk: int, after: State, told: dict[str, Any]) -> None:
         """Codes, main rows and helper rows of one chunk."""
         ours, name = self.reference, f"{table.name}#{chunk}"
         points, weights = ours.points(table, chunk), self.weights(table)

@@ -1,4 +1,4 @@
-"""A model under test, in this process or sharded over forked gloo ranks: the same calls for both."""
+"""A model under test, in this process or sharded over forked gloo ranks, by the same calls."""
 
 from __future__ import annotations
 
@@ -238,7 +238,9 @@ class Ranks:
         self.pipes, self.processes = [], []
         for rank in range(size):
             here, there = context.Pipe()
-            process = context.Process(target=_serve, args=(kind, rank, size, port, there), daemon=True)
+            process = context.Process(
+                target=_serve, args=(kind, rank, size, port, there), daemon=True
+            )
             process.start()
             there.close()
             self.pipes.append(here)

@@ -33,9 +33,7 @@ def check_exports(
         assert reference.close(values.double().numpy(), expected), (who, values, expected)
 
     for lookup in ("fused", "portable"):
-        served = inference_collection(
-            collection, data_type="fp32", lookup=lookup, ignores=True
-        )
+        served = inference_collection(collection, data_type="fp32", lookup=lookup, ignores=True)
         check(served(batch.tensors(spec)).values(), lookup)
     written = save_inference(served, folder / "export")
     for lookup, mmap in (("portable", True), ("fused", False)):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import zlib
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +12,11 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from cce_torchrec.collectives import reason
 from cce_torchrec.data.numbering import PlainIds, Vocabulary
 from cce_torchrec.data.scan import Scan
 from cce_torchrec.data.table_files import TableFiles
+from cce_torchrec.signed import is_as_written, signed
 
 FILE = "vocabulary.parquet"
 _ENTRY = b"cce_torchrec"
@@ -54,7 +57,9 @@ def write_scan(folder: Path, scan: Scan, told: dict[str, Any]) -> None:
         "deviation": scan.deviation,
         "largest": [getattr(numbering, "largest", None) for numbering in scan.numberings],
     }
-    table = pa.concat_tables(parts).replace_schema_metadata({_ENTRY: json.dumps(entry)})
+    table = pa.concat_tables(parts)
+    entry["keys_crc32"] = _keys_crc(table)
+    table = table.replace_schema_metadata({_ENTRY: json.dumps(signed(entry))})
     folder.mkdir(parents=True, exist_ok=True)
     # Renamed into place, as a kill may stop a write anywhere but no rename halfway.
     beside = folder / f".{FILE}.new"
@@ -73,11 +78,23 @@ def read_scan(tables: list[TableFiles], folder: Path, told: dict[str, Any]) -> l
     if not file.exists():
         return []
     try:
+        if not file.is_file():  # to read a pipe would not end
+            raise ValueError("it is no file")
         with file.open("rb") as stream:
             table = pq.read_table(stream)
         entry = json.loads(table.schema.metadata[_ENTRY])
-    except (pa.ArrowException, OSError, KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"{file} cannot be read ({error}); remove it to have it made") from error
+        # Parquet has no checksums of its own that all readers look at, and other keys are other
+        # ids. Files of older versions have none.
+        if "keys_crc32" in entry and not (
+            is_as_written(entry, needed=True) and entry["keys_crc32"] == _keys_crc(table)
+        ):
+            raise ValueError("its checksum differs")
+        if not isinstance(entry["about"], dict):
+            raise ValueError("it does not say what it is of")
+        scans = _scans(tables, table, entry, told) if entry["about"] == told else []
+    except Exception as error:  # whatever a damaged one leads to
+        why = " ".join(reason(error).split())  # pyarrow says some things in several lines
+        raise ValueError(f"{file} cannot be read ({why}); remove it to have it made") from error
     if entry["about"] != told:
         # Named with both values, as the user may not know which of the options has changed.
         other = [name for name, value in told.items() if entry["about"].get(name) != value]
@@ -87,7 +104,20 @@ def read_scan(tables: list[TableFiles], folder: Path, told: dict[str, Any]) -> l
                 f"{file} is of other data ({differ}), and ids would be others; resume with the "
                 "same files and options, or start anew in another folder"
             )
-        return []
+    return scans
+
+
+def _keys_crc(table: pa.Table) -> int:
+    """CRC-32 of all rows."""
+    columns = [table[name].to_numpy() for name in ("key", "id")]
+    names = "\0".join(table["column"].to_pylist()).encode()
+    return zlib.crc32(b"".join([names, *(column.tobytes() for column in columns)]))
+
+
+def _scans(
+    tables: list[TableFiles], table: pa.Table, entry: dict[str, Any], told: dict[str, Any]
+) -> list[Scan]:
+    """The scan that is kept in the rows and the entry of a file."""
     numberings = tables[0].numberings()
     for name, numbering, largest in zip(
         told["features"], numberings, entry["largest"], strict=True

@@ -8,7 +8,7 @@ import cce_torchrec
 ROOT = Path(cce_torchrec.__file__).parent
 LAYERS = [
     {"packing"},
-    {"collectives", "compiled", "extras", "gpu", "torchrec_internals", "versions"},
+    {"collectives", "compiled", "extras", "gpu", "signed", "torchrec_internals", "versions"},
     {"config_checks", "sizing"},
     {"config", "spans"},
     {"joint", "optimizer_state", "table"},
