@@ -1,10 +1,12 @@
 """A training job killed by SIGKILL again and again, and resumed: does it end bit-equal?
 
-    python -m benchmarks.kill [--kills 20] [--plan cw] [--async-checkpoints] [--json FILE]
+    python -m benchmarks.kill [--kills 20] [--plan cw] [--one-rank] [--async-checkpoints]
+                              [--json FILE]
 
 Two runs of `cce_torchrec.train` on 2 ranks (synthetic data, DLRM): one that is left alone, in the
 plain loop, and one in the default pipeline, every process of which is killed while it starts,
-trains, clusters or writes a checkpoint, and which is then started again with --resume.
+trains, clusters or writes a checkpoint, and which is then started again with --resume. With
+--one-rank one process is killed, and the others have to end by themselves.
 """
 
 from __future__ import annotations
@@ -18,7 +20,7 @@ import socket
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +45,8 @@ OPTIONS = [
     "--checkpoint-every",
     "3",
 ]
+MOURNING = 120.0
+"""Seconds that ranks have to end once one of them was killed."""
 PHASES = ["start", "training", "clustering", "checkpoint"]
 
 
@@ -57,6 +61,14 @@ class Kill:
     half_written: bool
     seconds: float
     """Since the job was started."""
+    victim: int | None = None
+    """The rank that was killed; None: all were."""
+    exits: list[int] = field(default_factory=list)
+    """Exit statuses of the others."""
+    left: list[int] = field(default_factory=list)
+    """Ranks that had not ended by themselves after `MOURNING` seconds."""
+    mourned: float = 0.0
+    """Seconds until all had ended."""
 
 
 def job(rank: int, port: int, argv: list[str], out: Path, log: Path) -> None:
@@ -119,10 +131,13 @@ def finish(out: Path, ranks: list[Any]) -> None:
         raise RuntimeError(f"the job failed:\n{(out / 'log').read_text()[-3000:]}")
 
 
-def kill_at(out: Path, ranks: list[Any], aim: str, times: int, delay: float) -> Kill | None:
+def kill_at(
+    out: Path, ranks: list[Any], aim: str, times: int, delay: float, victim: int | None = None
+) -> Kill | None:
     """Kills all ranks `delay` seconds after rank 0 entered phase `aim` for the `times`-th time.
 
-    None if they ended before.
+    Or rank `victim` alone, after which the others have to end by themselves. None if all ended
+    before.
     """
     began = time.perf_counter()
     note, before = out / "phase-0", ""
@@ -137,9 +152,14 @@ def kill_at(out: Path, ranks: list[Any], aim: str, times: int, delay: float) -> 
         time.sleep(0.0005)
     time.sleep(delay)
     hit = note.read_text()
+    for process in ranks if victim is None else [ranks[victim]]:
+        process.kill()
+    killed = time.perf_counter()
+    for process in ranks:
+        process.join(MOURNING)
+    left = [rank for rank, process in enumerate(ranks) if process.is_alive()]
     for process in ranks:
         process.kill()
-    for process in ranks:
         process.join()
     latest = latest_checkpoint(out / "checkpoints")
     return Kill(
@@ -148,6 +168,10 @@ def kill_at(out: Path, ranks: list[Any], aim: str, times: int, delay: float) -> 
         latest.name if latest else None,
         any(not (path / MANIFEST).exists() for path in (out / "checkpoints").glob("step-*")),
         time.perf_counter() - began,
+        victim,
+        [] if victim is None else [p.exitcode for r, p in enumerate(ranks) if r != victim],
+        left,
+        time.perf_counter() - killed,
     )
 
 
@@ -185,14 +209,16 @@ def random_aims(kills: int, seed: int) -> list[tuple[str, int, float]]:
     return aims
 
 
-def compare(folder: Path, aims: list[tuple[str, int, float]], options: list[str]) -> dict[str, Any]:
-    """Runs both jobs; what was killed, and whether they ended equal."""
+def compare(
+    folder: Path, aims: list[tuple[str, int, float]], options: list[str], one_rank: bool = False
+) -> dict[str, Any]:
+    """Runs both jobs; what was killed (with `one_rank` each alone in turns), and if they differ."""
     alone, killed = folder / "alone", folder / "killed"
     finish(alone, start(alone, [*options, "--no-pipeline"]))
     done: list[Kill] = []
-    for aim in aims:
+    for number, aim in enumerate(aims):
         ranks = start(killed, [*options, "--resume"])
-        kill = kill_at(killed, ranks, *aim)
+        kill = kill_at(killed, ranks, *aim, victim=number % RANKS if one_rank else None)
         if kill is None:
             break  # the job ended before its last kill
         done.append(kill)
@@ -217,6 +243,7 @@ def main() -> None:
     parser.add_argument("--kills", type=int, default=20)
     parser.add_argument("--epochs", type=int, default=6)
     parser.add_argument("--plan", default="cw", help="of the training program")
+    parser.add_argument("--one-rank", action="store_true", help="kill one rank, each in turns")
     parser.add_argument("--async-checkpoints", action="store_true", help="of the training program")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--json", type=Path, default=Path("runs/kill.json"))
@@ -224,7 +251,10 @@ def main() -> None:
     options = ["--epochs", str(args.epochs), "--clusterings", str(7 * args.epochs)]
     options += ["--plan", args.plan, *(["--async-checkpoints"] * args.async_checkpoints)]
     with tempfile.TemporaryDirectory() as folder:
-        result = compare(Path(folder), random_aims(args.kills, args.seed), options)
+        result = compare(Path(folder), random_aims(args.kills, args.seed), options, args.one_rank)
+    left = sum(bool(kill["left"]) for kill in result["kills"])
+    if args.one_rank:
+        print(f"in {left} of them the other ranks did not end by themselves")
     hits = {phase: sum(k["hit"] == phase for k in result["kills"]) for phase in PHASES}
     print(
         f"{len(result['kills'])} kills {hits}; {result['tensors']} tensors compared, "

@@ -1,4 +1,4 @@
-"""A model under test, in this process or sharded over forked gloo ranks: the same calls for both."""
+"""A model under test, in this process or sharded over forked gloo ranks, by the same calls."""
 
 from __future__ import annotations
 

@@ -161,7 +161,7 @@ def main() -> None:
         print(f"{subject:12} {outcome:28} {count:6}")
     faults = [case for case in found if case.outcome not in FINE]
     for case in faults[:40]:
-        print(vars(case) | {"message": case.message[-1200:]})
+        print(vars(case) | {"message": f"{case.message[:500]} ... {case.message[-700:]}"})
     report = {
         "device": device_name(torch.device("cpu")),
         "versions": installed_versions(),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import random
@@ -128,8 +129,6 @@ def damage_folder(folder: Path, donor: Path, rng: random.Random) -> str:
         ways["json"] = as_json
         names += ["json"] * 14
     way = rng.choice(names)
-    try:
+    with contextlib.suppress(shutil.SameFileError):  # over itself, which is no damage
         ways[way]()
-    except shutil.SameFileError:
-        pass  # over itself, which is no damage
     return f"{own}: {way}"

@@ -2,12 +2,13 @@
 
     python -m benchmarks.hard.soak [--minutes 30] [--ranks 2] [--trace] [--json FILE]
 
-A cycle trains some steps, clusters, saves (in turns at once and by the thread), loads what it saved,
-and in one process exports and serves; every tenth begins anew with a fresh model that loads. All
-samples are taken on every rank after a garbage collection, before and after `malloc_trim`, which
-gives back what glibc's arenas hold and no one uses: what shrinks by that is no leak. The first
-quarter of the time is the warm-up; growth is that of the medians of the first and the last tenth of
-the rest. `--trace` prints which lines allocated what stays, by tracemalloc, which slows the soak.
+A cycle trains some steps, clusters, saves (in turns at once and by the thread), loads what it
+saved, and in one process exports and serves; every tenth begins anew with a fresh model that loads.
+All samples are taken on every rank after a garbage collection, before and after `malloc_trim`,
+which gives back what glibc's arenas hold and no one uses: what shrinks by that is no leak. The
+first quarter of the time is the warm-up; growth is that of the medians of the first and the last
+tenth of the rest. `--trace` prints which lines allocated what stays, by tracemalloc, which slows
+the soak.
 """
 
 from __future__ import annotations

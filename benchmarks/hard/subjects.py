@@ -67,6 +67,13 @@ class Subject(ABC):
         return False
 
 
+def _content(file: Path) -> bytes:
+    """Of a file, and of nothing that would not end."""
+    if not file.is_file():
+        raise ValueError(f"{file} is no file")
+    return file.read_bytes()
+
+
 def _trained(seed: int) -> Local:
     """A model after some steps and a clustering."""
     driver = Local(ModelSpec(**{**vars(SPEC), "seed": seed}))
@@ -109,7 +116,7 @@ class Checkpoint(Subject):
             report = load_checkpoint(folder, job.model, optimizers=job.optimizers)
         except ValueError as error:
             if "may be overwritten" not in str(error):
-                self._check_untouched()
+                self._check_untouched(error)
             raise
         if report.step != info.step or report.step not in (3, 4) or report.dropped:
             return False
@@ -126,20 +133,20 @@ class Checkpoint(Subject):
             return False
         return True
 
-    def _check_untouched(self) -> None:
+    def _check_untouched(self, refused: ValueError) -> None:
         try:
             assert_equal(self.fresh.state(), self.before, exact=True)
         except AssertionError as error:
-            raise Changed(str(error)) from error
+            raise Changed(f"{refused}; changed is {error}") from error
 
     def forge(self, folder: Path) -> bool:
         """Writes sizes and sums of the files into the manifest."""
         forged = False
         for manifest in folder.rglob("manifest.json"):
             try:
-                found = json.loads(manifest.read_text())
+                found = json.loads(_content(manifest))
                 for name in found["files"]:
-                    content = (manifest.parent / name).read_bytes()
+                    content = _content(manifest.parent / name)
                     found["files"][name] = [len(content), zlib.crc32(content)]
                 found.pop("crc32", None)  # as of an older version
                 manifest.write_text(json.dumps(found))
@@ -181,9 +188,9 @@ class Export(Subject):
         """Writes sizes and sums of the files into the manifest, and the sum of that."""
         try:
             manifest = folder / "manifest.json"
-            found = json.loads(manifest.read_text())
+            found = json.loads(_content(manifest))
             for name in found["files"]:
-                content = (folder / name).read_bytes()
+                content = _content(folder / name)
                 found["files"][name] = {"bytes": len(content), "crc32": zlib.crc32(content)}
             rest = {key: value for key, value in found.items() if key != "crc32"}
             found["crc32"] = zlib.crc32(json.dumps(rest, sort_keys=True).encode())

@@ -27,6 +27,7 @@ from cce_torchrec.checkpoint.location import (
     write_whole,
 )
 from cce_torchrec.checkpoint.manifest import FORMAT, READABLE, Fingerprint, Manifest
+from cce_torchrec.signed import is_as_written, shown, signed
 from cce_torchrec.spans import span
 
 logger = logging.getLogger(__name__)
@@ -111,7 +112,7 @@ def commit(checkpoint: Path, manifest: Manifest, keep: int) -> Path:
             "checkpoints need a folder that all ranks share"
         )
     # Last of all files, so that a folder with a manifest is whole.
-    write_whole(checkpoint / MANIFEST, json.dumps(manifest.to_json()))
+    write_whole(checkpoint / MANIFEST, json.dumps(signed(manifest.to_json())))
     try:
         _rotate(checkpoint.parent, keep)
     except Exception as error:  # the new one is in place, and its caller discards what has failed
@@ -182,6 +183,9 @@ def read_manifest(checkpoint: Path) -> Manifest:
     file = checkpoint / MANIFEST
     try:
         found = json.loads(file.read_text())
+        # Those of older versions have none.
+        if not is_as_written(found, needed=False):
+            raise ValueError("its checksum differs")
         format_ = found["format"]
         if format_ in READABLE:  # the fields of others are other ones
             return Manifest.from_json(found)
@@ -189,8 +193,8 @@ def read_manifest(checkpoint: Path) -> Manifest:
         raise ValueError(f"{file} is damaged ({error}); load another checkpoint") from error
     remedy = "update cce_torchrec" if isinstance(format_, int) and format_ > FORMAT else "save anew"
     raise ValueError(
-        f"{file} has format {format_}; this version reads {', '.join(map(str, READABLE[:-1]))} and "
-        f"{FORMAT}: {remedy}"
+        f"{file} has format {shown(format_)}; this version reads "
+        f"{', '.join(map(str, READABLE[:-1]))} and {FORMAT}: {remedy}"
     )
 
 

@@ -21,7 +21,7 @@ from cce_torchrec.checkpoint import folder as folders
 from cce_torchrec.checkpoint.finalized import finalized_as
 from cce_torchrec.checkpoint.format_2 import Format2Plans, Format2Reader
 from cce_torchrec.checkpoint.grow import Growth
-from cce_torchrec.checkpoint.load_report import LoadReport
+from cce_torchrec.checkpoint.load_report import LoadReport, in_part
 from cce_torchrec.checkpoint.location import location
 from cce_torchrec.checkpoint.manifest import NO_OPTIMIZER, Manifest, OptimizerRecord
 from cce_torchrec.checkpoint.matching import Matching, match_state
@@ -38,7 +38,7 @@ from cce_torchrec.checkpoint.renamed import renamed_weights
 from cce_torchrec.checkpoint.save import model_state
 from cce_torchrec.checkpoint.tables import choose_tables, describe_tables, match_tables, table_of
 from cce_torchrec.checkpoint.tensor_files import LoadPlans, TensorReader
-from cce_torchrec.collectives import Ranks, reason, same_task
+from cce_torchrec.collectives import Ranks, same_task
 from cce_torchrec.table import refuse_none
 
 logger = logging.getLogger(__name__)
@@ -301,10 +301,7 @@ class _Load:
                 self._state, storage_reader=self._reader, planner=self._plans, process_group=group
             )
         except (Exception, CheckpointException) as error:  # the latter is no Exception
-            raise ValueError(
-                f"{self.path}: reading failed ({reason(error)}); the model may be overwritten in "
-                "part: load again before it goes on"
-            ) from error
+            raise in_part(self.path, error) from error
 
     def take_over(self, random: dict[str, Any]) -> None:
         """Hands everything that was read to the model, its optimizers and the process."""
@@ -316,7 +313,10 @@ class _Load:
                 loaded[key] = read  # extra state of a module is replaced, not written into
         # Parts of a model lack the keys of the rest, and `check` has compared those that count.
         every = self._wanted is None and not self.matching.left_out
-        self.model.load_state_dict(loaded, strict=every)
+        try:
+            self.model.load_state_dict(loaded, strict=every)
+        except Exception as error:  # tensors that contradict the manifest, which was checked
+            raise in_part(self.path, error) from error
         for state, made in self._made:
             state.create(made)
         for _, record, state in self._restored():

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from cce_torchrec.clustering.schedule import ClusteringSchedule
+from cce_torchrec.collectives import reason
 
 
 @dataclass(frozen=True)
@@ -40,3 +41,11 @@ class LoadReport:
     """What the checkpoint has and the model lacks; by `strict=False`."""
     conflicts: dict[str, str] = field(default_factory=dict)
     """What both have and differs, which stays as it was: its name, and how; by `strict=False`."""
+
+
+def in_part(path: Path, error: BaseException) -> ValueError:
+    """What to raise where `error` came when something was written into the model already."""
+    return ValueError(
+        f"{path}: reading failed ({reason(error)}); the model may be overwritten in part: load "
+        "again before it goes on"
+    )

@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import zlib
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from cce_torchrec.collectives import reason
 from cce_torchrec.data.earlier import EarlierScan
 from cce_torchrec.data.numbering import Numbering, PlainIds, Vocabulary, numbering_of
 from cce_torchrec.data.scan import Scan
 from cce_torchrec.data.table_files import TableFiles
+from cce_torchrec.signed import is_as_written, signed
 
 FILE = "vocabulary.parquet"
 _ENTRY = b"cce_torchrec"
@@ -48,7 +54,7 @@ def write_scan(folder: Path, scan: Scan, told: dict[str, Any]) -> None:
             size = len(numbering.keys)
             columns = [pa.repeat(name, size), numbering.keys, numbering.all_numbers()]
             parts.append(pa.table(columns, schema=_SCHEMA))
-    entry = {
+    entry: dict[str, Any] = {
         "about": told,
         "train": scan.train,
         "validation": scan.validation,
@@ -56,7 +62,9 @@ def write_scan(folder: Path, scan: Scan, told: dict[str, Any]) -> None:
         "deviation": scan.deviation,
         "largest": [getattr(numbering, "largest", None) for numbering in scan.numberings],
     }
-    table = pa.concat_tables(parts).replace_schema_metadata({_ENTRY: json.dumps(entry)})
+    table = pa.concat_tables(parts)
+    entry["keys_crc32"] = _keys_crc(table)
+    table = table.replace_schema_metadata({_ENTRY: json.dumps(signed(entry))})
     folder.mkdir(parents=True, exist_ok=True)
     # Renamed into place, as a kill may stop a write anywhere but no rename halfway.
     beside = folder / f".{FILE}.new"
@@ -74,7 +82,9 @@ def read_scan(tables: list[TableFiles], folder: Path, told: dict[str, Any]) -> l
     file = folder / FILE
     if not file.exists():
         return []
-    table, entry = _read(file)
+    with _damage_named(file):
+        table, entry = _read(file)
+        scans = _scans(tables, table, entry, told) if entry["about"] == told else []
     if entry["about"] != told:
         # Named with both values, as the user may not know which of the options has changed.
         other = [name for name, value in told.items() if entry["about"].get(name) != value]
@@ -84,7 +94,30 @@ def read_scan(tables: list[TableFiles], folder: Path, told: dict[str, Any]) -> l
                 f"{file} is of other data ({differ}), and ids would be others; resume with the "
                 "same files and options, or start anew in another folder"
             )
-        return []
+    return scans
+
+
+def _keys_crc(table: pa.Table) -> int:
+    """CRC-32 of all rows, in whatever pieces they are."""
+    crc = 0
+    names = table["column"].cast(pa.large_binary())
+    for part in pc.binary_length(names).chunks:
+        crc = zlib.crc32(part.to_numpy().tobytes(), crc)
+    for part in names.chunks:
+        # Not as a list of texts, of which there are as many as ids.
+        _, offsets, content = part.buffers()
+        bounds = np.frombuffer(offsets, dtype=np.int64)[part.offset :][: len(part) + 1]
+        crc = zlib.crc32(memoryview(content or b"")[bounds[0] : bounds[-1]], crc)
+    for name in ("key", "id"):
+        for part in table[name].chunks:
+            crc = zlib.crc32(part.to_numpy().tobytes(), crc)
+    return crc
+
+
+def _scans(
+    tables: list[TableFiles], table: pa.Table, entry: dict[str, Any], told: dict[str, Any]
+) -> list[Scan]:
+    """The scan that is kept in the rows and the entry of a file."""
     numberings = tables[0].numberings()
     for name, numbering, largest in zip(
         told["features"], numberings, entry["largest"], strict=True
@@ -106,38 +139,53 @@ def read_earlier(folder: Path) -> EarlierScan:
             f"{folder} has no {FILE}, by which ids would keep their numbers; name the folder of a "
             "run on files (its --vocabulary, if it had one)"
         )
-    table, entry = _read(file)
     numberings = {}
-    try:
+    with _damage_named(file):
+        table, entry = _read(file)
         told = entry["about"]
         for (name, text), largest in zip(told["features"].items(), entry["largest"], strict=True):
             numberings[name] = numbering_of(told["ids"], text, told["hash_size"])
             _fill(numberings[name], table, name, largest)
         pairs = zip(entry["mean"], entry["deviation"], strict=True)
         moments = dict(zip(told["dense"], pairs, strict=True))
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"{file} is damaged, or of another version ({error})") from error
     return EarlierScan(file, numberings, moments)
 
 
-def _read(file: Path) -> tuple[pa.Table, dict[str, Any]]:
-    """The keys, and what else was kept.
-
-    Raises:
-        ValueError: naming the file, if it cannot be read.
-    """
+@contextlib.contextmanager
+def _damage_named(file: Path) -> Iterator[None]:
+    """Raises whatever a damaged file leads to as a ValueError that names it."""
     try:
-        with file.open("rb") as stream:
-            table = pq.read_table(stream)
-        return table, json.loads(table.schema.metadata[_ENTRY])
-    except (pa.ArrowException, OSError, KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"{file} cannot be read ({error}); remove it to have it made") from error
+        yield
+    except Exception as error:
+        why = " ".join(reason(error).split())  # pyarrow says some things in several lines
+        raise ValueError(f"{file} cannot be read ({why}); remove it to have it made") from error
+
+
+def _read(file: Path) -> tuple[pa.Table, dict[str, Any]]:
+    """The keys, and what else was kept."""
+    if not file.is_file():  # to read a pipe would not end
+        raise ValueError("it is no file")
+    with file.open("rb") as stream:
+        table = pq.read_table(stream)
+    entry = json.loads(table.schema.metadata[_ENTRY])
+    # Parquet has no checksums of its own that all readers look at, and other keys are other ids.
+    # Files of older versions have none.
+    if "keys_crc32" in entry and not (
+        is_as_written(entry, needed=True) and entry["keys_crc32"] == _keys_crc(table)
+    ):
+        raise ValueError("its checksum differs")
+    if not isinstance(entry["about"], dict):
+        raise ValueError("it does not say what it is of")
+    return table, entry
 
 
 def _fill(numbering: Numbering, table: pa.Table, name: str, largest: int | None) -> None:
     """Has a numbering be as it was kept."""
     if isinstance(numbering, Vocabulary):
         own = table.filter(pc.equal(table["column"], name))
-        numbering.keys, numbering.numbers = own["key"].to_numpy(), own["id"].to_numpy()
+        numbering.keys, numbers = own["key"].to_numpy(), own["id"].to_numpy()
+        # Kept only where they tell something: they are as large as the keys.
+        plain = np.array_equal(numbers, np.arange(1, len(numbers) + 1))
+        numbering.numbers = None if plain else numbers
     elif isinstance(numbering, PlainIds) and largest is not None:
         numbering.largest = largest

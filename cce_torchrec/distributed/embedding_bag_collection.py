@@ -321,10 +321,7 @@ class ShardedCCEEmbeddingBagCollection(
 
     @property
     def num_invalid_ids(self) -> int:
-        """Ids out of bounds that this rank has seen so far (bounds_check_mode WARNING).
-
-        An id of a table whose chunks are spread is seen on every rank that has some.
-        """
+        """Ids out of bounds seen by this rank, of those that have chunks of the table (WARNING)."""
         return self.bounds_check.num_invalid
 
     @property

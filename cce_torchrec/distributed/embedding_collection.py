@@ -215,10 +215,7 @@ class ShardedCCEEmbeddingCollection(
 
     @property
     def num_invalid_ids(self) -> int:
-        """Ids out of bounds that this rank has seen so far (bounds_check_mode WARNING).
-
-        An id of a table whose chunks are spread is seen on every rank that has some.
-        """
+        """Ids out of bounds seen by this rank, of those that have chunks of the table (WARNING)."""
         return self.bags.num_invalid_ids
 
     def sharded_parameter_names(self, prefix: str = "") -> Iterator[str]:

@@ -14,7 +14,6 @@ from __future__ import annotations
 import json
 import logging
 import os
-import zlib
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -38,6 +37,7 @@ from cce_torchrec.inference.collection import (
 )
 from cce_torchrec.inference.packed_tables import PackedFeature, PackedTable, PackedTables
 from cce_torchrec.inference.row_types import row_type
+from cce_torchrec.signed import is_as_written, shown, signed
 from cce_torchrec.spans import span
 from cce_torchrec.versions import installed_versions
 
@@ -81,8 +81,7 @@ def save_inference(collection: Served, folder: str | Path) -> Path:
         described = _described(collection) | {
             "files": {name: {"bytes": own.size, "crc32": own.crc} for name, own in files.items()}
         }
-        described["crc32"] = _checksum(described)
-        write(writing / MANIFEST, [json.dumps(described, indent=1).encode()])
+        write(writing / MANIFEST, [json.dumps(signed(described), indent=1).encode()])
         os.chmod(writing, 0o755)  # mkdtemp's are for their owner alone
         writing.rename(folder)
         sync_folder(folder.parent)
@@ -114,25 +113,23 @@ def load_inference(
     if not folder.is_dir():
         raise ValueError(f"{folder} is no folder; give one that save_inference wrote")
     found = _manifest(folder, check)
+    lookup_type(lookup)  # whose errors are not of the folder
     try:
         for name in (CODES, ROWS):
             _check_file(folder / name, found["files"][name], check)
         packed = _packed(found, *(_tensor(folder / name, mmap) for name in (CODES, ROWS)))
         options = {name: found[name] for name in ("ignores", "sequences", "need_indices")}
         golden = found["golden"]
-    except (
-        KeyError,
-        TypeError,
-        IndexError,
-        ZeroDivisionError,
-    ) as error:  # by hand, or by an unfinished version
+        collection = collection_of(packed, lookup=lookup, **options)
+        # The sums of what was mapped may be right, and the machine or a version not.
+        if check:
+            _check_golden(folder, packed, golden, lookup)
+    except ValueError:
+        raise
+    except Exception as error:  # by hand, or by an unfinished version: whatever it leads to
         raise ValueError(
             f"{folder / MANIFEST} does not describe tables ({error!r}); write the export again"
         ) from error
-    collection = collection_of(packed, lookup=lookup, **options)
-    # The sums of what was mapped may be right, and the machine or a version not.
-    if check:
-        _check_golden(folder, packed, golden, lookup)
     return collection
 
 
@@ -174,12 +171,6 @@ def _vectors(packed: PackedTables, number: int, ids: list[int], lookup: str) -> 
     return own(torch.tensor(ids * 2), lengths, weights)
 
 
-def _checksum(described: dict[str, Any]) -> int:
-    """Of all that a manifest says but this."""
-    rest = {key: value for key, value in described.items() if key != "crc32"}
-    return zlib.crc32(json.dumps(rest, sort_keys=True).encode())
-
-
 def _manifest(folder: Path, check: bool) -> dict[str, Any]:
     """What the manifest says.
 
@@ -188,6 +179,8 @@ def _manifest(folder: Path, check: bool) -> dict[str, Any]:
     """
     file = folder / MANIFEST
     try:
+        if file.exists() and not file.is_file():  # to read a pipe would not end
+            raise OSError("it is no file")
         found = json.loads(file.read_text())
     except FileNotFoundError as error:
         raise ValueError(
@@ -198,10 +191,10 @@ def _manifest(folder: Path, check: bool) -> dict[str, Any]:
     if not isinstance(found, dict) or found.get("format") != FORMAT:
         format_ = found.get("format") if isinstance(found, dict) else None
         raise ValueError(
-            f"{file} has format {format_}; this version reads {FORMAT}: install the version of "
-            "cce_torchrec that wrote it, or write the export again"
+            f"{file} has format {shown(format_)}; this version reads {FORMAT}: install the version "
+            "of cce_torchrec that wrote it, or write the export again"
         )
-    if found.get("crc32") != _checksum(found):  # as others may be right by chance, and read amiss
+    if not is_as_written(found, needed=True):  # as others may be right by chance, and read amiss
         raise ValueError(f"{file} is damaged (its checksum differs); copy the whole export again")
     versions = found.get("versions")
     if versions != installed_versions():

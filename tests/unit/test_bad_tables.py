@@ -1,7 +1,11 @@
 """Tables that cannot be read: what the message names, and that nothing is left behind."""
 
+import json
+import os
+
 import numpy as np
 import pandas as pd
+import pyarrow.parquet as pq
 import pytest
 
 from cce_torchrec.data import Share, TableDataset, TableOptions, load
@@ -257,6 +261,28 @@ def test_a_vocabulary_of_other_data(tmp_path):
     (run / FILE).write_bytes(b"PAR1")
     with pytest.raises(ValueError, match=rf"{FILE} cannot be read .* remove it"):
         TableDataset(path, TableOptions(**FLAT, folder=run))
+
+
+def test_a_vocabulary_that_is_damaged(tmp_path):
+    """Another key is another id: parquet itself reads it, and would train other rows."""
+    path, run = write_parquet(tmp_path / "a.parquet", frame(100)), tmp_path / "run"
+    options = TableOptions(**{**FLAT, "ids": "vocabulary"}, folder=run)
+    TableDataset(path, options)
+    kept = pq.read_table(run / FILE)
+    keys = kept["key"].to_numpy().copy()
+    keys[3] += 1
+    pq.write_table(kept.set_column(1, "key", [keys]), run / FILE)
+    with pytest.raises(ValueError, match=rf"{FILE} cannot be read \(its checksum differs\)"):
+        TableDataset(path, options)
+    entry = json.loads(kept.schema.metadata[b"cce_torchrec"])
+    entry["train"][0] += 1
+    pq.write_table(kept.replace_schema_metadata({"cce_torchrec": json.dumps(entry)}), run / FILE)
+    with pytest.raises(ValueError, match=rf"{FILE} cannot be read \(its checksum differs\)"):
+        TableDataset(path, options)
+    (run / FILE).unlink()
+    os.mkfifo(run / FILE)  # to read it would not end
+    with pytest.raises(ValueError, match=rf"{FILE} cannot be read \(it is no file\)"):
+        TableDataset(path, options)
 
 
 def test_criteo_s_test_file_has_no_labels(tmp_path):

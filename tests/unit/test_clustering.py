@@ -309,6 +309,18 @@ def test_seen_ids_are_those_of_training_lookups():
         cluster(plain, weights="seen")
 
 
+@pytest.mark.parametrize("options", [{}, {"samples_per_centroid": 2}])
+def test_where_nothing_was_seen_each_id_counts(options):
+    """As without weights, and not each pair of codes however many ids share it."""
+    seen, plain = (grouped(num_rows=2, num_helper_rows=3, track_seen=True) for _ in range(2))
+    weighted, without = cluster(seen, weights="seen", **options), cluster(plain, **options)
+    assert [c.objective_after for c in weighted.chunks] == [
+        c.objective_after for c in without.chunks
+    ]
+    for name, value in plain.state_dict().items():
+        assert torch.equal(seen.state_dict()[name], value), name
+
+
 def test_seen_weights_keep_what_training_has_learned():
     """90% of ids are never seen: the loss after a step, helper rows included, is lower."""
 

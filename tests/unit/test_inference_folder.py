@@ -1,6 +1,7 @@
 """Packed tables in a folder: written whole or not at all, and checked when they are read."""
 
 import json
+import os
 import shutil
 
 import pytest
@@ -10,6 +11,7 @@ from torchrec import KeyedJaggedTensor
 from cce_torchrec import CCEEmbeddingBagConfig, CCEEmbeddingCollection, cluster
 from cce_torchrec.inference import folder as folders
 from cce_torchrec.inference import inference_collection, load_inference, save_inference
+from cce_torchrec.signed import checksum
 from tests.support.inference import batch_of, many_tables, one_table
 
 REPAIR = "copy the whole export again"
@@ -132,7 +134,7 @@ def test_manifests_that_cannot_be_read_are_refused(copied, tmp_path):
     with pytest.raises(ValueError, match=r"manifest\.json is damaged \(its checksum differs"):
         load_inference(copied)
     less = {key: value for key, value in found.items() if key != "golden"}
-    manifest.write_text(json.dumps(less | {"crc32": folders._checksum(less)}))
+    manifest.write_text(json.dumps(less | {"crc32": checksum(less)}))
     with pytest.raises(ValueError, match=r"does not describe tables \(KeyError\('golden'\)\)"):
         load_inference(copied, check=False)
     manifest.write_text("[]")
@@ -170,16 +172,48 @@ def test_numbers_that_contradict_each_other_are_refused(copied, change):
     manifest = copied / "manifest.json"
     found = json.loads(manifest.read_text())
     change(found)
-    manifest.write_text(json.dumps(found | {"crc32": folders._checksum(found)}))
+    manifest.write_text(json.dumps(found | {"crc32": checksum(found)}))
     with pytest.raises(ValueError):
         load_inference(copied, lookup="portable")
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda found: found["golden"][0].update(vectors="x"),
+        lambda found: found["golden"][0].update(ids=True),
+        lambda found: found["golden"][0]["vectors"].pop(),
+        lambda found: found["golden"].append({}),
+        lambda found: found.update(golden=7),
+    ],
+)
+def test_golden_rows_of_another_form_are_refused(copied, change):
+    manifest = copied / "manifest.json"
+    found = json.loads(manifest.read_text())
+    change(found)
+    manifest.write_text(json.dumps(found | {"crc32": checksum(found)}))
+    with pytest.raises(ValueError, match="does not describe tables"):
+        load_inference(copied, lookup="portable")
+
+
+def test_a_manifest_that_never_ends_is_not_read(copied):
+    (copied / "manifest.json").unlink()
+    os.mkfifo(copied / "manifest.json")
+    with pytest.raises(ValueError, match=r"manifest.json cannot be read \(it is no file\)"):
+        load_inference(copied)
+
+
+def test_a_message_ends_though_what_it_shows_does_not(copied):
+    (copied / "manifest.json").write_text(json.dumps({"format": "9" * 10_000}))
+    with pytest.raises(ValueError, match=r"has format '9{55} \.\.\.; this version reads 1"):
+        load_inference(copied)
 
 
 def test_other_versions_are_told(copied, caplog):
     manifest = copied / "manifest.json"
     found = json.loads(manifest.read_text())
     found["versions"]["torch"] = "1.0"
-    manifest.write_text(json.dumps(found | {"crc32": folders._checksum(found)}))
+    manifest.write_text(json.dumps(found | {"crc32": checksum(found)}))
     load_inference(copied, lookup="portable")
     assert "was written with {'torch': '1.0'" in caplog.text
 
@@ -188,7 +222,7 @@ def test_other_versions_are_refused_where_nothing_is_checked(copied):
     manifest = copied / "manifest.json"
     found = json.loads(manifest.read_text())
     found["versions"]["fbgemm"] = "1.0"
-    manifest.write_text(json.dumps(found | {"crc32": folders._checksum(found)}))
+    manifest.write_text(json.dumps(found | {"crc32": checksum(found)}))
     with pytest.raises(ValueError, match=r"was written with .*'1\.0'.* load it with check=True"):
         load_inference(copied, check=False)
 
@@ -200,7 +234,7 @@ def test_golden_rows_see_what_bags_are_pooled_by(copied):
     assert any(own["mean"] for own in found["features"])
     for own in found["features"]:
         own["mean"] = False
-    found["crc32"] = folders._checksum(found)
+    found["crc32"] = checksum(found)
     manifest.write_text(json.dumps(found))
     with pytest.raises(ValueError, match=r"is off by .* from what it was"):
         load_inference(copied)
@@ -210,7 +244,7 @@ def test_golden_rows_find_what_checksums_do_not(copied):
     manifest = copied / "manifest.json"
     found = json.loads(manifest.read_text())
     found["golden"][0]["vectors"][1][2] += 1
-    manifest.write_text(json.dumps(found | {"crc32": folders._checksum(found)}))
+    manifest.write_text(json.dumps(found | {"crc32": checksum(found)}))
     with pytest.raises(ValueError, match=r"feature 'f' of ids \[0, 333, 666, 999\] is off by 1 "):
         load_inference(copied, lookup="portable")
     load_inference(copied, lookup="portable", check=False)

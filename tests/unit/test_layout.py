@@ -13,6 +13,7 @@ LAYERS = [
         "compiled",
         "device_name",
         "gpu",
+        "signed",
         "torchrec_internals",
         "versions",
         "yaml_files",

@@ -9,6 +9,7 @@ import pytest
 from cce_torchrec.checkpoint.folder import read_manifest
 from cce_torchrec.checkpoint.manifest import CCETableRecord, Fingerprint, TableRecord
 from cce_torchrec.clustering import ClusteringSchedule
+from cce_torchrec.signed import is_as_written, signed
 
 WRITTEN = Path(__file__).with_name("manifest_format_2.json")
 """Of an unsharded job, by the code that kept manifests in dictionaries; some entries left out."""
@@ -69,3 +70,19 @@ def test_a_file_outside_of_the_checkpoint_is_refused(tmp_path, name):
     changed(tmp_path, lambda found: found["files"].update({name: [1, 1]}))
     with pytest.raises(ValueError, match=r"damaged \(the file '.*' is not one of the checkpoint's"):
         read_manifest(tmp_path)
+
+
+def test_a_digit_that_was_flipped_is_found(tmp_path):
+    """Step, rates and the caller's own are nowhere else, so that nothing contradicts them."""
+    found = signed(json.loads(WRITTEN.read_text()))
+    (tmp_path / "manifest.json").write_text(json.dumps(found))
+    step = read_manifest(tmp_path).step
+    (tmp_path / "manifest.json").write_text(json.dumps(found | {"step": step + 1}))
+    with pytest.raises(ValueError, match=r"manifest.json is damaged \(its checksum differs\)"):
+        read_manifest(tmp_path)
+
+
+def test_a_checksum_is_of_what_is_read():
+    """JSON has text for keys, and sorts 10 before 9 then."""
+    written = signed({"extra": {9: (1, 2), 10: float("nan")}})
+    assert is_as_written(json.loads(json.dumps(written)), needed=True)

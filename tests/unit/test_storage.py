@@ -25,6 +25,7 @@ from cce_torchrec.checkpoint.location import location
 from cce_torchrec.checkpoint.tensor_files import TensorReader, TensorWriter
 from cce_torchrec.checkpoint.tensor_index import DTYPES
 from cce_torchrec.clustering import cluster
+from cce_torchrec.signed import signed
 from tests.support.optional import needs
 from tests.support.s3 import make_bucket, needs_s3, s3_server
 
@@ -316,7 +317,7 @@ def planted(checkpoint, name, content):
     if name != "manifest.json":
         manifest = json.loads((checkpoint / "manifest.json").read_text())
         manifest["files"][name] = [len(content), zlib.crc32(content)]
-        (checkpoint / "manifest.json").write_text(json.dumps(manifest))
+        (checkpoint / "manifest.json").write_text(json.dumps(signed(manifest)))
 
 
 FILES = [
@@ -422,7 +423,7 @@ def test_an_index_that_is_none_is_refused(tmp_path, content):
 def change_manifest(path, change):
     manifest = json.loads((path / "manifest.json").read_text())
     change(manifest)
-    (path / "manifest.json").write_text(json.dumps(manifest))
+    (path / "manifest.json").write_text(json.dumps(signed(manifest)))
 
 
 @pytest.mark.parametrize("format_", [2, 3])
@@ -465,6 +466,18 @@ def test_random_state_that_is_none_changes_nothing(tmp_path, change):
     with pytest.raises(ValueError, match=r"rank-0.json is damaged .*; load another"):
         load_checkpoint(path, model)
     assert torch.equal(model.over.weight, before) and torch.equal(torch.get_rng_state(), expected)
+
+
+def test_tensors_that_contradict_the_manifest_may_be_there_in_part(tmp_path, monkeypatch):
+    """Such as another number of helper rows, which modules find when all is read."""
+    path, model = save_checkpoint(tmp_path, Model(), step=1), Model()
+
+    def refuse(*args, **kwargs):
+        raise ValueError("another number of rows")
+
+    monkeypatch.setattr(model, "load_state_dict", refuse)
+    with pytest.raises(ValueError, match=r"another number of rows\); the model may be over"):
+        load_checkpoint(path, model)
 
 
 def test_a_file_that_never_ends_is_not_read(tmp_path):
