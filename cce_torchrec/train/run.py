@@ -4,9 +4,15 @@ from __future__ import annotations
 
 import argparse
 import os
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import timedelta
+from types import FrameType
 
 import torch
+import torch.distributed as dist
 
 from cce_torchrec.distributed.process_group import end_process_group, start_process_group
 from cce_torchrec.extras import MissingExtra
@@ -18,13 +24,34 @@ def run(args: argparse.Namespace) -> str | None:
     """Trains as `args` say (see options.py); what to tell the user if it could not, or None."""
     device = start_ranks(timedelta(seconds=args.timeout))
     try:
-        with shown(args.log_level):
+        with shown(args.log_level), _ending_by_exception():
             Trainer(args, device).run()
     except (ValueError, OSError, MissingExtra) as error:
         return str(error)  # alone: the error refers to the model, and so to the group
     finally:
         end_process_group()
     return None
+
+
+@contextmanager
+def _ending_by_exception() -> Iterator[None]:
+    """Inside, the first rank ends by an exception where it is asked to end, and so says that.
+
+    As torchrun asks it where another rank has failed, and clusters that want a machine back.
+    """
+    is_ours = dist.get_rank() == 0 and threading.current_thread() is threading.main_thread()
+    if not is_ours or signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL:
+        yield
+        return
+
+    def end(number: int, _: FrameType | None) -> None:
+        raise SystemExit(128 + number)  # as a shell says of a process that the signal has ended
+
+    signal.signal(signal.SIGTERM, end)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 def start_ranks(timeout: timedelta) -> torch.device:
