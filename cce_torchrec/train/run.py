@@ -4,7 +4,12 @@ from __future__ import annotations
 
 import argparse
 import os
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import timedelta
+from types import FrameType
 
 import torch
 import torch.distributed as dist
@@ -22,7 +27,7 @@ def run(args: argparse.Namespace) -> str | None:
     except (dist.DistError, ValueError) as error:
         return _not_started(error)
     try:
-        with shown(args.log_level):
+        with shown(args.log_level), _ending_by_exception():
             Trainer(args, device).run()
     except (ValueError, OSError, MissingExtra) as error:
         return str(error)  # alone: the error refers to the model, and so to the group
@@ -41,6 +46,27 @@ def _not_started(error: Exception) -> str:
         )
     reason = str(error).splitlines()[0]  # torch adds frames of C++
     return f"the ranks of this job did not find each other at {host}:{port} ({reason})"
+
+
+@contextmanager
+def _ending_by_exception() -> Iterator[None]:
+    """Inside, the first rank ends by an exception where it is asked to end, and so says that.
+
+    As torchrun asks it where another rank has failed, and clusters that want a machine back.
+    """
+    is_ours = dist.get_rank() == 0 and threading.current_thread() is threading.main_thread()
+    if not is_ours or signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL:
+        yield
+        return
+
+    def end(number: int, _: FrameType | None) -> None:
+        raise SystemExit(128 + number)  # as a shell says of a process that the signal has ended
+
+    signal.signal(signal.SIGTERM, end)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 def start_ranks(timeout: timedelta) -> torch.device:

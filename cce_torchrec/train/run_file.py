@@ -55,8 +55,8 @@ class RunFile:
     def failed(self, error: BaseException) -> None:
         """Says on this rank that the run fails by `error`, about which it is silent itself."""
         said = " ".join(str(error).split()) or type(error).__name__
-        if isinstance(error, KeyboardInterrupt):
-            said = "interrupted"
+        if isinstance(error, KeyboardInterrupt | SystemExit):
+            said = "it was asked to end (by a signal)"
         store = default_store()
         if dist.get_rank() != 0:
             with suppress(Exception):  # the store may be gone, with the first rank

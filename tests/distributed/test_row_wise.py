@@ -73,7 +73,8 @@ def test_every_way_gives_the_bytes_of_one_process(rank, world_size, way, found_a
     with without_room if found_again else contextlib.nullcontext():
         report = step(model, **options)
     other = step(plain, **options)
-    assert [told_of(chunk) for chunk in report.chunks] == [told_of(chunk) for chunk in other.chunks]
+    told, expected = ([told_of(chunk) for chunk in r.chunks] for r in (report, other))
+    assert told == expected, (told, expected)
     compare(model.module.collection, plain, exact=True)
     if way != "seen":
         train(model, plain, (3,))

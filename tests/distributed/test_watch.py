@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+import signal
 import sys
 
 import pytest
@@ -131,9 +132,18 @@ def fails_without_memory(argv):
     main(argv)
 
 
+def is_asked_to_end(argv):
+    Trainer._cluster = lambda self: os.kill(os.getpid(), signal.SIGTERM)
+    main(argv)
+
+
 @pytest.mark.parametrize(
     ("start", "ranks", "said"),
-    [(fails_on_rank_1, 2, "rank 1: no luck on this rank"), (fails_without_memory, 1, "no memory")],
+    [
+        (fails_on_rank_1, 2, "rank 1: no luck on this rank"),
+        (fails_without_memory, 1, "no memory"),
+        (is_asked_to_end, 1, "it was asked to end (by a signal)"),
+    ],
 )
 def test_a_run_that_fails_says_so(tmp_path, start, ranks, said):
     assert ran(tmp_path, ranks=ranks, start=start).returncode != 0
@@ -143,7 +153,7 @@ def test_a_run_that_fails_says_so(tmp_path, start, ranks, said):
 
 
 def killed(argv):
-    Trainer._cluster = lambda self: os.kill(os.getpid(), 9)
+    Trainer._cluster = lambda self: os.kill(os.getpid(), signal.SIGKILL)
     main(argv)
 
 

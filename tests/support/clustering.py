@@ -72,8 +72,9 @@ def fill(sharded):
 
 
 def told_of(chunk):
-    """All that a report says of a chunk but its seconds."""
-    return {name: value for name, value in vars(chunk).items() if name != "seconds"}
+    """All that a report says of a chunk but seconds, and the path of its collection."""
+    found = {name: value for name, value in vars(chunk).items() if name != "seconds"}
+    return found | {"table": chunk.table.split(".")[-1]}
 
 
 def digests(model, sharded, **options):
