@@ -32,6 +32,9 @@ from cce_torchrec.spans import span
 
 logger = logging.getLogger(__name__)
 
+RUN_FOLDER = "checkpoints"
+"""Where a run of the training program has its checkpoints, in its --out."""
+
 MANIFEST = "manifest.json"
 _POINTER = "latest"
 """A file of format 2, with the name of its latest checkpoint."""
@@ -161,15 +164,17 @@ def latest_checkpoint(folder: str | Path, *, pin: str | None = None) -> Path | N
 def find(folder: Path) -> Path:
     """`folder` itself if it is a checkpoint, otherwise the latest one in it.
 
+    A folder of a run of the training program has its checkpoints in `RUN_FOLDER` below it.
+
     Raises:
         ValueError: there is none.
     """
     if _is_whole(folder):
         return folder
-    latest = latest_checkpoint(folder)
+    latest = latest_checkpoint(folder) or latest_checkpoint(folder / RUN_FOLDER)
     if latest is not None:
         return latest
-    halves = [one.path.name for one in _saved(folder)]
+    halves = [one.path.name for one in [*_saved(folder), *_saved(folder / RUN_FOLDER)]]
     hint = f"; {halves} have no {MANIFEST}, and were not finished" if halves else ""
     raise ValueError(f"no checkpoint in {folder}: no folder step-... with a {MANIFEST}{hint}")
 

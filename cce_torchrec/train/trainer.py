@@ -23,6 +23,7 @@ from cce_torchrec.checkpoint import (
     load_checkpoint,
     save_checkpoint,
 )
+from cce_torchrec.checkpoint.folder import RUN_FOLDER
 from cce_torchrec.checkpoint.location import location
 from cce_torchrec.checkpoint.pending import finish_pending
 from cce_torchrec.clustering import ClusteringSchedule
@@ -84,7 +85,7 @@ class Trainer:
             check_board(args.out)
         if args.profile:
             check_profile(args.out)
-        self.checkpoints = args.out / "checkpoints"
+        self.checkpoints = args.out / RUN_FOLDER
         # Here and not by load_checkpoint, whose errors name shapes of tables and no options.
         latest = _latest(self.checkpoints) if args.resume else None
         if latest is not None:

@@ -13,6 +13,7 @@ from torch import nn
 from torchrec.modules.embedding_configs import EmbeddingBagConfig
 
 from cce_torchrec.checkpoint import LoadReport, checkpoint_info, load_checkpoint
+from cce_torchrec.checkpoint.folder import RUN_FOLDER
 from cce_torchrec.checkpoint.location import location
 from cce_torchrec.checkpoint.manifest import CCETableRecord, TableRecord
 from cce_torchrec.config import is_cce
@@ -41,7 +42,7 @@ class WarmStart:
         Raises:
             ValueError: it has no checkpoint.
         """
-        checkpoints = location(run) / "checkpoints"
+        checkpoints = location(run) / RUN_FOLDER
         try:
             found = checkpoint_info(checkpoints)
         except ValueError as error:

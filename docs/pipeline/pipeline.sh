@@ -36,7 +36,8 @@ for day in 1 2; do
   echo "== day $day"
   cce train --config "$here/day_$day.yaml" --data "$work/data/day-$day" --out "$STORE/day-$day" \
     "${before[@]}" --nproc-per-node "${RANKS:-2}" --resume
-  cce inspect "$STORE/day-$day/checkpoints" --fast
-  cce export "$STORE/day-$day/checkpoints" --out "$work/exports/day-$day" --check
+  cce inspect "$STORE/day-$day" --fast
+  rm -rf "$work/exports/day-$day"
+  cce export "$STORE/day-$day" "$work/exports/day-$day" --check
   before=(--warm-start "$STORE/day-$day")
 done
