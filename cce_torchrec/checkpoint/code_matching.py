@@ -5,6 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
+import torch
+
+from cce_torchrec.clustering.moves import matched_ids
 
 _DENSE = 1 << 22
 """Most pairs of codes that are counted in a table of all; of more, those that there are."""
@@ -58,21 +61,5 @@ class Contingency:
         else:
             return 0.0
         ids = int(counts.sum())
-        return 1.0 - self._matched(keys, counts) / ids if ids else 0.0
-
-    def _matched(self, keys: np.ndarray[Any, Any], counts: np.ndarray[Any, Any]) -> int:
-        # The key breaks ties, so that the result is one of the numbers alone.
-        order = np.lexsort((keys, -counts))
-        rows, columns, counts = keys[order] // self._after, keys[order] % self._after, counts[order]
-        matched = 0
-        # In a round all pairs are taken that are first for both of their clusters: what a loop
-        # over the pairs, one by one, would take as well.
-        while len(counts):
-            first_row, first_column = np.zeros((2, len(counts)), bool)
-            first_row[np.unique(rows, return_index=True)[1]] = True
-            first_column[np.unique(columns, return_index=True)[1]] = True
-            taken = first_row & first_column
-            matched += int(counts[taken].sum())
-            free = ~np.isin(rows, rows[taken]) & ~np.isin(columns, columns[taken])
-            rows, columns, counts = rows[free], columns[free], counts[free]
-        return matched
+        matched = matched_ids(torch.from_numpy(keys), torch.from_numpy(counts), self._after)
+        return 1.0 - matched / ids if ids else 0.0
