@@ -57,6 +57,7 @@ class Watch:
         self._board = Board(args.out, step) if args.tensorboard and self._first else None
         self._pending: list[tuple[int, PendingCheckpoint]] = []
         self._bar = bar(0, "", "step")
+        self._bar.close()  # or those of the passes would be below it
 
     def begin_epoch(self, epoch: int) -> None:
         """Training of a pass begins, or goes on."""
