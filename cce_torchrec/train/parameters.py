@@ -110,7 +110,7 @@ _SEEING = [
         "--log-every",
         type=int,
         default=0,
-        help="optimizer steps between lines of metrics.jsonl; 0 is about 50 lines a pass",
+        help="optimizer steps between lines of metrics.jsonl; 0 is 25 to 100 lines a pass",
     ),
     option(
         "--validate-every",

@@ -20,8 +20,9 @@ from cce_torchrec.train.meter import TrainMeter, rates
 from cce_torchrec.train.records import Records
 from cce_torchrec.train.validation import Score
 
-LINES_A_PASS = 50
-"""Lines about training in a pass, by default."""
+_LEAST, _MOST, _ENOUGH = 25, 100, 16
+"""Lines about training in a pass, by default: a line takes about a millisecond, which is nothing
+beside 16 steps; short passes have fewer steps between lines, and long ones more."""
 
 
 class Watch:
@@ -50,12 +51,13 @@ class Watch:
         self.epoch = 1
         self._out: Path = args.out
         self._steps = steps
-        self._every = args.log_every or -(-steps // LINES_A_PASS)
+        self._every = args.log_every or max(-(-steps // _MOST), min(-(-steps // _LEAST), _ENOUGH))
         self._first = dist.get_rank() == 0
         self._began = time.perf_counter() - records.run_seconds
         self._board = Board(args.out, step) if args.tensorboard and self._first else None
         self._pending: list[tuple[int, PendingCheckpoint]] = []
         self._bar = bar(0, "", "step")
+        self._bar.close()  # or those of the passes would be below it
 
     def begin_epoch(self, epoch: int) -> None:
         """Training of a pass begins, or goes on."""

@@ -17,7 +17,7 @@ from torchrec.distributed.types import ShardingEnv
 
 from cce_torchrec import CCEEmbeddingBagConfig
 from cce_torchrec.checkpoint import load_checkpoint, save_checkpoint
-from cce_torchrec.clustering import cluster, finalize
+from cce_torchrec.clustering import cluster, finalize, moves
 from cce_torchrec.clustering.plan import Plan
 from cce_torchrec.codes.chunk_codes import codes_of
 from cce_torchrec.codes.storage import seen_ids
@@ -70,7 +70,11 @@ def test_every_way_gives_the_bytes_of_one_process(rank, world_size, way, found_a
     without_room = mock.patch.object(
         Plan, "memory", lambda self, limit: (0, list(self.row_wise) if rank == 0 else [])
     )
-    with without_room if found_again else contextlib.nullcontext():
+    # Pairs of old and new codes are in a list then, and in a table in the twin.
+    listed = mock.patch.multiple(moves, _DENSE=0, _SAMPLED=10**6)
+    with contextlib.ExitStack() as stack:
+        for patch in (without_room, listed) if found_again else ():
+            stack.enter_context(patch)
         report = step(model, **options)
     other = step(plain, **options)
     told, expected = ([told_of(chunk) for chunk in r.chunks] for r in (report, other))

@@ -178,7 +178,7 @@ def test_bad_options_end_with_one_sentence(tmp_path):
     done = train(tmp_path, "--batch-size", "1", ranks=2, check=False)
     assert "Error: --batch-size 1 is global; give each of 2 ranks" in done.stderr
     done = train(tmp_path, "--pipeline", "prefetch", check=False)
-    assert "error: --pipeline prefetch fills caches on a CUDA device" in done.stderr
+    assert "Error: --pipeline prefetch fills caches on a CUDA device" in done.stderr
 
 
 def test_a_finalized_run_resumes(tmp_path):

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from cce_torchrec import metrics
+from cce_torchrec.train import options
 from cce_torchrec.train.__main__ import main
 from cce_torchrec.train.meter import TrainMeter
 from cce_torchrec.train.trainer import Trainer
@@ -161,6 +162,15 @@ def test_a_run_that_is_killed_is_said_to_run(tmp_path):
     ran(tmp_path, ranks=1, start=killed)
     run = json.loads((tmp_path / "run.json").read_text())
     assert (run["state"], run["ended"]) == ("running", None)
+    before = (tmp_path / "run.json").read_bytes()
+    assert ran(tmp_path, "--seed", "5", ranks=1).returncode != 0  # another configuration's folder
+    assert (tmp_path / "run.json").read_bytes() == before
+
+
+@on_ranks(1)
+def test_as_many_rows_validate_as_are_asked_for(rank, world_size):
+    words = ["--dataset", "synthetic", "--batch-size", "1000", "--validate-rows", "1500"]
+    assert Trainer(options.parse(words), torch.device("cpu"))._evaluate().examples == 2000
 
 
 def test_tensorboard_is_asked_for_before_anything_starts(tmp_path):

@@ -11,7 +11,8 @@ def lines_of(out, kind):
 
 def untimed(out, kind="epoch"):
     """The same without what two equal runs do not share: times, speed, memory, paths."""
-    leave_out = ("seconds", "examples_per_second", "examples_per_second_per_rank", "memory", "path")
+    leave_out = ("seconds", "examples_per_second", "examples_per_second_per_rank", "memory", "path",
+                 "bytes")  # fmt: skip
     found = [{k: v for k, v in line.items() if k not in leave_out} for line in lines_of(out, kind)]
     for line in found:
         for chunk in line.get("chunks", []):

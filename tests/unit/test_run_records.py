@@ -1,5 +1,6 @@
 """Lines of a run as JSON has them, names of scalars, and records of older checkpoints."""
 
+import io
 import json
 import math
 import sys
@@ -7,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from cce_torchrec import bars
 from cce_torchrec.bars import in_blocks
 from cce_torchrec.extras import MissingExtra
 from cce_torchrec.train.board import check_board, scalars
@@ -67,6 +69,23 @@ def test_tensorboard_is_an_extra(monkeypatch):
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
     with pytest.raises(MissingExtra, match=r"pip install 'cce-torchrec\[tensorboard\]'"):
         check_board(Path("runs"))
+
+
+class Terminal(io.StringIO):
+    """What a person looks on."""
+
+    def isatty(self):
+        return True
+
+
+@pytest.mark.parametrize(("stream", "shown"), [(Terminal, True), (io.StringIO, False)])
+def test_a_bar_is_shown_on_a_terminal_alone(monkeypatch, stream, shown):
+    monkeypatch.setattr(bars, "_DELAY", 0.0)
+    monkeypatch.setattr(sys, "stderr", stream())
+    with bars.bar(3, "packing", "id") as own:
+        own.update(2)
+        own.refresh()
+        assert ("packing" in sys.stderr.getvalue()) == shown
 
 
 def test_blocks_are_the_bytes_of_all_parts():
