@@ -30,15 +30,16 @@ class PendingCheckpoint:
         # A group of its own: the training goes on to use the other, and messages would be mixed up.
         group = None if ranks.group is None else _cpu_group(ranks.group)
         began = time.perf_counter()
-        self.seconds = 0.0
-        """From the call until it was written, or has failed; 0 until then."""
-        self._future: Future[Path] = _THREAD.submit(lambda: write(Ranks(group)))
+        self.written: tuple[Path, float] | None = None
+        """Its folder and the seconds since the call, once it is in place."""
+
+        def work() -> Path:
+            path = write(Ranks(group))
+            self.written = path, time.perf_counter() - began
+            return path
+
+        self._future: Future[Path] = _THREAD.submit(work)
         self._future.add_done_callback(_log_failure)
-
-        def note_end(_: Future[Path]) -> None:
-            self.seconds = time.perf_counter() - began
-
-        self._future.add_done_callback(note_end)
         self._waited = False
         _unfinished[:] = [self]
 

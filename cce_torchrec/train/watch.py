@@ -126,11 +126,12 @@ class Watch:
 
     def _tell_of_written(self) -> None:
         """Tells of the checkpoints that a thread has written by now."""
-        waiting = self._pending
-        self._pending = [(step, handle) for step, handle in waiting if not handle.seconds]
+        waiting, self._pending = self._pending, []
         for step, handle in waiting:
-            if handle.seconds:
-                self._tell_of(handle.result(), step, handle.seconds)
+            if handle.written is None:  # or it has failed, which the next save raises on all ranks
+                self._pending.append((step, handle))
+            else:
+                self._tell_of(handle.written[0], step, handle.written[1])
 
     def _tell_of(self, path: Path, step: int, seconds: float) -> None:
         if self._first:  # which alone reads the manifest, and keeps the records of a checkpoint

@@ -127,6 +127,7 @@ def test_a_run_in_an_object_store_is_resumed():
         make_bucket("train")
         out = location("s3://train/run")
         train(out, *options, "--async-checkpoints", ranks=2)
+        assert [line["step"] for line in lines_of(out, "checkpoint")] == [30, 42]
         saved = sorted((out / "checkpoints").iterdir(), key=str)
         assert [path.name for path in saved] == ["step-000000030-0001", "step-000000042-0002"]
         (saved[1] / "manifest.json").unlink()  # as if killed after the first
