@@ -120,8 +120,9 @@ size=$(buildah images --format '{{.Size}}' "$image" | head -1)
 echo "built in $((SECONDS - began)) s; $size"
 
 # ---- what it does
-container=$(buildah from --pull-never "$image")
-run() { buildah run --user 10001:10001 "$container" -- "$@"; }
+# A host name that is known: torchrun looks up its own, and buildah leaves it out of /etc/hosts.
+container=$(buildah from --pull-never --add-host cce:127.0.0.1 "$image")
+run() { buildah run --user 10001:10001 --hostname cce "$container" -- "$@"; }
 config() { buildah inspect --type image --format "{{$1}}" "$image"; }
 if [ $# -gt 0 ]; then
   run "$@"
