@@ -132,7 +132,8 @@ echo "== user $(config .Docker.Config.User), which is $(run id -u -n)"
 [ "$(run id -u)" != 0 ] || fail "the image runs as root"
 echo "== labels: $(config .Docker.Config.Labels)"
 echo "== entry point: $(config .Docker.Config.Entrypoint); command: $(config .Docker.Config.Cmd)"
-echo "== health check: $(config .Docker.Config.Healthcheck.Test): $(run python /usr/local/bin/cce-healthcheck)"
+health=$(run python /usr/local/bin/cce-healthcheck) || fail "the health check fails"
+echo "== health check: $(config .Docker.Config.Healthcheck.Test): $health"
 if [ "$target" = test ]; then
   run python -m pytest -q -p no:cacheprovider tests/unit/test_config.py tests/unit/test_backward.py tests/distributed/test_finalize.py
 else

@@ -26,9 +26,10 @@ for _ in range(100):
 """
 
 WHY_NOT = nodes.why_not()
-pytestmark = pytest.mark.skipif(WHY_NOT is not None, reason=str(WHY_NOT))
+needs_nodes = pytest.mark.skipif(WHY_NOT is not None, reason=str(WHY_NOT))
 
 
+@needs_nodes
 def test_a_machine_that_is_killed_comes_back(tmp_path):
     alone, out = tmp_path / "alone", tmp_path / "out"
     # Without torchrun and its machines, whose ranks do the same.
@@ -39,6 +40,7 @@ def test_a_machine_that_is_killed_comes_back(tmp_path):
     assert same_end(alone, out)
 
 
+@needs_nodes
 def test_nodes_reach_each_other_and_leave_nothing(tmp_path):
     log = tmp_path / "log"
     with nodes.two_nodes() as (first, second):
