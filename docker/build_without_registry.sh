@@ -120,8 +120,9 @@ size=$(buildah images --format '{{.Size}}' "$image" | head -1)
 echo "built in $((SECONDS - began)) s; $size"
 
 # ---- what it does
-container=$(buildah from --pull-never "$image")
-run() { buildah run --user 10001:10001 "$container" -- "$@"; }
+# A host name that is known: torchrun looks up its own, and buildah leaves it out of /etc/hosts.
+container=$(buildah from --pull-never --add-host cce:127.0.0.1 "$image")
+run() { buildah run --user 10001:10001 --hostname cce "$container" -- "$@"; }
 config() { buildah inspect --type image --format "{{$1}}" "$image"; }
 if [ $# -gt 0 ]; then
   run "$@"
@@ -131,7 +132,8 @@ echo "== user $(config .Docker.Config.User), which is $(run id -u -n)"
 [ "$(run id -u)" != 0 ] || fail "the image runs as root"
 echo "== labels: $(config .Docker.Config.Labels)"
 echo "== entry point: $(config .Docker.Config.Entrypoint); command: $(config .Docker.Config.Cmd)"
-echo "== health check: $(config .Docker.Config.Healthcheck.Test): $(run python /usr/local/bin/cce-healthcheck)"
+health=$(run python /usr/local/bin/cce-healthcheck) || fail "the health check fails"
+echo "== health check: $(config .Docker.Config.Healthcheck.Test): $health"
 if [ "$target" = test ]; then
   run python -m pytest -q -p no:cacheprovider tests/unit/test_config.py tests/unit/test_backward.py tests/distributed/test_finalize.py
 else

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
@@ -25,20 +27,35 @@ for _ in range(100):
         time.sleep(0.1)
 """
 
+SEED = 4
+"""Of the moment of the kill, and a return 0.3 seconds later: the test waits for no more."""
+
 WHY_NOT = nodes.why_not()
-pytestmark = pytest.mark.skipif(WHY_NOT is not None, reason=str(WHY_NOT))
+needs_nodes = pytest.mark.skipif(WHY_NOT is not None, reason=str(WHY_NOT))
 
 
+@needs_nodes
 def test_a_machine_that_is_killed_comes_back(tmp_path):
     alone, out = tmp_path / "alone", tmp_path / "out"
-    # Without torchrun and its machines, whose ranks do the same.
-    assert forked(2, program.main, *OPTIONS, "--out", alone).returncode == 0
-    found = one_try("program", launch="own store", seed=0, out=out)
+    with ThreadPoolExecutor() as beside:
+        # Without torchrun and its machines, whose ranks do the same.
+        other = beside.submit(forked, 2, program.main, *OPTIONS, "--out", alone)
+        found = one_try("program", launch="own store", seed=SEED, out=out)
+    assert other.result().returncode == 0
     assert found["recovered"], found
     assert found["resumed"] == 1
     assert same_end(alone, out)
 
 
+def started(node, log):
+    """A process that is in the node, and does nothing."""
+    process = node.start(["sleep", "60"], log=log)
+    while process.pid not in node.processes():
+        time.sleep(0.01)
+    return process
+
+
+@needs_nodes
 def test_nodes_reach_each_other_and_leave_nothing(tmp_path):
     log = tmp_path / "log"
     with nodes.two_nodes() as (first, second):
@@ -46,12 +63,10 @@ def test_nodes_reach_each_other_and_leave_nothing(tmp_path):
         client = second.start([sys.executable, "-c", CLIENT], log=log)
         assert (server.wait(20), client.wait(20)) == (0, 0)
         assert log.read_text() == "b'!'\n"
-        sleeping = second.start(["sleep", "60"], log=log)
-        while not second.processes():
-            pass
-        assert second.kill() == 1 and sleeping.wait(5) == -9
+        sleeping = started(second, log)
+        assert second.kill() and sleeping.wait(5) == -9
         assert not second.processes()
-        sleeping = first.start(["sleep", "60"], log=log)
+        sleeping = started(first, log)
     assert sleeping.wait(5) == -9
     assert first.name not in nodes.existing()
 
