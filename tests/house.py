@@ -7,9 +7,10 @@ import tokenize
 from collections import Counter
 from pathlib import Path
 
+import cce_torchrec
 from tests.unit.test_layout import private_of_others
 
-ROOT = Path(__file__).parents[1] / "cce_torchrec"
+ROOT = Path(cce_torchrec.__file__).parent
 BRANCHES = (ast.If, ast.For, ast.While, ast.IfExp, ast.ExceptHandler, ast.With, ast.comprehension)
 
 

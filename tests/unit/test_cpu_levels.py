@@ -177,22 +177,14 @@ def test_levels_with_fma_choose_alike_among_equals(dim):
     assert not torch.equal(found["none"], found["avx2"])
 
 
+KERNELS = "expand or backward or compiled or native"
+"""Of the tests of `run_tests` those that run them."""
+
+
 def run_tests(argv):
     """The tests of kernels, in a process of the level in its environment."""
     files = [str(TESTS / f"test_{name}.py") for name in ("expand", "bags", "backward", "kmeans")]
-    sys.exit(
-        pytest.main(
-            [
-                "-q",
-                "-p",
-                "no:cacheprovider",
-                "-k",
-                "expand or backward or compiled or native",
-                *files,
-                *argv,
-            ]
-        )
-    )
+    sys.exit(pytest.main(["-q", "-p", "no:cacheprovider", "-k", KERNELS, *files, *argv]))
 
 
 @needs_native

@@ -44,7 +44,7 @@ def test_parts_of_two_tested_triples_warn(monkeypatch):
         versions.check_versions()
 
 
-ROOT = Path(versions.__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 NO_DRIVER = r"needs NVIDIA's driver, and this machine lacks it \(no {}\): run where .* --gpus all"
 
 
