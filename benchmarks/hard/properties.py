@@ -274,8 +274,15 @@ class Programs(RuleBasedStateMachine):
         self.done["exports"] += 1
 
 
-def run(machine: type[Programs], *, examples: int, steps: int, database: Path | None) -> None:
-    """Runs so many random programs.
+def run(
+    machine: type[Programs],
+    *,
+    examples: int,
+    steps: int,
+    database: Path | None,
+    derandomize: bool = False,
+) -> None:
+    """Runs so many random programs, the same in every run if `derandomize`.
 
     Raises:
         Exception: what the shortest failing program raised; it is printed.
@@ -287,6 +294,7 @@ def run(machine: type[Programs], *, examples: int, steps: int, database: Path | 
             stateful_step_count=steps,
             deadline=None,
             database=None if database is None else DirectoryBasedExampleDatabase(database),
+            derandomize=derandomize,
             print_blob=True,
             suppress_health_check=list(HealthCheck),
             phases=[Phase.reuse, Phase.generate, Phase.shrink],

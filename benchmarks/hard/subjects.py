@@ -176,6 +176,8 @@ class Export(Subject):
             served = load_inference(folder, lookup=lookup, mmap=mmap)
             try:
                 out = served(self.batch).values()
+                if not isinstance(out, torch.Tensor):  # forged to be of sequences
+                    return False
             except ValueError:  # of forged tables, which lack a feature or an id
                 return False
             # The two lookups round in other places.

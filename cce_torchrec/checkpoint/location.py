@@ -7,6 +7,7 @@ synced and renamed into place, a write to an object store is there as a whole or
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import re
@@ -144,9 +145,16 @@ def write_whole(path: Path, text: str) -> Fingerprint:
         return write(path, [text.encode()])
     # Renamed into place, as a kill may stop a write anywhere but no rename halfway.
     beside = path.with_name(f".{path.name}.new")
-    written = write(beside, [text.encode()])
-    beside.rename(path)
-    sync_folder(path.parent)
+    try:
+        written = write(beside, [text.encode()])
+        beside.rename(path)
+        sync_folder(path.parent)
+    except (OSError, ValueError) as error:
+        with contextlib.suppress(OSError):  # a disk that is full would keep a part of it
+            beside.unlink(missing_ok=True)
+        if isinstance(error, ValueError):
+            raise
+        raise ValueError(f"{path} cannot be written ({error})") from error
     return written
 
 

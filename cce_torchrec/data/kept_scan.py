@@ -47,7 +47,11 @@ def about(tables: list[TableFiles], earlier: EarlierScan | None = None) -> dict[
 
 
 def write_scan(folder: Path, scan: Scan, told: dict[str, Any]) -> None:
-    """Keeps a scan of what `about` told: the file is there as a whole, or as it was."""
+    """Keeps a scan of what `about` told: the file is there as a whole, or as it was.
+
+    Raises:
+        ValueError: naming the file, if it cannot be written.
+    """
     parts = [_SCHEMA.empty_table()]
     for name, numbering in zip(told["features"], scan.numberings, strict=True):
         if isinstance(numbering, Vocabulary):
@@ -65,12 +69,17 @@ def write_scan(folder: Path, scan: Scan, told: dict[str, Any]) -> None:
     table = pa.concat_tables(parts)
     entry["keys_crc32"] = _keys_crc(table)
     table = table.replace_schema_metadata({_ENTRY: json.dumps(signed(entry))})
-    folder.mkdir(parents=True, exist_ok=True)
     # Renamed into place, as a kill may stop a write anywhere but no rename halfway.
     beside = folder / f".{FILE}.new"
-    with beside.open("wb") as file:
-        pq.write_table(table, file)
-    beside.rename(folder / FILE)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with beside.open("wb") as file:
+            pq.write_table(table, file)
+        beside.rename(folder / FILE)
+    except Exception as error:  # clients of object stores have errors that are no OSError
+        with contextlib.suppress(Exception):  # a disk that is full would keep a part of it
+            beside.unlink(missing_ok=True)
+        raise ValueError(f"{folder / FILE} cannot be written ({error})") from error
 
 
 def read_scan(tables: list[TableFiles], folder: Path, told: dict[str, Any]) -> list[Scan]:

@@ -186,7 +186,7 @@ def _manifest(folder: Path, check: bool) -> dict[str, Any]:
         raise ValueError(
             f"{folder} has no {MANIFEST}: it is no export, or is still being written"
         ) from error
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:  # the last of lists in lists
         raise ValueError(f"{file} cannot be read ({error}); write the export again") from error
     if not isinstance(found, dict) or found.get("format") != FORMAT:
         format_ = found.get("format") if isinstance(found, dict) else None

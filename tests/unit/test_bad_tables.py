@@ -263,6 +263,19 @@ def test_a_vocabulary_of_other_data(tmp_path):
         TableDataset(path, TableOptions(**FLAT, folder=run))
 
 
+def test_a_vocabulary_that_the_disk_has_no_room_for(tmp_path, monkeypatch):
+    path, run = write_parquet(tmp_path / "a.parquet", frame(100)), tmp_path / "run"
+
+    def full(table, file):
+        file.write(b"PAR1")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("cce_torchrec.data.kept_scan.pq.write_table", full)
+    with pytest.raises(ValueError, match=rf"{FILE} cannot be written .*No space left"):
+        TableDataset(path, TableOptions(**FLAT, folder=run))
+    assert not list(run.iterdir())
+
+
 def test_a_vocabulary_that_is_damaged(tmp_path):
     """Another key is another id: parquet itself reads it, and would train other rows."""
     path, run = write_parquet(tmp_path / "a.parquet", frame(100)), tmp_path / "run"

@@ -140,9 +140,10 @@ def test_manifests_that_cannot_be_read_are_refused(copied, tmp_path):
     manifest.write_text("[]")
     with pytest.raises(ValueError, match="has format None"):
         load_inference(copied)
-    damaged(manifest, lambda data: b"{")
-    with pytest.raises(ValueError, match="cannot be read"):
-        load_inference(copied)
+    for content in (b"{", b"[" * 100_000):
+        damaged(manifest, lambda data, content=content: content)
+        with pytest.raises(ValueError, match="cannot be read"):
+            load_inference(copied)
 
 
 def test_a_digit_that_was_flipped_is_found(copied):

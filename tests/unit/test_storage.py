@@ -1,6 +1,7 @@
 """Where checkpoints are kept: local folders and object stores; and that reading runs no code."""
 
 import json
+import os
 import pickle
 import shutil
 import subprocess
@@ -21,7 +22,7 @@ from torchrec import KeyedJaggedTensor
 from cce_torchrec import CCEEmbeddingBagCollection, CCEEmbeddingBagConfig
 from cce_torchrec.checkpoint import latest_checkpoint, load_checkpoint, pending, save_checkpoint
 from cce_torchrec.checkpoint.finite import is_finite
-from cce_torchrec.checkpoint.location import location
+from cce_torchrec.checkpoint.location import location, write_whole
 from cce_torchrec.checkpoint.tensor_files import TensorReader, TensorWriter
 from cce_torchrec.checkpoint.tensor_index import DTYPES
 from cce_torchrec.clustering import cluster
@@ -478,6 +479,21 @@ def test_tensors_that_contradict_the_manifest_may_be_there_in_part(tmp_path, mon
     monkeypatch.setattr(model, "load_state_dict", refuse)
     with pytest.raises(ValueError, match=r"another number of rows\); the model may be over"):
         load_checkpoint(path, model)
+
+
+@pytest.mark.parametrize("fails", ["fsync", "rename"])
+def test_a_file_that_cannot_be_written_leaves_nothing_and_the_one_before(
+    tmp_path, monkeypatch, fails
+):
+    def full(*args):
+        raise OSError(28, "No space left on device")
+
+    path = tmp_path / "metrics.jsonl"
+    write_whole(path, "before")
+    monkeypatch.setattr(*{"fsync": (os, "fsync", full), "rename": (Path, "rename", full)}[fails])
+    with pytest.raises(ValueError, match=r"metrics.jsonl.* cannot be written .*No space left"):
+        write_whole(path, "after")
+    assert [file.read_text() for file in tmp_path.iterdir()] == ["before"]
 
 
 def test_a_file_that_never_ends_is_not_read(tmp_path):
