@@ -7,7 +7,7 @@ export PYTHONWARNINGS=ignore
 
 setup() {
   local wanted
-  wanted=$(cat pyproject.toml docker/fbgemm-cpu-shim/pyproject.toml cce_torchrec/{*.h,*/*.h,*/*.cpp} | sha256sum)
+  wanted=$(cat pyproject.toml setup.py docker/fbgemm-cpu-shim/pyproject.toml cce_torchrec/{*.h,*/*.h,*/*.cpp} | sha256sum)
   if [ -f .venv/installed ] && [ "$(cat .venv/installed)" = "$wanted" ]; then
     . .venv/bin/activate
     return
