@@ -247,6 +247,7 @@ class CCEEmbeddingBagConfig(EmbeddingBagConfig):
 
     def finalized(self) -> CCEEmbeddingBagConfig:
         """This table after `finalize`: main has the helper's rows, and there is no helper."""
+        # Not by `replace`, which would resolve the recipe and the helper's rows anew.
         out = copy.copy(self)
         out.num_rows, out.num_helper_rows = self.rows_per_chunk, 0
         return out
@@ -282,6 +283,7 @@ class CCEEmbeddingBagConfig(EmbeddingBagConfig):
             )
         chunks = most_chunks(kwargs, BYTES_CHUNKS if count_codes else PARAMS_CHUNKS)
         kwargs = {"num_chunks": chunks, **kwargs}
+        # Made for its checks, and for what rows follow from.
         one = cls(num_rows=1, num_helper_rows=0, **kwargs)
         main = one._sizing(helper_ratio).main_rows(total, count_codes)
         return cls(num_rows=main, num_helper_rows=total - main, **kwargs)
@@ -308,6 +310,7 @@ class CCEEmbeddingBagConfig(EmbeddingBagConfig):
         if not table_bytes < math.inf:
             raise ValueError(f"{who}: table_bytes {table_bytes} is no number of bytes")
         kwargs = {"num_chunks": most_chunks(kwargs, BYTES_CHUNKS), **kwargs}
+        # The smallest table there is tells what bytes do not depend on rows.
         least = cls(num_rows=1, num_helper_rows=1, **kwargs)
         finalized = finalized and least.can_finalize and least.learned_codes
         bytes_needed = (least.finalized() if finalized else least).table_bytes
@@ -343,5 +346,6 @@ def is_cce(config: Any) -> TypeGuard[CCEEmbeddingBagConfig]:
 
 def all_rare(configs: Iterable[Any]) -> bool:
     """Whether all CCE tables with learned codes are of the recipe "rare", and there are some."""
+    # Tables without learned codes have no clustering that a recipe could say anything of.
     recipes = {config.recipe for config in configs if is_cce(config) and config.learned_codes}
     return recipes == {"rare"}

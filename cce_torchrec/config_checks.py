@@ -37,6 +37,7 @@ def whole_number(who: str, name: str, value: Any) -> int:
 
 def check_width(who: str, embedding_dim: int, num_chunks: int) -> None:
     """Refuses chunks of a width that FBGEMM cannot read."""
+    # FBGEMM's kernels read four values at once, of each chunk's own table.
     unit = 4 * num_chunks
     if embedding_dim >= 1 and embedding_dim % unit == 0:
         return
@@ -53,6 +54,7 @@ def check_width(who: str, embedding_dim: int, num_chunks: int) -> None:
 
 def unsupported_field(config: BaseEmbeddingConfig) -> str:
     """The first field of TorchRec's that says what no CCE table does; empty if none does."""
+    # By TorchRec's own defaults, so that fields of later versions are compared as well.
     defaults = {field.name: field.default for field in fields(BaseEmbeddingConfig)}
     said = (n for n in _UNSUPPORTED_FIELDS if n in defaults and getattr(config, n) != defaults[n])
     return next(said, "")
@@ -99,6 +101,7 @@ def check_id_ranges(
                 f"{who}: the id_ranges of feature {name!r} are {ids}; give one id or more of "
                 f"range(0, {num_embeddings}), by num_embeddings, one after the other"
             )
+    # Neighbours alone: ranges that overlap are neighbours in this order, or equal.
     rising = sorted(ranges, key=lambda name: ranges[name].start)
     for one, other in itertools.pairwise(rising):
         if ranges[one] != ranges[other] and ranges[other].start < ranges[one].stop:

@@ -23,6 +23,7 @@ def load_extra(module: str, extra: str, purpose: str) -> ModuleType:
     """
     try:
         return importlib.import_module(module)
+    # Not ImportError: a package that is there and broken has to say how itself.
     except ModuleNotFoundError as error:
         raise MissingExtra(
             f"{purpose} needs {error.name}, which is not installed; "

@@ -12,6 +12,7 @@ _LIMIT = 16.0
 
 def log_loss(logits: torch.Tensor, labels: torch.Tensor) -> float:
     """Mean over rows of the binary cross entropy, in float64."""
+    # In float64, whose sums do not depend on how rows were cut into batches.
     return float(
         torch.nn.functional.binary_cross_entropy_with_logits(logits.double(), labels.double())
     )
@@ -19,6 +20,7 @@ def log_loss(logits: torch.Tensor, labels: torch.Tensor) -> float:
 
 def auc(logits: torch.Tensor, labels: torch.Tensor) -> float:
     """Area under the ROC curve; ties count half. NaN if only one class occurs."""
+    # Mann and Whitney's form: the share of pairs in which the positive one has the higher rank.
     _, inverse, counts = torch.unique(logits, return_inverse=True, return_counts=True)
     last = counts.cumsum(0).double()
     ranks = (last - (counts.double() - 1) / 2)[inverse]
@@ -52,6 +54,7 @@ def histogram_auc(histogram: torch.Tensor) -> tuple[float, float]:
     Examples of one bin count as ties, which count half. So it differs by half of the share of pairs
     (one example of each label) that fall into one bin, at most. NaN if only one class occurs.
     """
+    # On the CPU, as the sums are few and their results are read at once.
     negative, positive = histogram.cpu().double().view(2, BINS)
     pairs = float(negative.sum() * positive.sum())
     if pairs == 0:

@@ -58,6 +58,7 @@ class Sizing:
     def within(self, budget: int) -> tuple[int, int]:
         """Main rows, and those of main and helper, whose bytes with codes are at most `budget`."""
         if self._in_ratio(count_codes=True):
+            # By bisection, as the bytes of codes rise in steps with the rows.
             low, high = 0, min(MAX_ROWS, budget // self.row_bytes)
             while low < high:
                 middle = (low + high + 1) // 2
@@ -66,6 +67,7 @@ class Sizing:
                 fits = middle * self.row_bytes + codes <= budget
                 low, high = (middle, high) if fits else (low, middle - 1)
             return self.main_rows(low, True), low
+        # From the most rows down: codes that are not worth their bytes leave more helper rows.
         for main in (*(RARE_ROWS if self.recipe == "rare" else _CODE_ROWS), 1):
             total = min(MAX_ROWS, (budget - self._code_bytes(main)) // self.row_bytes)
             if main == 1 or (main in self._choices(total, True) and self._worth(main, total)):

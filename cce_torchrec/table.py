@@ -54,6 +54,7 @@ class Table:
     def frozen_rows(self) -> dict[str, int]:
         """Names of its chunks' TorchRec tables, each with its first rows that are not trained."""
         config = self.cce
+        # Main of rare ids is set by clustering alone.
         if config is None or config.trains_main:
             return {}
         chunks = range(config.num_chunks)
@@ -111,6 +112,7 @@ def named(names: Iterable[str], paths: Collection[str], argument: str) -> set[st
     Raises:
         ValueError: naming what no table is called, and what is called most like it.
     """
+    # A name may mean several tables, one in each collection.
     chosen: set[str] = set()
     for name in names:
         found = {path for path in paths if called(path, name)}

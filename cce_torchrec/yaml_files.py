@@ -16,6 +16,7 @@ MOST_BYTES = 1 << 22
 
 def nearest(name: str, known: Iterable[str]) -> str:
     """`; did you mean NAME?` of the known name that is most like `name`, or nothing."""
+    # Half of the letters alike, as names of options have long parts in common.
     found = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
     return f"; did you mean {found[0]!r}?" if found else ""
 
@@ -33,6 +34,7 @@ def read_yaml(file: str | Path) -> Any:
     yaml: Any = load_extra("yaml", "cli", f"{file}: a file in YAML")
     path = Path(file) if isinstance(file, str) else file  # which may be in an object store
     try:
+        # Before it is read: a wrong name may be that of the data.
         if path.stat().st_size > MOST_BYTES:
             raise ValueError(
                 f"{file} has more than {MOST_BYTES:,} bytes: it is no file of settings"

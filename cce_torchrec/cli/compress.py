@@ -109,6 +109,7 @@ def command(
     them. It can be served, or trained on, which moves rows and leaves codes. Optimizer state is
     left out.
     """
+    # Each says how many rows a table gets: of two one would be ignored.
     given = [name for name in BUDGETS if click.get_current_context().params[name] is not None]
     if len(given) > 1:
         first, second = ("--" + name.replace("_", "-") for name in given[:2])

@@ -91,6 +91,7 @@ def command(
         f"wrote {said.path}: {said.form} of collection {said.collection!r}, rows of "
         f"{said.data_type}, {said_bytes(said.bytes)}"
     )
+    # Who serves tensors without names has to know it.
     click.echo(f"features, in the order of ids: {', '.join(said.features)}")
     if said.compared:
         click.echo(said.compared)

@@ -63,6 +63,7 @@ class Commands(click.Group):
         """Runs a command; what a user can cure ends it with one sentence and status 1."""
         try:
             return super().invoke(ctx)
+        # Anything else is a fault of ours, whose place has to be seen.
         except (ValueError, OSError, ImportError) as error:
             raise click.ClickException(str(error)) from error
 

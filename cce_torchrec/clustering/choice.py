@@ -34,6 +34,7 @@ def fixed_tables(model: nn.Module, *, finalize: bool = False) -> dict[str, str]:
 
 
 def _why_fixed(config: CCEEmbeddingBagConfig, finalize: bool) -> str:
+    # In the order in which a user would ask: what a table is, then what it has become.
     if not config.learned_codes:
         return "its codes are a hash (learned_codes=False)"
     if not config.helper_rows:
@@ -74,6 +75,7 @@ def frozen_chunks(
 
 def _rates(optimizers: Iterable[torch.optim.Optimizer], parameter: torch.Tensor) -> list[float]:
     """The learning rates of `parameter` in `optimizers`."""
+    # A parameter may be in several groups, of several optimizers.
     groups = [group for optimizer in optimizers for group in optimizer.param_groups]
     return [
         float(group["lr"])
@@ -119,6 +121,7 @@ def left_alone(
             "the model has no CCE table to cluster; its tables are made by "
             "CCEEmbeddingBagCollection, CCEEmbeddingCollection or compress_model"
         )
+    # Of the table's form first, which all ranks know; then what each has found of its chunks.
     found = {path: why for path, why in fixed.items() if why}
     for rank, own in enumerate(frozen):
         for path, why in own.items():

@@ -8,6 +8,8 @@ its old cluster has become.
 
 from __future__ import annotations
 
+import functools
+
 import torch
 
 from cce_torchrec.clustering.chunk_group import ChunkGroup
@@ -58,7 +60,8 @@ class Moves:
     def add_codes(self, part: NewCodes) -> None:
         """Takes new codes of this rank's ids, before they are written."""
         for new, old, sampled in part.beside_old(self._stride):
-            self._sizes += torch.bincount(new, minlength=self._after)
+            # Not by bincount, for whose result a host waits.
+            self._sizes.index_add_(0, new, torch.ones_like(new))
             self._add(old, sampled, torch.ones_like(sampled))
 
     def _add(self, old: torch.Tensor, new: torch.Tensor, ids: torch.Tensor) -> None:
@@ -78,15 +81,20 @@ class Moves:
             self._keys = [holders.gather(torch.cat([none, *self._keys]))]
             self._ids = [holders.gather(torch.cat([none, *self._ids]))]
 
+    @functools.cached_property
+    def _found(self) -> torch.Tensor:
+        """Ids of each new cluster, once all were counted; read once, as that waits for a device."""
+        return self._sizes.cpu()
+
     @property
     def empty(self) -> int:
         """Main rows that no id reads."""
-        return int((self._sizes == 0).sum())
+        return int((self._found == 0).sum())
 
     @property
     def imbalance(self) -> float:
         """k * sum(c^2) / N^2 of the ids c of each of k clusters."""
-        sizes = self._sizes.double()
+        sizes = self._found.double()
         return float(self._after * sizes.square().sum() / sizes.sum().square().clamp(min=1))
 
     def moved(self) -> float:
@@ -119,11 +127,11 @@ def matched_ids(keys: torch.Tensor, ids: torch.Tensor, columns: int) -> int:
     # pairs, one by one, would take as well.
     while len(keys):
         rows, cols = keys // columns, keys % columns
-        place = torch.arange(len(keys))
+        place = torch.arange(len(keys), device=keys.device)  # a job may have another default
         is_first = _first(rows, most)[rows] == place
         is_first &= _first(cols, columns)[cols] == place
         matched += int(ids[is_first].sum())
-        taken = torch.zeros(most, dtype=torch.bool), torch.zeros(columns, dtype=torch.bool)
+        taken = tuple(is_first.new_zeros(size) for size in (most, columns))
         taken[0][rows[is_first]] = True
         taken[1][cols[is_first]] = True
         free = ~(taken[0][rows] | taken[1][cols])
@@ -133,5 +141,5 @@ def matched_ids(keys: torch.Tensor, ids: torch.Tensor, columns: int) -> int:
 
 def _first(values: torch.Tensor, most: int) -> torch.Tensor:
     """Where each value below `most` comes first."""
-    place = torch.arange(len(values))
-    return torch.full((most,), len(values)).scatter_reduce_(0, values, place, "amin")
+    place = torch.arange(len(values), device=values.device)
+    return place.new_full((most,), len(values)).scatter_reduce_(0, values, place, "amin")

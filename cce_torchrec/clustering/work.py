@@ -55,6 +55,7 @@ class Work:
     def solve(self) -> Done:
         """Writes nothing."""
         done: Done = {}
+        # Chunks of one rank alone come first: nobody waits for them.
         plan = self.plan
         chunks = [*plan.alone, *plan.common, *plan.row_wise]
         shown = bar(len(chunks), "clustering", "chunk")
@@ -90,6 +91,7 @@ class Work:
         Raises:
             RuntimeError: on every rank, if a write failed on any.
         """
+        # Goes on after a failure, so that as few chunks as possible are half of a step.
         failures: list[str] = []
         for key in [*self.plan.alone, *self.plan.common, *self.plan.row_wise]:
             try:
@@ -132,6 +134,7 @@ def wider_codes(
     try:
         agree(widen, group)
         yield
+    # An interruption too, which leaves the model as it was.
     except BaseException:
         for codes, packing in before:
             codes.repack(packing)

@@ -27,6 +27,7 @@ class EarlierScan:
 
     def print(self) -> dict[str, Any]:
         """What tells it from others, as plain values."""
+        # Of what ids follow from, and not of the file, which may be written anew.
         crc = 0
         for name, numbering in sorted(self.numberings.items()):
             numbers: Any = getattr(numbering, "numbers", None)
@@ -45,6 +46,7 @@ class EarlierScan:
             before = self.numberings.get(name)
             if before is None:
                 continue
+            # Ids of another kind would read the rows of strangers, without any error.
             if type(before) is not type(numbering):
                 raise ValueError(
                     f"column {name!r}: ids were numbered {_KINDS[type(before)]} in {self.file} "

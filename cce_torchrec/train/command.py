@@ -40,4 +40,5 @@ def _start_ranks(ranks: int, words: list[str]) -> None:
         )
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
     program = ["--nproc-per-node", str(ranks), "-m", "cce_torchrec.train", *words]
+    # In its place, so that signals reach torchrun and its exit status is ours.
     os.execv(sys.executable, [*torchrun, *program])

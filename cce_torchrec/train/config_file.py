@@ -45,6 +45,7 @@ def read_config(ctx: click.Context, parameter: click.Parameter, file: str | None
         found = {}
     if not isinstance(found, dict):
         raise click.UsageError(f"{file}: options are lines `name: value`, which these are not")
+    # By the names of parameters, so that two spellings of an option are one.
     values: dict[str, Any] = {}
     for key, value in found.items():
         name = _known(file, key)
@@ -78,6 +79,7 @@ def settle(ctx: click.Context) -> None:
 
 def given(ctx: click.Context, leave_out: str) -> list[str]:
     """The options of the command line as words, without `leave_out`."""
+    # Not sys.argv, which is that of whoever calls the command from Python.
     words = []
     for name, value in ctx.params.items():
         if _source(ctx, name) == ParameterSource.COMMANDLINE and name != leave_out:

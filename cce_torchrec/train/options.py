@@ -57,6 +57,7 @@ def resolved(ctx: click.Context) -> argparse.Namespace:
     Raises:
         click.UsageError: what is wrong with them.
     """
+    # First, as all that follows looks at the values that were taken.
     config_file.settle(ctx)
     values = {name: value for name, value in ctx.params.items() if name not in CALL_ALONE}
     args = argparse.Namespace(**values)

@@ -10,6 +10,7 @@ from cce_torchrec.train.option import choice, flag, option
 DEFAULT_SPLIT_SEED = 20231211
 PIPELINES = ("auto", "sparse-dist", "prefetch", "none")
 
+# Groups as `--help` shows them: data, tables, training, and how the run goes.
 _DATA = [
     option("--model", type=choice("dlrm", "gmf"), default="dlrm", help="network over the tables"),
     option(
@@ -85,6 +86,7 @@ _TRAINING = [
         "their rows, and network are taken over where they fit",
     ),
     option("--seed", type=int, default=0, help="of hashes, initial values and order"),
+    # Apart from --seed, so that runs of several seeds validate on the same rows.
     option("--split-seed", type=int, default=DEFAULT_SPLIT_SEED, help="of the held-out rows"),
 ]
 _RUN = [
@@ -139,6 +141,7 @@ _SEEING = [
 ]
 SETTINGS: list[click.Option] = [*_DATA, *_TABLES, *_TRAINING, *_RUN, *_SEEING]
 """What a configuration file may hold."""
+# A file that said these would do other things when it is read a second time.
 CALL_PARAMS: list[click.Option] = [
     flag("--no-pipeline", help="the same as --pipeline none: the plain loop"),
     flag("--resume", help="go on from the latest checkpoint in --out, if there is one"),

@@ -41,6 +41,7 @@ class Records:
     @classmethod
     def resumed(cls, saved: dict[str, Any]) -> Records:
         """The records of a checkpoint; those of older ones had a line an epoch and no kinds."""
+        # The caller's own is part of a report that others may read.
         saved = dict(saved)
         for line in saved.pop("history", []):
             saved.setdefault("lines", []).append({"kind": "epoch", "step": None, **line})
@@ -59,6 +60,7 @@ class Records:
     def clustered(self, report: ClusteringReport, step: int) -> dict[str, Any]:
         """Notes a clustering step."""
         self.clustering_seconds += report.seconds
+        # Whole, for summary.json; the line of metrics.jsonl has what curves are drawn of.
         self.last_clustering = plain([asdict(chunk) for chunk in report.chunks])
         chunks = [
             {name: getattr(chunk, name) for name in _CHUNK} | {"changed": chunk.moved}
@@ -129,6 +131,7 @@ class Records:
     ) -> None:
         """summary.json, and its essence on the terminal; `examples` were trained on in all."""
         history, seconds = self.history, sum(h["seconds"] for h in self.history)
+        # Of float32, as the program makes no other tables.
         full = sum(c.num_embeddings * c.embedding_dim for c in configs)
         parameters = sum(
             c.num_parameters if is_cce(c) else c.num_embeddings * c.embedding_dim for c in configs

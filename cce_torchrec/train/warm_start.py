@@ -43,6 +43,7 @@ class WarmStart:
             ValueError: it has no checkpoint.
         """
         checkpoints = location(run) / RUN_FOLDER
+        # Before anything is built, as a wrong name is the likeliest mistake.
         try:
             found = checkpoint_info(checkpoints)
         except ValueError as error:
@@ -56,6 +57,7 @@ class WarmStart:
         """Of `features` those to compress: as they were, and of new ones those in `names`."""
         out = []
         for feature in features:
+            # A feature's own table has its name; a joint one has another, and is made anew.
             record = self.tables.get(feature)
             if isinstance(record, CCETableRecord) if record else feature in names:
                 out.append(feature)

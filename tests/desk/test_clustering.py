@@ -127,7 +127,9 @@ def test_waits_do_not_grow_with_the_ids(step, samples, weights):
         _, cuda = twins(
             [table(0, num_embeddings=num_ids, num_chunks=1, num_rows=5, track_seen=True)]
         )
-        cuda(batch(1, num_ids=300).to("cuda"))
+        # Of so many batches that a sample of the ids has some that were seen.
+        for seed in range(1, 1 + num_ids // 50):
+            cuda(batch(seed, num_ids=num_ids).to("cuda"))
         with counting() as counts:
             step(cuda, backend="torch", samples_per_centroid=samples, weights=weights, iterations=1)
         counted.append(counts)
