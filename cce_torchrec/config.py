@@ -283,7 +283,6 @@ class CCEEmbeddingBagConfig(EmbeddingBagConfig):
             )
         chunks = most_chunks(kwargs, BYTES_CHUNKS if count_codes else PARAMS_CHUNKS)
         kwargs = {"num_chunks": chunks, **kwargs}
-        # Made for its checks, and for what rows follow from.
         one = cls(num_rows=1, num_helper_rows=0, **kwargs)
         main = one._sizing(helper_ratio).main_rows(total, count_codes)
         return cls(num_rows=main, num_helper_rows=total - main, **kwargs)
@@ -346,6 +345,5 @@ def is_cce(config: Any) -> TypeGuard[CCEEmbeddingBagConfig]:
 
 def all_rare(configs: Iterable[Any]) -> bool:
     """Whether all CCE tables with learned codes are of the recipe "rare", and there are some."""
-    # Tables without learned codes have no clustering that a recipe could say anything of.
     recipes = {config.recipe for config in configs if is_cce(config) and config.learned_codes}
     return recipes == {"rare"}

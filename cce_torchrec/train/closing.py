@@ -24,6 +24,7 @@ def write_health(
     model: nn.Module, optimizers: Sequence[torch.optim.Optimizer], out: Path, step: int
 ) -> None:
     """Writes health.json, of the model as it is now. Collective."""
+    # Of the trained model itself: a run need not have saved any checkpoint.
     health = model_health(model, optimizers, step=step)
     text = json.dumps(health, indent=1) + "\n"
     Ranks(None).first(lambda: write_whole(out / "health.json", text))

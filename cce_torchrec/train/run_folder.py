@@ -26,6 +26,7 @@ def claim(args: argparse.Namespace) -> None:
 
 
 def _refuse_another(args: argparse.Namespace, found: dict[str, object]) -> None:
+    # What a resumed run may change is no other configuration.
     lasting = options.lasting(args)
     changes = [
         f"{config_file.option_name(name)} was {found.get(name)} and is {lasting[name]}"
