@@ -119,7 +119,7 @@ def test_batches_for_a_gpu_are_pinned_and_copied_without_waiting(device, monkeyp
 
 @pytest.mark.parametrize("rows", [[100, 90], [0, 5, 5], [7, 8]])
 def test_ranks_that_have_read_unequal_data_are_refused(rows, monkeypatch):
-    monkeypatch.setattr("cce_torchrec.train.trainer.agree", lambda work, _: (work()[0], rows))
+    monkeypatch.setattr("cce_torchrec.train.shared_data.agree", lambda work, _: (work()[0], rows))
     monkeypatch.setattr(data, "load", lambda *_: SimpleNamespace(num_train=rows[0]))
     monkeypatch.setattr("torch.distributed.get_rank", lambda: 0)
     monkeypatch.setattr("torch.distributed.get_world_size", lambda: len(rows))

@@ -41,7 +41,8 @@ def test_images_are_labelled_with_no_other():
                 r"image\.version=(\S+)|ARG (?:CCE_)?VERSION=(\S+)", file.read_text()
             ):
                 stated = "".join(found).strip("\"'")
-                assert stated.startswith("$") or stated == VERSION, file
+                # Without a version there is no label, and with another one the build ends.
+                assert not stated or stated.startswith("$") or stated == VERSION, file
 
 
 def made(tmp_path, names, tag="py3-none-manylinux_2_28_x86_64"):
