@@ -73,7 +73,7 @@ def damage_json(text: str, rng: random.Random) -> str:
         elif isinstance(old, list):
             container[key] = rng.choice([old[:-1], old + old, old[::-1]])
         else:
-            container[key] = {**old, "unknown": 1}
+            container[key] = {**(old or {}), "unknown": 1}
 
     def rename() -> None:
         if isinstance(container, dict):

@@ -9,6 +9,10 @@ which gives back what glibc's arenas hold and no one uses: what shrinks by that 
 first quarter of the time is the warm-up; growth is that of the medians of the first and the last
 tenth of the rest. `--trace` prints which lines allocated what stays, by tracemalloc, which slows
 the soak.
+
+A model that is given up is freed, but for one thing: torch keeps every parameter that was given to
+`apply_optimizer_in_backward`, of TorchRec's own collections too. The soak has torch forget them,
+or leaves them with `--keep`, which shows as growth.
 """
 
 from __future__ import annotations
@@ -16,6 +20,7 @@ from __future__ import annotations
 import argparse
 import ctypes
 import gc
+import importlib
 import json
 import os
 import statistics
@@ -66,7 +71,14 @@ def _resident() -> int:
 
 
 class SoakJob(Job):
-    """A job that also exports, and says how large its process is."""
+    """A job that also exports, says how large its process is, and can be given up."""
+
+    def give_up(self) -> None:
+        """Has torch forget the optimizers in the backward pass, which keep parameters for good."""
+        # Its dictionary is weak in its keys, the parameters, and its values refer to them.
+        in_backward = importlib.import_module("torch.distributed.optim.apply_optimizer_in_backward")
+        in_backward.param_to_acc_grad_map.clear()
+        in_backward.param_to_optim_hook_handle_map.clear()
 
     def serve(self, folder: Path) -> None:
         """Writes an export, loads it, and looks a batch up."""
@@ -88,11 +100,13 @@ def grown(values: list[float]) -> float:
 class Soak:
     """Cycles over one driver."""
 
-    def __init__(self, ranks: Ranks | None, folder: Path) -> None:
-        self.ranks, self.folder, self.cycles = ranks, folder, 0
+    def __init__(self, ranks: Ranks | None, folder: Path, keep: bool) -> None:
+        self.ranks, self.folder, self.keep, self.cycles = ranks, folder, keep, 0
         self.driver = self._fresh()
 
     def _fresh(self) -> Local | Sharded:
+        if self.cycles and not self.keep:
+            self.driver.call("give_up")
         if self.ranks is not None:
             return Sharded(SPEC, ("tw", "cw", "rw")[self.cycles // 10 % 3], self.ranks)
         driver = Local(SPEC)
@@ -118,12 +132,12 @@ class Soak:
         return self.driver.call("size")
 
 
-def run(minutes: float, num_ranks: int, trace: bool) -> dict[str, Any]:
+def run(minutes: float, num_ranks: int, trace: bool, keep: bool) -> dict[str, Any]:
     """A soak in one process or on ranks; samples, and growth after the warm-up."""
     ranks = Ranks(num_ranks, SoakJob) if num_ranks > 1 else None
     began, samples, first = time.monotonic(), [], None
     with tempfile.TemporaryDirectory() as folder:
-        soak = Soak(ranks, Path(folder))
+        soak = Soak(ranks, Path(folder), keep)
         while (elapsed := time.monotonic() - began) < 60 * minutes:
             samples.append({"seconds": elapsed, "ranks": soak.cycle()})
             if trace and first is None and elapsed > 15 * minutes:
@@ -148,17 +162,23 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, default=30)
     parser.add_argument("--ranks", type=int, default=1)
     parser.add_argument("--trace", action="store_true")
+    parser.add_argument("--keep", action="store_true", help="what torch keeps of models given up")
     parser.add_argument("--json", type=Path, default=Path("runs/soak.json"))
     args = parser.parse_args()
     torch.set_num_threads(1)
-    found = run(args.minutes, args.ranks, args.trace)
+    found = run(args.minutes, args.ranks, args.trace, args.keep)
     print(f"{found['cycles']} cycles in {args.minutes} minutes on {args.ranks} ranks")
     for field, shares in found["growth"].items():
         print(f"{field:8} {', '.join(f'{share:+.2%}' for share in shares)}")
     report = {
         "device": device_name(torch.device("cpu")),
         "versions": installed_versions(),
-        "settings": {"minutes": args.minutes, "ranks": args.ranks, "trace": args.trace},
+        "settings": {
+            "minutes": args.minutes,
+            "ranks": args.ranks,
+            "trace": args.trace,
+            "keep": args.keep,
+        },
         **found,
     }
     args.json.parent.mkdir(parents=True, exist_ok=True)
