@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# ./run.sh demo|test|setup: everything in .venv, installed again only when pyproject.toml or a kernel changed.
+# ./run.sh demo|test|setup|wheel|sanitize: everything in .venv, installed again only when pyproject.toml or a kernel changed.
 set -euo pipefail
 cd "$(dirname "$0")"
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}" TORCH_CPP_LOG_LEVEL=ERROR TORCH_LOGS="-all"
@@ -48,9 +48,22 @@ run_tests() {
   echo "== pytest"; python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder "$@"
 }
 
+wheel() {
+  echo "== sdist and wheel, and its tests in an empty environment"
+  pip install -q -e '.[release]'
+  python -m tests.wheel "$@"
+}
+
+sanitize() {
+  echo "== tests of the compiled kernels under AddressSanitizer and UndefinedBehaviorSanitizer"
+  timeout 600 python -m tests.sanitize
+}
+
 case "${1:-}" in
   demo) setup; demo ;;
   test) shift; setup; run_tests "$@" ;;
   setup) setup ;;
-  *) echo "usage: ./run.sh demo|test|setup" >&2; exit 2 ;;
+  wheel) shift; setup; wheel "$@" ;;
+  sanitize) setup; sanitize ;;
+  *) echo "usage: ./run.sh demo|test|setup|wheel [--suite]|sanitize" >&2; exit 2 ;;
 esac

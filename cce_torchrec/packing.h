@@ -23,7 +23,8 @@ struct Codes {
   // The eight bytes from `from` on, those beyond the end as 0.
   METHOD uint64_t word(const uint8_t *from) const {
     uint64_t found = 0;
-    std::memcpy(&found, from, end - from < 8 ? end - from : 8);
+    // Codes of no bits are nowhere, which memcpy may not be given.
+    if (from < end) std::memcpy(&found, from, end - from < 8 ? end - from : 8);
     return found;
   }
   METHOD int64_t of(int64_t id, int64_t column) const {
@@ -38,6 +39,6 @@ struct Codes {
     uint8_t *to = byte_of(id, column);
     const int64_t low = bit_of(id) & 7, size = (low + bits + 7) >> 3;
     const uint64_t found = (word(to) & ~(mask() << low)) | (code << low);
-    std::memcpy(to, &found, size);
+    if (size) std::memcpy(to, &found, size);
   }
 };

@@ -16,8 +16,8 @@ import zipfile
 from pathlib import Path
 
 import cce_torchrec
+from tests.support.clone import ROOT, copy_clone
 
-ROOT = Path(__file__).parents[1]
 DIST = ROOT / "dist"
 ENVIRONMENT = ROOT / "build" / "wheel-environment"
 FOLDER = ROOT / "build" / "wheel-tests"
@@ -30,7 +30,7 @@ NEEDED = BINARIES | {
     "cce_torchrec/inference/_lookup.cpp",
 }  # fmt: skip
 """Beside Python's files: kernels, and what the lookup for serving is compiled from."""
-QUICK = ["expand", "backward", "kmeans", "cpu_levels", "inference", "public_face", "version"]
+QUICK = ["expand", "backward", "kmeans", "cpu_levels", "operators", "public_face", "version"]
 
 
 def python_files():
@@ -83,32 +83,33 @@ def install(wheel):
     return python
 
 
+def quick():
+    """Files of tests that use what is compiled, and what the package shows."""
+    return [f"tests/unit/test_{name}.py" for name in QUICK]
+
+
 def try_out(python, suite):
     """Runs the tests from a copy of the repository without the package."""
-    shutil.rmtree(FOLDER, ignore_errors=True)
-    listed = subprocess.run(
-        ["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True, check=True
-    ).stdout.split("\0")
-    for name in listed:
-        if name and not name.startswith("cce_torchrec/") and (ROOT / name).is_file():
-            (FOLDER / name).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copy2(ROOT / name, FOLDER / name)
+    copy_clone(FOLDER, without=["cce_torchrec/"])
     variables = {**os.environ, "PATH": f"{python.parent}{os.pathsep}{os.environ['PATH']}"}
     variables.pop("PYTHONPATH", None)
     where = "import cce_torchrec; print('tested is', cce_torchrec.__file__)"
     run(python, "-c", where, cwd=FOLDER, env=variables)
     run(python.parent / "cce-torchrec", "--help", cwd=FOLDER, env=variables)
     every = ["-n", "2", "--dist", "loadfile", "--no-loadscope-reorder"]
-    chosen = every if suite else [f"tests/unit/test_{name}.py" for name in QUICK]
-    run(python, "-m", "pytest", "-q", *chosen, cwd=FOLDER, env=variables)
+    run(python, "-m", "pytest", "-q", *(every if suite else quick()), cwd=FOLDER, env=variables)
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--suite", action="store_true", help="run all tests")
-    suite = parser.parse_args().suite
+    parser.add_argument("--installed", action="store_true", help="only tests, of what is installed")
+    args = parser.parse_args()
+    if args.installed:
+        print("tested is", cce_torchrec.__file__, flush=True)
+        return run(sys.executable, "-m", "pytest", "-q", *quick())
     wheel = build()
-    try_out(install(wheel), suite)
+    try_out(install(wheel), args.suite)
     print(f"{wheel.relative_to(ROOT)} is whole, and its tests pass")
 
 

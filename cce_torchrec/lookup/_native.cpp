@@ -164,13 +164,13 @@ INLINE void count_bags(const Length *lengths, const int64_t *sizes, int64_t num_
                        int64_t *out) {
   Length low = *lengths, high = *lengths;
   for (int64_t key = 0; key < num_keys; lengths += sizes[key++]) {
-    int64_t sum = 0;
+    uint64_t sum = 0;  // absurd lengths are told by their bounds; a signed sum must not wrap
     for (int64_t i = 0; i < sizes[key]; i++) {
-      sum += lengths[i];
+      sum += (uint64_t)lengths[i];
       low = lengths[i] < low ? lengths[i] : low;
       high = lengths[i] > high ? lengths[i] : high;
     }
-    out[key] = sum;
+    out[key] = (int64_t)sum;
   }
   out[num_keys] = low;
   out[num_keys + 1] = high;
