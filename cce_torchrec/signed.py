@@ -32,7 +32,7 @@ def is_as_written(found: dict[str, Any], *, needed: bool) -> bool:
     return (_KEY not in found and not needed) or found.get(_KEY) == checksum(found)
 
 
-def shown(value: Any) -> str:
+def shown(value: Any, most: int = 60) -> str:
     """A value out of a file for a message, which has to end though the value may not."""
     text = repr(value)
-    return text if len(text) <= 60 else f"{text[:56]} ..."
+    return text if len(text) <= most else f"{text[: most - 4]} ..."

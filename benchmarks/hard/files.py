@@ -66,8 +66,8 @@ def _inside(subject: subjects.Subject, folder: Path, seed: int | None, pipe: int
         shutil.copytree(subject.folder, own)
         if seed is not None:
             rng = random.Random(seed)
-            told["damage"] = damage_folder(own, subject.donor, rng)
-            told["forged"] = rng.random() < 0.5 and subject.forge(own)
+            told["damage"] = damage_folder(own, subject.donor, rng, pipes=not subject.settings)
+            told["forged"] = subject.settings or (rng.random() < 0.5 and subject.forge(own))
         os.write(pipe, json.dumps(told).encode() + b"\n")  # now, as reading may be the end
         told |= _ended(subject, own, told["forged"])
     except BaseException:

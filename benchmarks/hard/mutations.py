@@ -96,7 +96,26 @@ def damage_json(text: str, rng: random.Random) -> str:
     return damaged.replace(f'"{_DEEP}"', "[" * depth + "]" * depth)
 
 
-def damage_folder(folder: Path, donor: Path, rng: random.Random) -> str:
+def damage_lines(text: str, rng: random.Random) -> str:
+    """The same YAML with a line changed: its value, its name, its place or what it is."""
+    lines = text.splitlines()
+    at = rng.randrange(len(lines))
+    name, colon, value = lines[at].partition(":")
+    odd = rng.choice([
+        "*x", "&x 1", "!!python/object/apply:os.system [ls]", "{a: {b: 1}}", "[1, [2]]", "~", "yes",
+        ".nan", ".inf", "-1", "0", "1e400", "9" * 5000, "0x10", "1_000", "2001-01-01", "'", "\t",
+        "[" * 5000, "{" * 5000, "../../etc/passwd", "\u0000", "|", "? x", "<<: *x",
+    ])  # fmt: skip
+    lines[at] = rng.choice([
+        f"{name}{colon} {odd}", f"{name}{colon} {odd}", f"{name}{colon} {odd}", odd,
+        f"{name}x{colon}{value}", f" {lines[at]}", f"{name}{colon}{value}x", f"{name}{colon}",
+        "", f"{lines[at]}\n{lines[at]}", f"{name.upper()}{colon}{value}", f"{name}{colon}{value}0",
+        rng.choice(lines), "---", f"{name.replace('_', '-')}{colon}{value}",
+    ])  # fmt: skip
+    return "\n".join(lines) + "\n"
+
+
+def damage_folder(folder: Path, donor: Path, rng: random.Random, *, pipes: bool = True) -> str:
     """Damages one file of `folder`, for which one of `donor` may come; says what was done."""
     files = sorted(path for path in folder.rglob("*") if path.is_file())
     path = rng.choice(files)
@@ -124,7 +143,12 @@ def damage_folder(folder: Path, donor: Path, rng: random.Random) -> str:
         "a pipe": lambda: replace(os.mkfifo),
         "of another": lambda: shutil.copy(rng.choice(others), path) if others else path.unlink(),
     }
+    if not pipes:
+        del ways["a pipe"]
     names = ["bytes"] * 6 + list(ways)
+    if path.suffix == ".yaml":
+        ways["json"] = lambda: path.write_text(damage_lines(path.read_text(), rng), errors="ignore")
+        names += ["json"] * 14
     if path.suffix == ".json":
         ways["json"] = as_json
         names += ["json"] * 14

@@ -8,6 +8,7 @@ import zlib
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -45,6 +46,9 @@ class Subject(ABC):
     """Files of one kind in `folder`, and others of the same kind in `donor`."""
 
     name: str
+    settings = False
+    """Whether they are a user's own words: without a checksum, other values are as good, and a
+    command line may give a pipe (`--config <(...)`), for whose writer it waits."""
 
     def __init__(self, folder: Path) -> None:
         self.folder, self.donor = folder / "good", folder / "donor"
@@ -242,12 +246,82 @@ class Vocabulary(Subject):
         return self._read(folder) == self.expected
 
 
+class Configuration(Subject):
+    """A file of options of the training program. It has no checksum: other values are as good."""
+
+    name, settings = "config", True
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__(folder)
+        from cce_torchrec.train.config_file import config_yaml
+        from cce_torchrec.train.options import parse
+
+        for at, words in ((self.folder, ["--epochs", "3"]), (self.donor, ["--method", "full"])):
+            at.mkdir()
+            own = ["--dataset", "synthetic", "--out", "run", "--table-bytes", "100000", *words]
+            (at / "config.yaml").write_text(config_yaml(parse(own)))
+        self.expected = self._options(self.folder)
+
+    def _options(self, folder: Path) -> dict[str, Any]:
+        """Of a run, which does not start."""
+        import click
+
+        from cce_torchrec.train.options import PARAMS, resolved
+
+        command = click.Command("train", params=PARAMS)
+        with command.make_context("train", ["--config", str(folder / "config.yaml")]) as ctx:
+            found = vars(resolved(ctx))
+        return {key: value for key, value in found.items() if key != "config"}
+
+    def read(self, folder: Path) -> bool:
+        """As options of a run."""
+        import click
+
+        try:
+            return self._options(folder) == self.expected
+        except click.ClickException as error:  # what a command makes of its user's mistakes
+            raise ValueError(error.format_message()) from error
+
+
+class Tables(Subject):
+    """Files of tables, as `cce-torchrec plan` reads them. These have no checksum either."""
+
+    name, settings = "tables", True
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__(folder)
+        from cce_torchrec.planning.table_file import read_tables, tables_yaml
+
+        self.read_tables: Callable[[Path], Any] = read_tables
+        for at, rows in ((self.folder, 5), (self.donor, 9)):
+            at.mkdir()
+            tables = [TableSpec(**{**vars(one), "rows": rows}).config() for one in SPEC.tables]
+            (at / "tables.yaml").write_text(tables_yaml(tables))
+            described = [{"name": "user", "num_embeddings": 1000, "embedding_dim": 16,
+                          "num_rows": rows, "feature_names": ["f", "g"]},
+                         {"name": "item", "num_embeddings": 50, "embedding_dim": 8}]  # fmt: skip
+            (at / "tables.json").write_text(json.dumps({"tables": described}))
+        self.expected = self._read(self.folder)
+
+    def _read(self, folder: Path) -> list[str]:
+        found = [self.read_tables(folder / name) for name in ("tables.yaml", "tables.json")]
+        return [str({**vars(table), "init_fn": None}) for part in found for table in part]
+
+    def read(self, folder: Path) -> bool:
+        """Both files."""
+        return self._read(folder) == self.expected
+
+
 SUBJECTS: dict[str, Callable[[Path], Subject]] = {
-    kind.name: kind for kind in (Checkpoint, Export, Vocabulary)
+    kind.name: kind for kind in (Checkpoint, Export, Vocabulary, Configuration, Tables)
 }
 
 
 def available() -> list[str]:
     """Subjects whose packages are installed."""
-    lacks = importlib.util.find_spec("pyarrow") is None
-    return [name for name in SUBJECTS if not (lacks and name == "vocabulary")]
+    needed = {"vocabulary": "pyarrow", "config": "yaml", "tables": "yaml"}
+    return [
+        name
+        for name in SUBJECTS
+        if name not in needed or importlib.util.find_spec(needed[name]) is not None
+    ]

@@ -128,7 +128,8 @@ def load_inference(
         raise
     except Exception as error:  # by hand, or by an unfinished version: whatever it leads to
         raise ValueError(
-            f"{folder / MANIFEST} does not describe tables ({error!r}); write the export again"
+            f"{folder / MANIFEST} does not describe tables ({shown(error, 300)}); write the "
+            "export again"
         ) from error
     return collection
 

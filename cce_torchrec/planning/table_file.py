@@ -48,7 +48,8 @@ def read_tables(file: str | Path) -> list[EmbeddingBagConfig]:
     try:
         return _tables(found)
     except ValueError as error:
-        raise ValueError(f"{file}: {error}") from error
+        # A value of the file that a message shows may be as long as the file.
+        raise ValueError(f"{file}: {str(error)[:1000]}") from error
 
 
 def tables_yaml(tables: Sequence[EmbeddingBagConfig]) -> str:

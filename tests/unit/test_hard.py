@@ -29,3 +29,12 @@ def test_damaged_files_are_refused_or_do_not_matter(subject, tmp_path):
     faults = [case for case in found if case.outcome not in files.FINE]
     assert not faults, faults
     assert {"error", "equal"} <= {case.outcome for case in found}
+
+
+@pytest.mark.parametrize("subject", ["config", "tables"])
+def test_damaged_settings_are_refused_or_are_others(subject, tmp_path):
+    """They have no checksum: what can be read is taken."""
+    found = files.run(40, [subject], tmp_path)
+    faults = [case for case in found if case.outcome not in files.FINE]
+    assert not faults, faults
+    assert "error" in {case.outcome for case in found}
