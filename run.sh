@@ -30,7 +30,7 @@ demo() {
   for method in full cce hash; do
     echo "-- $method"
     torchrun --nproc-per-node 2 --master-port "${MASTER_PORT:-29533}" -m cce_torchrec.train \
-      --method "$method" --dataset flights --epochs "${DEMO_EPOCHS:-2}" --out "runs/demo/$method"
+      --method "$method" --dataset flights --epochs "${DEMO_EPOCHS:-2}" --out "runs/demo/$method" --overwrite
   done
   python -m benchmarks.compare runs/demo/full runs/demo/cce runs/demo/hash
 }
