@@ -31,6 +31,7 @@ LOOKUPS = [
         "fused", marks=pytest.mark.skipif(not shutil.which("g++"), reason="needs a C++ compiler")
     ),
 ]
+SANITIZERS = ("LD_PRELOAD", "ASAN_OPTIONS", "UBSAN_OPTIONS")
 
 
 @pytest.mark.parametrize("lookup", LOOKUPS)
@@ -159,8 +160,10 @@ def test_machines_without_vectors_give_the_same_to_rounding(tmp_path):
         f"    found = torch.jit.load(f'{tmp_path}/{{t}}.pt')(*batch)\n"
         f"    torch.save(found, f'{tmp_path}/{{t}}.found')\n"
     )
+    # A library that is built with sanitizers (tests/sanitize.py) needs theirs in this process, too.
+    kept = {name: os.environ[name] for name in SANITIZERS if name in os.environ}
     subprocess.run(
-        [sys.executable, "-c", code], check=True, env={"CCE_CPU_LEVEL": "none", "PATH": ""}
+        [sys.executable, "-c", code], check=True, env={"CCE_CPU_LEVEL": "none", "PATH": "", **kept}
     )
     same = []
     for name, lookup in served.items():
