@@ -27,7 +27,7 @@ BINARIES = {
 }
 NEEDED = BINARIES | {
     "cce_torchrec/py.typed", "cce_torchrec/hashing.h", "cce_torchrec/packing.h",
-    "cce_torchrec/inference/_lookup.cpp",
+    "cce_torchrec/lanes.h", "cce_torchrec/inference/_lookup.cpp",
 }  # fmt: skip
 """Beside Python's files: kernels, and what the lookup for serving is compiled from."""
 QUICK = ["expand", "backward", "kmeans", "cpu_levels", "operators", "public_face", "version"]
@@ -41,7 +41,8 @@ def python_files():
 def problems(wheel, needed):
     """What is wrong with the files in `wheel`, as sentences; `needed` must be there."""
     with zipfile.ZipFile(wheel) as archive:
-        names = set(archive.namelist())
+        # auditwheel lists folders, too.
+        names = {name for name in archive.namelist() if not name.endswith("/")}
     found = [f"{name} is missing" for name in sorted(needed - names)]
     own = re.compile(r"cce_torchrec/.*\.py$|cce_torchrec-[^/]+\.dist-info/")
     found += [f"{n} should not be there" for n in sorted(names - needed) if not own.match(n)]

@@ -54,7 +54,12 @@ def made(tmp_path, names, tag="py3-none-manylinux_2_28_x86_64"):
 
 
 def test_a_whole_wheel_passes(tmp_path):
-    names = {*wheel.NEEDED, "cce_torchrec/a.py", f"cce_torchrec-{VERSION}.dist-info/RECORD"}
+    names = {
+        *wheel.NEEDED,
+        "cce_torchrec/",
+        "cce_torchrec/a.py",
+        f"cce_torchrec-{VERSION}.dist-info/RECORD",
+    }
     assert wheel.problems(made(tmp_path, names), wheel.NEEDED) == []
 
 
