@@ -132,9 +132,7 @@ def test_a_folder_that_cannot_be_written_is_named(tmp_path):
 
 
 def test_ranks_are_started_with_the_options_of_the_command_line(tmp_path, monkeypatch):
-    monkeypatch.delenv(
-        "RANK", raising=False
-    )  # which other tests may have set
+    monkeypatch.delenv("RANK", raising=False)  # which other tests may have set
     (tmp_path / "c.yaml").write_text("lr: 0.5\n")
     words = ["--config", str(tmp_path / "c.yaml"), "--finalize", "--seed", "-3"]
     with (
