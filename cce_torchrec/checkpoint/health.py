@@ -96,7 +96,7 @@ def chunk_health(
     rows = main if helper is None else torch.cat([main, helper])
     sums = RowSums(tuple(rows.shape))
     sums.add((0, 0), rows, squares=True)
-    none = torch.zeros(0, dtype=torch.int64)
+    none = torch.zeros(0, dtype=torch.int64, device="cpu")
     hashed = none if helper is None or helper_codes is None else helper_codes.long()
     usage = Usage(
         torch.bincount(codes.long(), minlength=len(main)).numpy(),

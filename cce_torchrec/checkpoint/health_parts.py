@@ -216,7 +216,7 @@ def _count_hashed(table: CCETableRecord, out: Parts) -> None:
     hashes = [code_hash(table.seed, table.name, chunk) for chunk in chunks]
 
     def codes(first: int, last: int) -> torch.Tensor:
-        mixed = mix(torch.arange(first, last))
+        mixed = mix(torch.arange(first, last, device="cpu"))
         return torch.stack([hash_.of_mixed(mixed, table.num_rows) for hash_ in hashes], 1)
 
     _count_ids(table, out, range(table.num_embeddings), chunks, codes)
@@ -236,8 +236,11 @@ def _count_ids(
     """
     # As the lookup hashes: by the number of clusterings so far.
     helpers = [helper_hash(table.seed, table.name, chunk, out.clusterings) for chunk in chunks]
-    main = torch.zeros(len(chunks), table.num_rows, dtype=torch.int64)
-    helper = torch.zeros(len(chunks), table.num_helper_rows, dtype=torch.int64)
+    # A job may have another default device.
+    main, helper = (
+        torch.zeros(len(chunks), rows, dtype=torch.int64, device="cpu")
+        for rows in (table.num_rows, table.num_helper_rows)
+    )
     for first, last in _ranges(len(ids)):
         block = codes(first, last)
         # A wrong code would otherwise be counted as a row of the helper, or fail without a word.
@@ -246,7 +249,7 @@ def _count_ids(
                 f"table {table.name!r} has the code {int(block.max())}, and {table.num_rows} rows; "
                 "the codes are damaged"
             )
-        mixed = mix(torch.arange(ids.start + first, ids.start + last))
+        mixed = mix(torch.arange(ids.start + first, ids.start + last, device="cpu"))
         for column in range(len(chunks)):
             main[column] += torch.bincount(block[:, column], minlength=table.num_rows)
             if table.num_helper_rows:

@@ -37,7 +37,7 @@ class Predictions:
     def __init__(self, exact_rows: int = EXACT_ROWS) -> None:
         self._room = exact_rows // dist.get_world_size()
         self._kept: list[tuple[torch.Tensor, torch.Tensor]] = []
-        self._histogram = torch.zeros(2 * BINS, dtype=torch.int64)
+        self._histogram = torch.zeros(2 * BINS, dtype=torch.int64, device="cpu")
         self._loss, self._rows = 0.0, 0
         self._folded = False
 
@@ -65,7 +65,7 @@ class Predictions:
             self._fold()
             parts = gather(self._histogram, dist.group.WORLD)
             return Score(mean, histogram_auc(torch.stack(parts).sum(0))[0], rows)
-        none = torch.zeros(0)
+        none = torch.zeros(0, device="cpu")
         own = tuple(torch.cat(part) for part in zip((none, none), *self._kept, strict=True))
         everyone = gather(own, dist.group.WORLD)
         logits, labels = (torch.cat(part) for part in zip(*everyone, strict=True))

@@ -177,3 +177,12 @@ def test_renumbered_clusters_have_changed_nothing():
     found.add(codes, order[codes])
     assert found.changed() == 0
     assert Contingency(3, 3).changed() == 0
+
+
+def test_the_default_device_does_not_matter():
+    """Meta stands for a GPU, whose memory numpy cannot read either."""
+    model, own = build("unsharded", 1)
+    step(model, own, 0)
+    expected = model_health(model, [own])
+    with torch.device("meta"):
+        assert model_health(model, [own]) == expected
