@@ -33,6 +33,7 @@ import torch
 
 from benchmarks.hard import subjects
 from benchmarks.hard.mutations import damage_folder
+from benchmarks.hard.subject import Changed, Subject
 from benchmarks.machine import device_name
 from cce_torchrec.versions import installed_versions
 
@@ -55,7 +56,7 @@ class Case:
     message: str
 
 
-def _inside(subject: subjects.Subject, folder: Path, seed: int | None, pipe: int) -> None:
+def _inside(subject: Subject, folder: Path, seed: int | None, pipe: int) -> None:
     """The child: damages a copy of the files, reads it, and says how that ended."""
     told: dict[str, Any] = {"damage": "none", "forged": False}
     try:
@@ -75,10 +76,10 @@ def _inside(subject: subjects.Subject, folder: Path, seed: int | None, pipe: int
     os.write(pipe, json.dumps(told | {"message": told["message"][:20_000]}).encode())
 
 
-def _ended(subject: subjects.Subject, own: Path, forged: bool) -> dict[str, str]:
+def _ended(subject: Subject, own: Path, forged: bool) -> dict[str, str]:
     try:
         same = subject.read(own)
-    except subjects.Changed as error:
+    except Changed as error:
         return {"outcome": "changed by a refused load", "message": str(error)}
     except (ValueError, OSError) as error:
         text = str(error)
@@ -105,7 +106,7 @@ def _said(pipe: int) -> tuple[bytes, bool]:
     return b"".join(parts), False
 
 
-def run_case(subject: subjects.Subject, seed: int | None) -> Case:
+def run_case(subject: Subject, seed: int | None) -> Case:
     """Forks, and waits for the child; `seed` None damages nothing."""
     folder = Path(tempfile.mkdtemp(prefix="case-", dir=subject.folder.parent))
     reads, writes = os.pipe()

@@ -7,6 +7,7 @@ import json
 import os
 import random
 import shutil
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -115,6 +116,17 @@ def damage_lines(text: str, rng: random.Random) -> str:
     return "\n".join(lines) + "\n"
 
 
+def _damage_member(path: Path, rng: random.Random) -> None:
+    """Damages one file inside a zip, whose checksums are made anew."""
+    with zipfile.ZipFile(path) as archive:
+        members = {name: archive.read(name) for name in archive.namelist()}
+    name = rng.choice(sorted(members))
+    members[name] = damage_bytes(members[name], rng)
+    with zipfile.ZipFile(path, "w") as archive:
+        for own, content in members.items():
+            archive.writestr(own, content)
+
+
 def damage_folder(folder: Path, donor: Path, rng: random.Random, *, pipes: bool = True) -> str:
     """Damages one file of `folder`, for which one of `donor` may come; says what was done."""
     files = sorted(path for path in folder.rglob("*") if path.is_file())
@@ -152,6 +164,9 @@ def damage_folder(folder: Path, donor: Path, rng: random.Random, *, pipes: bool 
     if path.suffix == ".json":
         ways["json"] = as_json
         names += ["json"] * 14
+    if path.suffix == ".npz":
+        ways["member"] = lambda: _damage_member(path, rng)
+        names += ["member"] * 14
     way = rng.choice(names)
     with contextlib.suppress(shutil.SameFileError):  # over itself, which is no damage
         ways[way]()

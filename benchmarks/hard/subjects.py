@@ -1,11 +1,10 @@
-"""What is damaged: good files of each kind, how they are read, and what they give."""
+"""All that is damaged: checkpoints, exports, files of a data set, settings, `single_files`."""
 
 from __future__ import annotations
 
 import importlib.util
 import json
 import zlib
-from abc import ABC, abstractmethod
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,77 +14,16 @@ import torch
 
 from benchmarks.hard.drivers import Local
 from benchmarks.hard.properties import assert_equal
-from benchmarks.hard.specs import BatchSpec, ModelSpec, TableSpec
+from benchmarks.hard.single_files import Clicks, Files, Given, clicks, examples_of
+from benchmarks.hard.specs import BatchSpec, TableSpec
+from benchmarks.hard.subject import SPEC, Changed, Subject, content_of, trained
 from cce_torchrec import (
     ClusteringSchedule,
     checkpoint_info,
-    cluster,
     load_checkpoint,
     save_checkpoint,
 )
 from cce_torchrec.inference import inference_collection, load_inference, save_inference
-
-SPEC = ModelSpec(
-    tables=(
-        TableSpec(name="t", ids=37, features=("f", "g"), mean=True, width=4, chunks=2, rows=5,
-                  helper=9, seen=True, joint=True),
-        TableSpec(name="p", ids=11, features=("h",), mean=False, width=8),
-        TableSpec(name="u", ids=20, features=("h",), mean=False, width=4, chunks=1, rows=3,
-                  helper=4, recipe="rare"),
-    ),
-    optimizer="Adam",
-    in_backward=False,
-)  # fmt: skip
-
-
-class Changed(Exception):
-    """A load was refused, and has changed the model all the same."""
-
-
-class Subject(ABC):
-    """Files of one kind in `folder`, and others of the same kind in `donor`."""
-
-    name: str
-    settings = False
-    """Whether they are a user's own words: without a checksum, other values are as good, and a
-    command line may give a pipe (`--config <(...)`), for whose writer it waits."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder, self.donor = folder / "good", folder / "donor"
-        folder.mkdir(parents=True)
-
-    @abstractmethod
-    def read(self, folder: Path) -> bool:
-        """Reads the files; whether they give what the good ones do.
-
-        Raises:
-            ValueError, OSError: they are refused.
-        """
-
-    def forge(self, folder: Path) -> bool:
-        """Makes checksums fit the files again; whether there are some."""
-        return False
-
-    def allows(self, error: BaseException) -> bool:
-        """Whether the command line makes a sentence of such an error."""
-        return False
-
-
-def _content(file: Path) -> bytes:
-    """Of a file, and of nothing that would not end."""
-    if not file.is_file():
-        raise ValueError(f"{file} is no file")
-    return file.read_bytes()
-
-
-def _trained(seed: int) -> Local:
-    """A model after some steps and a clustering."""
-    driver = Local(ModelSpec(**{**vars(SPEC), "seed": seed}))
-    for step in range(3):
-        driver.call("step", BatchSpec(seed=seed + step, bags=4, outside=False))
-        if step == 1:
-            cluster(driver.job.model, optimizer=driver.job.optimizer)
-    return driver
 
 
 class Checkpoint(Subject):
@@ -96,12 +34,12 @@ class Checkpoint(Subject):
     def __init__(self, folder: Path) -> None:
         super().__init__(folder)
         self.states = []
-        driver = _trained(1)
+        driver = trained(1)
         for step in (3, 4):
             self._save(driver, self.folder, step)
             self.states.append(driver.state())
             driver.call("step", BatchSpec(seed=9, bags=4, outside=False))
-        self._save(_trained(5), self.donor, 7)
+        self._save(trained(5), self.donor, 7)
         self.fresh = Local(SPEC)
         self.before = self.fresh.state()
 
@@ -148,9 +86,9 @@ class Checkpoint(Subject):
         forged = False
         for manifest in folder.rglob("manifest.json"):
             try:
-                found = json.loads(_content(manifest))
+                found = json.loads(content_of(manifest))
                 for name in found["files"]:
-                    content = _content(manifest.parent / name)
+                    content = content_of(manifest.parent / name)
                     found["files"][name] = [len(content), zlib.crc32(content)]
                 found.pop("crc32", None)  # as of an older version
                 manifest.write_text(json.dumps(found))
@@ -168,7 +106,7 @@ class Export(Subject):
     def __init__(self, folder: Path) -> None:
         super().__init__(folder)
         for seed, at in ((1, self.folder), (5, self.donor)):
-            served = inference_collection(_trained(seed).job.collection, data_type="int8")
+            served = inference_collection(trained(seed).job.collection, data_type="int8")
             save_inference(served, at)
         self.batch = BatchSpec(seed=3, bags=8, outside=False).tensors(SPEC)
         self.expected = load_inference(self.folder)(self.batch).values()
@@ -194,9 +132,9 @@ class Export(Subject):
         """Writes sizes and sums of the files into the manifest, and the sum of that."""
         try:
             manifest = folder / "manifest.json"
-            found = json.loads(_content(manifest))
+            found = json.loads(content_of(manifest))
             for name in found["files"]:
-                content = _content(folder / name)
+                content = content_of(folder / name)
                 found["files"][name] = {"bytes": len(content), "crc32": zlib.crc32(content)}
             rest = {key: value for key, value in found.items() if key != "crc32"}
             found["crc32"] = zlib.crc32(json.dumps(rest, sort_keys=True).encode())
@@ -213,37 +151,16 @@ class Vocabulary(Subject):
 
     def __init__(self, folder: Path) -> None:
         super().__init__(folder)
-        import pandas as pd
-
         g = np.random.default_rng(0)
         for at in (self.donor, self.folder):
             at.mkdir()
-            frame = pd.DataFrame({
-                "click": g.integers(0, 2, 200), "price": g.normal(size=200),
-                "user": [f"u{i}" for i in g.integers(0, 30, 200)],
-                "item": g.integers(0, 9, 200),
-            })  # fmt: skip
             self.clicks = folder / f"{at.name}.parquet"
-            frame.to_parquet(self.clicks, index=False)
-            self.expected = self._read(at)
-
-    def _read(self, folder: Path) -> list[str]:
-        """All that the data set gives, as text."""
-        from cce_torchrec.data import Share
-        from cce_torchrec.data.table import TableDataset
-        from cce_torchrec.data.table_options import TableOptions
-
-        options = TableOptions(
-            label="click", dense=("price",), categorical=("user", "item"), folder=folder
-        )
-        dataset = TableDataset(self.clicks, options)
-        share = Share(batch_size=64, rank=0, world_size=1)
-        rows = [*dataset.batches(share, seed=0, epoch=1), *dataset.validation_batches(share)]
-        return [str(dataset.features), *map(str, rows)]
+            clicks(g).to_parquet(self.clicks, index=False)
+            self.expected = examples_of(self.clicks, at)
 
     def read(self, folder: Path) -> bool:
         """Every batch, made with the ids of the file, or with ids that are counted anew."""
-        return self._read(folder) == self.expected
+        return examples_of(self.clicks, folder) == self.expected
 
 
 class Configuration(Subject):
@@ -313,15 +230,19 @@ class Tables(Subject):
 
 
 SUBJECTS: dict[str, Callable[[Path], Subject]] = {
-    kind.name: kind for kind in (Checkpoint, Export, Vocabulary, Configuration, Tables)
+    kind.name: kind
+    for kind in (Checkpoint, Export, Vocabulary, Configuration, Tables, Files, Given, Clicks)
 }
 
 
 def available() -> list[str]:
     """Subjects whose packages are installed."""
-    needed = {"vocabulary": "pyarrow", "config": "yaml", "tables": "yaml"}
-    return [
-        name
-        for name in SUBJECTS
-        if name not in needed or importlib.util.find_spec(needed[name]) is not None
-    ]
+    needed = {
+        "vocabulary": ("pyarrow",),
+        "config": ("yaml",),
+        "tables": ("yaml",),
+        "served": ("onnx", "onnxruntime"),
+        "given": ("pyarrow", "safetensors"),
+        "data": ("pyarrow",),
+    }
+    return [name for name in SUBJECTS if all(map(importlib.util.find_spec, needed.get(name, ())))]

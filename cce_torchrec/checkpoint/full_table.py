@@ -23,6 +23,7 @@ from cce_torchrec.checkpoint.location import location, store_of
 from cce_torchrec.checkpoint.tensor_files import TensorReader
 from cce_torchrec.checkpoint.whole_file import whole_file
 from cce_torchrec.collectives import Ranks
+from cce_torchrec.reasons import first_line
 
 _BLOCK = 1 << 16
 """Rows that are copied at once."""
@@ -141,8 +142,8 @@ def read_file(path: Path) -> Any:
 
 
 def _unreadable(path: Path, error: BaseException) -> ValueError:
-    first = (str(error).strip() or type(error).__name__).splitlines()[0]
-    return ValueError(f"{path} is no weight, state dict or checkpoint that can be read ({first})")
+    what = "no weight, state dict or checkpoint that can be read"
+    return ValueError(f"{path} is {what} ({first_line(error)})")
 
 
 def _npy(path: Path) -> Any:

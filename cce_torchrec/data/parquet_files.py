@@ -8,13 +8,16 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from cce_torchrec.data.files import BLOCK_ROWS, PIECE_ROWS, Format, Piece
+from cce_torchrec.reasons import first_line
 
 
 def _open(file: str) -> pq.ParquetFile:
     try:
         return pq.ParquetFile(file)
     except (pa.ArrowException, OSError) as error:
-        raise ValueError(f"{file} is no parquet file that can be read ({error})") from error
+        raise ValueError(
+            f"{file} is no parquet file that can be read ({first_line(error)})"
+        ) from error
 
 
 class ParquetFiles(Format):
@@ -48,7 +51,7 @@ class ParquetFiles(Format):
                 for batch in batches:
                     yield batch.select(columns)  # parquet gives them in the file's order
             except (pa.ArrowException, OSError) as error:
-                raise ValueError(f"{piece.file} cannot be read ({error})") from error
+                raise ValueError(f"{piece.file} cannot be read ({first_line(error)})") from error
 
     def rows_before(self, piece: Piece) -> int:
         """Rows of the row groups in front of the piece."""

@@ -16,6 +16,7 @@ from torchrec.sparse.jagged_tensor import KeyedJaggedTensor, KeyedTensor
 
 from cce_torchrec.checkpoint.whole_file import whole_file
 from cce_torchrec.modules.embedding_bag_collection import CCEEmbeddingBagCollection
+from cce_torchrec.reasons import first_line
 
 TOLERANCE = 0.02
 """Where none is given, in parts of the largest value of an output, a feature's or a model's: int8
@@ -236,7 +237,7 @@ def _read_npz(path: Path) -> Examples:
             names = [str(name) for name in found["features"]]
     except _DAMAGED as error:
         raise ValueError(
-            f"{path} holds no examples ({error}); write them by write_examples"
+            f"{path} holds no examples ({first_line(error)}); write them by write_examples"
         ) from error
     missing = {"values", "lengths", "expected", "tolerance"} - set(arrays)
     if missing:
@@ -280,7 +281,7 @@ def _read_parquet(path: Path, features: list[str]) -> Examples:
     try:
         table = parquet.read_table(path)
     except Exception as error:  # pyarrow has errors of its own for what is damaged
-        raise ValueError(f"{path} cannot be read ({error})") from error
+        raise ValueError(f"{path} cannot be read ({first_line(error)})") from error
     missing = set(features) - set(table.column_names)
     if missing:
         raise ValueError(f"{path} lacks columns {sorted(missing)}; it has {table.column_names}")
@@ -288,7 +289,9 @@ def _read_parquet(path: Path, features: list[str]) -> Examples:
     try:
         values = torch.tensor([i for own in rows for bag in own for i in bag], dtype=torch.int64)
     except (TypeError, ValueError, RuntimeError) as error:
-        raise ValueError(f"{path}: ids of {features} are missing, or no int64 ({error})") from error
+        raise ValueError(
+            f"{path}: ids of {features} are missing, or no int64 ({first_line(error)})"
+        ) from error
     lengths = torch.tensor([len(bag) for own in rows for bag in own])
     return _checked(path, Examples(features=features, values=values, lengths=lengths))
 

@@ -18,6 +18,7 @@ from cce_torchrec.inference.collection import InferenceEmbeddingBagCollection, l
 from cce_torchrec.inference.onnx_graph import Arrays, lookup_graph
 from cce_torchrec.inference.onnx_nodes import onnx_package
 from cce_torchrec.inference.packed_tables import PackedTables
+from cce_torchrec.reasons import first_line
 
 logger = logging.getLogger(__name__)
 
@@ -189,8 +190,9 @@ def _check(collection: InferenceEmbeddingBagCollection, file: Path) -> None:
         session = runtime.InferenceSession(str(file), options, providers=["CPUExecutionProvider"])
         found = torch.from_numpy(session.run(["pooled"], tensors)[0])
     except Exception as error:  # its classes are not the same in all versions
+        why = first_line(error)
         raise ValueError(
-            f"{file.name}: ONNX Runtime {runtime.__version__} does not run it ({error}); versions "
+            f"{file.name}: ONNX Runtime {runtime.__version__} does not run it ({why}); versions "
             "1.21 to 1.32 were tested"
         ) from error
     off = float((found - expected).abs().amax())

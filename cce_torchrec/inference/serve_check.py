@@ -26,6 +26,7 @@ from cce_torchrec.inference.collection import InferenceEmbeddingBagCollection
 from cce_torchrec.inference.examples import Examples, read_examples
 from cce_torchrec.inference.folder import load_inference
 from cce_torchrec.inference.onnx_file import verify_onnx
+from cce_torchrec.reasons import first_line
 from cce_torchrec.serve_options import ABOUT, OPTIONS
 from cce_torchrec.torchrec_internals import load_package, package_metadata
 from cce_torchrec.versions import check_installation, installed_versions
@@ -105,6 +106,8 @@ def check_export(
         raise ValueError(f"batch_size {batch_size} must be 1 or more")
     if not export.exists():
         raise ValueError(f"{export} is not there")
+    if not (export.is_dir() or export.is_file()):  # a pipe would be waited for
+        raise ValueError(f"{export} is neither a folder nor a file")
     if not os.access(export, os.R_OK):
         raise ValueError(f"{export} cannot be read; see to its permissions")
     began = time.perf_counter()
@@ -174,9 +177,9 @@ def _torchscript(file: Path) -> Score:
         module = torch.jit.load(str(file))
     except RuntimeError as error:
         _refuse_without_library(file, error)
-        first = str(error).strip().splitlines()[0]
+        why = first_line(error)
         raise ValueError(
-            f"{file} is no TorchScript that torch {torch.__version__} loads ({first}); write it "
+            f"{file} is no TorchScript that torch {torch.__version__} loads ({why}); write it "
             "again by to_torchscript"
         ) from error
     features = list(module.inputs) if hasattr(module, "inputs") else None
@@ -206,9 +209,9 @@ def _package(file: Path) -> Score:
         written = package_metadata(package)
     except (RuntimeError, OSError) as error:
         _refuse_without_library(file, error)
-        first = (str(error).strip() or type(error).__name__).splitlines()[0]
+        why = first_line(error)
         raise ValueError(
-            f"{file} is no AOTInductor package that torch {torch.__version__} loads ({first}); "
+            f"{file} is no AOTInductor package that torch {torch.__version__} loads ({why}); "
             "compile it again by to_package"
         ) from error
     # Compiled code goes by how libtorch lays its classes out, which versions change.
@@ -233,8 +236,9 @@ def _onnx(file: Path) -> Score:
     try:
         session = runtime.InferenceSession(str(file), options, providers=["CPUExecutionProvider"])
     except Exception as error:  # its classes are not the same in all versions
+        why = first_line(error)
         raise ValueError(
-            f"{file} is no model that ONNX Runtime {runtime.__version__} loads ({error}); write it "
+            f"{file} is no model that ONNX Runtime {runtime.__version__} loads ({why}); write it "
             "again by to_onnx"
         ) from error
     names = [entry.name for entry in session.get_inputs()]

@@ -16,6 +16,7 @@ import torch.distributed as dist
 
 from cce_torchrec.distributed.process_group import end_process_group, start_process_group
 from cce_torchrec.extras import MissingExtra
+from cce_torchrec.reasons import first_line
 from cce_torchrec.train.log import shown
 from cce_torchrec.train.trainer import Trainer
 
@@ -44,8 +45,7 @@ def _not_started(error: Exception) -> str:
             f"port {port} of {host} is in use by another program: give another one "
             "(MASTER_PORT, torchrun --master-port), or let torchrun --standalone find one"
         )
-    reason = str(error).splitlines()[0]  # torch adds frames of C++
-    return f"the ranks of this job did not find each other at {host}:{port} ({reason})"
+    return f"the ranks of this job did not find each other at {host}:{port} ({first_line(error)})"
 
 
 @contextmanager

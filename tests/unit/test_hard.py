@@ -22,7 +22,13 @@ def test_random_programs_do_what_a_dictionary_of_rows_does():
 
 
 @pytest.mark.parametrize(
-    "subject", ["checkpoint", "inference", pytest.param("vocabulary", marks=needs("pyarrow"))]
+    "subject",
+    [
+        "checkpoint",
+        "inference",
+        pytest.param("vocabulary", marks=needs("pyarrow")),
+        pytest.param("served", marks=[needs("onnx"), needs("onnxruntime")]),
+    ],
 )
 def test_damaged_files_are_refused_or_do_not_matter(subject, tmp_path):
     found = files.run(60, [subject], tmp_path)
@@ -31,7 +37,15 @@ def test_damaged_files_are_refused_or_do_not_matter(subject, tmp_path):
     assert {"error", "equal"} <= {case.outcome for case in found}
 
 
-@pytest.mark.parametrize("subject", ["config", "tables"])
+@pytest.mark.parametrize(
+    "subject",
+    [
+        "config",
+        "tables",
+        pytest.param("given", marks=[needs("pyarrow"), needs("safetensors")]),
+        pytest.param("data", marks=needs("pyarrow")),
+    ],
+)
 def test_damaged_settings_are_refused_or_are_others(subject, tmp_path):
     """They have no checksum: what can be read is taken."""
     found = files.run(40, [subject], tmp_path)

@@ -7,7 +7,7 @@ import cce_torchrec
 
 ROOT = Path(cce_torchrec.__file__).parent
 LAYERS = [
-    {"bars", "byte_sizes", "cpu_level", "extras", "packing", "serve_options"},
+    {"bars", "byte_sizes", "cpu_level", "extras", "packing", "reasons", "serve_options"},
     {
         "collectives",
         "compiled",
