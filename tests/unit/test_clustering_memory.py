@@ -65,17 +65,17 @@ print(json.dumps({name: measured(**case) for name, case in json.loads(sys.argv[1
 CASES = {
     "all pairs": {"ids": 2_000_000, "rows": 400},
     "seen ids": {"ids": 2_000_000, "rows": 400, "weights": "seen"},
-    "a list of all ids": {"ids": 1_000_000, "rows": 2000},
+    "a list of all ids": {"ids": 500_000, "rows": 2000},
     "a sample, little memory": {"ids": 2_000_000, "rows": 200, "memory_limit": 90 << 20,
                                 "samples_per_centroid": 200},
-    "codes found again": {"ids": 8_000_000, "rows": 300, "memory_limit": 72 << 20,
+    "codes found again": {"ids": 4_000_000, "rows": 300, "memory_limit": 64 << 20,
                           "samples_per_centroid": 100},
     "torch": {"ids": 500_000, "rows": 100, "backend": "torch", "compiled": False},
-    "counted": {"ids": 2_000_000, "rows": 64, "helper": 300_000, "counted": True},
-    "counted, a metric": {"ids": 500_000, "rows": 64, "helper": 60_000, "counted": True,
+    "counted": {"ids": 1_000_000, "rows": 64, "helper": 100_000, "counted": True},
+    "counted, a metric": {"ids": 250_000, "rows": 64, "helper": 30_000, "counted": True,
                           "metric": True},
     "counted, scores": {"ids": 1_000_000, "rows": 16, "helper": 3_000, "counted": True},
-    "counted, torch": {"ids": 500_000, "rows": 64, "helper": 60_000, "counted": True,
+    "counted, torch": {"ids": 250_000, "rows": 64, "helper": 30_000, "counted": True,
                        "backend": "torch", "compiled": False},
     "k-means++": {"ids": 500_000, "rows": 300, "init": "k-means++"},
 }  # fmt: skip
@@ -104,7 +104,7 @@ def test_peak_is_at_most_what_was_computed(name, measured):
 
 
 def test_little_memory_leaves_no_room_for_new_codes():
-    """The case of codes found again: 2 bytes for each of 16 million codes would not have fitted."""
+    """The case of codes found again: 2 bytes for each of 8 million codes would not have fitted."""
     case = CASES["codes found again"]
     rows, limit = case["rows"], case["memory_limit"]
     shape = ChunkShape(num_ids=case["ids"], num_rows=rows, helper_rows=3 * rows, dim=8)

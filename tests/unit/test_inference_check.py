@@ -20,7 +20,6 @@ from cce_torchrec.inference import (
     serve_check,
     to_exported_program,
     to_onnx,
-    to_package,
     to_torchscript,
     write_examples,
 )
@@ -50,26 +49,6 @@ def test_an_export_gives_what_was_trained(made, export, batch_size):
     assert report.ok and report.rows == 70 and report.batch_size == min(batch_size, 70)
     assert 0 < report.difference <= report.tolerance  # int8
     assert "checksums" in report.verified and "right" in str(report)
-
-
-def test_a_whole_model_in_each_form(tmp_path):
-    trained = one_table()
-    cluster(trained)
-    dlrm = DLRM(trained, 4, dense_arch_layer_sizes=[8, 16], over_arch_layer_sizes=[8, 1]).eval()
-    ids, dense = batch_of(trained, 9), torch.randn(9, 4)
-    data = write_examples(tmp_path / "examples.npz", dlrm, ids, dense)
-    model = TensorInputs(inference_model(dlrm, lookup="portable"), ["f"])
-    example = dense, ids.values(), ids.lengths()
-    to_torchscript(model, example).save(str(tmp_path / "model.pt"))
-    to_package(model, tmp_path / "model.pt2", example)
-    for name in ("model.pt", "model.pt2"):
-        report = serve_check.check_export(tmp_path / name, data, batch_size=4)
-        assert report.ok, name
-    other = serve_check.installed_versions() | {"torch": "1.0"}
-    with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(serve_check, "installed_versions", lambda: other)
-        with pytest.raises(ValueError, match=r"was compiled with .*; compile it again"):
-            serve_check.check_export(tmp_path / "model.pt2", data)
 
 
 def test_the_program_in_a_fresh_process(made, tmp_path):

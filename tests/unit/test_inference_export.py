@@ -17,9 +17,11 @@ from cce_torchrec.inference import (
     inference_collection,
     inference_model,
     native,
+    serve_check,
     to_exported_program,
     to_package,
     to_torchscript,
+    write_examples,
 )
 from tests.support.inference import batch_of, many_tables, one_table, tensors
 
@@ -51,7 +53,7 @@ def lookup(request):
 
 @pytest.fixture(scope="module", params=LOOKUPS)
 def dlrm(request):
-    """A DLRM for serving with inputs of several sizes, of which there may be none."""
+    """A DLRM, for serving and as it was trained, with inputs of several sizes, 0 among them."""
     torch.manual_seed(0)
     model = DLRM(one_table(), 4, [8, 16], [8, 1])
     cluster(model)
@@ -60,7 +62,14 @@ def dlrm(request):
         (torch.randn(size, 4), torch.randint(0, 1000, (size,)), torch.ones(size).long())
         for size in (0, 1, 6)
     ]
-    return request.param, served, inputs
+    return request.param, served, inputs, model.eval()
+
+
+@pytest.fixture(scope="module")
+def package(dlrm, tmp_path_factory):
+    """The package of `dlrm`, which takes long to compile."""
+    _, served, inputs, _ = dlrm
+    return to_package(served, tmp_path_factory.mktemp("package") / "model.pt2", inputs[-1])
 
 
 def test_programs_of_a_lookup_take_batches_of_any_size(lookup):
@@ -98,7 +107,7 @@ def test_packages_take_batches_of_any_size(lookup, tmp_path):
 
 
 def test_models_are_exported_whole(dlrm):
-    _, served, inputs = dlrm
+    _, served, inputs, _ = dlrm
     program = to_exported_program(served, inputs[-1]).module()
     script = to_torchscript(served, inputs[-1])
     for own in inputs:
@@ -157,11 +166,26 @@ def test_features_may_come_in_another_order_than_tables_have():
 
 
 def test_models_need_an_example(dlrm):
-    _, served, inputs = dlrm
+    _, served, inputs, _ = dlrm
     with pytest.raises(ValueError, match="give an example of the model's inputs: dense, values"):
         to_exported_program(served)
     with pytest.raises(ValueError, match="1 lengths for each of two rows or more"):
         to_torchscript(served, inputs[1])
+
+
+def test_whole_models_are_checked_by_examples(dlrm, package, tmp_path):
+    _, served, inputs, trained = dlrm
+    ids = batch_of(trained.sparse_arch.embedding_bag_collection, 9)
+    data = write_examples(tmp_path / "examples.npz", trained, ids, torch.randn(9, 4))
+    to_torchscript(served, inputs[-1]).save(str(tmp_path / "model.pt"))
+    for export in (tmp_path / "model.pt", package):
+        report = serve_check.check_export(export, data, batch_size=4)
+        assert report.ok, export
+    other = serve_check.installed_versions() | {"torch": "1.0"}
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(serve_check, "installed_versions", lambda: other)
+        with pytest.raises(ValueError, match=r"was compiled with .*; compile it again"):
+            serve_check.check_export(package, data)
 
 
 @pytest.fixture(scope="module")
@@ -212,10 +236,9 @@ def test_a_library_may_be_there_before_the_server_is(server, lookup, tmp_path):
     assert torch.equal(found, served(*batches[-1]))
 
 
-def test_a_server_without_python_gives_the_same_numbers_of_a_model(server, dlrm, tmp_path):
-    name, served, inputs = dlrm
+def test_a_server_without_python_gives_the_same_numbers_of_a_model(server, dlrm, package, tmp_path):
+    name, served, inputs, _ = dlrm
     to_torchscript(served, inputs[-1]).save(tmp_path / "model.pt")
-    package = to_package(served, tmp_path / "model.pt2", inputs[-1])
     for model in (tmp_path / "model.pt", package):
         for own in inputs[1:]:
             found = answer(server, model, "f2,i1,i1", own, libraries(name))
