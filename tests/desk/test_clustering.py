@@ -123,7 +123,7 @@ def test_shrunk_by_counts_as_on_the_cpu(monkeypatch, options):
 @pytest.mark.parametrize("step", [cluster, finalize])
 def test_waits_do_not_grow_with_the_ids(step, samples, weights):
     counted = []
-    for num_ids in (300, 1200):
+    for num_ids in (200, 600):
         _, cuda = twins(
             [table(0, num_embeddings=num_ids, num_chunks=1, num_rows=5, track_seen=True)]
         )
