@@ -13,12 +13,12 @@ from fbgemm_gpu.split_table_batched_embeddings_ops_training import (
     SplitTableBatchedEmbeddingBagsCodegen,
 )
 from torch.overrides import TorchFunctionMode
-from torch.utils._pytree import tree_leaves, tree_map_only
 from torchrec.distributed import batched_embedding_kernel
 from triton.runtime.interpreter import InterpretedFunction
 
 from cce_torchrec.gpu import usable
 from tests.desk import counts
+from tests.desk.arguments import mapped, tensors_in
 from tests.desk.emulated import CUDA, Emulated, emulated
 from tests.desk.kernels import run_interpreted
 from tests.desk.stand_ins import lookup, table_slice
@@ -63,19 +63,19 @@ class _Device(TorchFunctionMode):
     def __torch_function__(
         self, func: Any, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        kwargs = dict(kwargs or {})
+        kwargs = kwargs or {}
         name = getattr(func, "__name__", "")
         if name in _METHODS and args and isinstance(args[0], torch.Tensor):
             return _METHODS[name](func, *args, **kwargs)
-        has_own = any(isinstance(t, Emulated) for t in tree_leaves((args, kwargs)))
         device = kwargs.get("device")
         if device is None or name == "Generator":
             return func(*args, **kwargs)
+        has_own = any(isinstance(tensor, Emulated) for tensor in tensors_in((args, kwargs)))
         kind = torch.device(device).type
         if kind == "cuda":
-            return _made(func, name, has_own, args, kwargs)
+            return _made(func, name, has_own, args, dict(kwargs))
         if has_own:  # as zeros_like(own, device="cpu"): other devices from here
-            args, kwargs = tree_map_only(Emulated, lambda t: t.on_cpu, (args, kwargs))
+            args, kwargs = mapped(Emulated, lambda t: t.on_cpu, (args, kwargs))
         return func(*args, **kwargs)
 
 

@@ -13,9 +13,9 @@ from typing import Any
 
 import torch
 from torch.utils._python_dispatch import return_and_correct_aliasing
-from torch.utils._pytree import tree_leaves, tree_map_only
 
 from tests.desk import counts
+from tests.desk.arguments import mapped, tensors_in
 from tests.desk.stand_ins import STAND_INS
 
 CUDA = torch.device("cuda", 0)
@@ -93,13 +93,13 @@ class Emulated(torch.Tensor):
         kwargs = kwargs or {}
         check_devices(func, args, kwargs)
         counts.note_operation(func, args, kwargs)
-        own, own_kwargs = tree_map_only(Emulated, lambda t: t.on_cpu, (args, kwargs))
+        own, own_kwargs = mapped(Emulated, lambda t: t.on_cpu, (args, kwargs))
         found = STAND_INS.get(func._schema.name, func)(*own, **own_kwargs)
         if func._schema.name.split("::")[-1] in _TO_HOST:
             return found
         if args and found is args[0]:  # copy_ to the host
             return found
-        out = tree_map_only(torch.Tensor, emulated, found)
+        out = mapped(torch.Tensor, emulated, found)
         return return_and_correct_aliasing(func, args, kwargs, out) if _is_aten(func) else out
 
 
@@ -124,9 +124,7 @@ def check_devices(func: Any, args: tuple, kwargs: dict[str, Any]) -> None:
         return
     indexes = name in counts.INDEXING and isinstance(args[0], Emulated)
     looked_at = (args[0], args[2:], kwargs) if indexes else (args, kwargs)
-    strangers = [
-        t for t in tree_leaves(looked_at) if isinstance(t, torch.Tensor) and not _is_own(t)
-    ]
+    strangers = [tensor for tensor in tensors_in(looked_at) if not _is_own(tensor)]
     numbers = torch.Tag.pointwise in func.tags or indexes or name in ("fill_", "masked_fill_")
     if numbers:
         strangers = [t for t in strangers if t.dim() > 0]

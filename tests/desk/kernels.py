@@ -5,10 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch.utils._pytree import tree_leaves, tree_map_only
 from triton.runtime.interpreter import InterpretedFunction
 
 from tests.desk import counts
+from tests.desk.arguments import mapped, tensors_in
 from tests.desk.emulated import Emulated
 
 GUARD = 4096
@@ -26,7 +26,7 @@ def run_interpreted(self: Any, *args: Any, **kwargs: Any) -> None:
             what it reaches by an address in a descriptor is not watched).
     """
     counts.launched(f"Triton's {self.__name__}")
-    tensors = [t for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)]
+    tensors = tensors_in((args, kwargs))
     own = [t for t in tensors if isinstance(t, Emulated)]
     if own and len(own) < len(tensors):
         raise ValueError("Pointer argument cannot be accessed from Triton (cpu tensor?)")
@@ -42,8 +42,8 @@ def run_interpreted(self: Any, *args: Any, **kwargs: Any) -> None:
         return guarded[key].inside
 
     # Twice, as the first pass finds the largest of several tensors at one address.
-    tree_map_only(torch.Tensor, in_guards, (args, kwargs))
-    args, kwargs = tree_map_only(torch.Tensor, in_guards, (args, kwargs))
+    mapped(torch.Tensor, in_guards, (args, kwargs))
+    args, kwargs = mapped(torch.Tensor, in_guards, (args, kwargs))
     _interpret(self, *args, **kwargs)
     for one in guarded.values():
         one.check(self.__name__)

@@ -11,6 +11,8 @@ import os
 import runpy
 import sys
 import traceback
+from functools import cache
+from types import SimpleNamespace
 
 import fbgemm_gpu  # noqa: F401
 import pytest  # noqa: F401
@@ -41,6 +43,25 @@ class Inspect:
         return [(name, getattr(of, name)) for name in self._names[of]]
 
 
+_patch_lang = interpreter._patch_lang
+
+
+@cache
+def _patched(languages):
+    _patch_lang(SimpleNamespace(__globals__=dict(languages)))
+
+
+def patch_once(fn):
+    """Triton's language as it is while a kernel is interpreted, from the first one on.
+
+    Triton makes it so at each launch and each call of a function, and takes it back after each.
+    """
+    both = (triton.language, triton.language.core)
+    own = {k: v for k, v in fn.__globals__.items() if any(v is language for language in both)}
+    _patched(tuple(own.items()))
+    return interpreter._LangPatchScope()  # with nothing to take back
+
+
 def run(arguments, output):
     """Exit status of `python ARGUMENTS` (-c CODE or -m MODULE and its options) in this process."""
     said = os.open(output, os.O_WRONLY | os.O_CREAT)
@@ -63,6 +84,7 @@ def run(arguments, output):
 
 def main():
     interpreter.inspect = Inspect()
+    interpreter._patch_lang = patch_once
     for line in sys.stdin:
         child = os.fork()
         if not child:
