@@ -12,16 +12,28 @@ import click
 
 from cce_torchrec.yaml_files import nearest
 
-_ROOT = Path(__file__).parents[2]
+_BESIDE = Path(__file__).parents[2]
 _FOLDER = "benchmarks"
+_NAME = 'name = "cce-torchrec"'
 _STEP = "a training step of your table here, plain and CCE; needs no checkout"
 
 
+def _root() -> Path | None:
+    """The checkout: where the package is, or where an installed one is called; None if neither."""
+    for root in (_BESIDE, Path.cwd()):
+        about = root / "pyproject.toml"
+        # Others have a folder of this name, too.
+        if (root / _FOLDER).is_dir() and about.is_file() and _NAME in about.read_text():
+            return root
+    return None
+
+
 def _modules() -> dict[str, Path]:
-    """Programs of the checkout by their names; none where this is no checkout."""
-    if not (_ROOT / "pyproject.toml").exists():  # others may have installed a folder of this name
+    """Programs of the checkout by their names; none where there is no checkout."""
+    root = _root()
+    if root is None:
         return {}
-    folder = _ROOT / _FOLDER
+    folder = root / _FOLDER
     found = {file.stem: file for file in folder.glob("*.py")}
     found |= {file.parent.name: file for file in folder.glob("*/__main__.py")}
     programs = {name: file for name, file in found.items() if "__main__" in file.read_text()}
@@ -44,18 +56,18 @@ def _said(file: Path) -> str:
 def _no_checkout(name: str) -> ValueError:
     return ValueError(
         f"benchmark {name!r}: the benchmarks are in the folder `{_FOLDER}` of the repository, and "
-        "this is an installed package without it; clone the repository, `pip install -e .` there, "
-        "and call it again"
+        "this is an installed package without it; clone the repository, and call it there"
     )
 
 
 @click.pass_context
 def _run(ctx: click.Context) -> None:
     name = str(ctx.info_name).replace("-", "_")
-    if name not in _modules():
+    root = _root()
+    if root is None or name not in _modules():
         raise _no_checkout(name)
     # Not where the call is made from, whose folder may have a `benchmarks` of its own.
-    paths = [str(_ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
+    paths = [str(root), *filter(None, [os.environ.get("PYTHONPATH")])]
     env = os.environ | {"PYTHONPATH": os.pathsep.join(paths), "PYTHONSAFEPATH": "1"}
     program = [sys.executable, "-m", f"{_FOLDER}.{name}", *ctx.args]
     raise SystemExit(subprocess.run(program, env=env).returncode)

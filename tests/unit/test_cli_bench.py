@@ -2,9 +2,11 @@
 
 import json
 import sys
+from pathlib import Path
 
 import pytest
 
+import benchmarks
 from cce_torchrec.cli import bench
 from cce_torchrec.train.step_cost import StepSetting
 from tests.support.command_line import called
@@ -29,12 +31,24 @@ def test_options_are_handed_on(monkeypatch):
     [(program, env)] = calls
     assert program[:3] == [sys.executable, "-m", "benchmarks.step_time"]
     assert program[3:] == ["--quick", "--json", "out.json", "--help"]
-    assert env["PYTHONPATH"].startswith(str(bench._ROOT))
+    assert env["PYTHONPATH"].startswith(str(Path(benchmarks.__file__).parents[1]))
+
+
+def test_an_installed_package_finds_the_checkout_that_it_is_called_in(monkeypatch, tmp_path):
+    monkeypatch.setattr(bench, "_BESIDE", tmp_path)
+    monkeypatch.chdir(Path(benchmarks.__file__).parents[1])
+    assert "step_time" in called("bench", "--list")
+    (tmp_path / "benchmarks").mkdir()
+    (tmp_path / "benchmarks" / "own.py").write_text("if __name__ == '__main__': pass\n")
+    (tmp_path / "pyproject.toml").write_text('[project]\nname = "another"\n')
+    monkeypatch.chdir(tmp_path)
+    assert "own" not in called("bench", "--list")
 
 
 def test_what_there_is_not_is_said(monkeypatch, tmp_path):
     assert "no benchmark 'kmean'; did you mean 'kmeans'?" in called("bench", "kmean", status=2)
-    monkeypatch.setattr(bench, "_ROOT", tmp_path)
+    monkeypatch.setattr(bench, "_BESIDE", tmp_path)
+    monkeypatch.chdir(tmp_path)
     told = called("bench", "kmeans", status=1)
     assert told.startswith("Error: benchmark 'kmeans': the benchmarks are in the folder `benchmark")
     assert told.count("\n") == 1
