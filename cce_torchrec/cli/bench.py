@@ -14,17 +14,17 @@ from cce_torchrec.yaml_files import nearest
 
 _BESIDE = Path(__file__).parents[2]
 _FOLDER = "benchmarks"
-_NAME = 'name = "cce-torchrec"'
+_NAME = b'name = "cce-torchrec"'
 _STEP = "a training step of your table here, plain and CCE; needs no checkout"
 
 
 def _root() -> Path | None:
     """The checkout: where the package is, or where an installed one is called; None if neither."""
-    for root in (_BESIDE, Path.cwd()):
+    for root in (_BESIDE, Path()):
         about = root / "pyproject.toml"
-        # Others have a folder of this name, too.
-        if (root / _FOLDER).is_dir() and about.is_file() and _NAME in about.read_text():
-            return root
+        # Others have a folder of this name, too, and a file in whatever encoding.
+        if (root / _FOLDER).is_dir() and about.is_file() and _NAME in about.read_bytes():
+            return root.absolute()
     return None
 
 

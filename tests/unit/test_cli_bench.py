@@ -40,7 +40,7 @@ def test_an_installed_package_finds_the_checkout_that_it_is_called_in(monkeypatc
     assert "step_time" in called("bench", "--list")
     (tmp_path / "benchmarks").mkdir()
     (tmp_path / "benchmarks" / "own.py").write_text("if __name__ == '__main__': pass\n")
-    (tmp_path / "pyproject.toml").write_text('[project]\nname = "another"\n')
+    (tmp_path / "pyproject.toml").write_bytes(b'[project]\nname = "another"  # \xff\n')
     monkeypatch.chdir(tmp_path)
     assert "own" not in called("bench", "--list")
 

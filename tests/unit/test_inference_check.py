@@ -1,8 +1,10 @@
 """An export beside what the trained model gave, in a process that has not trained it."""
 
 import json
+import struct
 import subprocess
 import sys
+import zipfile
 from dataclasses import replace
 
 import numpy as np
@@ -272,3 +274,23 @@ def test_examples_that_cannot_be_written(tmp_path):
     with pytest.raises(ValueError, match="NaN or infinite"):
         write_examples(tmp_path / "one.npz", trained, ids)
     assert not list(tmp_path.iterdir())
+
+
+def test_neither_a_folder_nor_a_file_is_read(made):
+    """A pipe, say, for whose writer it would wait."""
+    with pytest.raises(ValueError, match="/dev/null is neither a folder nor a file"):
+        serve_check.check_export("/dev/null", made / "examples.npz")
+
+
+def test_an_array_whose_header_does_not_end_is_refused(made, tmp_path):
+    """Python's tokenizer raises an error of its own."""
+    with np.load(made / "examples.npz") as found:
+        arrays = dict(found)
+    np.savez(tmp_path / "examples.npz", **{k: v for k, v in arrays.items() if k != "values"})
+    header = b"{'descr': (('<i8')  \n"
+    with zipfile.ZipFile(tmp_path / "examples.npz", "a") as archive:
+        archive.writestr(
+            "values.npy", b"\x93NUMPY\x01\x00" + struct.pack("<H", len(header)) + header
+        )
+    with pytest.raises(ValueError, match=r"examples\.npz holds no examples \([^\n]*\); write them"):
+        read_examples(tmp_path / "examples.npz")
