@@ -62,11 +62,8 @@ BATCHES = {
 that 18 are two programs."""
 
 
-@pytest.mark.parametrize(
-    ("data_type", "is_weighted"),
-    # Weights come after the rows have been made from what is stored: two types do for them.
-    [*((name, False) for name in ROW_TYPES), ("fp32", True), ("int4", True)],
-)
+@pytest.mark.parametrize("is_weighted", [False, True], ids=["", "weighted"])
+@pytest.mark.parametrize("data_type", list(ROW_TYPES))
 def test_tables_of_every_kind(data_type, is_weighted):
     """Hashed, coded, finalized, plain and raw; SUM and MEAN; shared and joint; empty bags."""
     collection = many_tables(is_weighted)
