@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 import torch.distributed as dist
 
-from cce_torchrec.collectives import gather
+from cce_torchrec.collectives import gather, ranks_of_call
 
 _TERMS = 1 << 22
 """Terms of the expectation that are in memory at a time."""
@@ -34,7 +36,7 @@ class CodeCounts:
         if len(first) != len(second):
             raise ValueError(f"codes are of {len(first)} and of {len(second)} ids; give the same")
         for codes, rows in ((first, self.rows[0]), (second, self.rows[1])):
-            if len(codes) and not (0 <= int(codes.min()) and int(codes.max()) < rows):
+            if len(codes) and not (int(codes.min()) >= 0 and int(codes.max()) < rows):
                 raise ValueError(
                     f"codes reach from {int(codes.min())} to {int(codes.max())}, and the table has "
                     f"{rows} rows"
@@ -44,7 +46,7 @@ class CodeCounts:
     def of_all_ranks(self, group: dist.ProcessGroup | None = None) -> CodeCounts:
         """The counts over the ids of all ranks, each of which has others. Collective."""
         total = CodeCounts(self.rows)
-        for pairs, counts in gather((self._pairs, self._counts), group):
+        for pairs, counts in gather((self._pairs, self._counts), ranks_of_call(group)):
             total._merge(pairs, counts)
         return total
 
@@ -63,8 +65,8 @@ def adjusted_mutual_information(counts: CodeCounts) -> float:
 
     Range: 1 where one is the other, renumbered; 0 on average where ids have codes independently,
     with as many ids a code as they have; below 0 by chance. Invariant to renumbering of each. Two
-    tables of which each has one code agree: 1. Cost: the counts, then O(u v w) for u and v different
-    numbers of ids a code and w possible numbers of ids a pair.
+    tables of which each has one code agree: 1. Cost: the counts, then O(u v w) for u and v
+    different numbers of ids a code and w possible numbers of ids a pair.
 
     Source: Vinh, Epps and Bailey, JMLR 2010; normalised by the mean of both entropies.
 
@@ -127,7 +129,7 @@ def _terms(
     x, y = x[:, None].double(), y[:, None].double()
     log = torch.lgamma
     chance = (
-        log(x + 1) + log(y + 1) + log(n - x + 1) + log(n - y + 1) - log(torch.tensor(n + 1.0).double())
+        log(x + 1) + log(y + 1) + log(n - x + 1) + log(n - y + 1) - math.lgamma(n + 1)
         - log(m + 1) - log(x - m + 1) - log(y - m + 1) - log(n - x - y + m + 1)
     )  # fmt: skip
     value = (m / n) * (n * m / (x * y)).log() * chance.exp()

@@ -6,14 +6,15 @@ and the sums alone cross the network.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, fields
+from functools import reduce
 from itertools import chain
 
 import torch
 import torch.distributed as dist
 
-from cce_torchrec.collectives import gather
+from cce_torchrec.collectives import agree, ranks_of_call
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,25 +87,6 @@ class Moments:
         weighted = self.weighted or other.weighted
         return Moments(ids=self.ids + other.ids, weighted=weighted, **sums)
 
-    def of_all_ranks(self, group: dist.ProcessGroup | None = None) -> Moments:
-        """The sums over the ids of all ranks, each of which has others. Collective.
-
-        Every rank adds them up in the order of ranks, and so has the same bits.
-        """
-        if not dist.is_initialized():
-            return self
-        own = torch.cat([getattr(self, name).reshape(-1) for name in _SUMS])
-        own = torch.cat([own, torch.tensor([self.ids, self.weighted], dtype=own.dtype)])
-        parts = [torch.empty_like(own) for _ in range(dist.get_world_size(group))]
-        dist.all_gather(parts, own, group=group)
-        total = torch.stack(parts).sum(0)
-        sums, at = {}, 0
-        for name in _SUMS:
-            shape = getattr(self, name).shape
-            sums[name] = total[at : at + shape.numel()].view(shape)
-            at += shape.numel()
-        return Moments(ids=int(total[-2]), weighted=bool(total[-1]), **sums)
-
 
 _SUMS = tuple(one.name for one in fields(Moments) if one.name not in ("ids", "weighted"))
 
@@ -124,34 +106,65 @@ def moments(
         ValueError: fewer than two ids, blocks of unequal numbers of ids, or values that are no
             finite numbers.
     """
+    return total_of(grouped_moments(blocks, 1, group))
+
+
+def total_of(parts: Sequence[Moments]) -> Moments:
+    """The sums over the ids of all parts."""
+    if not parts:
+        raise ValueError("alignment is one of two ids or more, and there are none")
+    return reduce(Moments.__add__, parts)
+
+
+def grouped_moments(
+    blocks: Iterable[tuple[torch.Tensor, ...]],
+    groups: int,
+    group: dist.ProcessGroup | None = None,
+) -> list[Moments]:
+    """As `moments`, of `groups` parts of the ids: block i of each rank is of part i % groups.
+
+    By leaving out one after the other, `jackknife` tells how far a measure depends on the ids.
+
+    Raises:
+        ValueError: see `moments`.
+    """
+    group = ranks_of_call(group)
     blocks = iter(blocks)
-    first = next(blocks, None)
-    start = _start(first, group)
-    total: Moments | None = None
-    for x, y, *weights in blocks if first is None else chain([first], blocks):
+    first, means = agree(lambda: _first(blocks), group)
+    start = next((own for own in means if own is not None), None)
+    if start is None:
+        raise ValueError("alignment is one of two ids or more, and there are none")
+    all_blocks = blocks if first is None else chain([first], blocks)
+    _, by_rank = agree(lambda: (None, _added(all_blocks, start, groups)), group)
+    # In the order of ranks, so that all have the same bits.
+    totals = [total_of(parts) for parts in zip(*by_rank, strict=True)]
+    _check(total_of(totals))
+    return [total for total in totals if total.ids]
+
+
+def _first(
+    blocks: Iterator[tuple[torch.Tensor, ...]],
+) -> tuple[tuple[torch.Tensor, ...] | None, tuple[torch.Tensor, torch.Tensor] | None]:
+    """The first block, and the means of its vectors."""
+    block = next(blocks, None)
+    return block, None if block is None else (block[0].mean(0), block[1].mean(0))
+
+
+def _added(
+    blocks: Iterable[tuple[torch.Tensor, ...]],
+    start: tuple[torch.Tensor, torch.Tensor],
+    groups: int,
+) -> list[Moments]:
+    """The sums of this rank's blocks by part."""
+    totals = [Moments.of(*(part.new_zeros(0, len(part)) for part in start)) for _ in range(groups)]
+    for i, (x, y, *weights) in enumerate(blocks):
         if len(x) != len(y):
             raise ValueError(
                 f"the vectors are of {len(x)} and of {len(y)} ids; give both of the same ids, such "
                 "as those that both tables have"
             )
-        block = Moments.of(x - start[0], y - start[1], *weights)
-        total = block if total is None else total + block
-    if total is None:
-        total = Moments.of(*(part.new_zeros(0, len(part)) for part in start))
-    total = total.of_all_ranks(group)
-    _check(total)
-    return total
-
-
-def _start(
-    block: tuple[torch.Tensor, ...] | None, group: dist.ProcessGroup | None
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Means of the first block of the first rank that has one."""
-    own = None if block is None else (block[0].mean(0), block[1].mean(0))
-    found = [one for one in gather(own, group) if one is not None]
-    if not found:
-        raise ValueError("alignment is one of two ids or more, and there are none")
-    return found[0]
+        totals[i % groups] += Moments.of(x - start[0], y - start[1], *weights)
+    return totals
 
 
 def _check(total: Moments) -> None:

@@ -6,6 +6,8 @@ from dataclasses import dataclass
 
 import torch
 
+from cce_torchrec.alignment.interval import Interval, jackknife_of_means
+
 _PAIRS = 1 << 24
 """Distances that are in memory at a time, of each table."""
 
@@ -14,13 +16,13 @@ _PAIRS = 1 << 24
 class Neighbourhoods:
     """What two tables say of the neighbours of the same ids."""
 
-    overlap: float
+    overlap: Interval
     """Mean share of an id's k nearest in one that are among its k nearest in the other: 0 to 1,
     k / (n - 1) under independence."""
-    imbalance: float
+    imbalance: Interval
     """Information imbalance from x to y: about 0 where x tells the neighbours of y, 1 where it
     tells nothing."""
-    imbalance_back: float
+    imbalance_back: Interval
     """The same from y to x."""
     ids: int
     k: int
@@ -34,7 +36,7 @@ def neighbourhoods(x: torch.Tensor, y: torch.Tensor, k: int = 10) -> Neighbourho
     Invariant to rotations, shifts and one scale for each table. Cost: O(n^2 (p + q + log n)) time,
     0.5 GB of memory.
 
-    The imbalance is 2 / n times the mean rank, in y, of an id's k nearest in x (k = 1 in the paper).
+    The imbalance is 2 / n times the mean rank in y of an id's k nearest in x (k = 1 in the paper).
 
     Args:
         x: [n, p], of a sample of ids.
@@ -49,18 +51,21 @@ def neighbourhoods(x: torch.Tensor, y: torch.Tensor, k: int = 10) -> Neighbourho
     """
     _check(x, y, k)
     n = len(x)
-    sums = torch.zeros(3, dtype=torch.float64)
+    found: list[torch.Tensor] = []
     rows = max(1, _PAIRS // n)
     for start in range(0, n, rows):
         own = torch.arange(start, min(start + rows, n))
         near_x, near_y = _distances(x, own), _distances(y, own)
         chosen_x, chosen_y = _chances(near_x, k), _chances(near_y, k)
-        sums[0] += (chosen_x * chosen_y).sum()
-        sums[1] += (chosen_x * _ranks(near_y)).sum()
-        sums[2] += (chosen_y * _ranks(near_x)).sum()
-    overlap, forth, back = (sums / (n * k)).tolist()
+        products = chosen_x * chosen_y, chosen_x * _ranks(near_y), chosen_y * _ranks(near_x)
+        found.append(torch.stack([product.sum(1) / k for product in products]))
+    overlap, forth, back = torch.cat(found, dim=1).tolist()
     return Neighbourhoods(
-        overlap=overlap, imbalance=2 * forth / n, imbalance_back=2 * back / n, ids=n, k=k
+        overlap=jackknife_of_means(overlap),
+        imbalance=jackknife_of_means(forth, 2 / n),
+        imbalance_back=jackknife_of_means(back, 2 / n),
+        ids=n,
+        k=k,
     )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import cached_property
 
 import torch
 
@@ -32,6 +33,7 @@ class SavedTable:
         self._codes = next((k for k in self.keys if k.endswith(".codes")), None)
         roles = {key: role_of(key) for key in self.keys}
         self._weights = {role: key for key, role in roles.items() if role and not role.state}
+        self._codebooks: dict[int, torch.Tensor] = {}
 
     @property
     def cce(self) -> CCETableRecord:
@@ -39,7 +41,7 @@ class SavedTable:
         assert isinstance(self.record, CCETableRecord)
         return self.record
 
-    @property
+    @cached_property
     def clusterings(self) -> int:
         """How often it was clustered."""
         name = f"codes.{self.record.name}.clusterings"
@@ -64,6 +66,9 @@ class SavedTable:
         """Of `ids` [n], which ascend: float64 [n, embedding_dim]."""
         if not isinstance(self.record, CCETableRecord):
             key = self._weights[Role(None, "")]
+            first, last = (int(ids[0]), int(ids[-1]) + 1) if len(ids) else (0, 0)
+            if last - first == len(ids):  # consecutive ones, of which no more is read
+                return self._state.rows(key, first, last).double()
             return torch.cat([
                 block[own - first].double()
                 for first, block in self._state.blocks(key)
@@ -73,22 +78,27 @@ class SavedTable:
         codes, mixed, table = torch.cat(parts), mix(ids), self.cce
         out = []
         for chunk in range(table.num_chunks):
-            weight = self._state.whole(self._weights[Role(chunk, "")]).double()
+            weight = self._codebook(chunk)
             # Main and helper are in one tensor, main first.
-            rows = weight[codes[:, chunk]]
+            rows = weight[codes[:, chunk]].double()
             if table.num_helper_rows:
                 hash_ = helper_hash(table.seed, table.name, chunk, self.clusterings)
                 rows += weight[table.num_rows + hash_.of_mixed(mixed, table.num_helper_rows)]
             out.append(rows)
         return torch.cat(out, dim=1)
 
+    def _codebook(self, chunk: int) -> torch.Tensor:
+        """Rows of a chunk, which are few: they are read once."""
+        if chunk not in self._codebooks:
+            self._codebooks[chunk] = self._state.whole(self._weights[Role(chunk, "")])
+        return self._codebooks[chunk]
+
     def _wanted(self, ids: torch.Tensor) -> Iterator[tuple[torch.Tensor, int, int]]:
-        """Those of `ids` in each block of ids that has some, and the ends of the block."""
+        """Those of `ids` in each block of ids that has some, and between which codes they are."""
         for first in range(0, self.record.num_embeddings, BLOCK):
-            last = min(first + BLOCK, self.record.num_embeddings)
-            own = _between(ids, first, last)
+            own = _between(ids, first, first + BLOCK)
             if len(own):
-                yield own, first, last
+                yield own, int(own[0]) // 8 * 8, int(own[-1]) + 1
 
 
 def _between(ids: torch.Tensor, first: int, last: int) -> torch.Tensor:

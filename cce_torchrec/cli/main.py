@@ -16,6 +16,7 @@ COMMANDS: Mapping[str, str] = {
     "plan": "Say what tables take, and where they would be, before a GPU is booked.",
     "inspect": "Say what a checkpoint holds, and how its clusters are.",
     "diff": "Compare two checkpoints.",
+    "align": "Say how far the vectors of two runs agree.",
     "compress": "Make a CCE checkpoint of a plain TorchRec one.",
     "export": "Write a trained model's tables for serving.",
     "serve-check": "Compare an export with what the trained model gave.",

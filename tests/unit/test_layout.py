@@ -28,7 +28,7 @@ LAYERS = [
     {"distributed"},
     {"clustering", "planning"},
     {"checkpoint"},
-    {"inference", "report"},
+    {"alignment", "inference", "report"},
     {"train"},
     {"cli"},
 ]

@@ -1,0 +1,93 @@
+"""Tables of checkpoints, and how those of two checkpoints are aligned."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from cce_torchrec.alignment.tables import SAMPLE, align
+from cce_torchrec.checkpoint.folder import verify
+from cce_torchrec.checkpoint.inspection import open_checkpoint
+from cce_torchrec.checkpoint.manifest import CCETableRecord
+from cce_torchrec.checkpoint.saved_state import SavedState
+from cce_torchrec.checkpoint.saved_table import SavedTable
+
+Json = dict[str, Any]
+
+
+class SavedVectors:
+    """A table of a checkpoint for `align`, which reads codebooks once and plain rows by the block.
+
+    Args:
+        name: `collection.table`.
+        state: the checkpoint.
+    """
+
+    def __init__(self, name: str, state: SavedState) -> None:
+        table = SavedTable(name, state)
+        self.num_embeddings, self.embedding_dim = (
+            table.record.num_embeddings,
+            table.record.embedding_dim,
+        )
+        self.embeddings = table.embeddings
+        if isinstance(table.record, CCETableRecord) and table.record.learned_codes:
+            self.num_chunks, self.num_rows = table.record.num_chunks, table.record.num_rows
+            self.codes = table.codes
+
+
+def align_checkpoints(
+    a: str | Path,
+    b: str | Path,
+    *,
+    tables: Sequence[str] | None = None,
+    common: bool = False,
+    k: int = 10,
+    sample: int = SAMPLE,
+) -> Json:
+    """`align` of each table that two checkpoints have, read by the block without a model.
+
+    Args:
+        a: folder of a checkpoint, of a job whose latest one is meant, or of a run; local or a URI.
+        b: the other one.
+        tables: full names of those to compare, `collection.table`; default: all that both have.
+        common: see `align`.
+        k: see `align`.
+        sample: see `align`.
+
+    Returns:
+        a and b (paths); only_a and only_b, names of tables that one side lacks; tables: by name
+        what `Alignment` holds, or `{"problem": why it cannot be}`.
+
+    Raises:
+        ValueError: one of them is no checkpoint that can be read, or is damaged; no table is in
+            both, or not one of `tables`.
+    """
+    (path, one), (other_path, other) = open_checkpoint(a), open_checkpoint(b)
+    for place, manifest in ((path, one), (other_path, other)):
+        verify(place, manifest.files)
+    both = [name for name in one.tables if name in other.tables]
+    if not both:
+        raise ValueError(
+            f"no table is in both: {path} has {list(one.tables)}, {other_path} {list(other.tables)}"
+        )
+    wanted = both if tables is None else list(tables)
+    for name in wanted:
+        if name not in both:
+            raise ValueError(f"{name!r} is not a table of both checkpoints; these are: {both}")
+    states = SavedState(path, one), SavedState(other_path, other)
+    found: Json = {}
+    for name in wanted:
+        pair = [SavedVectors(name, state) for state in states]
+        try:
+            found[name] = asdict(align(*pair, common=common, k=k, sample=sample))
+        except ValueError as error:  # of one table, such as one that was never trained
+            found[name] = {"problem": str(error)}
+    return {
+        "a": str(path),
+        "b": str(other_path),
+        "only_a": [name for name in one.tables if name not in other.tables],
+        "only_b": [name for name in other.tables if name not in one.tables],
+        "tables": found,
+    }

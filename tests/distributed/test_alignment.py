@@ -1,0 +1,52 @@
+"""Tables whose ids are shared out among ranks: the same measures as in one process."""
+
+import pytest
+import torch
+
+from cce_torchrec.alignment.agreement import CodeCounts, adjusted_mutual_information
+from cce_torchrec.alignment.linear import debiased_cka, linear_cka, mean_cca, procrustes_distance
+from cce_torchrec.alignment.moments import Moments, moments
+from cce_torchrec.alignment.tables import Weight, align
+from tests.support.ranks import on_ranks
+from tests.unit.test_alignment import pair
+
+MEASURES = [linear_cka, debiased_cka, procrustes_distance, mean_cca]
+
+
+@on_ranks(1, 2, 3)
+def test_sums_of_ranks_are_those_of_one_process(rank, world_size):
+    x, y = pair(500)
+    at = torch.arange(500)[rank::world_size]
+    found = moments((x[part], y[part]) for part in at.split(40))
+    alone = moments([(x, y)] if rank == 0 else [])  # the others have no ids
+    assert found.ids == alone.ids == 500
+    for measure in MEASURES:
+        assert measure(found) == pytest.approx(measure(alone), rel=1e-10)
+        assert measure(alone) == pytest.approx(measure(Moments.of(x, y)), rel=1e-10)
+
+
+@on_ranks(1, 2, 3)
+def test_tables_and_codes(rank, world_size):
+    x, y = pair(900)
+    found = align(Weight(x), Weight(y), k=3, sample=40)
+    x_alone = moments([(x, y)] if rank == 0 else [])
+    assert found.linear_cka.value == pytest.approx(linear_cka(x_alone), rel=1e-10)
+    assert found.debiased_cka.value == pytest.approx(debiased_cka(x_alone), rel=1e-9)
+    g = torch.Generator().manual_seed(0)
+    codes = [torch.randint(0, 7, (900,), generator=g) for _ in range(2)]
+    whole, own = CodeCounts((7, 7)), CodeCounts((7, 7))
+    whole.add(*codes)
+    own.add(*(part[rank::world_size] for part in codes))
+    expected = adjusted_mutual_information(whole)
+    assert adjusted_mutual_information(own.of_all_ranks()) == pytest.approx(expected, rel=1e-10)
+
+
+@on_ranks(2, 3)
+def test_what_fails_on_one_rank_is_said_on_all(rank, world_size):
+    x, y = pair(90)
+    with pytest.raises(ValueError, match=r"^rank 1: the vectors are of 90 and of 89 ids"):
+        moments([(x, y[1:] if rank == 1 else y)])
+    with pytest.raises(ValueError, match="not finite"):
+        moments([(x * float("nan") if rank == 1 else x, y)])
+    with pytest.raises(ValueError, match=r"^alignment is one of two .* there are none"):
+        moments([])

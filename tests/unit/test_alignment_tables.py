@@ -1,0 +1,78 @@
+"""Two tables that are in memory, all measures at once, and intervals."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from cce_torchrec.alignment.interval import jackknife, jackknife_of_means
+from cce_torchrec.alignment.linear import debiased_cka, linear_cka, mean_cca, svcca
+from cce_torchrec.alignment.moments import grouped_moments, moments
+from cce_torchrec.alignment.tables import Weight, align
+
+
+def pair(n, seed=0, dims=(6, 4)):
+    g = torch.Generator().manual_seed(seed)
+    common = torch.randn(n, 3, generator=g)
+    return [common @ torch.randn(3, d, generator=g) + torch.randn(n, d, generator=g) for d in dims]
+
+
+def test_all_measures_are_those_of_all_ids():
+    x, y = pair(700)
+    found = align(Weight(x), Weight(y), k=3, sample=50)
+    whole = moments([(x.double(), y.double())])
+    for name, measure in (("linear_cka", linear_cka), ("debiased_cka", debiased_cka),
+                          ("mean_cca", mean_cca), ("svcca", svcca)):  # fmt: skip
+        own = getattr(found, name)
+        assert own.value == pytest.approx(measure(whole), rel=1e-4)
+        assert own.low < own.value < own.high
+    assert found.neighbours.ids <= 50 and found.codes is None
+
+
+def test_counts_weigh_ids():
+    x, y = pair(300)
+    counts = torch.arange(300) % 3
+    found = align(Weight(x), Weight(y), counts=counts)
+    assert found.debiased_cka is None
+    copies = [part.repeat_interleave(counts, 0).double() for part in (x, y)]
+    assert found.linear_cka.value == pytest.approx(linear_cka(moments([tuple(copies)])), rel=1e-4)
+
+
+def test_intervals_hold_what_all_ids_have():
+    """In 95 % of samples of ids; of 200 samples, in 95 % of cases, at least 183."""
+    x, y = (part.double() for part in pair(200_000))
+    expected = debiased_cka(moments([(x, y)]))
+    held = 0
+    for seed in range(200):
+        at = torch.randint(0, len(x), (640,), generator=torch.Generator().manual_seed(seed))
+        blocks = zip(x[at].split(20), y[at].split(20), strict=True)
+        own = jackknife(debiased_cka, grouped_moments(blocks, 32))
+        held += own.low <= expected <= own.high
+    assert held >= 183
+
+
+def test_intervals_of_means_are_those_of_students():
+    values = np.random.default_rng(0).normal(size=50)
+    found = jackknife_of_means(values.tolist(), 2.0)
+    error = 1.96 * values.std(ddof=1) / math.sqrt(50)
+    assert found.value == pytest.approx(2 * values.mean())
+    assert found.high - found.value == pytest.approx(2 * error)
+
+
+def test_other_numbers_of_ids_are_refused_and_the_common_ones_offered():
+    x, y = pair(300)
+    with pytest.raises(ValueError, match=r"300 and 200 ids; with common=True .* first 200"):
+        align(Weight(x), Weight(y[:200]))
+    both = align(Weight(x), Weight(y[:200]), common=True)
+    assert both == align(Weight(x[:200]), Weight(y[:200]))
+    with pytest.raises(ValueError, match="5 counts are given of 300 ids"):
+        align(Weight(x), Weight(y), counts=torch.ones(5))
+
+
+@pytest.mark.parametrize("ids", [2, 3, 9, 40])
+def test_few_ids_do(ids):
+    x, y = pair(ids)
+    found = align(Weight(x), Weight(y))
+    assert 0 <= found.linear_cka.value <= 1 + 1e-6
+    assert (found.neighbours is None) == (ids < 12)
