@@ -1,0 +1,1 @@
+"""Alignment of networks and of tables, measured and estimated."""
