@@ -6,18 +6,18 @@ with u standard normal, and labels y + t v with v standard normal. What follows 
 are large, at their ratio a = n / d; b has norm 1.
 
 1. The hidden layer. Gradient descent from small weights ends where W2 W1 = w', the solution of
-   least squares with the smallest norm, and keeps W1 W1' - W2' W2, which was about 0. So W1 is a single
-   direction u w' / |w|^(1/2), whose hidden values are those of w'x but for a rotation and a scale,
-   to which CKA does not look. Over many new examples, CKA of the two is cos^2 of the angle between
-   the two solutions w and w*: (w'w*)^2 / (|w|^2 |w*|^2).
+   least squares with the smallest norm, and keeps W1 W1' - W2' W2, which was about 0. So W1 is a
+   single direction u w' / |w|^(1/2), whose hidden values are those of w'x but for a rotation and a
+   scale, to which CKA does not look. Over many new examples, CKA of the two is cos^2 of the angle
+   between the two solutions w and w*: (w'w*)^2 / (|w|^2 |w*|^2).
 
-2. Their norms and their product converge, so that the estimate is (p / q)^2 with q = |w|^2 and
-   p = w'w*. Of ridge regression with inputs of variance c = 1 + s^2 and a penalty that goes to 0,
-   the equations of state (cavity method; for two problems on the same examples: Clarte et al.,
-   "Analysis of bootstrap and subsampling", UAI 2024) are as follows. Let m = w'b, r = 1 / c, and e = min(a, 1) the share of directions that n examples
-   determine. The residual of an example that is left out has variance 1 + t^2 - 2 m + c q, and its
-   covariance with that of the other network is 1 - 2 m + p, as the networks share x and b'x, and
-   not u or v. With m = e r:
+2. Their norms and their product converge, so that the estimate is (p / q)^2 with q = |w|^2 and p =
+   w'w*. Of ridge regression with inputs of variance c = 1 + s^2 and a penalty that goes to 0, the
+   equations of state (cavity method; for two problems on the same examples: Clarte et al.,
+   "Analysis of bootstrap and subsampling", UAI 2024) are as follows. Let m = w'b, r = 1 / c, and e
+   = min(a, 1) the share of directions that n examples determine. The residual of an example that is
+   left out has variance 1 + t^2 - 2 m + c q, and its covariance with that of the other network is 1
+   - 2 m + p, as the networks share x and b'x, and not u or v. With m = e r:
 
        q = (e r)^2 + k (1 + t^2 - 2 e r + c q) / c,       k = 1 / a if a > 1, and a otherwise
        p = (e r)^2 + k (1 - 2 e r + p) / c^2
@@ -27,9 +27,9 @@ are large, at their ratio a = n / d; b has norm 1.
 
 3. Where it does not hold. At n = d, q is infinite: w is dominated by the direction of the smallest
    singular value of the inputs, and its norm does not converge. With noise of the inputs that
-   direction is another one for each network, and the estimate, 0, is right for large d: of finite
-   d the dip has a width of about d^(-1/2) and ends above 0. With noise of the labels alone it is
-   the same direction for both, so that CKA is 1 there if t is large, which the estimate of means
+   direction is another one for each network, and the estimate, 0, is right for large d: of finite d
+   the dip has a width of about d^(-1/2) and ends above 0. With noise of the labels alone it is the
+   same direction for both, so that CKA is 1 there if t is large, which the estimate of means
    misses: there w given the inputs is normal with known mean and covariance, and
    `label_noise_given_inputs` integrates over it exactly.
 """
