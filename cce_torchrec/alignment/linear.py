@@ -38,6 +38,8 @@ def debiased_cka(sums: Moments) -> float:
         ValueError: fewer than four ids, ids with weights, or the vectors of a table are all the
             same.
     """
+    if not sums.normed:
+        raise ValueError("debiased CKA needs the sums of norms; leave out norms=False")
     if sums.weighted:
         raise ValueError("debiased CKA is one of ids that count alike; leave the weights out")
     if sums.ids < 4:

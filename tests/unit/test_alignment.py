@@ -256,6 +256,7 @@ NAN[3, 1] = math.nan
         (lambda: linear_cka(sums(X, torch.ones_like(Y))), "all ids of the second table"),
         (lambda: linear_cka(sums(torch.full_like(X, 1e8), Y)), "all ids of the first table"),
         (lambda: debiased_cka(sums(X, Y, torch.ones(60))), "leave the weights out"),
+        (lambda: debiased_cka(moments([(X, Y)], norms=False)), "leave out norms=False"),
         (lambda: debiased_cka(sums(X[:3], Y[:3])), "four ids or more, and there are 3"),
         (lambda: svcca(sums(X, Y), 1.5), "kept=1.5 is no part"),
         (lambda: neighbourhoods(X, Y, 59), "60 ids have no 59 neighbours"),
