@@ -74,7 +74,10 @@ class Moments:
         # Norms and ones are columns beside the vectors, so that one product has all sums.
         squares = [torch.linalg.vector_norm(t, dim=1).square() for t in (x, y)] if norms else []
         beside = torch.stack([ones, *squares], dim=1)
-        of_x, of_y = ((beside.T @ part).double() for part in (x, y))
+        if norms or weights is not None:
+            of_x, of_y = ((beside.T @ part).double() for part in (x, y))
+        else:  # as fast as can be: this is what CKA takes
+            of_x, of_y = (part.sum(0, keepdim=True).double() for part in (x, y))
         of_norms = (beside.T @ beside).double()
         left, right = (x, y) if weights is None else (x * ones[:, None], y * ones[:, None])
         return cls(

@@ -25,7 +25,7 @@ from cce_torchrec.collectives import agree, ranks_of_call
 
 GROUPS = 32
 """Parts of the ids by which intervals are found."""
-BLOCK = 4096
+BLOCK = 16384
 """Most ids whose vectors are read at once."""
 SAMPLE = 4096
 """Ids whose neighbours are looked at."""
