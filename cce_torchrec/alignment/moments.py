@@ -173,7 +173,9 @@ def _first(
 ) -> tuple[tuple[torch.Tensor, ...] | None, tuple[torch.Tensor, torch.Tensor] | None]:
     """The first block, and by what vectors are moved."""
     block = next(blocks, None)
-    return block, None if block is None else (_far(block[0]), _far(block[1]))
+    if block is None or not len(block[0]):
+        return block, None
+    return block, (_far(block[0]), _far(block[1]))
 
 
 def _far(x: torch.Tensor) -> torch.Tensor:

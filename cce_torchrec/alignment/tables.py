@@ -158,9 +158,10 @@ def _common(a: Table, b: Table, common: bool) -> int:
 
 
 def _ranges(ids: int, size: int, group: dist.ProcessGroup | None) -> Iterator[tuple[int, int]]:
-    """This rank's share of the blocks of ids."""
+    """This rank's share of the blocks of ids, as many as every other's: the last may be empty."""
     rank, ranks = (0, 1) if group is None else (dist.get_rank(group), dist.get_world_size(group))
-    for first in range(rank * size, ids, ranks * size):
+    for begin in range(0, ids, ranks * size):
+        first = min(ids, begin + rank * size)
         yield first, min(ids, first + size)
 
 

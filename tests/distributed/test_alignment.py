@@ -3,10 +3,13 @@
 import pytest
 import torch
 
+from cce_torchrec import cluster
 from cce_torchrec.alignment.agreement import CodeCounts, adjusted_mutual_information
 from cce_torchrec.alignment.linear import debiased_cka, linear_cka, mean_cca, procrustes_distance
+from cce_torchrec.alignment.live import LiveTable
 from cce_torchrec.alignment.moments import Moments, moments
 from cce_torchrec.alignment.tables import Weight, align
+from tests.support.models import SUM, Model, collection, shard, tables
 from tests.support.ranks import on_ranks
 from tests.unit.test_alignment import pair
 
@@ -50,3 +53,23 @@ def test_what_fails_on_one_rank_is_said_on_all(rank, world_size):
         moments([(x * float("nan") if rank == 1 else x, y)])
     with pytest.raises(ValueError, match=r"^alignment is one of two .* there are none"):
         moments([])
+
+
+@on_ranks(1, 2, 3)
+@pytest.mark.parametrize("kind", ["tw", "cw", "rw"])
+def test_tables_of_a_sharded_model(rank, world_size, kind):
+    torch.manual_seed(0)
+    configs = tables(SUM)
+    models = [collection(configs) for _ in range(2)]
+    cluster(models[1])
+    names = [config.name for config in configs]
+    expected = [align(*(LiveTable(own, configs, name) for own in models), k=3) for name in names]
+    sharded = [shard(Model(own), configs, kind).module.collection for own in models]
+    for name, alone in zip(names, expected, strict=True):
+        found = align(*(LiveTable(own, configs, name) for own in sharded), k=3)
+        for measure in ("linear_cka", "debiased_cka", "procrustes_distance", "mean_cca", "svcca"):
+            value = getattr(alone, measure).value
+            assert getattr(found, measure).value == pytest.approx(value, rel=1e-10, abs=1e-10)
+        assert found.neighbours == alone.neighbours
+    with pytest.raises(ValueError, match=r"no table 'x'; there are"):
+        LiveTable(sharded[0], configs, "x")
