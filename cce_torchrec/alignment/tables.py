@@ -171,8 +171,9 @@ def _blocks(
     # Of few ids small blocks, so that each part has some.
     size = max(1, min(BLOCK, ids // (2 * GROUPS)))
     for first, last in _ranges(ids, size, group):
-        own = torch.arange(first, last)
-        block = [table.embeddings(own) for table in (a, b)]
+        # As many on every rank, as lookups of sharded tables want it; the last ones again.
+        own = torch.arange(first, first + size if group is not None else last).clamp(max=ids - 1)
+        block = [table.embeddings(own)[: last - first] for table in (a, b)]
         yield (*block, counts[first:last]) if counts is not None else tuple(block)
 
 

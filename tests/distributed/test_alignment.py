@@ -11,6 +11,7 @@ from cce_torchrec.alignment.moments import Moments, moments
 from cce_torchrec.alignment.tables import Weight, align
 from tests.support.models import SUM, Model, collection, shard, tables
 from tests.support.ranks import on_ranks
+from tests.support.twins import copy_state
 from tests.unit.test_alignment import pair
 
 MEASURES = [linear_cka, debiased_cka, procrustes_distance, mean_cca]
@@ -60,16 +61,21 @@ def test_what_fails_on_one_rank_is_said_on_all(rank, world_size):
 def test_tables_of_a_sharded_model(rank, world_size, kind):
     torch.manual_seed(0)
     configs = tables(SUM)
-    models = [collection(configs) for _ in range(2)]
+    models = [shard(Model(collection(configs)), configs, kind) for _ in range(2)]
     cluster(models[1])
+    sharded, plain = [model.module.collection for model in models], []
+    for own in sharded:
+        plain.append(collection(configs))
+        copy_state(own, plain[-1])
     names = [config.name for config in configs]
-    expected = [align(*(LiveTable(own, configs, name) for own in models), k=3) for name in names]
-    sharded = [shard(Model(own), configs, kind).module.collection for own in models]
+    expected = [align(*(LiveTable(own, configs, name) for own in plain), k=3) for name in names]
     for name, alone in zip(names, expected, strict=True):
         found = align(*(LiveTable(own, configs, name) for own in sharded), k=3)
         for measure in ("linear_cka", "debiased_cka", "procrustes_distance", "mean_cca", "svcca"):
             value = getattr(alone, measure).value
             assert getattr(found, measure).value == pytest.approx(value, rel=1e-10, abs=1e-10)
-        assert found.neighbours == alone.neighbours
+        for measure in ("overlap", "imbalance", "imbalance_back"):
+            value = getattr(alone.neighbours, measure).value
+            assert getattr(found.neighbours, measure).value == pytest.approx(value, rel=1e-10)
     with pytest.raises(ValueError, match=r"no table 'x'; there are"):
         LiveTable(sharded[0], configs, "x")
