@@ -27,7 +27,7 @@ def run(store: Store, groups: Sequence[Group], splits: Sequence[int], jobs: int)
     # Not forked: threads of torch and of data readers do not survive a fork.
     context = multiprocessing.get_context("spawn")
     with (
-        ProcessPoolExecutor(jobs, mp_context=context, initializer=_one_thread) as pool,
+        ProcessPoolExecutor(jobs, mp_context=context, initializer=one_thread) as pool,
         tqdm(total=total, unit="cell", disable=not sys.stderr.isatty()) as bar,
     ):
         running: dict[Future[Record], str] = {}
@@ -69,7 +69,7 @@ def _submit(
                 under_way.add(cell.key)  # budgets that share the cells of tuning
 
 
-def _one_thread() -> None:
+def one_thread() -> None:
     """One core a cell, and no cell without the run that waits for it, however that ends."""
     torch.set_num_threads(1)
     Thread(target=_end_with_parent, daemon=True).start()

@@ -1,0 +1,57 @@
+"""Computes the cells of a part that are missing, and keeps each when it is done."""
+
+from __future__ import annotations
+
+import multiprocessing
+import sys
+import time
+from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+from benchmarks.alignment.parts import Cell, Part, Record
+from benchmarks.machine import device_name
+from benchmarks.quality.running import one_thread
+from benchmarks.quality.store import Store
+
+
+def records_of(part: Part, folder: Path, quick: bool, jobs: int, compute: bool) -> list[Record]:
+    """The records of the cells of `part`; what is not there is computed, if `compute`."""
+    store = Store(folder)
+    cells = part.cells(quick)
+    absent = [cell for cell in cells if cell.key not in store.records] if compute else []
+    if absent:
+        _compute(part.name, absent, store, jobs)
+    return [store.records[cell.key] for cell in cells if cell.key in store.records]
+
+
+def _compute(part: str, cells: Sequence[Cell], store: Store, jobs: int) -> None:
+    # Not forked: threads of torch do not survive a fork.
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(jobs, mp_context=context, initializer=one_thread) as pool:
+        running = {pool.submit(measured, part, cell): cell for cell in cells}
+        try:
+            bar = tqdm(as_completed(running), total=len(cells), disable=not sys.stderr.isatty())
+            for future in bar:
+                if future.exception() is not None:
+                    print(f"failed: {running[future].key}", file=sys.stderr)
+                store.add(future.result())
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+
+def measured(part: str, cell: Cell) -> Record:
+    """The record of a cell: what it measured, and where."""
+    begin = time.process_time()
+    found = cell.measure()
+    return {
+        "key": cell.key,
+        "dataset": part,  # by which `Store` names the file
+        **found,
+        "device": device_name("cpu"),
+        "versions": {"torch": torch.__version__.split("+")[0]},
+        "cpu_seconds": round(time.process_time() - begin, 2),
+    }
