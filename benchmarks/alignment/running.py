@@ -51,7 +51,7 @@ def measured(part: str, cell: Cell) -> Record:
         "key": cell.key,
         "dataset": part,  # by which `Store` names the file
         **found,
-        "device": device_name("cpu"),
+        "device": device_name(torch.device("cpu")),
         "versions": {"torch": torch.__version__.split("+")[0]},
         "cpu_seconds": round(time.process_time() - begin, 2),
     }
