@@ -16,15 +16,16 @@ class LiveTable:
     up its share of the ids. Vectors cross the network as in training, a block at a time.
 
     Args:
-        collection: an `EmbeddingBagCollection`, plain, CCE or sharded, that knows no other features
-            than those of `configs`.
-        configs: of all its tables, as `embedding_bag_configs()` of the unsharded one gives them.
+        collection: an `EmbeddingBagCollection` or `EmbeddingCollection`, plain, CCE or sharded,
+            that knows no other features than those of `configs`.
+        configs: of all its tables, as `embedding_bag_configs()` (`embedding_configs()`) of the
+            unsharded one gives them.
         table: the name of one.
         device: of this rank.
         is_weighted: whether the collection pools by weights, which are 1 here.
 
     Raises:
-        ValueError: no such table.
+        ValueError: no such table, or tables of fewer ids read all its features.
     """
 
     def __init__(
@@ -43,12 +44,12 @@ class LiveTable:
         self.num_embeddings, self.embedding_dim = found[0].num_embeddings, found[0].embedding_dim
         self._collection, self._device = collection, torch.device(device)
         self._is_weighted = is_weighted
-        self._feature = found[0].feature_names[0]
+        self._feature = _feature_of(found[0], configs)
         readers = [config.name for config in configs if self._feature in config.feature_names]
         # Where several tables read a feature, TorchRec names outputs by both.
         self._key = f"{self._feature}@{table}" if len(readers) > 1 else self._feature
-        names = (name for config in configs for name in config.feature_names)
-        self._features = list(dict.fromkeys(names))
+        features = (name for config in configs for name in config.feature_names)
+        self._features = list(dict.fromkeys(features))
 
     @torch.no_grad()
     def embeddings(self, ids: torch.Tensor) -> torch.Tensor:
@@ -62,5 +63,26 @@ class LiveTable:
             stride=len(ids),
         )
         out = self._collection(features.to(self._device))
-        pooled = out if hasattr(out, "to_dict") else out.wait()
-        return pooled.to_dict()[self._key].detach().cpu()
+        out = out.wait() if hasattr(out, "wait") else out  # of sharded collections
+        vectors = out[self._key].values() if isinstance(out, dict) else out.to_dict()[self._key]
+        return vectors.detach().cpu()
+
+
+def _feature_of(config: Any, configs: list[Any]) -> str:
+    """A feature of the table that no table of fewer ids reads, where ids would be out of bounds.
+
+    Raises:
+        ValueError: there is none.
+    """
+    for feature in config.feature_names:
+        smallest = min(
+            (other for other in configs if feature in other.feature_names),
+            key=lambda other: other.num_embeddings,
+        )
+        if smallest.num_embeddings >= config.num_embeddings:
+            return feature
+    raise ValueError(
+        f"table {config.name!r}: its feature {feature!r} is read by table {smallest.name!r} too, "
+        f"which has {smallest.num_embeddings:,} ids of {config.num_embeddings:,}; looking up the "
+        "others would count as out of bounds there. Save checkpoints, and use align_checkpoints"
+    )

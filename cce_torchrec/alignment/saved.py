@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from cce_torchrec.alignment.tables import SAMPLE, align
+import torch
+
+from cce_torchrec.alignment.measures import SAMPLE
+from cce_torchrec.alignment.tables import align
 from cce_torchrec.checkpoint.folder import verify
 from cce_torchrec.checkpoint.inspection import open_checkpoint
 from cce_torchrec.checkpoint.manifest import CCETableRecord
@@ -42,7 +45,9 @@ def align_checkpoints(
     b: str | Path,
     *,
     tables: Sequence[str] | None = None,
+    counts: Mapping[str, torch.Tensor] | None = None,
     common: bool = False,
+    max_ids: int | None = None,
     k: int = 10,
     sample: int = SAMPLE,
 ) -> Json:
@@ -52,7 +57,9 @@ def align_checkpoints(
         a: folder of a checkpoint, of a job whose latest one is meant, or of a run; local or a URI.
         b: the other one.
         tables: full names of those to compare, `collection.table`; default: all that both have.
+        counts: by full name of a table, how often each of its ids is looked up; see `align`.
         common: see `align`.
+        max_ids: see `align`.
         k: see `align`.
         sample: see `align`.
 
@@ -62,7 +69,7 @@ def align_checkpoints(
 
     Raises:
         ValueError: one of them is no checkpoint that can be read, or is damaged; no table is in
-            both, or not one of `tables`.
+            both, or not one of `tables`; or counts are of another table.
     """
     (path, one), (other_path, other) = open_checkpoint(a), open_checkpoint(b)
     for place, manifest in ((path, one), (other_path, other)):
@@ -76,12 +83,17 @@ def align_checkpoints(
     for name in wanted:
         if name not in both:
             raise ValueError(f"{name!r} is not a table of both checkpoints; these are: {both}")
+    for name in counts or {}:
+        if name not in wanted:
+            raise ValueError(f"counts are given of {name!r}, and the tables compared are {wanted}")
     states = SavedState(path, one), SavedState(other_path, other)
     found: Json = {}
     for name in wanted:
-        pair = [SavedVectors(name, state) for state in states]
         try:
-            found[name] = asdict(align(*pair, common=common, k=k, sample=sample))
+            own = None if counts is None else counts.get(name)
+            x, y = (SavedVectors(name, state) for state in states)
+            aligned = align(x, y, counts=own, common=common, max_ids=max_ids, k=k, sample=sample)
+            found[name] = asdict(aligned)
         except ValueError as error:  # of one table, such as one that was never trained
             found[name] = {"problem": str(error)}
     return {

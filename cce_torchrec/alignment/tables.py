@@ -10,27 +10,14 @@ import torch
 import torch.distributed as dist
 
 from cce_torchrec.alignment.agreement import CodeCounts, adjusted_mutual_information
-from cce_torchrec.alignment.interval import Interval, jackknife
-from cce_torchrec.alignment.linear import (
-    debiased_cka,
-    linear_cka,
-    mean_cca,
-    procrustes_distance,
-    svcca,
-)
+from cce_torchrec.alignment.ids import drawn, ranges
+from cce_torchrec.alignment.measures import GROUPS, SAMPLE, Alignment, all_measures
 from cce_torchrec.alignment.moments import grouped_moments
-from cce_torchrec.alignment.neighbours import Neighbourhoods, neighbourhoods
-from cce_torchrec.codes.hashing import hash_function
+from cce_torchrec.alignment.neighbours import neighbourhoods
 from cce_torchrec.collectives import agree, ranks_of_call
 
-GROUPS = 32
-"""Parts of the ids by which intervals are found."""
 BLOCK = 16384
 """Most ids whose vectors are read at once."""
-SAMPLE = 4096
-"""Ids whose neighbours are looked at."""
-_ROLE = 98
-"""Parts the hash by which ids are drawn from all others."""
 
 
 class Table(Protocol):
@@ -64,6 +51,18 @@ class Weight:
 
     weight: torch.Tensor
 
+    def __post_init__(self) -> None:
+        """Refuses what is no table.
+
+        Raises:
+            ValueError: not of two dimensions, or of integers.
+        """
+        if self.weight.dim() != 2 or not self.weight.is_floating_point():
+            raise ValueError(
+                "a table is [ids, dimension] of floating point, and this is "
+                f"{list(self.weight.shape)} of {self.weight.dtype}"
+            )
+
     @property
     def num_embeddings(self) -> int:
         """N."""
@@ -79,29 +78,13 @@ class Weight:
         return self.weight.detach()[ids.to(self.weight.device)]
 
 
-@dataclass(frozen=True, kw_only=True)
-class Alignment:
-    """How two tables are aligned; of each measure see the function of its name."""
-
-    ids: int
-    linear_cka: Interval
-    debiased_cka: Interval | None
-    """None where ids are weighted."""
-    procrustes_distance: Interval
-    mean_cca: Interval
-    svcca: Interval
-    neighbours: Neighbourhoods | None
-    """None of fewer ids than that takes."""
-    codes: list[float] | None
-    """`adjusted_mutual_information` of each chunk, where both tables have codes of as many."""
-
-
 def align(
     a: Table,
     b: Table,
     *,
     counts: torch.Tensor | None = None,
     common: bool = False,
+    max_ids: int | None = None,
     k: int = 10,
     sample: int = SAMPLE,
     process_group: dist.ProcessGroup | None = None,
@@ -118,33 +101,28 @@ def align(
         counts: [N], how often each id is looked up, by which it weighs in all but the neighbours
             and the codes. Ids with 0 do not count.
         common: compare the ids that both have, the first ones, where one table has more.
+        max_ids: at most how many ids are added up, drawn by a hash; default: all. Codes are
+            compared over all ids in any case, from counts.
         k: neighbours of an id.
         sample: ids whose neighbours are looked at, drawn by a hash: the same ones of any tables.
 
     Raises:
         ValueError: unequal numbers of ids without `common`, fewer than two ids, constant vectors,
-            values that are not finite, or counts of other ids.
+            values that are not finite, or counts that are none of these ids.
     """
     group = ranks_of_call(process_group)
     ids = _common(a, b, common)
-    if counts is not None and len(counts) != ids:
-        raise ValueError(f"{len(counts):,} counts are given of {ids:,} ids")
-    parts = grouped_moments(_blocks(a, b, ids, counts, group), GROUPS, group)
-    drawn = _drawn(ids, sample)
+    _check_counts(counts, ids)
+    if max_ids is not None and max_ids < 2:
+        raise ValueError(f"max_ids={max_ids} leaves nothing to compare; give 2 or more")
+    chosen = range(ids) if max_ids is None or max_ids >= ids else drawn(ids, max_ids)
+    parts = grouped_moments(_blocks(a, b, chosen, counts, group), GROUPS, group)
     near = None
-    if len(drawn) >= k + 2:
-        near = neighbourhoods(a.embeddings(drawn), b.embeddings(drawn), k)
-    return Alignment(
-        ids=ids,
-        linear_cka=jackknife(linear_cka, parts),
-        # An estimate of at most n - n / 32 ids, too, wants four.
-        debiased_cka=None if counts is not None or ids < 8 else jackknife(debiased_cka, parts),
-        procrustes_distance=jackknife(procrustes_distance, parts),
-        mean_cca=jackknife(mean_cca, parts),
-        svcca=jackknife(svcca, parts),
-        neighbours=near,
-        codes=_codes(a, b, ids, group),
-    )
+    own = drawn(ids, sample)
+    if len(own) >= k + 2:
+        x, y = (_exact(table.embeddings(own)).cpu() for table in (a, b))
+        near = neighbourhoods(x, y, k)
+    return all_measures(parts, near, _codes(a, b, ids, group))
 
 
 def _common(a: Table, b: Table, common: bool) -> int:
@@ -157,30 +135,42 @@ def _common(a: Table, b: Table, common: bool) -> int:
     return ids
 
 
-def _ranges(ids: int, size: int, group: dist.ProcessGroup | None) -> Iterator[tuple[int, int]]:
-    """This rank's share of the blocks of ids, as many as every other's: the last may be empty."""
-    rank, ranks = (0, 1) if group is None else (dist.get_rank(group), dist.get_world_size(group))
-    for begin in range(0, ids, ranks * size):
-        first = min(ids, begin + rank * size)
-        yield first, min(ids, first + size)
+def _check_counts(counts: torch.Tensor | None, ids: int) -> None:
+    if counts is None:
+        return
+    if counts.shape != (ids,):
+        raise ValueError(f"counts of shape {tuple(counts.shape)} are given of {ids:,} ids")
+    if not (torch.isfinite(counts).all() and (counts >= 0).all() and (counts > 0).any()):
+        raise ValueError(
+            "counts say how often each id is looked up: give finite numbers of 0 or more, not all 0"
+        )
+
+
+def _exact(vectors: torch.Tensor) -> torch.Tensor:
+    """In a type that products are made in: float32 of half precision."""
+    return vectors if vectors.dtype == torch.float64 else vectors.float()
 
 
 def _blocks(
-    a: Table, b: Table, ids: int, counts: torch.Tensor | None, group: dist.ProcessGroup | None
+    a: Table,
+    b: Table,
+    chosen: torch.Tensor | range,
+    counts: torch.Tensor | None,
+    group: dist.ProcessGroup | None,
 ) -> Iterator[tuple[torch.Tensor, ...]]:
     # Of few ids small blocks, so that each part has some.
-    size = max(1, min(BLOCK, ids // (2 * GROUPS)))
-    for first, last in _ranges(ids, size, group):
+    size = max(1, min(BLOCK, len(chosen) // (2 * GROUPS)))
+    for first, last in ranges(len(chosen), size, group):
         # As many on every rank, as lookups of sharded tables want it; the last ones again.
-        own = torch.arange(first, first + size if group is not None else last).clamp(max=ids - 1)
-        block = [table.embeddings(own)[: last - first] for table in (a, b)]
-        yield (*block, counts[first:last]) if counts is not None else tuple(block)
-
-
-def _drawn(ids: int, sample: int) -> torch.Tensor:
-    if ids <= sample:
-        return torch.arange(ids)
-    return torch.unique(hash_function(0, "", 0, role=_ROLE)(torch.arange(sample), ids))
+        at = torch.arange(first, first + size if group is not None else last)
+        at = at.clamp_(max=len(chosen) - 1)
+        own = at if isinstance(chosen, range) else chosen[at]
+        x, y = (_exact(table.embeddings(own)[: last - first]) for table in (a, b))
+        y = y.to(x.device)
+        if counts is None:
+            yield x, y
+        else:
+            yield x, y, counts[own[: last - first]].to(x.device)
 
 
 def _codes(a: Table, b: Table, ids: int, group: dist.ProcessGroup | None) -> list[float] | None:
@@ -192,7 +182,7 @@ def _codes(a: Table, b: Table, ids: int, group: dist.ProcessGroup | None) -> lis
 
     def counted() -> list[CodeCounts]:
         found = [CodeCounts((one.num_rows, other.num_rows)) for _ in range(one.num_chunks)]
-        for first, last in _ranges(ids, 1 << 16, group):
+        for first, last in ranges(ids, 1 << 16, group):
             pair = one.codes(first, last), other.codes(first, last)
             for chunk, counts in enumerate(found):
                 counts.add(*(codes[:, chunk] for codes in pair))

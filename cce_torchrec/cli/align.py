@@ -10,6 +10,7 @@ import click
 
 from cce_torchrec.cli.text_columns import columns
 from cce_torchrec.extras import load_extra
+from cce_torchrec.reasons import first_line
 
 _MEASURES = {
     "linear_cka": "CKA",
@@ -34,6 +35,17 @@ _MEASURES = {
     "--common", is_flag=True, help="Compare the ids that both have where one table has more."
 )
 @click.option(
+    "--counts",
+    multiple=True,
+    metavar="TABLE=FILE",
+    help="How often each id of a table is looked up (.npy), by which it weighs.",
+)
+@click.option(
+    "--max-ids",
+    type=click.IntRange(2),
+    help="Most ids of a table that are read, drawn by a hash; default: all.",
+)
+@click.option(
     "-k", default=10, show_default=True, type=click.IntRange(1), help="Neighbours of an id."
 )
 @click.option(
@@ -49,7 +61,9 @@ def command(
     a: str,
     b: str,
     tables: tuple[str, ...],
+    counts: tuple[str, ...],
     common: bool,
+    max_ids: int | None,
     k: int,
     sample: int,
     json_file: str | None,
@@ -65,7 +79,16 @@ def command(
     """
     from cce_torchrec.alignment.saved import align_checkpoints
 
-    found = align_checkpoints(a, b, tables=tables or None, common=common, k=k, sample=sample)
+    found = align_checkpoints(
+        a,
+        b,
+        tables=tables or None,
+        counts=_counts_of(counts),
+        common=common,
+        max_ids=max_ids,
+        k=k,
+        sample=sample,
+    )
     if json_file:
         Path(json_file).write_text(json.dumps(found, indent=1) + "\n")
     if plot:
@@ -74,6 +97,28 @@ def command(
     problems = [one for one in found["tables"].values() if "problem" in one]
     if len(problems) == len(found["tables"]):
         raise click.exceptions.Exit(1)
+
+
+def _counts_of(options: tuple[str, ...]) -> dict[str, Any]:
+    """The counts in the files of `options`, TABLE=FILE each.
+
+    Raises:
+        click.UsageError: an option that is no such pair, or a file that holds no row of numbers.
+    """
+    import numpy as np
+    import torch
+
+    found = {}
+    for option in options:
+        table, equals, file = option.partition("=")
+        if not (table and equals and file):
+            raise click.UsageError(f"--counts {option}: give TABLE=FILE.npy")
+        try:
+            counts = np.load(file, allow_pickle=False)
+            found[table] = torch.from_numpy(np.ascontiguousarray(counts, dtype=np.float64))
+        except (OSError, ValueError, TypeError, EOFError) as error:
+            raise click.UsageError(f"--counts {option}: {first_line(error)}") from error
+    return found
 
 
 def lines_of(found: dict[str, Any]) -> list[str]:
@@ -101,14 +146,14 @@ def lines_of(found: dict[str, Any]) -> list[str]:
     return out
 
 
-def intervals(table: dict[str, Any]) -> list[tuple[str, dict[str, float]]]:
+def intervals(table: dict[str, Any]) -> list[tuple[str, dict[str, Any]]]:
     """What the measures of a table are called, and their intervals."""
     near = table["neighbours"] or {}
     found = [(label, table.get(name) or near.get(name)) for name, label in _MEASURES.items()]
     return [(label, own) for label, own in found if own is not None]
 
 
-def between(own: dict[str, float | None]) -> str:
+def between(own: dict[str, Any]) -> str:
     """The ends of an interval, if there is one."""
     low, high = own["low"], own["high"]
     return "" if low is None or high is None else f"{low:.3f} to {high:.3f}"
@@ -123,12 +168,9 @@ def draw(found: dict[str, Any], file: str) -> None:
     )
     for axis, (name, table) in zip(axes[0], shown.items(), strict=False):
         for place, (_, own) in enumerate(reversed(intervals(table))):
-            errors = (
-                [[own["value"] - own["low"]], [own["high"] - own["value"]]]
-                if between(own)
-                else None
-            )
-            axis.errorbar(own["value"], place, xerr=errors, fmt="o", capsize=3)
+            low, high, value = own["low"], own["high"], own["value"]
+            errors = None if low is None or high is None else [[value - low], [high - value]]
+            axis.errorbar(value, place, xerr=errors, fmt="o", capsize=3)
             axis.axhline(place, linewidth=0.3)
         labels = [label for label, _ in reversed(intervals(table))]
         axis.set_yticks(range(len(labels)), labels)

@@ -4,10 +4,12 @@ import pytest
 import torch
 
 from cce_torchrec import cluster
+from cce_torchrec.alignment.activations import align_activations
 from cce_torchrec.alignment.agreement import CodeCounts, adjusted_mutual_information
 from cce_torchrec.alignment.linear import debiased_cka, linear_cka, mean_cca, procrustes_distance
 from cce_torchrec.alignment.live import LiveTable
 from cce_torchrec.alignment.moments import Moments, moments
+from cce_torchrec.alignment.neighbours import neighbourhoods
 from cce_torchrec.alignment.tables import Weight, align
 from tests.support.models import SUM, Model, collection, shard, tables
 from tests.support.ranks import on_ranks
@@ -45,6 +47,26 @@ def test_tables_and_codes(rank, world_size):
     assert adjusted_mutual_information(own.of_all_ranks()) == pytest.approx(expected, rel=1e-10)
 
 
+@on_ranks(1, 2, 3)
+def test_activations_of_the_batches_of_all_ranks(rank, world_size):
+    torch.manual_seed(0)
+    a, b = torch.nn.Linear(5, 4).double(), torch.nn.Linear(5, 6).double()
+    batches = torch.randn(12, 20, 5, dtype=torch.float64)
+    found = align_activations(a, b, batches[rank::world_size], k=3)
+    x, y = (model(batches.flatten(0, 1)).detach() for model in (a, b))
+    assert found.ids == 240
+    for measure in MEASURES:
+        value = getattr(found, measure.__name__).value
+        assert value == pytest.approx(measure(Moments.of(x, y)), rel=1e-10)
+    expected = neighbourhoods(x, y, 3)
+    assert found.neighbours.overlap.value == pytest.approx(expected.overlap.value, rel=1e-10)
+    with pytest.raises(ValueError, match="the models give 20 and 7 examples"):
+        align_activations(
+            a, b, batches[rank::world_size],
+            forward=lambda m, x: m(x[:7] if m is b and rank == world_size - 1 else x),
+        )  # fmt: skip
+
+
 @on_ranks(2, 3)
 def test_what_fails_on_one_rank_is_said_on_all(rank, world_size):
     x, y = pair(90)
@@ -67,7 +89,9 @@ def test_tables_of_a_sharded_model(rank, world_size, kind):
     for own in sharded:
         plain.append(collection(configs))
         copy_state(own, plain[-1])
-    names = [config.name for config in configs]
+    with pytest.raises(ValueError, match="'h' is read by table 'p' too, which has 40 ids of 1,000"):
+        LiveTable(sharded[0], configs, "u")
+    names = [config.name for config in configs if config.name != "u"]
     expected = [align(*(LiveTable(own, configs, name) for own in plain), k=3) for name in names]
     for name, alone in zip(names, expected, strict=True):
         found = align(*(LiveTable(own, configs, name) for own in sharded), k=3)

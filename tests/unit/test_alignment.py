@@ -271,3 +271,21 @@ NAN[3, 1] = math.nan
 def test_what_has_no_answer_is_refused(call, said):
     with pytest.raises(ValueError, match=said):
         call()
+
+
+@pytest.mark.parametrize(
+    ("k", "forth", "back", "overlap"),
+    [(1, 0.3581, 0.48375, 0.055), (5, 0.42448, 0.52, 0.144), (20, 0.5092825, 0.55754, 0.31775)],
+)
+def test_the_library_of_the_measures_authors_agrees(k, forth, back, overlap):
+    """Values by dadapy 0.3.4, which wants a numpy below 2 and so an environment of its own.
+
+    `_return_imbalance` of `MetricComparisons.dist_indices`, and `return_data_overlap`.
+    """
+    r = np.random.RandomState(0)
+    x = r.normal(size=(200, 4))
+    y = np.concatenate([x[:, :2] + 0.3 * r.normal(size=(200, 2)), r.normal(size=(200, 1))], axis=1)
+    found = neighbourhoods(torch.from_numpy(x), torch.from_numpy(y), k)
+    assert found.imbalance.value == pytest.approx(forth, rel=1e-12)
+    assert found.imbalance_back.value == pytest.approx(back, rel=1e-12)
+    assert found.overlap.value == pytest.approx(overlap, rel=1e-12)

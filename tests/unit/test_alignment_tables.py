@@ -66,8 +66,50 @@ def test_other_numbers_of_ids_are_refused_and_the_common_ones_offered():
         align(Weight(x), Weight(y[:200]))
     both = align(Weight(x), Weight(y[:200]), common=True)
     assert both == align(Weight(x[:200]), Weight(y[:200]))
-    with pytest.raises(ValueError, match="5 counts are given of 300 ids"):
-        align(Weight(x), Weight(y), counts=torch.ones(5))
+
+
+@pytest.mark.parametrize(
+    ("counts", "message"),
+    [
+        (torch.ones(5), r"counts of shape \(5,\) are given of 300 ids"),
+        (torch.ones(300, 1), r"counts of shape \(300, 1\)"),
+        (torch.zeros(300), "not all 0"),
+        (-torch.ones(300), "of 0 or more"),
+        (torch.full((300,), math.nan), "finite"),
+    ],
+)
+def test_counts_of_other_ids_are_refused(counts, message):
+    x, y = pair(300)
+    with pytest.raises(ValueError, match=message):
+        align(Weight(x), Weight(y), counts=counts)
+
+
+def test_some_ids_stand_for_all():
+    x, y = pair(5000)
+    counts = torch.arange(5000) % 7
+    whole = align(Weight(x), Weight(y), sample=50)
+    some = align(Weight(x), Weight(y), max_ids=1000, sample=50)
+    assert 900 < some.ids <= 1000 and some.neighbours == whole.neighbours
+    assert some.linear_cka.low < whole.linear_cka.value < some.linear_cka.high
+    assert align(Weight(x), Weight(y), max_ids=5000, sample=50) == whole
+    weighed = align(Weight(x), Weight(y), counts=counts, max_ids=1000, sample=50)
+    again = align(Weight(x), Weight(y), counts=counts, sample=50)
+    assert weighed.linear_cka.value == pytest.approx(again.linear_cka.value, abs=0.05)
+    with pytest.raises(ValueError, match="max_ids=1 leaves nothing"):
+        align(Weight(x), Weight(y), max_ids=1)
+
+
+def test_half_precision_is_added_up_in_more():
+    x, y = pair(300)
+    half = align(Weight(x.bfloat16()), Weight(y.half()))
+    exact = align(Weight(x.bfloat16().float()), Weight(y.half().float()))
+    assert half == exact
+
+
+@pytest.mark.parametrize("weight", [torch.ones(4), torch.ones(4, 2, dtype=torch.int64)])
+def test_what_is_no_table_is_refused(weight):
+    with pytest.raises(ValueError, match=r"a table is \[ids, dimension\] of floating point"):
+        Weight(weight)
 
 
 @pytest.mark.parametrize("ids", [2, 3, 9, 40])

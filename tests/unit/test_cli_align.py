@@ -2,6 +2,7 @@
 
 import json
 
+import numpy as np
 import pytest
 import torch
 from click.testing import CliRunner
@@ -98,3 +99,36 @@ def test_what_cannot_be_compared_is_said(saved, tmp_path):
     found = run(a, constant)
     assert found.exit_code == 1
     assert "not compared: all ids of the second table have the same vector" in found.output
+
+
+def test_ids_weigh_as_often_as_they_are_looked_up(saved, tmp_path):
+    (a, own), (b, others) = saved.values()
+    n = len(own["t"])
+    np.save(tmp_path / "counts.npy", np.arange(n))
+    given = f"collection.t={tmp_path / 'counts.npy'}"
+    found = run(a, b, "--counts", given, "--table", "collection.t", "--json", tmp_path / "c.json")
+    assert found.exit_code == 0, found.output
+    table = json.loads((tmp_path / "c.json").read_text())["tables"]["collection.t"]
+    assert table["debiased_cka"] is None
+    expected = linear_cka(moments([(own["t"], others["t"], torch.arange(n).double())]))
+    assert table["linear_cka"]["value"] == pytest.approx(expected, rel=1e-5)
+
+
+def test_counts_that_cannot_be_read(saved, tmp_path):
+    (a, _), _ = saved.values()
+    (tmp_path / "empty.npy").write_bytes(b"")
+    np.save(tmp_path / "text.npy", np.array(["x"]))
+    np.save(tmp_path / "few.npy", np.ones(2))
+    for given, status, message in (
+        ("collection.t", 2, "give TABLE=FILE.npy"),
+        (f"collection.t={tmp_path / 'none.npy'}", 2, "No such file"),
+        (f"collection.t={tmp_path / 'empty.npy'}", 2, "empty.npy"),
+        (f"collection.t={tmp_path / 'text.npy'}", 2, "could not convert string"),
+        (f"x={tmp_path / 'few.npy'}", 1, "counts are given of 'x', and the tables compared are"),
+    ):
+        found = run(a, a, "--counts", given)
+        assert found.exit_code == status and message in found.output, found.output
+    found = run(a, a, "--table", "collection.t", "--counts", f"collection.t={tmp_path / 'few.npy'}")
+    assert found.exit_code == 1 and "counts of shape (2,) are given" in found.output
+    found = run(a, a, "--max-ids", 5)
+    assert found.exit_code == 0 and "5 ids" in found.output
