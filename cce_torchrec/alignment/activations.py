@@ -90,6 +90,7 @@ class _Layer:
         """The output [examples, width] for `batch`."""
         found: list[Any] = []
         handle = self._layer.register_forward_hook(lambda _module, _inputs, out: found.append(out))
+        # By module: a user may have frozen some in evaluation mode, and gets them back so.
         training = [module for module in self._model.modules() if module.training]
         self._model.eval()
         try:
@@ -130,6 +131,7 @@ class _Drawn:
 
     def add(self, x: torch.Tensor, y: torch.Tensor) -> None:
         """Adds examples by what both models gave, [n, p] and [n, q]."""
+        # Numbers that no other rank has, so that ranks draw from one list of examples.
         numbers = (self._seen + torch.arange(len(x))) * self._ranks + self._rank
         self._seen += len(x)
         own = x.cpu(), y.cpu()

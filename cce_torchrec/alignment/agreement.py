@@ -41,6 +41,7 @@ class CodeCounts:
                     f"codes reach from {int(codes.min())} to {int(codes.max())}, and the table has "
                     f"{rows} rows"
                 )
+        # Pairs that occur, and not a matrix: two tables of 1,024 rows could have a million.
         self._merge(*torch.unique(first.long() * self.rows[1] + second, return_counts=True))
 
     def of_all_ranks(self, group: dist.ProcessGroup | None = None) -> CodeCounts:
@@ -80,10 +81,11 @@ def adjusted_mutual_information(counts: CodeCounts) -> float:
     a = torch.zeros(counts.rows[0], dtype=torch.int64).index_add_(0, first, joint)
     b = torch.zeros(counts.rows[1], dtype=torch.int64).index_add_(0, second, joint)
     share = joint.double() / n
+    # Of clusters of these sizes, if codes were independent.
     chance = (a[first].double() / n) * (b[second].double() / n)
     information = (share * (share / chance).log()).sum()
     entropies = _entropy(a) + _entropy(b)
-    if entropies == 0:
+    if entropies == 0:  # one code each, renumbered
         return 1.0
     expected = _expected_information(a[a > 0], b[b > 0], int(n))
     largest = entropies / 2
@@ -103,6 +105,7 @@ def _expected_information(a: torch.Tensor, b: torch.Tensor, n: int) -> torch.Ten
 
     Terms depend on the two sizes alone, so that each pair of sizes is computed once.
     """
+    # A few hundred different sizes stand for thousands of clusters.
     sizes_a, times_a = torch.unique(a, return_counts=True)
     sizes_b, times_b = torch.unique(b, return_counts=True)
     x, y = (grid.reshape(-1) for grid in torch.meshgrid(sizes_a, sizes_b, indexing="ij"))
@@ -115,18 +118,20 @@ def _expected_information(a: torch.Tensor, b: torch.Tensor, n: int) -> torch.Ten
     widest = int((high - low).max()) + 1
     total = torch.zeros((), dtype=torch.float64)
     for at in torch.arange(len(x)).split(max(1, _TERMS // widest)):
-        total += (times[at] * _terms(x[at], y[at], low[at], high[at], n)).sum()
+        total += (times[at] * _terms((x[at], y[at]), (low[at], high[at]), n)).sum()
     return total
 
 
 def _terms(
-    x: torch.Tensor, y: torch.Tensor, low: torch.Tensor, high: torch.Tensor, n: int
+    sizes: tuple[torch.Tensor, torch.Tensor], between: tuple[torch.Tensor, torch.Tensor], n: int
 ) -> torch.Tensor:
     """For each pair of sizes: the sum over m of (m / n) log(n m / (x y)) times the chance of m."""
+    (x, y), (low, high) = sizes, between
     m = low[:, None] + torch.arange(int((high - low).max()) + 1)
-    inside = m <= high[:, None]
+    inside = m <= high[:, None]  # the widest pair sets the columns; others end before
     m = torch.minimum(m, high[:, None]).double()
     x, y = x[:, None].double(), y[:, None].double()
+    # By logarithms: factorials of millions of ids are no numbers.
     log = torch.lgamma
     chance = (
         log(x + 1) + log(y + 1) + log(n - x + 1) + log(n - y + 1) - math.lgamma(n + 1)

@@ -40,6 +40,7 @@ def jackknife(measure: Callable[[Moments], float], parts: Sequence[Moments]) -> 
         left_out = [measure(total_of([*parts[:i], *parts[i + 1 :]])) for i in range(n)]
     except ValueError:  # too few ids are left, or none
         return Interval(value, None, None)
+    # Values with a part left out differ by 1/n of how parts differ: hence n - 1, not 1 / (n - 1).
     mean = math.fsum(left_out) / n
     error = _NORMAL * math.sqrt((n - 1) / n * math.fsum((one - mean) ** 2 for one in left_out))
     return Interval(value, value - error, value + error)

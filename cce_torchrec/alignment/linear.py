@@ -69,6 +69,7 @@ def procrustes_distance(sums: Moments) -> float:
         ValueError: the vectors of a table are all the same.
     """
     xx, xy, yy = centred(sums)
+    # The best rotation makes the product's singular values its trace.
     product = torch.linalg.svdvals(xy).sum() / (xx.trace() * yy.trace()).sqrt()
     return float((2 - 2 * product).clamp_min(0).sqrt())
 
@@ -137,6 +138,7 @@ class _Pair:
         """
         a, b, ab, xb, ya = norms
         n, x, y = self._n, self._x, self._y
+        # Sums over all pairs of ids, less the pairs (i, i), from sums over ids.
         trace = self._xy.square().sum() - ab
         sums = (x @ x - a) * (y @ y - b)
         rows = x @ self._xy @ y - x @ xb - y @ ya + ab
@@ -146,6 +148,7 @@ class _Pair:
 def _cca(sums: Moments, kept: float) -> float:
     xx, xy, yy = centred(sums)
     left, right = _whitening(xx, kept), _whitening(yy, kept)
+    # Rounding lifts those of equal directions above 1.
     correlations = torch.linalg.svdvals(left.T @ xy @ right).clamp_max(1)
     return float(correlations.sum() / min(left.shape[1], right.shape[1]))
 

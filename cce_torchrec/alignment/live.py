@@ -55,6 +55,7 @@ class LiveTable:
     def embeddings(self, ids: torch.Tensor) -> torch.Tensor:
         """Vectors [n, embedding_dim] of `ids` [n], on the host."""
         own = torch.tensor([[name == self._feature] for name in self._features])
+        # One id a bag, and empty bags of all other features.
         features = KeyedJaggedTensor(
             keys=self._features,
             values=ids,

@@ -79,6 +79,7 @@ class Moments:
         else:  # as fast as can be: this is what CKA takes
             of_x, of_y = (part.sum(0, keepdim=True).double() for part in (x, y))
         of_norms = (beside.T @ beside).double()
+        # Weights once in each product, not their square.
         left, right = (x, y) if weights is None else (x * ones[:, None], y * ones[:, None])
         return cls(
             ids=len(x),
@@ -156,15 +157,18 @@ def grouped_moments(
     """
     group = ranks_of_call(group)
     blocks = iter(blocks)
+    # All ranks move by one point: sums of vectors that were moved unlike do not add up.
     first, means = agree(lambda: _first(blocks), group)
     start = next((own for own in means if own is not None), None)
     if start is None:
         raise ValueError("alignment is one of two ids or more, and there are none")
+    # The first block was only looked at.
     all_blocks = blocks if first is None else chain([first], blocks)
     _, by_rank = agree(lambda: (None, _added(all_blocks, start, groups, norms)), group)
     # In the order of ranks, so that all have the same bits.
     totals = [total_of(parts) for parts in zip(*by_rank, strict=True)]
     _check(total_of(totals))
+    # Of few blocks some parts have no ids, and leaving them out would count as certainty.
     return [total for total in totals if total.ids]
 
 
@@ -181,6 +185,7 @@ def _first(
 def _far(x: torch.Tensor) -> torch.Tensor:
     """The mean where it is larger than the spread around it, and 0 otherwise."""
     mean = x.mean(0)
+    # Moving costs a pass over the block, and small means lose no digits.
     return mean if mean.square().sum() > (x - mean).square().sum() / len(x) else mean * 0
 
 

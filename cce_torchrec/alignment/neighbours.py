@@ -51,6 +51,7 @@ def neighbourhoods(x: torch.Tensor, y: torch.Tensor, k: int = 10) -> Neighbourho
     """
     _check(x, y, k)
     n = len(x)
+    # A few ids at a time against all: distances of all pairs would take n^2.
     found: list[torch.Tensor] = []
     rows = max(1, _PAIRS // n)
     for start in range(0, n, rows):
@@ -101,6 +102,7 @@ def _distances(x: torch.Tensor, own: torch.Tensor) -> torch.Tensor:
 def _chances(distances: torch.Tensor, k: int) -> torch.Tensor:
     """How probable it is for each to be among the k nearest where equal ones are shuffled."""
     kth = distances.kthvalue(k, dim=1, keepdim=True).values
+    # All nearer ones, and an equal share of those at the distance of the k-th.
     nearer, equal = distances < kth, distances == kth
     left = k - nearer.sum(1, keepdim=True)
     return nearer.double() + equal * (left / equal.sum(1, keepdim=True)).double()

@@ -13,7 +13,7 @@ from cce_torchrec.alignment.measures import SAMPLE
 from cce_torchrec.alignment.tables import align
 from cce_torchrec.checkpoint.folder import verify
 from cce_torchrec.checkpoint.inspection import open_checkpoint
-from cce_torchrec.checkpoint.manifest import CCETableRecord
+from cce_torchrec.checkpoint.manifest import CCETableRecord, Manifest
 from cce_torchrec.checkpoint.saved_state import SavedState
 from cce_torchrec.checkpoint.saved_table import SavedTable
 
@@ -35,6 +35,7 @@ class SavedVectors:
             table.record.embedding_dim,
         )
         self.embeddings = table.embeddings
+        # Without learned codes (k = 1, or hashed ones) there are no clusters to agree about.
         if isinstance(table.record, CCETableRecord) and table.record.learned_codes:
             self.num_chunks, self.num_rows = table.record.num_chunks, table.record.num_rows
             self.codes = table.codes
@@ -72,17 +73,10 @@ def align_checkpoints(
             both, or not one of `tables`; or counts are of another table.
     """
     (path, one), (other_path, other) = open_checkpoint(a), open_checkpoint(b)
+    # Before anything is read: a damaged file would give vectors that are merely odd.
     for place, manifest in ((path, one), (other_path, other)):
         verify(place, manifest.files)
-    both = [name for name in one.tables if name in other.tables]
-    if not both:
-        raise ValueError(
-            f"no table is in both: {path} has {list(one.tables)}, {other_path} {list(other.tables)}"
-        )
-    wanted = both if tables is None else list(tables)
-    for name in wanted:
-        if name not in both:
-            raise ValueError(f"{name!r} is not a table of both checkpoints; these are: {both}")
+    wanted = _wanted((path, one), (other_path, other), tables)
     for name in counts or {}:
         if name not in wanted:
             raise ValueError(f"counts are given of {name!r}, and the tables compared are {wanted}")
@@ -103,3 +97,18 @@ def align_checkpoints(
         "only_b": [name for name in other.tables if name not in one.tables],
         "tables": found,
     }
+
+
+def _wanted(
+    a: tuple[Path, Manifest], b: tuple[Path, Manifest], tables: Sequence[str] | None
+) -> list[str]:
+    """Full names of the tables to compare: those that both have, or those of them in `tables`."""
+    both = [name for name in a[1].tables if name in b[1].tables]
+    if not both:
+        raise ValueError(
+            f"no table is in both: {a[0]} has {list(a[1].tables)}, {b[0]} {list(b[1].tables)}"
+        )
+    for name in tables or ():
+        if name not in both:
+            raise ValueError(f"{name!r} is not a table of both checkpoints; these are: {both}")
+    return both if tables is None else list(tables)
