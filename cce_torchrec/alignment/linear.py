@@ -45,8 +45,8 @@ def debiased_cka(sums: Moments) -> float:
     if sums.ids < 4:
         raise ValueError(f"debiased CKA is one of four ids or more, and there are {sums.ids}")
     centred(sums)  # refuses constant vectors
-    (a, aa, ab), (b, bb, _) = sums.x_norms, sums.y_norms
-    (xa, xb), (yb, ya) = sums.x_by_norms, sums.y_by_norms
+    (a, aa, ab), (b, _, bb) = sums.x_norms, sums.y_norms
+    (xa, xb), (ya, yb) = sums.x_by_norms, sums.y_by_norms
     n, x, y = sums.ids, sums.x, sums.y
     both = _Pair(n, sums.xy, x, y)
     own_x, own_y = _Pair(n, sums.xx, x, x), _Pair(n, sums.yy, y, y)

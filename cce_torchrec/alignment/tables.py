@@ -165,7 +165,7 @@ def _blocks(
         at = torch.arange(first, first + size if group is not None else last)
         at = at.clamp_(max=len(chosen) - 1)
         own = at if isinstance(chosen, range) else chosen[at]
-        x, y = (_exact(table.embeddings(own)[: last - first]) for table in (a, b))
+        x, y = (table.embeddings(own)[: last - first] for table in (a, b))
         y = y.to(x.device)
         if counts is None:
             yield x, y
