@@ -5,8 +5,10 @@ from __future__ import annotations
 import multiprocessing
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -29,18 +31,32 @@ def records_of(part: Part, folder: Path, quick: bool, jobs: int, compute: bool) 
 
 
 def _compute(part: str, cells: Sequence[Cell], store: Store, jobs: int) -> None:
+    """Adds each cell when it is done; one that fails is named, and ends the run."""
+    progress = partial(tqdm, total=len(cells), unit="cell", disable=not sys.stderr.isatty())
+    if jobs == 1:
+        for cell in progress(cells):
+            with _named(cell):
+                store.add(measured(part, cell))
+        return
     # Not forked: threads of torch do not survive a fork.
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(jobs, mp_context=context, initializer=one_thread) as pool:
         running = {pool.submit(measured, part, cell): cell for cell in cells}
         try:
-            bar = tqdm(as_completed(running), total=len(cells), disable=not sys.stderr.isatty())
-            for future in bar:
-                if future.exception() is not None:
-                    print(f"failed: {running[future].key}", file=sys.stderr)
-                store.add(future.result())
+            for future in progress(as_completed(running)):
+                with _named(running[future]):
+                    store.add(future.result())
         finally:
             pool.shutdown(cancel_futures=True)
+
+
+@contextmanager
+def _named(cell: Cell) -> Iterator[None]:
+    try:
+        yield
+    except BaseException:
+        print(f"failed: {cell.key}", file=sys.stderr)
+        raise
 
 
 def measured(part: str, cell: Cell) -> Record:
