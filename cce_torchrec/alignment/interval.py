@@ -8,6 +8,8 @@ from dataclasses import dataclass
 
 from cce_torchrec.alignment.moments import Moments, total_of
 
+_FEWEST = 32
+"""Ids below which there is no interval."""
 _NORMAL = 1.96
 """Standard errors on each side that hold 95 % of a normal distribution."""
 
@@ -21,7 +23,7 @@ class Interval:
 
     value: float
     low: float | None
-    """None, as `high`, of so few ids that one left out leaves nothing to measure."""
+    """None, as `high`, of fewer than 32 ids: leaving out some of so few says little."""
     high: float | None
 
 
@@ -36,9 +38,11 @@ def jackknife(measure: Callable[[Moments], float], parts: Sequence[Moments]) -> 
         ValueError: what `measure` raises of all parts.
     """
     value, n = measure(total_of(parts)), len(parts)
+    if sum(part.ids for part in parts) < _FEWEST:
+        return Interval(value, None, None)
     try:
         left_out = [measure(total_of([*parts[:i], *parts[i + 1 :]])) for i in range(n)]
-    except ValueError:  # too few ids are left, or none
+    except ValueError:  # of two parts, or where all vectors but one are equal
         return Interval(value, None, None)
     # Values with a part left out differ by 1/n of how parts differ: hence n - 1, not 1 / (n - 1).
     mean = math.fsum(left_out) / n

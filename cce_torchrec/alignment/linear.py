@@ -77,7 +77,8 @@ def procrustes_distance(sums: Moments) -> float:
 def mean_cca(sums: Moments) -> float:
     """Mean of the canonical correlations of the two tables, over the narrower one's directions.
 
-    Range: 0 to 1; about sqrt(max(p, q) / n) under independence. Invariant to any invertible linear
+    Range: 0 to 1; about sqrt(max(p, q) / n) under independence, and 1 of any vectors where ids
+    are no more than dimensions. Invariant to any invertible linear
     map of each table, and so also to noise that fills a direction: `svcca` leaves such out. Cost:
     the sums, then O((p + q)^3).
 

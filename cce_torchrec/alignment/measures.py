@@ -32,8 +32,9 @@ class Alignment:
     debiased_cka: Interval | None
     """None where ids are weighted, or fewer than 8."""
     procrustes_distance: Interval
-    mean_cca: Interval
-    svcca: Interval
+    mean_cca: Interval | None
+    """None, as `svcca`, of no more ids than dimensions: it is 1 there whatever they are."""
+    svcca: Interval | None
     neighbours: Neighbourhoods | None
     """None of fewer ids than that takes."""
     codes: list[float] | None
@@ -51,13 +52,14 @@ def all_measures(
     ids = sum(part.ids for part in parts)
     # An estimate without a part of the ids, too, wants four.
     unfit = ids < 8 or any(part.weighted for part in parts)
+    flat = ids <= max(max(len(part.x), len(part.y)) for part in parts)
     return Alignment(
         ids=ids,
         linear_cka=jackknife(linear_cka, parts),
         debiased_cka=None if unfit else jackknife(debiased_cka, parts),
         procrustes_distance=jackknife(procrustes_distance, parts),
-        mean_cca=jackknife(mean_cca, parts),
-        svcca=jackknife(svcca, parts),
+        mean_cca=None if flat else jackknife(mean_cca, parts),
+        svcca=None if flat else jackknife(svcca, parts),
         neighbours=near,
         codes=codes,
     )

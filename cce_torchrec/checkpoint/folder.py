@@ -176,6 +176,8 @@ def find(folder: Path) -> Path:
         return latest
     halves = [one.path.name for one in [*_saved(folder), *_saved(folder / RUN_FOLDER)]]
     hint = f"; {halves} have no {MANIFEST}, and were not finished" if halves else ""
+    if not halves and (folder / "run.json").exists():
+        hint = "; the training program saves them with --checkpoint-every STEPS"
     raise ValueError(f"no checkpoint in {folder}: no folder step-... with a {MANIFEST}{hint}")
 
 

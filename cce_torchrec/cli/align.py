@@ -165,17 +165,23 @@ def draw(found: dict[str, Any], file: str) -> None:
     pyplot = load_extra("matplotlib.pyplot", "benchmarks", "a plot")
     shown = {name: one for name, one in found["tables"].items() if "problem" not in one}
     figure, axes = pyplot.subplots(
-        1, max(1, len(shown)), squeeze=False, sharey=True, figsize=(3 + 3 * len(shown), 3.5)
+        1,
+        max(1, len(shown)),
+        squeeze=False,
+        sharex=True,
+        sharey=True,
+        figsize=(2 + 2.6 * max(1, len(shown)), 3.5),
     )
+    labels = list(_MEASURES.values())[::-1]
     for axis, (name, table) in zip(axes[0], shown.items(), strict=False):
-        for place, (_, own) in enumerate(reversed(intervals(table))):
+        for label, own in intervals(table):
             low, high, value = own["low"], own["high"], own["value"]
             errors = None if low is None or high is None else [[value - low], [high - value]]
-            axis.errorbar(value, place, xerr=errors, fmt="o", capsize=3)
-            axis.axhline(place, linewidth=0.3)
-        labels = [label for label, _ in reversed(intervals(table))]
+            axis.errorbar(value, labels.index(label), xerr=errors, fmt="o", capsize=3, color="C0")
         axis.set_yticks(range(len(labels)), labels)
-        axis.set_title(name)
+        axis.grid(linewidth=0.3)
+        # Of a full name, which has the path of its collection, the table alone fits.
+        axis.set_title(f"{name.rpartition('.')[2]}, {table['ids']:,} ids", fontsize=10)
     figure.tight_layout()
     figure.savefig(file)
     pyplot.close(figure)

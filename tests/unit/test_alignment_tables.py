@@ -118,3 +118,5 @@ def test_few_ids_do(ids):
     found = align(Weight(x), Weight(y))
     assert 0 <= found.linear_cka.value <= 1 + 1e-6
     assert (found.neighbours is None) == (ids < 12)
+    assert (found.linear_cka.low is None) == (ids < 32)
+    assert (found.mean_cca is None) == (found.svcca is None) == (ids <= 6)  # dimensions
