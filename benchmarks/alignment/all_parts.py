@@ -2,7 +2,15 @@
 
 from __future__ import annotations
 
-from benchmarks.alignment import cost
+from benchmarks.alignment import cost, embedding_clusterings, embedding_sharing, embedding_tables
 from benchmarks.alignment.parts import Part
 
-PARTS: dict[str, Part] = {part.name: part for part in (cost.PART,)}
+PARTS: dict[str, Part] = {
+    part.name: part
+    for part in (
+        cost.PART,
+        embedding_tables.PART,
+        embedding_clusterings.PART,
+        embedding_sharing.PART,
+    )
+}

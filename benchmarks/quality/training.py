@@ -73,7 +73,7 @@ class Run:
     def __init__(self, cell: Cell) -> None:
         group = cell.group
         self.cell, self.problem = cell, PROBLEMS[group.dataset]
-        self.dataset = dataset_of(group.dataset, cell.split)
+        self.dataset = self.data()
         torch.manual_seed(cell.seed)
         # First, so that its start is the same whatever the method draws.
         self.network = self.problem.network(self.dataset)
@@ -91,6 +91,10 @@ class Run:
         dense = list(self.network.parameters())
         self.optimizer = torch.optim.Adam(dense, lr=DENSE_RATE, fused=True) if dense else None
         self.curve: list[tuple[int, float, float]] = []
+
+    def data(self) -> Dataset:
+        """What is trained on and validated."""
+        return dataset_of(self.cell.group.dataset, self.cell.split)
 
     def logits(self, dense: torch.Tensor, ids: torch.Tensor, training: bool) -> torch.Tensor:
         """Logits [B]."""
