@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from benchmarks.alignment import cost, embedding_clusterings, embedding_sharing, embedding_tables
+from benchmarks.alignment import cost, embedding_sharing, embedding_tables
 from benchmarks.alignment.parts import Part
 
 PARTS: dict[str, Part] = {
@@ -10,7 +10,6 @@ PARTS: dict[str, Part] = {
     for part in (
         cost.PART,
         embedding_tables.PART,
-        embedding_clusterings.PART,
         embedding_sharing.PART,
     )
 }

@@ -31,11 +31,11 @@ BUDGETS = {
 }
 RUNS = {"ml-1m": 4, "flights": 4, "gowalla": 3}
 SHARES = {
-    "flights": (0.05, 0.1, 0.25, 0.5),
+    "flights": (0.1, 0.25, 0.5),
     "ml-1m": (0.05, 0.1, 0.25, 0.5),
-    "gowalla": (0.1, 0.25),
+    "gowalla": (0.25,),
 }
-FLIPS = {"flights": (0.03, 0.1, 0.3), "ml-1m": (0.03, 0.1, 0.3), "gowalla": (0.1, 0.3)}
+FLIPS = {"flights": (0.1, 0.3), "ml-1m": (0.03, 0.1, 0.3), "gowalla": (0.1,)}
 
 
 @dataclass(frozen=True)
@@ -58,7 +58,7 @@ class TablesCell:
         data = self.data
         return (
             f"tables|{self.dataset}|{self.method}|{self.budget}|share={data.share:g}|"
-            f"flipped={data.flipped:g}|halves={data.halves}|runs={self.runs}|version=1"
+            f"flipped={data.flipped:g}|runs={self.runs}|version=1"
         )
 
     def measure(self) -> Record:
@@ -85,7 +85,6 @@ class TablesCell:
             "budget": self.budget,
             "share": self.data.share,
             "flipped": self.data.flipped,
-            "halves": self.data.halves,
             "runs": self.runs,
             "log_loss": [round(min(point[1] for point in curve), 5) for curve in own],
             "tables": tables,
@@ -111,7 +110,6 @@ def _all_cells() -> Iterator[TablesCell]:
             budget = "none" if method == "full" else MIDDLE[dataset]
             for data in changed:
                 yield TablesCell(dataset, method, budget, data, runs)
-        yield TablesCell(dataset, "full", "none", Data(halves=True), 4 if runs == 4 else 2)
 
 
 def over_tables(record: Record, measure: str) -> tuple[float, float]:
@@ -120,12 +118,12 @@ def over_tables(record: Record, measure: str) -> tuple[float, float]:
     pairs = [statistics.fmean(values) for values in zip(*tables, strict=True)]
     if not pairs:
         return float("nan"), float("nan")
-    return over_runs(pairs, record["runs"]) if record["runs"] > 2 else (pairs[0], float("nan"))
+    return over_runs(pairs, record["runs"])
 
 
 def plain(record: Record) -> bool:
     """Whether the data are unchanged."""
-    return record["share"] == 1 and not record["flipped"] and not record["halves"]
+    return record["share"] == 1 and not record["flipped"]
 
 
 def _methods(records: Sequence[Record]) -> list[str]:
@@ -151,7 +149,7 @@ def _changed(records: Sequence[Record]) -> list[str]:
         "| --- " * 10 + "|",
     ]
     by = {(r["on"], r["share"], r["flipped"], r["method"], r["budget"]): r for r in records}
-    kinds = dict.fromkeys((r["on"], r["share"], r["flipped"]) for r in records if not r["halves"])
+    kinds = dict.fromkeys((r["on"], r["share"], r["flipped"]) for r in records)
     for on, share, flipped in sorted(kinds, key=lambda kind: (kind[0], kind[2], kind[1])):
         pair = (
             by.get((on, share, flipped, "full", "none")),
@@ -169,23 +167,7 @@ def _changed(records: Sequence[Record]) -> list[str]:
                 ]
             )
         out.append(f"| {' | '.join(row)} |")
-    for one in records:
-        if one["halves"]:
-            out += ["", f"On {one['on']}, full tables trained on two halves of the examples: CKA "
-                    f"{_across_halves(one):.3f}."]  # fmt: skip
     return out
-
-
-def _across_halves(record: Record) -> float:
-    """CKA of runs that have different halves, of which numbers differ by an odd one."""
-    pairs = [(a, b) for a in range(record["runs"]) for b in range(a + 1, record["runs"])]
-    tables = [one["cka"] for one in record["tables"].values() if None not in one["cka"]]
-    return statistics.fmean(
-        value
-        for values in tables
-        for (a, b), value in zip(pairs, values, strict=True)
-        if (b - a) % 2
-    )
 
 
 def _frequency(records: Sequence[Record]) -> list[str]:
@@ -228,7 +210,7 @@ def _line(label: str, points: Sequence[tuple[float, tuple[float, float]]]) -> Li
 def _draw(records: Sequence[Record], file: Path) -> None:
     panels = []
     for on in RUNS:
-        own = [one for one in records if one["on"] == on and not one["halves"]]
+        own = [one for one in records if one["on"] == on]
         own = [one for one in own if one["budget"] in ("none", MIDDLE[on])]
         own = [one for one in own if one["method"] in CONDITIONED]
         sizes = [r for r in own if not r["flipped"]]

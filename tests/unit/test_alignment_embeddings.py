@@ -1,6 +1,5 @@
 """The benchmark of alignment between tables: its data, its runs, and its statistics."""
 
-from dataclasses import replace
 from unittest import mock
 
 import numpy as np
@@ -8,7 +7,6 @@ import pytest
 import scipy.stats
 import torch
 
-from benchmarks.alignment import embedding_clusterings as clusterings
 from benchmarks.alignment import embedding_runs, embedding_sharing, embedding_tables
 from benchmarks.alignment.embedding_measures import by_frequency, cka, of_pairs, over_runs
 from benchmarks.alignment.embedding_runs import Data, TableRun, counts_of, trained
@@ -43,7 +41,6 @@ def tiny():
         mock.patch.dict(PROBLEMS, {"tiny": TINY}),
         mock.patch.object(embedding_tables, "cell_of", cell),
         mock.patch.object(embedding_sharing, "cell_of", cell),
-        mock.patch.object(clusterings, "cell_of", cell),
     ):
         yield
     training.dataset_of.cache_clear()
@@ -105,17 +102,6 @@ def test_tables_of_runs_are_compared():
     noisy = embedding_tables.TablesCell("tiny", "full", "none", Data(flipped=0.01), 3).measure()
     # One seed, and labels that are nearly the same: nearly the same tables.
     assert min(noisy["tables"]["b"]["cka"]) > max(found["tables"]["b"]["cka"])
-
-
-def test_clusterings_are_watched_or_left_out():
-    own = clusterings.ClusteringsCell("tiny", "bytes=12000", clusters=True)
-    found = own.measure()
-    never = replace(own, clusters=False).measure()
-    assert len(found["watched"]) == len(never["watched"]) > 1
-    assert all(row[1] == row[3] for row in never["watched"])
-    assert any(row[1] != row[3] for row in found["watched"])
-    text = "\n".join(clusterings.PART.lines([found, never]))
-    assert "not clustered" in text and "raise CKA at once" in text
 
 
 def test_sharing_has_a_loss_for_every_table():
