@@ -28,6 +28,8 @@ MOST = 8192
 FEWEST = 2
 """Validation examples an id, of which its loss is taken."""
 _RUNS = 3
+_POINTS = 6
+"""Of which a rank correlation is taken."""
 PREDICTORS = ("agreement", "distance", "examples")
 
 
@@ -165,7 +167,7 @@ def rank_correlation(x: np.ndarray, y: np.ndarray) -> float:
 
 def partial_correlation(x: np.ndarray, y: np.ndarray, given: Sequence[np.ndarray]) -> float:
     """Rank correlation of what the ranks of `given` do not tell of the ranks of x and of y."""
-    if len(x) < 10:
+    if len(x) < _POINTS:
         return float("nan")
     base = np.stack([np.ones(len(x)), *map(ranks, given)], axis=1)
     left, right = (

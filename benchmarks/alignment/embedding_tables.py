@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from benchmarks.alignment.embedding_compressible import lines_of as compressible
 from benchmarks.alignment.embedding_measures import (
     by_frequency,
     cka,
@@ -199,6 +200,8 @@ def _lines(records: Sequence[Record]) -> list[str]:
         *_changed(records),
         "",
         *_frequency(records),
+        "",
+        *compressible(records, MIDDLE),
     ]
 
 

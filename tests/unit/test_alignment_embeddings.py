@@ -7,6 +7,7 @@ import pytest
 import scipy.stats
 import torch
 
+from benchmarks.alignment import embedding_compressible as compressible
 from benchmarks.alignment import embedding_runs, embedding_sharing, embedding_tables
 from benchmarks.alignment.embedding_measures import by_frequency, cka, of_pairs, over_runs
 from benchmarks.alignment.embedding_runs import Data, TableRun, counts_of, trained
@@ -160,3 +161,22 @@ def test_a_run_is_what_it_is_without_being_watched():
     plain.train()
     watched.train()
     assert plain.curve == watched.curve
+
+
+def test_what_compressing_costs_is_ranked_by_what_full_tables_agree_on():
+    def record(method, share, loss, value):
+        table = {"cka": [value, None], "neighbours": [0.1], "examples": 100 * share, "bins": []}
+        return {
+            "on": "ml-1m", "method": method, "share": share, "flipped": 0.0, "log_loss": [loss],
+            "budget": "none" if method == "full" else "bytes=104000", "tables": {"t": table},
+        }  # fmt: skip
+
+    records = []
+    for number in range(7):
+        share = (number + 1) / 10
+        records += [record("full", share, 0.5, share), record("ours", share, 0.5 + share**2, 0)]
+    found = compressible.points(records, embedding_tables.MIDDLE)
+    assert [on for on, _ in found] == ["ml-1m"] * 7
+    assert found[1][1]["increase"] == pytest.approx(0.04) and found[1][1]["cka"] == 0.2
+    text = compressible.lines_of(records, embedding_tables.MIDDLE)[-2]
+    assert text.startswith("| ml-1m | 7 | +0.0100 to +0.4900 | +1.00 (p = 0.00")
