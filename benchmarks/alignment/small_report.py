@@ -93,7 +93,7 @@ def _lines(name: str, records: Sequence[Record]) -> list[str]:
     if dead:
         out[0] += (
             f" In {dead} pairs all hidden units of a network are 0 on almost all of these "
-            "examples, which counts as an alignment of 0; their cells are left out of what is claimed below."
+            "examples, which counts as an alignment of 0; their cells are left out of the claims."
         )
     for noise, title in NOISES.items():
         own = [record for record in records if record["noise"] == noise]
