@@ -159,7 +159,9 @@ def _jumps(records: Sequence[Record]) -> list[str]:
                 pairs = [at_time(one, time, "cka", name) for time in when]
                 if None not in pairs:
                     mean, half = change(one, when, "cka", name)
-                    verdict = "rises" if mean > half else "falls" if mean < -half else "no change"
+                    # Less than what is shown of it is no change, however certain.
+                    bound = max(half, 0.0005)
+                    verdict = "rises" if mean > bound else "falls" if mean < -bound else "no change"
                     said.append(f"{number}: {mean:+.3f} ± {half:.3f} ({verdict})")
             out.append(f"- {one['on']}, {name}: clustering {'; '.join(said)}.")
     return out

@@ -18,7 +18,7 @@ BINS = (1, 4, 16, 64, 256, 1024)
 """Training examples an id, from which bins begin."""
 _FEWEST = 64
 """Ids of which alignment is measured."""
-_STUDENT = {2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571}
+_STUDENT = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365, 8: 2.306}
 """97.5 % quantiles by degrees of freedom."""
 
 Tables = Mapping[str, torch.Tensor]
@@ -87,9 +87,7 @@ def mean_of(values: Sequence[float]) -> tuple[float, float]:
     if len(values) < 2:
         return values[0], math.nan
     error = statistics.stdev(values) / math.sqrt(len(values))
-    return statistics.fmean(values), _STUDENT.get(
-        len(values) - 1, 2.0 if len(values) > 6 else 12.7
-    ) * error
+    return statistics.fmean(values), _STUDENT[len(values) - 1] * error
 
 
 def shown(pair: tuple[float, float], digits: int = 3) -> str:
