@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
 
 from cce_torchrec.codes.hashing import hash_function
 
+Names = Sequence[Any] | np.ndarray
+"""Of all ids of a table: texts or whole numbers."""
 _ROLE = 98
 """Parts the hash by which ids are drawn from all others."""
 
@@ -37,3 +41,32 @@ def drawn(ids: int, sample: int) -> torch.Tensor:
 def draw_hash(numbers: torch.Tensor, below: int) -> torch.Tensor:
     """A hash [n] in [0, below) of integers [n]."""
     return hash_function(0, "", 0, role=_ROLE)(numbers, below)
+
+
+def same_names(
+    names: tuple[Names, Names], sizes: tuple[int, int]
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Ids [n] of the first table, ascending, and of the second [n], that have the same names.
+
+    Args:
+        names: of all ids of either table, texts or whole numbers.
+        sizes: of the tables.
+
+    Raises:
+        ValueError: other numbers of names than ids, a name that is there twice, or no two names in
+            common.
+    """
+    own = [np.asarray(side) for side in names]
+    for which, side, size in zip(("first", "second"), own, sizes, strict=True):
+        if side.shape != (size,):
+            raise ValueError(f"the {which} table has {size:,} ids, and names of {side.shape}")
+        if len(np.unique(side)) < size:
+            raise ValueError(f"a name of the {which} table is that of several of its ids")
+    _, first, second = np.intersect1d(own[0], own[1], assume_unique=True, return_indices=True)
+    if len(first) < 2:
+        raise ValueError(
+            f"of {sizes[0]:,} and {sizes[1]:,} names the tables have {len(first)} in common; "
+            "alignment is one of two ids or more"
+        )
+    order = np.argsort(first)
+    return torch.from_numpy(first[order]), torch.from_numpy(second[order])

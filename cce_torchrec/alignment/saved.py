@@ -7,13 +7,16 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
+from cce_torchrec.alignment.ids import Names
+from cce_torchrec.alignment.kept_names import kept_names
 from cce_torchrec.alignment.measures import SAMPLE
 from cce_torchrec.alignment.tables import align
 from cce_torchrec.checkpoint.folder import verify
 from cce_torchrec.checkpoint.inspection import open_checkpoint
-from cce_torchrec.checkpoint.manifest import CCETableRecord, Manifest
+from cce_torchrec.checkpoint.manifest import CCETableRecord, Manifest, TableRecord
 from cce_torchrec.checkpoint.saved_state import SavedState
 from cce_torchrec.checkpoint.saved_table import SavedTable
 
@@ -48,6 +51,7 @@ def align_checkpoints(
     tables: Sequence[str] | None = None,
     counts: Mapping[str, torch.Tensor] | None = None,
     common: bool = False,
+    names: Mapping[str, tuple[Names, Names]] | None = None,
     max_ids: int | None = None,
     k: int = 10,
     sample: int = SAMPLE,
@@ -59,7 +63,9 @@ def align_checkpoints(
         b: the other one.
         tables: full names of those to compare, `collection.table`; default: all that both have.
         counts: by full name of a table, how often each of its ids is looked up; see `align`.
-        common: see `align`.
+        common: see `align`; ids that two runs of the training program have numbered apart are
+            compared by their keys.
+        names: by full name of a table, the names of its ids in either checkpoint; see `align`.
         max_ids: see `align`.
         k: see `align`.
         sample: see `align`.
@@ -77,16 +83,24 @@ def align_checkpoints(
     for place, manifest in ((path, one), (other_path, other)):
         verify(place, manifest.files)
     wanted = _wanted((path, one), (other_path, other), tables)
-    for name in counts or {}:
-        if name not in wanted:
-            raise ValueError(f"counts are given of {name!r}, and the tables compared are {wanted}")
+    for what, given in (("counts", counts), ("names", names)):
+        for name in given or {}:
+            if name not in wanted:
+                raise ValueError(
+                    f"{what} are given of {name!r}, and the tables compared are {wanted}"
+                )
     states = SavedState(path, one), SavedState(other_path, other)
     found: Json = {}
     for name in wanted:
         try:
             own = None if counts is None else counts.get(name)
             x, y = (SavedVectors(name, state) for state in states)
-            aligned = align(x, y, counts=own, common=common, max_ids=max_ids, k=k, sample=sample)
+            called = (names or {}).get(name) or _kept(
+                name, (path, one.tables[name]), (other_path, other.tables[name]), common
+            )
+            aligned = align(
+                x, y, counts=own, common=common, names=called, max_ids=max_ids, k=k, sample=sample
+            )
             found[name] = asdict(aligned)
         except ValueError as error:  # of one table, such as one that was never trained
             found[name] = {"problem": str(error)}
@@ -97,6 +111,26 @@ def align_checkpoints(
         "only_b": [name for name in other.tables if name not in one.tables],
         "tables": found,
     }
+
+
+def _kept(
+    name: str, a: tuple[Path, TableRecord], b: tuple[Path, TableRecord], common: bool
+) -> tuple[np.ndarray, np.ndarray] | None:
+    """Keys of the ids of both, where runs have numbered them apart.
+
+    Raises:
+        ValueError: they have, and `common` is not given.
+    """
+    own, other = (kept_names(path, record) for path, record in (a, b))
+    if own is None or other is None or np.array_equal(own, other):
+        return None
+    if not common:
+        both = len(np.intersect1d(own, other))
+        raise ValueError(
+            f"the runs have numbered the ids of {name} apart: {len(own):,} and {len(other):,} "
+            f"keys, {both:,} of them the same; with common=True (--common) these are compared"
+        )
+    return own, other
 
 
 def _wanted(

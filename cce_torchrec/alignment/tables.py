@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 
 from cce_torchrec.alignment.agreement import CodeCounts, adjusted_mutual_information
-from cce_torchrec.alignment.ids import drawn, ranges
+from cce_torchrec.alignment.ids import Names, drawn, ranges, same_names
 from cce_torchrec.alignment.measures import GROUPS, SAMPLE, Alignment, all_measures
 from cce_torchrec.alignment.moments import grouped_moments
 from cce_torchrec.alignment.neighbours import neighbourhoods
@@ -84,6 +84,7 @@ def align(
     *,
     counts: torch.Tensor | None = None,
     common: bool = False,
+    names: tuple[Names, Names] | None = None,
     max_ids: int | None = None,
     k: int = 10,
     sample: int = SAMPLE,
@@ -101,6 +102,8 @@ def align(
         counts: [N], how often each id is looked up, by which it weighs in all but the neighbours
             and the codes. Ids with 0 do not count.
         common: compare the ids that both have, the first ones, where one table has more.
+        names: of all ids of a and of b, texts or whole numbers: ids of the same name are compared,
+            whatever their numbers, and those of one table alone are left out.
         max_ids: at most how many ids are added up, drawn by a hash; default: all. Codes are
             compared over all ids in any case, from counts.
         k: neighbours of an id.
@@ -111,18 +114,25 @@ def align(
             values that are not finite, or counts that are none of these ids.
     """
     group = ranks_of_call(process_group)
-    ids = _common(a, b, common)
-    _check_counts(counts, ids)
+    of_b: torch.Tensor | None = None
+    of_a: torch.Tensor | range
+    if names is None:
+        of_a = range(_common(a, b, common))
+    else:
+        of_a, of_b = same_names(names, (a.num_embeddings, b.num_embeddings))
+    ids = len(of_a)
+    _check_counts(counts, ids if names is None else a.num_embeddings)
+    pairs = _Pairs(a, b, of_a, of_b)
     if max_ids is not None and max_ids < 2:
         raise ValueError(f"max_ids={max_ids} leaves nothing to compare; give 2 or more")
     chosen = range(ids) if max_ids is None or max_ids >= ids else drawn(ids, max_ids)
-    parts = grouped_moments(_blocks(a, b, chosen, counts, group), GROUPS, group)
+    parts = grouped_moments(_blocks(pairs, chosen, counts, group), GROUPS, group)
     near = None
     own = drawn(ids, sample)
     if len(own) >= k + 2:
-        x, y = (_exact(table.embeddings(own)).cpu() for table in (a, b))
+        x, y = (_exact(vectors).cpu() for vectors in pairs.embeddings(own))
         near = neighbourhoods(x, y, k)
-    return all_measures(parts, near, _codes(a, b, ids, group))
+    return all_measures(parts, near, _codes(pairs, group))
 
 
 def _common(a: Table, b: Table, common: bool) -> int:
@@ -151,9 +161,58 @@ def _exact(vectors: torch.Tensor) -> torch.Tensor:
     return vectors if vectors.dtype == torch.float64 else vectors.float()
 
 
+class _Pairs:
+    """What is compared with what: the i-th pair is an id of a and one of b."""
+
+    def __init__(
+        self, a: Table, b: Table, of_a: torch.Tensor | range, of_b: torch.Tensor | None
+    ) -> None:
+        self.tables = a, b
+        self.count = len(of_a)
+        # None: pair i is id i of both.
+        self._ids = None if isinstance(of_a, range) or of_b is None else (of_a, of_b)
+        self._codes: list[torch.Tensor] = []
+
+    def ids(self, at: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Ids of a and of b of the pairs `at` [n], which ascend."""
+        return (at, at) if self._ids is None else (self._ids[0][at], self._ids[1][at])
+
+    def embeddings(self, at: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Vectors [n, p] and [n, q] of the pairs `at` [n]."""
+        x, y = (_read(table, own) for table, own in zip(self.tables, self.ids(at), strict=True))
+        return x, y
+
+    def codes(self, first: int, last: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Codes [n, chunks] of both of the pairs [first, last); `first` is a multiple of 8."""
+        a, b = self.tables
+        assert isinstance(a, CodedTable) and isinstance(b, CodedTable)
+        if self._ids is None:
+            return a.codes(first, last), b.codes(first, last)
+        if not self._codes:  # codes are read by ranges of ids, and names pick any
+            self._codes = [_all_codes(table) for table in (a, b)]
+        ids = self.ids(torch.arange(first, last))
+        one, other = (codes[own] for codes, own in zip(self._codes, ids, strict=True))
+        return one, other
+
+
+def _read(table: Table, ids: torch.Tensor) -> torch.Tensor:
+    """Vectors of `ids` in their order, read in ascending order."""
+    order = ids.argsort()
+    found = table.embeddings(ids[order])
+    return found[order.argsort().to(found.device)]
+
+
+def _all_codes(table: CodedTable) -> torch.Tensor:
+    size = 1 << 16
+    ends = [
+        (first, min(table.num_embeddings, first + size))
+        for first in range(0, table.num_embeddings, size)
+    ]
+    return torch.cat([table.codes(first, last) for first, last in ends])
+
+
 def _blocks(
-    a: Table,
-    b: Table,
+    pairs: _Pairs,
     chosen: torch.Tensor | range,
     counts: torch.Tensor | None,
     group: dist.ProcessGroup | None,
@@ -165,15 +224,16 @@ def _blocks(
         at = torch.arange(first, first + size if group is not None else last)
         at = at.clamp_(max=len(chosen) - 1)
         own = at if isinstance(chosen, range) else chosen[at]
-        x, y = (table.embeddings(own)[: last - first] for table in (a, b))
+        x, y = (vectors[: last - first] for vectors in pairs.embeddings(own))
         y = y.to(x.device)
         if counts is None:
             yield x, y
         else:
-            yield x, y, counts[own[: last - first]].to(x.device)
+            yield x, y, counts[pairs.ids(own)[0][: last - first]].to(x.device)
 
 
-def _codes(a: Table, b: Table, ids: int, group: dist.ProcessGroup | None) -> list[float] | None:
+def _codes(pairs: _Pairs, group: dist.ProcessGroup | None) -> list[float] | None:
+    a, b = pairs.tables
     if not (isinstance(a, CodedTable) and isinstance(b, CodedTable)):
         return None
     if a.num_chunks != b.num_chunks:
@@ -182,8 +242,8 @@ def _codes(a: Table, b: Table, ids: int, group: dist.ProcessGroup | None) -> lis
 
     def counted() -> list[CodeCounts]:
         found = [CodeCounts((one.num_rows, other.num_rows)) for _ in range(one.num_chunks)]
-        for first, last in ranges(ids, 1 << 16, group):
-            pair = one.codes(first, last), other.codes(first, last)
+        for first, last in ranges(pairs.count, 1 << 16, group):
+            pair = pairs.codes(first, last)
             for chunk, counts in enumerate(found):
                 counts.add(*(codes[:, chunk] for codes in pair))
         return found

@@ -41,6 +41,13 @@ _MEASURES = {
     help="How often each id of a table is looked up (.npy), by which it weighs.",
 )
 @click.option(
+    "--names",
+    multiple=True,
+    nargs=3,
+    metavar="TABLE A.npy B.npy",
+    help="What the ids of a table are called in A and in B; ids of one name are compared.",
+)
+@click.option(
     "--max-ids",
     type=click.IntRange(2),
     help="Most ids of a table that are read, drawn by a hash; default: all.",
@@ -62,6 +69,7 @@ def command(
     b: str,
     tables: tuple[str, ...],
     counts: tuple[str, ...],
+    names: tuple[tuple[str, str, str], ...],
     common: bool,
     max_ids: int | None,
     k: int,
@@ -84,6 +92,7 @@ def command(
         b,
         tables=tables or None,
         counts=_counts_of(counts),
+        names={table: (_array(a), _array(b)) for table, a, b in names},
         common=common,
         max_ids=max_ids,
         k=k,
@@ -115,11 +124,24 @@ def _counts_of(options: tuple[str, ...]) -> dict[str, Any]:
         if not (table and equals and file):
             raise click.UsageError(f"--counts {option}: give TABLE=FILE.npy")
         try:
-            counts = np.load(file, allow_pickle=False)
-            found[table] = torch.from_numpy(np.ascontiguousarray(counts, dtype=np.float64))
-        except (OSError, ValueError, TypeError, EOFError) as error:
+            found[table] = torch.from_numpy(_array(file).astype(np.float64))
+        except (ValueError, TypeError) as error:
             raise click.UsageError(f"--counts {option}: {first_line(error)}") from error
     return found
+
+
+def _array(file: str) -> Any:
+    """What a .npy file holds.
+
+    Raises:
+        click.UsageError: it cannot be read.
+    """
+    import numpy as np
+
+    try:
+        return np.load(file, allow_pickle=False)
+    except (OSError, ValueError, EOFError) as error:
+        raise click.UsageError(f"{file}: {first_line(error)}") from error
 
 
 def lines_of(found: dict[str, Any]) -> list[str]:

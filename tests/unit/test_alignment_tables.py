@@ -120,3 +120,45 @@ def test_few_ids_do(ids):
     assert (found.neighbours is None) == (ids < 12)
     assert (found.linear_cka.low is None) == (ids < 32)
     assert (found.mean_cca is None) == (found.svcca is None) == (ids <= 6)  # dimensions
+
+
+class Coded(Weight):
+    """A table with codes by the size of the first value."""
+
+    num_chunks, num_rows = 1, 4
+
+    def codes(self, first, last):
+        return (self.weight[first:last, :1] > 0).long() * 3
+
+
+def test_ids_are_compared_by_name():
+    x, y = pair(300)
+    g = torch.Generator().manual_seed(1)
+    order = torch.randperm(300, generator=g)
+    names = [f"item {i}" for i in range(300)]
+    kept = order[:250]
+    counts = torch.arange(300) % 4
+    other = Coded(y[kept])
+    found = align(
+        Coded(x), other, names=(names, [names[i] for i in kept]), counts=counts, k=3, sample=90
+    )
+    at = kept.sort().values
+    expected = align(Coded(x[at]), Coded(y[at]), counts=counts[at], k=3, sample=90)
+    assert found.ids == 250
+    for name in ("linear_cka", "mean_cca", "procrustes_distance"):
+        assert getattr(found, name).value == pytest.approx(getattr(expected, name).value, rel=1e-5)
+    assert found.neighbours == expected.neighbours and found.codes == expected.codes
+
+
+@pytest.mark.parametrize(
+    ("names", "message"),
+    [
+        ((range(300), range(299)), r"the second table has 300 ids, and names of \(299,\)"),
+        (([0, *range(299)], range(300)), "a name of the first table is that of several"),
+        ((range(300), range(299, 599)), "the tables have 1 in common"),
+    ],
+)
+def test_names_that_do_not_fit(names, message):
+    x, y = pair(300)
+    with pytest.raises(ValueError, match=message):
+        align(Weight(x), Weight(y), names=names)

@@ -1,6 +1,7 @@
 """`cce-torchrec align`: tables of two checkpoints."""
 
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -112,6 +113,41 @@ def test_ids_weigh_as_often_as_they_are_looked_up(saved, tmp_path):
     assert table["debiased_cka"] is None
     expected = linear_cka(moments([(own["t"], others["t"], torch.arange(n).double())]))
     assert table["linear_cka"]["value"] == pytest.approx(expected, rel=1e-5)
+
+
+@needs("pyarrow")
+def test_ids_that_runs_have_numbered_apart_are_compared_by_their_keys(saved, tmp_path):
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    (a, own), (b, others) = saved.values()
+    n = len(own["u"])
+    ids = np.random.default_rng(0).permutation(n)
+    folders = []
+    # In the second run the key i has the id ids[i], and a tenth of the keys is new.
+    for source, numbers, first in ((a, np.arange(n), 0), (b, ids, n // 10)):
+        folder = tmp_path / source.parent.name
+        shutil.copytree(source, folder / "checkpoints" / source.name)
+        rows = {"column": ["h"] * n, "key": np.arange(n) + first, "id": numbers}
+        pq.write_table(pa.table(rows), folder / "vocabulary.parquet")
+        folders.append(folder)
+    refused = run(*folders, "--table", "collection.u")
+    common = n - n // 10
+    assert refused.exit_code == 1
+    assert f"{n:,} and {n:,} keys, {common:,} of them the same" in refused.output
+    out = tmp_path / "found.json"
+    found = run(*folders, "--table", "collection.u", "--common", "--json", out)
+    assert found.exit_code == 0 and f"{common:,} ids" in found.output
+    x, y = own["u"][n // 10 :], others["u"][ids[:common]]
+    table = json.loads(out.read_text())["tables"]["collection.u"]
+    assert table["linear_cka"]["value"] == pytest.approx(linear_cka(moments([(x, y)])), rel=1e-5)
+    # What a caller says comes first.
+    np.save(tmp_path / "names.npy", np.arange(n))
+    names = "--names", "collection.u", tmp_path / "names.npy", tmp_path / "names.npy"
+    same = run(*folders, "--table", "collection.u", *names)
+    assert same.exit_code == 0 and f"{n:,} ids" in same.output
+    # Of the same numbering nothing has to be said.
+    assert run(folders[0], folders[0], "--table", "collection.u").exit_code == 0
 
 
 def test_counts_that_cannot_be_read(saved, tmp_path):
