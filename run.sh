@@ -40,12 +40,23 @@ run_tests() {
     CCE_DATA_DIR=$(cd ../shared/data && pwd)
     export CCE_DATA_DIR
   fi
-  echo "== ruff"; ruff check . && ruff format --check .
-  echo "== mypy"; mypy
-  echo "== docs"; NO_MKDOCS_2_WARNING=1 mkdocs build --strict -q -d build/site
+  echo "== ruff"
+  ruff check .
+  ruff format --check .
+  local logs types docs failed=0
+  logs=$(mktemp -d)
+  # Beside the tests, which leave a core idle now and then.
+  mypy > "$logs/mypy" 2>&1 & types=$!
+  NO_MKDOCS_2_WARNING=1 mkdocs build --strict -q -d build/site > "$logs/docs" 2>&1 & docs=$!
   # Two at once: most tests have one process busy, those of several ranks wait for each other. In
   # the order of tests/conftest.py; xdist's own would begin the files of few, long tests last.
-  echo "== pytest"; python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder "$@"
+  echo "== pytest"; python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder "$@" || failed=$?
+  wait "$types" || failed=1
+  wait "$docs" || failed=1
+  echo "== mypy"; cat "$logs/mypy"
+  echo "== docs"; cat "$logs/docs"
+  rm -r "$logs"
+  return "$failed"
 }
 
 wheel() {

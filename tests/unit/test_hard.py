@@ -31,7 +31,7 @@ def test_random_programs_do_what_a_dictionary_of_rows_does():
     ],
 )
 def test_damaged_files_are_refused_or_do_not_matter(subject, tmp_path):
-    found = files.run(40, [subject], tmp_path)
+    found = files.run(20, [subject], tmp_path)
     faults = [case for case in found if case.outcome not in files.FINE]
     assert not faults, faults
     assert {"error", "equal"} <= {case.outcome for case in found}
@@ -48,7 +48,7 @@ def test_damaged_files_are_refused_or_do_not_matter(subject, tmp_path):
 )
 def test_damaged_settings_are_refused_or_are_others(subject, tmp_path):
     """They have no checksum: what can be read is taken."""
-    found = files.run(25, [subject], tmp_path)
+    found = files.run(12, [subject], tmp_path)
     faults = [case for case in found if case.outcome not in files.FINE]
     assert not faults, faults
     assert "error" in {case.outcome for case in found}
