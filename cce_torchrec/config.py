@@ -24,6 +24,7 @@ from cce_torchrec.config_checks import (  # noqa: E402
     whole_number,
 )
 from cce_torchrec.packing import CodePacking  # noqa: E402
+from cce_torchrec.recipe import RECIPES, is_rare  # noqa: E402
 from cce_torchrec.sizing import (  # noqa: E402
     BYTES_CHUNKS,
     DEFAULT_HELPER_RATIO,
@@ -34,7 +35,6 @@ from cce_torchrec.sizing import (  # noqa: E402
 )
 
 _SEEN, _COUNTS = {"seen": 8}, {"counts": 2}
-RECIPES, RARE_BELOW = ("frequent", "rare", "auto"), 100.0
 """Training rows of an id in a pass, sampled negatives too, below which "auto" is "rare"."""
 _WHOLE_NUMBERS = (
     "num_embeddings",
@@ -87,7 +87,7 @@ class CCEEmbeddingBagConfig(EmbeddingBagConfig):
     recipe: str = "frequent"
     """How it is trained: "frequent", or "rare" for ids with few examples: main is set by `cluster`
     alone, from vectors shrunk by how often their ids were trained, and until then an id reads its
-    helper row only. "auto" is "rare" below `RARE_BELOW` examples an id; above, it shrinks too."""
+    helper row only. "auto" is "rare" below 100 examples an id; above, it shrinks too."""
     examples_per_id: float | None = None
     """Mean training rows of an id in one pass, sampled negatives too; "auto" needs it."""
     track_counts: bool | None = None
@@ -146,7 +146,7 @@ class CCEEmbeddingBagConfig(EmbeddingBagConfig):
                     f"examples_per_id is {examples}; give their mean number in one pass over the "
                     "data, or recipe='rare' or 'frequent'"
                 )
-            self.recipe = "rare" if examples < RARE_BELOW else "frequent"
+            self.recipe = "rare" if is_rare(examples) else "frequent"
         if self.track_counts is None:
             self.track_counts = shrinks and self.learned_codes
         if self.track_counts and not self.learned_codes:

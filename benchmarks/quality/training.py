@@ -18,9 +18,9 @@ from benchmarks.quality.methods import METHODS
 from benchmarks.quality.methods.hashed import FullTables
 from benchmarks.quality.problems import PROBLEMS, Problem
 from benchmarks.quality.rows import Training
-from cce_torchrec.config import RARE_BELOW
 from cce_torchrec.data import Dataset, Rows
 from cce_torchrec.metrics import auc, log_loss
+from cce_torchrec.recipe import is_rare
 from cce_torchrec.versions import installed_versions
 
 DENSE_RATE = 1e-3
@@ -63,7 +63,7 @@ def tables_of(
         steps=steps * cell.group.passes,
         passes=cell.group.passes,
         model=problem.model,
-        all_rare=max(examples, default=0.0) < RARE_BELOW,
+        all_rare=is_rare(max(examples, default=0.0), multiplies=problem.model == "gmf"),
     )
 
 
@@ -84,7 +84,7 @@ class Run:
         self.other_tables = FullTables(other) if self.others else None
         own = Training(cell.optimizer, cell.rate)
         self.tables = tables_of(self.problem, self.dataset, cell, self.compressed, own)
-        self.embedder: Embedder = METHODS[group.method].embedder(self.tables)
+        self.embedder = self.built()
         self.order = [names.index(name) for name in (*self.compressed, *self.others)]
         first = torch.tensor([*self.tables.first, *other.first])
         self.ids_of = lambda rows: rows.ids[:, self.order] + first
@@ -95,6 +95,10 @@ class Run:
     def data(self) -> Dataset:
         """What is trained on and validated."""
         return dataset_of(self.cell.group.dataset, self.cell.split)
+
+    def built(self) -> Embedder:
+        """The compressed tables."""
+        return METHODS[self.cell.group.method].embedder(self.tables)
 
     def logits(self, dense: torch.Tensor, ids: torch.Tensor, training: bool) -> torch.Tensor:
         """Logits [B]."""

@@ -87,6 +87,7 @@ def compress_model(
     table_bytes: int | None = None,
     examples_per_id: Mapping[str, float] | None = None,
     joint: str = "no",
+    multiplies: bool = False,
     num_chunks: int = 4,
     seed: int = 0,
     verbose: bool = True,
@@ -111,8 +112,9 @@ def compress_model(
         joint: which tables of a collection become one, whose codebooks their features share (see
             `joint_table`): "no", those of "rare" ids by `examples_per_id`, or "all"; those of one
             embedding_dim, data_type and pooling, whose features no other table reads. The output
-            keeps its order. Not for networks that only multiply two embeddings. With examples of
-            some of them alone the recipe is "frequent".
+            keeps its order. With examples of some of them alone the recipe is "frequent".
+        multiplies: whether the network is the product of two embeddings (GMF, two towers): tables
+            of `examples_per_id` are then "frequent", however few, and none may be joint.
         num_chunks: most chunks of a table; fewer where embedding_dim asks for it.
         seed: of the hashes.
         verbose: print the report too, on the first rank.
@@ -131,6 +133,7 @@ def compress_model(
         seed=seed,
         examples_per_id=examples_per_id or {},
         joint=joint,
+        multiplies=multiplies,
         count_codes=table_bytes is not None,
     )
     form.check_names({name for _, name in chosen})

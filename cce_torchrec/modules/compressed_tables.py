@@ -8,9 +8,10 @@ from typing import Any
 
 from torchrec.modules.embedding_configs import BaseEmbeddingConfig, EmbeddingBagConfig
 
-from cce_torchrec.config import RARE_BELOW, CCEEmbeddingBagConfig, is_cce
+from cce_torchrec.config import CCEEmbeddingBagConfig, is_cce
 from cce_torchrec.joint import free_name, has_default_init, joint_table, shape_of
 from cce_torchrec.modules.compressible import full_bytes
+from cce_torchrec.recipe import RARE_BELOW, is_rare, recipe_fields
 
 JOINT = ("no", "rare", "all")
 """Which compressed tables are one."""
@@ -27,12 +28,19 @@ class Form:
     """Of the tables whose recipe follows from it, by name."""
     joint: str = "no"
     """One of `JOINT`."""
+    multiplies: bool = False
+    """Whether the network multiplies the embeddings of two features, and does nothing else."""
     count_codes: bool = False
     """Whether codes have to leave most of the bytes to codebooks."""
 
     def __post_init__(self) -> None:
         if self.joint not in JOINT:
             raise ValueError(f"joint {self.joint!r} is none of {list(JOINT)}")
+        if self.multiplies and self.joint != "no":
+            raise ValueError(
+                f"joint={self.joint!r} and multiplies=True: a row that both embeddings share would "
+                "be multiplied by itself; leave joint out"
+            )
         if self.joint == "rare" and not self.examples_per_id:
             raise ValueError(
                 "joint='rare' goes by the examples of an id; give examples_per_id, by table, or "
@@ -51,7 +59,7 @@ class Form:
     def joins(self, table: BaseEmbeddingConfig) -> bool:
         """Whether `table` may be one of several that are one."""
         examples = self.examples_per_id.get(table.name, RARE_BELOW)
-        return self.joint == "all" or (self.joint == "rare" and examples < RARE_BELOW)
+        return self.joint == "all" or (self.joint == "rare" and is_rare(examples))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -195,7 +203,7 @@ def _kept(config: BaseEmbeddingConfig, form: Form) -> dict[str, Any]:
     kept = {f.name: getattr(config, f.name) for f in fields(config) if f.name in names}
     kept |= {"num_chunks": _chunks(config.embedding_dim, form.num_chunks), "seed": form.seed}
     if config.name in form.examples_per_id:
-        kept |= {"recipe": "auto", "examples_per_id": form.examples_per_id[config.name]}
+        kept |= recipe_fields(form.examples_per_id[config.name], multiplies=form.multiplies)
     if has_default_init(config):
         # As a custom one, it would leave the helper rows at zero (CodebookInit).
         kept["init_fn"] = None

@@ -13,12 +13,13 @@ from dataclasses import dataclass
 import torch
 from torchrec.modules.embedding_configs import BaseEmbeddingConfig, EmbeddingBagConfig
 
-from cce_torchrec.config import RARE_BELOW, CCEEmbeddingBagConfig, is_cce
+from cce_torchrec.config import CCEEmbeddingBagConfig, is_cce
 from cce_torchrec.data import Examples, Share
 from cce_torchrec.kmeans import kmeans
 from cce_torchrec.modules.compressed_tables import Form, Made, made_of, ratio_for
 from cce_torchrec.modules.compressible import full_bytes
 from cce_torchrec.planning.loss_curves import CURVES, Curve
+from cce_torchrec.recipe import is_rare
 
 IMPORT = (
     "where full tables can be trained, train those and import them "
@@ -128,7 +129,7 @@ def advise(
         loss_increase: log loss that may be added, from which bytes follow by a curve that was
             measured on a public data set of ids as frequent.
         multiplies: whether the network multiplies the embeddings of two features (GMF, two towers),
-            so that tables stay apart.
+            so that tables stay apart, and none is trained by the recipe "rare".
         min_bytes: bytes from which a table is compressed.
         num_chunks: most chunks of a table.
         weights: trained full tables [ids, embedding_dim], by feature, where there are some.
@@ -143,7 +144,7 @@ def advise(
     large = _large(plain, min_bytes)
     examples = {c.name: float(counts[c.name].sum()) / c.num_embeddings for c in large}
     whole = sum(map(full_bytes, large))
-    curve = _curve(large, examples)
+    curve = _curve(large, examples, multiplies)
     budget = (
         round(whole * curve.share(loss_increase or 0.0)) if table_bytes is None else table_bytes
     )
@@ -152,6 +153,7 @@ def advise(
         seed=0,
         examples_per_id=examples,
         joint="no" if multiplies else "rare",
+        multiplies=multiplies,
         count_codes=True,
     )
     # A small table is read as fast whole, and its ids are mostly frequent.
@@ -284,10 +286,12 @@ def _check(
             )
 
 
-def _curve(tables: Sequence[BaseEmbeddingConfig], examples: Mapping[str, float]) -> Curve:
+def _curve(
+    tables: Sequence[BaseEmbeddingConfig], examples: Mapping[str, float], multiplies: bool
+) -> Curve:
     """That of the recipe that most of the bytes are of."""
     # One curve for all, as no data set was measured with both kinds of tables in it.
-    rare = sum(full_bytes(t) for t in tables if examples[t.name] < RARE_BELOW)
+    rare = sum(full_bytes(t) for t in tables if is_rare(examples[t.name], multiplies=multiplies))
     mostly = 2 * rare >= sum(map(full_bytes, tables))
     return next(curve for curve in CURVES if curve.rare == mostly)
 

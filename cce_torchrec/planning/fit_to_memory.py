@@ -34,6 +34,7 @@ def tables_for_memory(
     seed: int = 0,
     examples_per_id: Mapping[str, float] | None = None,
     joint: str = "no",
+    multiplies: bool = False,
 ) -> list[EmbeddingBagConfig]:
     """`tables` with the large ones compressed just so far that a plan fits every rank.
 
@@ -57,6 +58,7 @@ def tables_for_memory(
         joint: which tables become one; see `compress_model`. The one stands where the first of
             them stood, so that a collection of the result has another order of its output, unless
             it is told `output_order`.
+        multiplies: whether the network is the product of two embeddings; see `compress_model`.
 
     Raises:
         ValueError: no tables, examples of one that stays as it is, or not even two rows a chunk
@@ -70,6 +72,7 @@ def tables_for_memory(
         seed=seed,
         examples_per_id=examples_per_id or {},
         joint=joint,
+        multiplies=multiplies,
         count_codes=True,
     )
     large = {t.name for t in tables if not is_cce(t) and full_bytes(t) >= min_bytes}

@@ -14,11 +14,12 @@ from torchrec.modules.embedding_configs import EmbeddingBagConfig
 from tqdm import tqdm
 
 from cce_torchrec.clustering import ClusteringSchedule
-from cce_torchrec.config import RARE_BELOW, CCEEmbeddingBagConfig, is_cce
+from cce_torchrec.config import CCEEmbeddingBagConfig, is_cce
 from cce_torchrec.gpu.usable import usable
 from cce_torchrec.kmeans import native as kmeans_native
 from cce_torchrec.lookup import native as lookup_native
 from cce_torchrec.planning import PlanReport
+from cce_torchrec.recipe import RARE_BELOW
 
 logger = logging.getLogger(__name__)
 
@@ -94,14 +95,14 @@ def say_decisions(
     logger.info("plan %s: %s; bytes of tables and their optimizer state: %s", args.plan, placed,
                 ranks)  # fmt: skip
     for table in filter(is_cce, tables):
-        logger.info("%s", _of_table(table, args.recipe))
+        logger.info("%s", _of_table(table, args))
     logger.info("clusterings: %s", _of_schedule(schedule, total_steps))
     logger.info("learning rate of the tables: %g, %s", args.lr, lr_rule)
     logger.info("pipeline: %s%s", pipeline, " (auto)" if args.pipeline == "auto" else "")
     logger.info("kernels: %s", _kernels(device))
 
 
-def _of_table(table: CCEEmbeddingBagConfig, asked: str) -> str:
+def _of_table(table: CCEEmbeddingBagConfig, args: argparse.Namespace) -> str:
     """Rows and chunks of a CCE table, and its recipe with the reason."""
     shape = (
         f"table {table.name!r}: {table.num_embeddings:,} ids, {table.num_chunks} chunks of "
@@ -112,7 +113,9 @@ def _of_table(table: CCEEmbeddingBagConfig, asked: str) -> str:
         return f"{shape}; codes are hashes, which are not learned"
     why = "as asked for"
     examples = table.examples_per_id
-    if asked == "auto" and examples is not None:
+    if args.recipe == "auto" and args.model == "gmf":
+        why = "as the network multiplies two embeddings"
+    elif args.recipe == "auto" and examples is not None:
         side = "below" if examples < RARE_BELOW else "not below"
         why = f"as {examples:.3g} examples an id in one pass are {side} {RARE_BELOW:g}"
     return f"{shape}; recipe {table.recipe}, {why}"

@@ -13,10 +13,11 @@ from torchrec.models.dlrm import DLRM
 from torchrec.modules.embedding_configs import EmbeddingBagConfig
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
-from cce_torchrec.config import RARE_BELOW, CCEEmbeddingBagConfig, is_cce
+from cce_torchrec.config import CCEEmbeddingBagConfig, is_cce
 from cce_torchrec.data import Examples, Rows
 from cce_torchrec.joint import free_name, joint_table
 from cce_torchrec.modules.embedding_bag_collection import CCEEmbeddingBagCollection
+from cce_torchrec.recipe import is_rare, recipe_fields
 from cce_torchrec.sizing import BYTES_CHUNKS, PARAMS_CHUNKS, most_chunks
 from cce_torchrec.train.options import bytes_per_table
 
@@ -80,6 +81,8 @@ class Compression:
     joint: str
     """Features that share one table, of the rows or bytes of all of them: "no", those of "rare"
     ids, or "all"."""
+    multiplies: bool
+    """Whether the network multiplies the embeddings of two features (GMF)."""
     seed: int
 
     @classmethod
@@ -98,6 +101,7 @@ class Compression:
             finalize=args.finalize,
             recipe=args.recipe,
             joint=args.joint,
+            multiplies=args.model == "gmf",
             seed=args.seed,
         )
 
@@ -105,7 +109,9 @@ class Compression:
         """Whether a feature is one of those that share a table."""
         if self.joint != "rare":
             return self.joint == "all"
-        return self.recipe == "rare" or (self.recipe == "auto" and examples_per_id < RARE_BELOW)
+        if self.recipe == "auto":
+            return is_rare(examples_per_id, multiplies=self.multiplies)
+        return self.recipe == "rare"
 
     def table(
         self, names: Sequence[str], examples_per_id: float, common: dict[str, Any]
@@ -121,8 +127,11 @@ class Compression:
                 seed=self.seed,
                 **common,
             )
-        common |= {"num_chunks": self.num_chunks, "seed": self.seed, "recipe": self.recipe}
-        common["examples_per_id"] = examples_per_id
+        common |= {"num_chunks": self.num_chunks, "seed": self.seed}
+        if self.recipe == "auto":
+            common |= recipe_fields(examples_per_id, multiplies=self.multiplies)
+        else:
+            common |= {"recipe": self.recipe, "examples_per_id": examples_per_id}
         # Asked for as they are, where other budgets leave the rows to the recipe.
         if self.num_rows is not None:
             return CCEEmbeddingBagConfig(num_rows=self.num_rows * len(names), **common)

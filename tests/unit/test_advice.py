@@ -62,6 +62,8 @@ def test_tables_of_a_product_stay_apart():
         counts(), embedding_dim=16, table_bytes=300_000, min_bytes=20_000, multiplies=True
     )
     assert [c.name for c in advice.configs] == ["user", "item", "city", "few"]
+    assert {c.recipe for c in advice.configs if is_cce(c)} == {"frequent"}
+    assert "MovieLens-1M" in advice.rests_on
 
 
 @pytest.mark.parametrize("curve", CURVES)

@@ -436,6 +436,17 @@ def test_joint_tables_of_rare_ids(budget):
         assert configs["joint"].num_rows == 10 and configs["c"].num_rows == 5
 
 
+def test_under_a_product_of_two_embeddings_no_ids_are_rare():
+    model = joint_model()
+    settings = dict(compression=10, multiplies=True, verbose=False)
+    compress_model(model, tables=["a", "d"], examples_per_id={"a": 2.0}, **settings)
+    a, d = (c for c in model["ebc"].embedding_bag_configs() if c.name in "ad")
+    assert (a.recipe, a.track_counts, a.examples_per_id) == ("frequent", True, 2.0)
+    assert (d.recipe, d.track_counts) == ("frequent", False)
+    with pytest.raises(ValueError, match="joint='all' and multiplies=True: a row that both"):
+        compress_model(joint_model(), tables=["a", "d"], joint="all", **settings)
+
+
 def test_a_joint_table_takes_a_name_that_is_free():
     configs = [
         EmbeddingBagConfig(name=name, num_embeddings=90, embedding_dim=16, feature_names=[name])

@@ -356,6 +356,15 @@ def test_curves_are_written_for_each_data_set_and_number_of_passes(tmp_path):
     assert file.name == "tiny-2.png" and file.stat().st_size > 1000
 
 
+def test_one_picture_shows_all_data_sets_that_have_several_budgets(tmp_path):
+    pytest.importorskip("matplotlib", reason="of the extra benchmarks")
+    groups = [replace(GROUP, budget=f"bytes={amount}") for amount in (90_000, 40_000)]
+    records = complete(groups[0]) | complete(groups[1])
+    names = [file.name for file in write_curves(rows_of(groups, records, ()), tmp_path)]
+    assert names == ["tiny-2.png", "overview.png"]
+    assert (tmp_path / "overview.png").stat().st_size > 1000
+
+
 def test_without_matplotlib_there_are_no_curves_and_it_says_why(tmp_path, capsys):
     with mock.patch.dict("sys.modules", {"matplotlib": None}):
         assert write_curves(rows_of([GROUP], complete(GROUP), ()), tmp_path) == []

@@ -26,6 +26,7 @@ def made(**changes):
         finalize=False,
         recipe="auto",
         joint="rare",
+        multiplies=False,
         seed=3,
     )
     return tables(DATA, Compression(**{**settings, **changes}), dim=16, init_bound=None)
@@ -81,6 +82,15 @@ def test_a_network_that_multiplies_two_features_has_them_apart():
     assert options.parse(["--model", "gmf", "--dataset", "ml-1m"]).joint == "no"
     assert options.parse([]).joint == "rare" and options.parse([]).recipe == "auto"
     assert options.parse(["--joint", "all"]).joint == "all"
+
+
+def test_under_a_product_of_two_embeddings_no_ids_are_rare():
+    _, *rest = made(multiplies=True)
+    assert features(rest) == [["rare"], ["often"], ["rarer"]]
+    assert all(t.recipe == "frequent" and t.track_counts for t in rest)
+    assert [t.examples_per_id for t in rest] == [pytest.approx(8000 / n) for n in (900, 40, 2000)]
+    assert not any(t.track_counts for t in made(multiplies=True, recipe="frequent")[1:])
+    assert {t.recipe for t in made(multiplies=True, recipe="rare", joint="no")[1:]} == {"rare"}
 
 
 def test_main_rows_that_were_asked_for_are_given_whatever_the_recipe():

@@ -7,6 +7,7 @@ The collection of the package has the codes, hashes and the clustering; its code
 from __future__ import annotations
 
 from collections.abc import Callable, Collection
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -24,8 +25,8 @@ from cce_torchrec import (
     cluster,
 )
 from cce_torchrec.codes.chunk_codes import local_codes
-from cce_torchrec.config import RARE_BELOW
 from cce_torchrec.packing import CodePacking
+from cce_torchrec.recipe import is_rare, recipe_fields
 from cce_torchrec.sizing import DEFAULT_HELPER_RATIO
 from cce_torchrec.table import physical_table
 
@@ -249,23 +250,24 @@ def ours(tables: Tables) -> Embedder:
     Those are the ones of the training program: recipe "auto", schedule `for_training`, and, but
     where a network multiplies two embeddings, one table for all features of rare ids.
     """
-    pairs = zip(tables.names, tables.examples, strict=True)
-    rare = {name for name, examples in pairs if examples < RARE_BELOW}
-    if tables.model != "gmf" and len(rare) > 1:
-        return Joined(_by_budget, tables, rare)
-    return _by_budget(tables)
+    pairs, multiplies = zip(tables.names, tables.examples, strict=True), tables.model == "gmf"
+    rare = {name for name, examples in pairs if is_rare(examples, multiplies=multiplies)}
+    if len(rare) > 1:
+        return Joined(by_budget, tables, rare)
+    return by_budget(tables)
 
 
-def _by_budget(tables: Tables) -> Clustered:
+def by_budget(tables: Tables, recipe: str | None = None) -> Clustered:
+    """CCE tables of rows that follow from the bytes; None: the recipe from the examples."""
+    if recipe is not None:
+        tables = replace(tables, all_rare=recipe == "rare")
+
     def settings(number: int) -> Settings:
         size, share = tables.sizes[number], tables.shares[number]
-        fields = dict(
-            name="sized",
-            num_embeddings=size,
-            embedding_dim=tables.dim,
-            recipe="auto",
-            examples_per_id=tables.examples[number],
-        )
+        asked = {"recipe": recipe, "track_counts": True}
+        if recipe is None:
+            asked = recipe_fields(tables.examples[number], multiplies=tables.model == "gmf")
+        fields = dict(name="sized", num_embeddings=size, embedding_dim=tables.dim, **asked)
         try:
             if share.counts_bytes:
                 made = CCEEmbeddingBagConfig.from_bytes(share.amount, **fields)
