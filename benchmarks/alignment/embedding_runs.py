@@ -69,9 +69,9 @@ class TableRun(Run):
         """See `Run`."""
         return self._data.of(super().data(), self._number)
 
-    def evaluate(self, step: int, rows: Rows, ids: torch.Tensor) -> None:
+    def evaluate(self, step: int, rows: Rows) -> None:
         """See `Run`; what is best so far is kept."""
-        super().evaluate(step, rows, ids)
+        super().evaluate(step, rows)
         if self.curve[-1][1] == min(point[1] for point in self.curve):
             self.vectors = self.read_vectors()
             others = self.other_tables

@@ -14,6 +14,7 @@ from benchmarks.quality.methods.clustered import Clustered
 from benchmarks.quality.methods.shared import Joined
 from cce_torchrec import ClusteringSchedule
 from cce_torchrec.codes.chunk_codes import local_codes
+from cce_torchrec.data import Rows
 
 NUMBERS = (1, 2, 4, 8, 16)
 """Clusterings around which tables are read, beside the last."""
@@ -67,11 +68,11 @@ class WatchedRun(TableRun):
         super().train()
         self._keep("end")
 
-    def _step(self, dense: torch.Tensor, ids: torch.Tensor, labels: torch.Tensor) -> None:
+    def _step(self, rows: Rows) -> None:
         # `Run.train` clusters between two steps.
         if self._done in self._due:
             self._keep(f"after {self._due[self._done]}")
-        super()._step(dense, ids, labels)
+        super()._step(rows)
         self._done += 1
         if self._done in self._due:
             self._keep(f"before {self._due[self._done]}")

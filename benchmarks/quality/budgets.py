@@ -69,7 +69,9 @@ class Budget:
             parsed = cls("")
         known = parsed.kind in ("bytes", "share", "ppd") and parsed.amount > 0
         if not known and text != "none":
-            raise ValueError(f"budget {text!r} is none of: none, bytes=880000, share=0.05, ppd=64")
+            raise ValueError(
+                f"budget {text!r} has none of the forms bytes=880000, share=0.05, ppd=64"
+            )
         return parsed
 
     def __str__(self) -> str:

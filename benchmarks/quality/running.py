@@ -14,20 +14,30 @@ from tqdm import tqdm
 
 from benchmarks.quality.cells import Group
 from benchmarks.quality.grid import missing, unnamed
+from benchmarks.quality.problems import PROBLEMS, Problem
 from benchmarks.quality.store import Record, Store
 from benchmarks.quality.training import record_of
 
 
-def run(store: Store, groups: Sequence[Group], splits: Sequence[int], jobs: int) -> None:
+def run(
+    store: Store,
+    groups: Sequence[Group],
+    splits: Sequence[int],
+    jobs: int,
+    own: Problem | None = None,
+) -> None:
     """Computes what `store` lacks of `groups`, `jobs` cells at once, and adds each when it is done.
 
     A cell that fails stops the run, after those beside it are done; it is named.
+
+    Args:
+        own: a problem that is not of the grid, which the processes of cells are told.
     """
     total = len(remaining(groups, store.records, splits))
     # Not forked: threads of torch and of data readers do not survive a fork.
     context = multiprocessing.get_context("spawn")
     with (
-        ProcessPoolExecutor(jobs, mp_context=context, initializer=one_thread) as pool,
+        ProcessPoolExecutor(jobs, context, initializer=_begin, initargs=(own,)) as pool,
         tqdm(total=total, unit="cell", disable=not sys.stderr.isatty()) as bar,
     ):
         running: dict[Future[Record], str] = {}
@@ -67,6 +77,12 @@ def _submit(
             if cell.key not in under_way:
                 running[pool.submit(record_of, cell)] = cell.key
                 under_way.add(cell.key)  # budgets that share the cells of tuning
+
+
+def _begin(own: Problem | None) -> None:
+    if own is not None:
+        PROBLEMS[own.name] = own
+    one_thread()
 
 
 def one_thread() -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -12,14 +12,29 @@ from typing import Any
 Record = dict[str, Any]
 
 
-class Store:
-    """The finished cells of a folder. Runs that share it keep each other's."""
+def lacks(record: Record) -> list[str]:
+    """The fields of a cell of the grid that `record` has not."""
+    fields = ("key", "dataset", "passes", "budget", "method", "version", "split", "rate", "form")
+    out = [name for name in fields if name not in record]
+    return out + ["log_loss"] * (not {"log_loss", "does_not_fit"} & set(record))
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
+
+class Store:
+    """The finished cells of a folder. Runs that share it keep each other's.
+
+    Args:
+        folder: need not be there yet.
+        lacks: the fields that a record is no finished cell without, of those that it has not.
+
+    Raises:
+        ValueError: naming the file and the line that is none.
+    """
+
+    def __init__(self, folder: Path, lacks: Callable[[Record], list[str]] = lacks) -> None:
+        self.folder, self._lacks = folder, lacks
         self.records: dict[str, Record] = {}
         for file in sorted(folder.glob("*.jsonl")):
-            self.records |= _read(file)
+            self.records |= _read(file, self._lacks)
 
     def add(self, record: Record) -> None:
         """Keeps `record`, in memory and on disk."""
@@ -28,7 +43,7 @@ class Store:
         self.folder.mkdir(parents=True, exist_ok=True)
         with _locked(self.folder / f".{dataset}.lock"):
             if file.exists():
-                self.records |= _read(file)  # what another run has added since
+                self.records |= _read(file, self._lacks)  # what another run has added since
             self.records[record["key"]] = record
             keys = sorted(k for k, r in self.records.items() if r["dataset"] == dataset)
             # Under another name first: an interrupted run leaves the old file or the new one.
@@ -44,11 +59,18 @@ def _locked(file: Path) -> Iterator[None]:
         yield
 
 
-def _read(file: Path) -> dict[str, Record]:
+def _read(file: Path, lacks: Callable[[Record], list[str]]) -> dict[str, Record]:
+    try:
+        lines = file.read_text().splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"{file} holds no finished cells ({error}); move it away") from error
     out = {}
-    for number, line in enumerate(file.read_text().splitlines(), start=1):
+    for number, line in enumerate(lines, start=1):
         try:
             record = json.loads(line)
+            missing = lacks(record)
+            if missing:
+                raise KeyError(f"without {', '.join(missing)}")
             out[record["key"]] = record
         except (ValueError, KeyError, TypeError) as error:
             raise ValueError(

@@ -35,8 +35,9 @@ class Row:
     """Of the reported splits."""
     complete: bool
     """Whether every split that was asked for is there."""
-    difference: tuple[float, float] | None
-    """Log loss minus that of `BASELINE`, and its standard error over splits."""
+    difference: tuple[float, float | None] | None
+    """Log loss minus that of `BASELINE`, and its standard error over splits, where there are
+    several."""
     why_not: str = ""
     """Why the method does not fit the budget."""
 
@@ -95,7 +96,7 @@ def reported(
 
 def _difference(
     group: Group, own: list[Record], records: Mapping[str, Record]
-) -> tuple[float, float] | None:
+) -> tuple[float, float | None] | None:
     """Paired over the splits that both have; full tables are compared at no budget."""
     baseline = group_of(group.dataset, group.passes, BASELINE, group.budget)
     if group.budget == "none" or not tuned(baseline, records):
@@ -110,7 +111,7 @@ def _difference(
     ]
     if not pairs:
         return None
-    error = statistics.stdev(pairs) / len(pairs) ** 0.5 if len(pairs) > 1 else 0.0
+    error = statistics.stdev(pairs) / len(pairs) ** 0.5 if len(pairs) > 1 else None
     return statistics.fmean(pairs), error
 
 
@@ -122,4 +123,6 @@ def unreproduced(rows: Sequence[Row]) -> dict[str, list[str]]:
             fault = below_author(row.group, row.mean("auc"))
             if fault:
                 out.setdefault(row.group.method, []).append(fault)
-    return out
+    # The same method restarted, of which its author has no figures, is no better known.
+    restarted = {f"{name} restarted": name for name in out if f"{name} restarted" in METHODS}
+    return out | {name: [f"as {of} is"] for name, of in restarted.items() if name not in out}

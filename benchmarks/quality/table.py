@@ -73,7 +73,7 @@ def _line(row: Row, unreproduced: dict[str, list[str]]) -> str:
     cells = [
         name,
         loss,
-        "" if row.difference is None else f"{row.difference[0]:+.4f} ({row.difference[1]:.4f})",
+        _difference(row),
         f"{row.mean('auc'):.4f}",
         f"{row.mean('table_bytes') / 1000:,.0f}",
         f"{row.mean('parameters'):,.0f}",
@@ -82,3 +82,10 @@ def _line(row: Row, unreproduced: dict[str, list[str]]) -> str:
         f"{row.mean('cpu_seconds'):.0f}",
     ]
     return f"| {' | '.join(cells)} |"
+
+
+def _difference(row: Row) -> str:
+    if row.difference is None:
+        return ""
+    mean, error = row.difference
+    return f"{mean:+.4f}" + ("" if error is None else f" ({error:.4f})")

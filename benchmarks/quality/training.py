@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from benchmarks.machine import device_name
+from benchmarks.quality.bags import ids_of_feature, in_batches, pooled, side_by_side
 from benchmarks.quality.budgets import Budget, DoesNotFit
 from benchmarks.quality.cells import Cell
 from benchmarks.quality.embedder import Embedder, Tables
@@ -46,7 +47,7 @@ def tables_of(
     steps = max(1, len(dataset.train) // problem.batch)
     columns = [list(dataset.features).index(name) for name in names]
     counts = [
-        torch.bincount(dataset.train.ids[:, column], minlength=size)
+        torch.bincount(ids_of_feature(dataset.train, column), minlength=size)
         for column, size in zip(columns, sizes, strict=True)
     ]
     examples = [float(own.sum()) / size for own, size in zip(counts, sizes, strict=True)]
@@ -86,8 +87,7 @@ class Run:
         self.tables = tables_of(self.problem, self.dataset, cell, self.compressed, own)
         self.embedder = self.built()
         self.order = [names.index(name) for name in (*self.compressed, *self.others)]
-        first = torch.tensor([*self.tables.first, *other.first])
-        self.ids_of = lambda rows: rows.ids[:, self.order] + first
+        self.first = torch.tensor([*self.tables.first, *other.first])
         dense = list(self.network.parameters())
         self.optimizer = torch.optim.Adam(dense, lr=DENSE_RATE, fused=True) if dense else None
         self.curve: list[tuple[int, float, float]] = []
@@ -100,14 +100,21 @@ class Run:
         """The compressed tables."""
         return METHODS[self.cell.group.method].embedder(self.tables)
 
-    def logits(self, dense: torch.Tensor, ids: torch.Tensor, training: bool) -> torch.Tensor:
+    def ids_of(self, rows: Rows) -> torch.Tensor:
+        """Ids [R, F] of the tables, compressed ones first, numbered on from table to table.
+
+        R is the number of rows, and more where features have several ids a row (`side_by_side`).
+        """
+        return side_by_side(rows)[:, self.order] + self.first
+
+    def logits(self, rows: Rows, training: bool) -> torch.Tensor:
         """Logits [B]."""
-        count = len(self.compressed)
+        ids, count = self.ids_of(rows), len(self.compressed)
         embeddings = self.embedder.lookup(ids[:, :count], training)
         if self.other_tables is not None:
             others = self.other_tables.lookup(ids[:, count:], training)
             embeddings = torch.cat([embeddings, others], dim=1)
-        return self.network(dense, embeddings)
+        return self.network(rows.dense, pooled(embeddings, rows, self.order))
 
     def train(self) -> None:
         """All steps, with an evaluation every quarter pass and at the end."""
@@ -116,17 +123,12 @@ class Run:
         a_pass = steps // passes
         count = EVALUATIONS_A_PASS * passes
         due = {round(steps * (i + 1) / count) for i in range(count)}
-        ids = self.ids_of(train)
-        validation = self.dataset.validation
-        validation_ids = self.ids_of(validation)
         for step in range(steps):
             if step % a_pass == 0:
-                order = self._order(step // a_pass)
-                shuffled = Rows(train.dense[order], ids[order], train.labels[order])
-            at = slice(step % a_pass * batch, (step % a_pass + 1) * batch)
-            self._step(shuffled.dense[at], shuffled.ids[at], shuffled.labels[at])
+                batches = in_batches(train.take(self._order(step // a_pass)), batch)
+            self._step(next(batches))
             if step + 1 in due:
-                self.evaluate(step + 1, validation, validation_ids)
+                self.evaluate(step + 1, self.dataset.validation)
                 if not math.isfinite(self.curve[-1][1]):
                     return  # a rate that is too high: what follows is not a number either
             self.embedder.after(step + 1)
@@ -136,9 +138,9 @@ class Run:
         generator = torch.Generator().manual_seed(self.cell.seed * 1_000_003 + number + 1)
         return torch.randperm(len(self.dataset.train), generator=generator)
 
-    def _step(self, dense: torch.Tensor, ids: torch.Tensor, labels: torch.Tensor) -> None:
-        logits = self.logits(dense, ids, training=True)
-        loss = nn.functional.binary_cross_entropy_with_logits(logits, labels)
+    def _step(self, rows: Rows) -> None:
+        logits = self.logits(rows, training=True)
+        loss = nn.functional.binary_cross_entropy_with_logits(logits, rows.labels)
         penalty = self.embedder.penalty()
         (loss if penalty is None else loss + penalty).backward()
         self.embedder.step()
@@ -149,12 +151,12 @@ class Run:
             self.optimizer.zero_grad()
 
     @torch.no_grad()
-    def evaluate(self, step: int, rows: Rows, ids: torch.Tensor) -> None:
+    def evaluate(self, step: int, rows: Rows) -> None:
         """Notes log loss and AUC of `rows` after `step` steps."""
         self.network.eval()
         self.embedder.before_evaluation()
-        parts = zip(rows.dense.split(8192), ids.split(8192), strict=True)
-        logits = torch.cat([self.logits(dense, some, training=False) for dense, some in parts])
+        parts = in_batches(rows, 8192)
+        logits = torch.cat([self.logits(part, training=False) for part in parts])
         self.network.train()
         self.curve.append((step, log_loss(logits, rows.labels), auc(logits, rows.labels)))
 

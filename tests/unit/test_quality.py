@@ -56,7 +56,10 @@ def finished(cell, loss, **more):
         "passes": group.passes,
         "budget": group.budget,
         "method": group.method,
+        "version": group.version,
         "split": cell.split,
+        "rate": cell.rate,
+        "form": cell.form,
         "log_loss": loss,
         "auc": 0.7,
         "table_bytes": 12000,
@@ -307,9 +310,31 @@ def test_runs_that_share_a_folder_keep_each_others_cells(tmp_path):
     assert [file.name for file in tmp_path.glob("[!.]*")] == ["tiny.jsonl"]
 
 
-def test_a_damaged_line_is_named(tmp_path):
-    (tmp_path / "tiny.jsonl").write_text('{"key": "a", "dataset": "tiny"}\n{"key": \n')
-    with pytest.raises(ValueError, match=r"tiny\.jsonl, line 2 .* delete the line"):
+@pytest.mark.parametrize(
+    ("second", "why"),
+    [
+        ('{"key": ', "Expecting value"),
+        ("null", "not iterable"),
+        ('{"key": "a", "dataset": "tiny"}', "without passes, budget, method, version, split"),
+        ("not finished", "without log_loss"),
+    ],
+)
+def test_a_damaged_line_is_named(second, why, tmp_path):
+    record = finished(tuning_cells(GROUP, {})[0], 0.5)
+    if second == "not finished":
+        second = json.dumps({name: v for name, v in record.items() if name != "log_loss"})
+    (tmp_path / "tiny.jsonl").write_text(f"{json.dumps(record)}\n{second}\n")
+    with pytest.raises(ValueError, match=rf"tiny\.jsonl, line 2 .*{why}.* delete the line"):
+        Store(tmp_path)
+
+
+def test_what_is_no_file_of_cells_is_named(tmp_path):
+    (tmp_path / "tiny.jsonl").write_bytes(b"\xff\xfe")
+    with pytest.raises(ValueError, match=r"tiny\.jsonl holds no finished cells .*; move it away"):
+        Store(tmp_path)
+    (tmp_path / "tiny.jsonl").unlink()
+    (tmp_path / "tiny.jsonl").mkdir()
+    with pytest.raises(ValueError, match=r"tiny\.jsonl holds no finished cells"):
         Store(tmp_path)
 
 
@@ -337,6 +362,9 @@ def test_tables_show_paired_differences_and_edges():
     row = rows_of([other], records, ())[0]
     # Splits differ by .1, methods by .02 on both: paired, there is no error.
     assert row.difference == pytest.approx((0.02, 0.0))
+    (one,) = rows_of([other], records, (row.records[0]["split"],))
+    assert one.difference == (pytest.approx(0.02), None)  # one split has no error to tell
+    assert "| +0.0200 |" in markdown([one], {})
     text = markdown(rows_of([GROUP, other], records, ()), {"hash": ["ppd=64: AUC 0.5"]})
     assert "| hash † | 0.4700 | +0.0200 (0.0000) | 0.7000 | 12 |" in text
     assert "adagrad 0.01* |" in text
@@ -378,7 +406,8 @@ def test_a_rival_below_its_authors_figures_is_unreproduced():
         records[cell.key] = finished(cell, abs(cell.rate - 0.1))
     for cell in missing(group, records, ()):
         records[cell.key] = finished(cell, 0.4, auc=0.70)
-    assert "author's 0.719" in unreproduced(rows_of([group], records, ()))["CE"][0]
+    found = unreproduced(rows_of([group], records, ()))
+    assert "author's 0.719" in found["CE"][0] and found["CE restarted"] == ["as CE is"]
     for record in records.values():
         record["auc"] = 0.711
     assert unreproduced(rows_of([group], records, ())) == {}
@@ -419,9 +448,18 @@ def test_quick_is_a_part_of_the_grid():
         (["--only", "CE restart"], "unknown method 'CE restart'; did you mean 'CE restarted'"),
         (["--datasets", "flight"], "did you mean 'flights'"),
         (["--budgets", "bytes=42000"], "did you mean 'bytes=420000'"),
-        (["--budgets", "420000"], "is none of: none, bytes=880000"),
+        (["--only", "CCE"], "did you mean 'CCE, as published' or 'CCE, frequent recipe' or "),
+        (["--budgets", "420000"], "has none of the forms bytes=880000"),
+        (["--budgets", "none"], "full tables have no budget; they are --only full"),
+        (["--datasets", "ml-1m", "--budgets", "bytes=420000"], "unknown budget 'bytes=420000'"),
+        (["--passes", "7"], "unknown number of passes '7'"),
         (["--splits", "0", "100"], "--splits 100 chooses rates"),
+        (["--splits", "20", "20"], "give different numbers, 0 or more"),
+        (["--splits", "-1"], "give different numbers, 0 or more"),
         (["--jobs", "0"], "--jobs 0 must be 1 or more"),
+        (["--quick", "--jobs", "0"], "--jobs 0 must be 1 or more"),
+        (["--quick", "--only", "CE"], "--quick is a part of the grid by itself; leave out --only"),
+        (["--results", __file__], "is no folder; give another one"),
     ],
 )
 def test_unknown_names_are_refused_with_the_nearest(arguments, message):

@@ -176,6 +176,7 @@ def known(name: str, names: list[str], what: str) -> str:
     """
     if name in names:
         return name
-    near = difflib.get_close_matches(name, names, n=1, cutoff=0.3)
-    hint = f"did you mean {near[0]!r}? " if near else ""
-    raise ValueError(f"unknown {what} {name!r}; {hint}choose from: {', '.join(names)}")
+    near = [other for other in names if other.startswith(name)]
+    near = near or difflib.get_close_matches(name, names, n=1, cutoff=0.3)
+    hint = f"did you mean {' or '.join(map(repr, near))}? " if near else ""
+    raise ValueError(f"unknown {what} {name!r}; {hint}choose from: {', '.join(map(repr, names))}")
