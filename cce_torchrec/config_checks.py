@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import itertools
 import operator
-from collections.abc import Sequence
+import re
+from collections.abc import Iterable, Sequence
 from dataclasses import fields
 from typing import Any
 
+from torch import nn
 from torchrec.modules.embedding_configs import (
     BaseEmbeddingConfig,
     DataType,
@@ -109,3 +111,22 @@ def check_id_ranges(
                 f"{who}: the id_ranges of features {one!r} and {other!r} are {ranges[one]} and "
                 f"{ranges[other]}, which overlap; give the same ids or others"
             )
+
+
+def is_table_name(name: str) -> bool:
+    """Whether a table may be called so: torch keeps tables as modules, by their names."""
+    return bool(name) and not {".", "#"} & set(name) and not hasattr(nn.ModuleDict(), name)
+
+
+def table_names(features: Iterable[str]) -> dict[str, str]:
+    """Names for tables of `features`: the same, but where no table may be called so."""
+    wanted = list(features)
+    out = {name: name for name in wanted if is_table_name(name)}
+    for feature in wanted:
+        if feature not in out:
+            name = re.sub(r"[.#]", "_", feature)
+            name = name if is_table_name(name) else f"{name}_table"
+            while name in out.values():
+                name += "_"
+            out[feature] = name
+    return {feature: out[feature] for feature in wanted}

@@ -14,6 +14,7 @@ from torchrec.modules.embedding_configs import EmbeddingBagConfig
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
 from cce_torchrec.config import CCEEmbeddingBagConfig, is_cce
+from cce_torchrec.config_checks import table_names
 from cce_torchrec.data import Examples, Rows
 from cce_torchrec.joint import free_name, joint_table
 from cce_torchrec.modules.embedding_bag_collection import CCEEmbeddingBagCollection
@@ -154,9 +155,10 @@ def tables(
             1 / sqrt(num_embeddings).
     """
     full, out = {}, []
+    names = table_names(dataset.features)
     for name, size in dataset.features.items():
         full[name] = {
-            "name": name,
+            "name": names[name],
             "num_embeddings": size,
             "embedding_dim": dim,
             "feature_names": [name],
@@ -175,7 +177,7 @@ def tables(
         # The others of them are in the table of the first.
         elif name == joint[0]:
             members = [EmbeddingBagConfig(**full[other]) for other in joint]
-            fields = joint_table(members, free_name(full))
+            fields = joint_table(members, free_name(names.values()))
             mean = len(joint) * dataset.num_train / fields["num_embeddings"]
             out.append(compression.table(joint, mean, fields))
     return out

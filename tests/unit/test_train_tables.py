@@ -4,6 +4,7 @@ from types import SimpleNamespace
 
 import pytest
 
+from cce_torchrec import CCEEmbeddingBagCollection
 from cce_torchrec.config import is_cce
 from cce_torchrec.train import options
 from cce_torchrec.train.model import Compression, chunks_by_default, refuse_to_finalize_none, tables
@@ -103,6 +104,18 @@ def test_a_feature_called_joint(monkeypatch):
     features = {"joint": 3, **{k: v for k, v in DATA.features.items() if k != "few"}}
     monkeypatch.setattr(DATA, "features", features)
     assert [config.name for config in made()] == ["joint", "joint1", "often"]
+
+
+def test_features_called_as_no_table_may_be(monkeypatch):
+    sizes = {"type": 3, "user.id": 900, "a#b": 2000, "user_id": 50, "items": 40}
+    monkeypatch.setattr(DATA, "features", sizes)
+    monkeypatch.setattr(DATA, "compressed", list(sizes)[1:])
+    configs = made(rows=dict.fromkeys(sizes, 30), joint="no")
+    assert features(configs) == [[name] for name in sizes]
+    names = ["type_table", "user_id_", "a_b", "user_id", "items_table"]
+    assert [config.name for config in configs] == names
+    model = CCEEmbeddingBagCollection(configs, device="meta")
+    assert model.output.names == list(sizes)
 
 
 def test_finalizing_needs_a_table_that_can_be():

@@ -25,6 +25,7 @@ from cce_torchrec import (
     cluster,
 )
 from cce_torchrec.codes.chunk_codes import local_codes
+from cce_torchrec.config_checks import table_names
 from cce_torchrec.packing import CodePacking
 from cce_torchrec.recipe import is_rare, recipe_fields
 from cce_torchrec.sizing import DEFAULT_HELPER_RATIO
@@ -66,7 +67,7 @@ class Clustered(Embedder):
                 **settings(number),
             )
             for number, (name, size, bound) in enumerate(
-                zip(tables.names, tables.sizes, tables.bounds, strict=True)
+                zip(table_names(tables.names).values(), tables.sizes, tables.bounds, strict=True)
             )
         ]
         self.collection = CCEEmbeddingBagCollection(tables=self.configs)
