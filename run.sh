@@ -18,8 +18,9 @@ setup() {
   [ -x .venv/bin/python ] || "$python" -m venv .venv
   . .venv/bin/activate
   # torch first and by its exact version: a range would bring the newest build with CUDA packages.
-  pip install -q torch==2.13.0
-  pip install -q ./docker/fbgemm-cpu-shim -e '.[cpu,demo,docs,test]'
+  # Python compiles what is used when it is imported first: much of this never is.
+  pip install -q --no-compile torch==2.13.0
+  pip install -q --no-compile ./docker/fbgemm-cpu-shim -e '.[cpu,demo,docs,test]'
   pip check
   echo "$wanted" > .venv/installed
 }

@@ -6,6 +6,7 @@ of Python, so a wheel serves all its versions, and the machine that runs one cho
 
 import os
 import sysconfig
+from copy import copy
 
 from setuptools import Extension, setup
 from setuptools.command.bdist_wheel import bdist_wheel
@@ -52,13 +53,15 @@ class BuildKernels(build_ext):
     def get_ext_filename(self, fullname):
         return os.path.join(*fullname.split(".")) + ".so"
 
+    def finalize_options(self):
+        super().finalize_options()
+        self.parallel = self.parallel or os.cpu_count()
+
     def build_extension(self, ext):
-        # Levels have the same sources, and so have objects of the same names.
-        whole, self.build_temp = self.build_temp, os.path.join(self.build_temp, ext.name)
-        try:
-            super().build_extension(ext)
-        finally:
-            self.build_temp = whole
+        # Levels have the same sources, and so have objects of the same names; threads build them.
+        own = copy(self)
+        own.build_temp = os.path.join(self.build_temp, ext.name)
+        super(BuildKernels, own).build_extension(ext)
 
 
 class TaggedWheel(bdist_wheel):
