@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import math
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import Any, TypeGuard
@@ -18,9 +17,12 @@ from torchrec.modules.embedding_configs import (  # noqa: E402
 )
 
 from cce_torchrec.config_checks import (  # noqa: E402
+    check_examples,
     check_id_ranges,
     check_inherited_fields,
+    check_table_name,
     check_width,
+    finite_number,
     whole_number,
 )
 from cce_torchrec.packing import CodePacking  # noqa: E402
@@ -35,7 +37,6 @@ from cce_torchrec.sizing import (  # noqa: E402
 )
 
 _SEEN, _COUNTS = {"seen": 8}, {"counts": 2}
-"""Training rows of an id in a pass, sampled negatives too, below which "auto" is "rare"."""
 _WHOLE_NUMBERS = (
     "num_embeddings",
     "embedding_dim",
@@ -121,11 +122,7 @@ class CCEEmbeddingBagConfig(EmbeddingBagConfig):
                 setattr(self, name, whole_number(self._who, name, value))
 
     def _check_shape(self) -> None:
-        if "#" in self.name or not self.name:
-            raise ValueError(
-                f"{self._who}: a table needs a name without '#', which marks the chunks of a "
-                "CCE table; rename it"
-            )
+        check_table_name(self._who, self.name)
         if self.num_embeddings < 1 or self.num_rows < 1 or self.num_chunks < 1:
             raise ValueError(
                 f"{self._who}: num_embeddings {self.num_embeddings}, num_rows {self.num_rows} and "
@@ -137,10 +134,13 @@ class CCEEmbeddingBagConfig(EmbeddingBagConfig):
     def _resolve_recipe(self) -> None:
         if self.recipe not in RECIPES:
             raise ValueError(f"{self._who}: recipe {self.recipe!r} is none of {list(RECIPES)}")
+        check_examples(self._who, self.examples_per_id)
+        if self.track_counts not in (None, True, False):
+            raise ValueError(f"{self._who}: track_counts {self.track_counts!r} is no bool")
         shrinks = self.recipe != "frequent"
         if self.recipe == "auto":
             examples = self.examples_per_id
-            if examples is None or not 0 <= examples < math.inf:
+            if examples is None:
                 raise ValueError(
                     f"{self._who}: recipe 'auto' goes by the examples of an id, and "
                     f"examples_per_id is {examples}; give their mean number in one pass over the "
@@ -306,8 +306,7 @@ class CCEEmbeddingBagConfig(EmbeddingBagConfig):
             ValueError: if not even two rows a chunk fit.
         """
         who = f"table {kwargs.get('name', '')!r}"
-        if not table_bytes < math.inf:
-            raise ValueError(f"{who}: table_bytes {table_bytes} is no number of bytes")
+        finite_number(who, "table_bytes", table_bytes)
         kwargs = {"num_chunks": most_chunks(kwargs, BYTES_CHUNKS), **kwargs}
         # The smallest table there is tells what bytes do not depend on rows.
         least = cls(num_rows=1, num_helper_rows=1, **kwargs)
@@ -326,8 +325,8 @@ class CCEEmbeddingBagConfig(EmbeddingBagConfig):
 
     def _sizing(self, helper_ratio: float | None) -> Sizing:
         """What the rows of a table like this follow from."""
-        if helper_ratio is not None and not helper_ratio >= 0:
-            raise ValueError(f"{self._who}: helper_ratio {helper_ratio} must be 0 or more")
+        if helper_ratio is not None:
+            finite_number(self._who, "helper_ratio", helper_ratio, 0.0)
         return Sizing(
             num_ids=self.num_embeddings,
             num_chunks=self.num_chunks,

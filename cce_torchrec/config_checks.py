@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import itertools
+import math
+import numbers
 import operator
 import re
 from collections.abc import Iterable, Sequence
@@ -35,6 +37,20 @@ def whole_number(who: str, name: str, value: Any) -> int:
         return operator.index(value)
     except TypeError as error:
         raise ValueError(f"{who}: {name} {value!r} is not a whole number; round it") from error
+
+
+def finite_number(who: str, name: str, value: Any, least: float = -math.inf) -> float:
+    """`value` as it is, if it is a number that is finite and not below `least`."""
+    if isinstance(value, int | float | numbers.Real) and least <= value < math.inf:  # type: ignore[operator]  # of NumPy
+        return value  # type: ignore[return-value]
+    of = f" of {least:g} or more" if least > -math.inf else ""
+    raise ValueError(f"{who}: {name} {value!r} is no finite number{of}; give one")
+
+
+def check_examples(who: str, examples_per_id: Any) -> None:
+    """Refuses a mean number of examples of an id that is none; None is left to the recipe."""
+    if examples_per_id is not None:
+        finite_number(who, "examples_per_id", examples_per_id, 0.0)
 
 
 def check_width(who: str, embedding_dim: int, num_chunks: int) -> None:
@@ -113,9 +129,24 @@ def check_id_ranges(
             )
 
 
+def check_table_name(who: str, name: str) -> None:
+    """Refuses names that no table can have."""
+    if not is_table_name(name):
+        raise ValueError(
+            f"{who}: torch keeps tables as modules by their names, which hold no '.', and no '#', "
+            "which marks the chunks of a CCE table, and are not those of attributes of a module, "
+            "such as 'type' or 'items'; rename it"
+        )
+
+
 def is_table_name(name: str) -> bool:
     """Whether a table may be called so: torch keeps tables as modules, by their names."""
-    return bool(name) and not {".", "#"} & set(name) and not hasattr(nn.ModuleDict(), name)
+    return (
+        isinstance(name, str)
+        and bool(name)
+        and not {".", "#"} & set(name)
+        and not hasattr(nn.ModuleDict(), name)
+    )
 
 
 def table_names(features: Iterable[str]) -> dict[str, str]:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import argparse
 import copy
+from collections.abc import Collection, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -14,6 +15,9 @@ from cce_torchrec.cli.files import JSON_FILE, write_json, write_text
 from cce_torchrec.cli.units import BYTES
 from cce_torchrec.train import data_options
 from cce_torchrec.train.parameters import SETTINGS
+
+if TYPE_CHECKING:  # it takes seconds, which --help has not
+    import torch
 
 _SHARED = ("model", "dataset", "data", *(str(one.name) for one in data_options.PARAMS),
            "split_seed", "embedding_dim")  # fmt: skip
@@ -42,6 +46,7 @@ def _advise(
     loss_increase: float | None,
     num_chunks: int,
     min_bytes: int,
+    full_tables: tuple[str, ...],
     json_file: str | None,
     yaml_file: str | None,
     **data: Any,
@@ -64,6 +69,7 @@ def _advise(
     # None of what the program's users call compressed: that is what is asked for here.
     table = data_options.table_options(args, folder=args.vocabulary)
     examples = load(args.dataset, args.data, args.model, args.split_seed, table)
+    weights = _weights(full_tables, examples.features)
     advice = advise(
         id_counts(examples),
         embedding_dim=args.embedding_dim,
@@ -72,6 +78,7 @@ def _advise(
         multiplies=args.model == "gmf",
         min_bytes=min_bytes,
         num_chunks=num_chunks,
+        weights=weights,
     )
     click.echo(str(advice))
     if yaml_file is not None:
@@ -88,6 +95,32 @@ def _advise(
                 "rests_on": advice.rests_on,
             },
         )
+
+
+def _weights(asked: Sequence[str], features: Collection[str]) -> dict[str, torch.Tensor]:
+    """Trained full tables, by feature, from texts FEATURE=PATH.
+
+    Raises:
+        ValueError: another form, an unknown feature, or a file that has no such table.
+    """
+    import numpy as np
+    import torch
+
+    from cce_torchrec.checkpoint.full_table import full_table
+
+    out = {}
+    for text in asked:
+        feature, sign, path = text.partition("=")
+        if not sign or not path or feature not in features or feature in out:
+            raise ValueError(
+                f"--full-table {text}: give FEATURE=PATH, each of the features {list(features)} "
+                "once at most"
+            )
+        weight = full_table(path, feature)
+        out[feature] = (
+            torch.tensor(np.asarray(weight)) if isinstance(weight, np.ndarray) else weight
+        )
+    return out
 
 
 command = click.Command(
@@ -117,6 +150,13 @@ command = click.Command(
             default=1 << 20,
             show_default=True,
             help="of a table that is compressed",
+        ),
+        click.Option(
+            ["--full-table", "full_tables"],
+            multiple=True,
+            metavar="FEATURE=PATH",
+            help="trained full table of a feature, in a file (.npy, .safetensors, .pt) or a "
+            "checkpoint: says what centroids keep of it; several times",
         ),
         click.Option(["--json", "json_file"], type=JSON_FILE, help="write what was found there"),
         click.Option(

@@ -12,6 +12,7 @@ from torch import nn
 from cce_torchrec.clustering.finalizing import finalize
 from cce_torchrec.clustering.report import ClusteringReport
 from cce_torchrec.clustering.step import cluster
+from cce_torchrec.config_checks import whole_number
 
 _AN_EPOCH, _LEAST, _UNTIL = 4, 8, 0.8
 """Clusterings of frequent ids an epoch, at least, and until which share of training."""
@@ -107,8 +108,10 @@ class ClusteringSchedule:
             finalize: whether the last clustering is to finalize the tables.
 
         Raises:
-            ValueError: no epoch, or none of a step.
+            ValueError: no epoch, or none of a step, or no whole numbers of them.
         """
+        epochs = whole_number("for_training", "epochs", epochs)
+        steps_per_epoch = whole_number("for_training", "steps_per_epoch", steps_per_epoch)
         if epochs < 1 or steps_per_epoch < 1:
             raise ValueError(
                 f"epochs {epochs} of {steps_per_epoch} steps: there is nothing to train; give 1 or "

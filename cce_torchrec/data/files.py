@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import zlib
 from abc import ABC, abstractmethod
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -87,6 +88,13 @@ def require(columns: Sequence[str], there: Sequence[str], file: str) -> None:
             f"{file} lacks columns {missing}; it has {shown}"
             + (f"; nearest: {meant}" if meant else "")
         )
+
+
+def refuse_doubles(file: str, names: Sequence[str]) -> None:
+    """Raises ValueError where several columns of `file` have one name."""
+    twice = sorted(name for name, count in Counter(names).items() if count > 1)
+    if twice:
+        raise ValueError(f"{file} has more than one column of the names {twice}; rename them")
 
 
 def print_of(file: str) -> list[int | str]:

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from cce_torchrec.data.files import BLOCK_ROWS, PIECE_ROWS, Format, Piece
+from cce_torchrec.data.files import BLOCK_ROWS, PIECE_ROWS, Format, Piece, refuse_doubles
 from cce_torchrec.reasons import first_line
 
 
@@ -27,6 +27,7 @@ class ParquetFiles(Format):
         """The columns of a file with their types."""
         with _open(file) as opened:
             schema = opened.schema_arrow
+        refuse_doubles(file, schema.names)
         return dict(zip(schema.names, schema.types, strict=True))
 
     def cuts(self, file: str) -> list[int]:

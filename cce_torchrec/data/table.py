@@ -74,10 +74,11 @@ class TableDataset(Examples):
     def _check_rows(self, path: str | Path, world_size: int) -> None:
         if self.num_train < world_size or self.num_validation < 1:
             what = self.options.validation or f"a fraction of {self.options.validation_fraction}"
+            remedy = "more rows" if self.options.validation else "another fraction"
             raise ValueError(
                 f"{path}: {self.num_train} rows to train on for {world_size} ranks, and "
                 f"{self.num_validation} that validate ({what}); each rank needs a row to train on, "
-                "and one at least has to validate: use fewer ranks, or another fraction"
+                f"and one at least has to validate: use fewer ranks, or {remedy}"
             )
 
     @property

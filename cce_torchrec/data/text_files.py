@@ -15,7 +15,7 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.csv
 
-from cce_torchrec.data.files import Format, Piece
+from cce_torchrec.data.files import Format, Piece, refuse_doubles
 
 TEXT_SUFFIXES = {".csv": ",", ".tsv": "\t", ".txt": "\t"}
 """Names of text files, and what separates their values."""
@@ -46,10 +46,12 @@ class TextFiles(Format):
             text = line.decode("utf-8-sig").rstrip("\r\n")
         except UnicodeDecodeError as error:
             raise ValueError(f"{file}: the first line is no text of UTF-8 ({error})") from error
+        if "\r" in text:
+            raise ValueError(
+                f"{file}: lines end in a carriage return alone; write them to end in a newline"
+            )
         names = next(csv.reader([text], delimiter=self._separator(file)))
-        twice = sorted({name for name in names if names.count(name) > 1})
-        if twice:
-            raise ValueError(f"{file} has more than one column of the names {twice}; rename them")
+        refuse_doubles(file, names)
         return len(line), names
 
     def columns(self, file: str) -> dict[str, pa.DataType]:

@@ -11,6 +11,7 @@ from torch import nn
 from torchrec.modules.embedding_configs import BaseEmbeddingConfig
 
 from cce_torchrec.config import is_cce
+from cce_torchrec.config_checks import finite_number
 from cce_torchrec.modules.compressed_tables import Form, Made, made_of, ratio_for
 from cce_torchrec.modules.compressible import Found, collections_of, full_bytes, remade
 from cce_torchrec.table import refuse_none
@@ -19,6 +20,7 @@ from cce_torchrec.torchrec_internals import optimizers_in_backward
 logger = logging.getLogger(__name__)
 
 _ALREADY = "compressed already"
+_FITS = "table_bytes holds all that were chosen in full"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -106,7 +108,8 @@ def compress_model(
         num_rows: main rows of each table, with 3 times as many helper rows; of a joint one as many
             for each of its tables.
         table_bytes: bytes for all tables that this call compresses, codes counted; each has the
-            same part of its own (see `CCEEmbeddingBagConfig.from_bytes`).
+            same part of its own (see `CCEEmbeddingBagConfig.from_bytes`). Where they hold all of
+            them in full nothing is compressed.
         examples_per_id: by table, the mean training examples of an id in one pass. Tables that are
             named get the recipe "auto" (see `CCEEmbeddingBagConfig`), others "frequent".
         joint: which tables of a collection become one, whose codebooks their features share (see
@@ -125,7 +128,7 @@ def compress_model(
             rows a table, an optimizer applied already, or a model that is a collection itself.
     """
     refuse_none(tables)
-    ratio = _checked_ratio(compression, num_rows, table_bytes, num_chunks)
+    ratio = _checked_ratio(compression, num_rows, table_bytes)
     found = collections_of(model)
     chosen = _choose(model, found, tables, min_bytes)
     form = Form(
@@ -137,12 +140,15 @@ def compress_model(
         count_codes=table_bytes is not None,
     )
     form.check_names({name for _, name in chosen})
-    if table_bytes is not None:
+    fits: Collection[tuple[str, str]] = ()
+    if table_bytes is not None and sum(map(full_bytes, chosen.values())) <= table_bytes:
+        chosen, fits = {}, chosen
+    elif table_bytes is not None:
         each = [(at.configs, _stay(at, chosen)) for at in found]
         ratio = ratio_for(each, table_bytes, form)
     described: list[CompressedTable] = []
     replacements: dict[nn.Module, nn.Module] = {}
-    for at, made in _made(found, chosen, ratio, form, num_rows):
+    for at, made in _made(found, chosen, ratio, form, num_rows, fits):
         described += [one for own in made for one in _describe(at.path, own)]
         if any(own.table is not own.of[0] for own in made):
             replacements[at.module] = replacement(at, [own.table for own in made])
@@ -162,16 +168,16 @@ def _print_on_first_rank(report: CompressionReport) -> None:
 
 
 def _checked_ratio(
-    compression: float | None, num_rows: int | None, table_bytes: int | None, num_chunks: int
+    compression: float | None, num_rows: int | None, table_bytes: int | None
 ) -> float:
     """`compression`, or 1 where another of the three budgets is given."""
     if sum(value is not None for value in (compression, num_rows, table_bytes)) != 1:
         raise ValueError("give exactly one of compression, num_rows and table_bytes")
     ratio = compression if compression is not None else 1.0
-    if not ratio > 0 or num_chunks < 1:
-        raise ValueError(
-            f"compression {ratio} must be positive, and num_chunks {num_chunks} at least 1"
-        )
+    if finite_number("compress_model", "compression", ratio) <= 0:
+        raise ValueError(f"compression {ratio} must be positive")
+    if table_bytes is not None:
+        finite_number("compress_model", "table_bytes", table_bytes)
     return ratio
 
 
@@ -237,12 +243,15 @@ def _made(
     ratio: float,
     form: Form,
     num_rows: int | None,
+    fits: Collection[tuple[str, str]],
 ) -> Iterator[tuple[Found, list[Made]]]:
     """What becomes of the tables of every collection."""
     # Of the whole model, as plans and `cluster(tables=)` go by names alone.
     names = {config.name for at in found for config in at.configs}
     for at in found:
-        made = made_of(at.configs, _stay(at, chosen), ratio, form, num_rows, names)
+        stay = _stay(at, chosen)
+        stay |= {c.name: _FITS for c in at.configs if (at.path, c.name) in fits}
+        made = made_of(at.configs, stay, ratio, form, num_rows, names)
         names |= {own.table.name for own in made}
         yield at, made
 

@@ -9,6 +9,7 @@ from typing import Any
 from torchrec.modules.embedding_configs import BaseEmbeddingConfig, EmbeddingBagConfig
 
 from cce_torchrec.config import CCEEmbeddingBagConfig, is_cce
+from cce_torchrec.config_checks import check_examples, whole_number
 from cce_torchrec.joint import free_name, has_default_init, joint_table, shape_of
 from cce_torchrec.modules.compressible import full_bytes
 from cce_torchrec.recipe import RARE_BELOW, is_rare, recipe_fields
@@ -34,6 +35,14 @@ class Form:
     """Whether codes have to leave most of the bytes to codebooks."""
 
     def __post_init__(self) -> None:
+        if not isinstance(self.examples_per_id, Mapping):
+            raise ValueError(
+                f"examples_per_id {self.examples_per_id!r} is no mapping; give examples by table"
+            )
+        for name, examples in self.examples_per_id.items():
+            check_examples(f"table {name!r}", examples)
+        if whole_number("compressed tables", "num_chunks", self.num_chunks) < 1:
+            raise ValueError(f"num_chunks {self.num_chunks} must be 1 or more")
         if self.joint not in JOINT:
             raise ValueError(f"joint {self.joint!r} is none of {list(JOINT)}")
         if self.multiplies and self.joint != "no":
@@ -231,9 +240,11 @@ def ratio_for(
     counted = [t for tables, stay in collections for t in tables if t.name not in stay]
     low, high = 1.0, float(max(1, sum(t.num_embeddings for t in counted)))
     if total(high) > budget:
+        whole = [f"{t.name!r} ({why})" for t in counted if (why := _fault(t, form))]
         raise ValueError(
             f"table_bytes {budget} does not hold two rows of each of {len(counted)} tables, which "
             f"take {total(high)}; use more bytes"
+            + (f". Some cannot be compressed: {', '.join(whole)}" if whole else "")
         )
     # Of the logarithm: the ratio may be of any order of magnitude up to the number of ids.
     for _ in range(60):

@@ -14,6 +14,7 @@ import torch
 from torchrec.modules.embedding_configs import BaseEmbeddingConfig, EmbeddingBagConfig
 
 from cce_torchrec.config import CCEEmbeddingBagConfig, is_cce
+from cce_torchrec.config_checks import finite_number, table_names, whole_number
 from cce_torchrec.data import Examples, Share
 from cce_torchrec.kmeans import kmeans
 from cce_torchrec.modules.compressed_tables import Form, Made, made_of, ratio_for
@@ -139,10 +140,14 @@ def advise(
     """
     if (table_bytes is None) == (loss_increase is None):
         raise ValueError("give one of table_bytes and loss_increase")
+    if table_bytes is not None:
+        finite_number("advise", "table_bytes", table_bytes)
+    elif finite_number("advise", "loss_increase", loss_increase) <= 0:
+        raise ValueError(f"loss_increase {loss_increase} must be positive; full tables have none")
     _check(counts, embedding_dim, weights or {})
     plain = _plain(counts, embedding_dim)
     large = _large(plain, min_bytes)
-    examples = {c.name: float(counts[c.name].sum()) / c.num_embeddings for c in large}
+    examples = {c.name: float(counts[_feature(c)].sum()) / c.num_embeddings for c in large}
     whole = sum(map(full_bytes, large))
     curve = _curve(large, examples, multiplies)
     budget = (
@@ -157,18 +162,25 @@ def advise(
         count_codes=True,
     )
     # A small table is read as fast whole, and its ids are mostly frequent.
-    stay = {c.name: "small" for c in plain if c not in large}
-    made = made_of(plain, stay, ratio_for([(plain, stay)], budget, form), form)
+    stay = {c.name: "small" for c in plain if c not in large or budget >= whole}
+    ratio = 1.0 if budget >= whole else ratio_for([(plain, stay)], budget, form)
+    made = made_of(plain, stay, ratio, form)
     explained = _explained(weights or {}, num_chunks)
-    told = {t.name: t for one in made for t in _told(one, counts, explained)}
+    told = {
+        config.name: told
+        for one in made
+        for config, told in zip(one.of, _told(one, counts, explained), strict=True)
+    }
     # What it is of the budget: small tables stay as they are, and are not a part of it.
     taken = sum(told[config.name].bytes for config in large)
-    increase = curve.increase(taken / whole)
+    increase = curve.increase(taken / whole) if taken < whole else 0.0
     return Advice(
         tables=[told[config.name] for config in plain],
         configs=[one.table for one in made],
         expected_increase=increase,
-        rests_on=(
+        rests_on="all tables stay full, as the budget holds them"
+        if taken >= whole
+        else (
             f"compressed tables take {taken / whole:.1%} of their full bytes; there log loss rose "
             f"by {increase:.3f} on {curve.measured}. Other data differ: train both, and compare"
         ),
@@ -185,10 +197,10 @@ def _told(
     size = made.table.table_bytes if is_cce(made.table) else full_bytes(made.table)
     out = []
     for config in made.of:
-        own, kept = counts[config.name], explained.get(config.name)
+        own, kept = counts[_feature(config)], explained.get(_feature(config))
         out.append(
             TableAdvice(
-                name=config.name,
+                name=_feature(config),
                 num_embeddings=config.num_embeddings,
                 trained_ids=int((own > 0).sum()),
                 examples_per_id=float(own.sum()) / config.num_embeddings,
@@ -228,12 +240,18 @@ def explained_variance(weight: torch.Tensor, num_chunks: int) -> float:
 
 def _plain(counts: Mapping[str, torch.Tensor], dim: int) -> list[BaseEmbeddingConfig]:
     """Full tables of the features."""
+    names = table_names(counts)
     return [
         EmbeddingBagConfig(
-            name=name, num_embeddings=len(own), embedding_dim=dim, feature_names=[name]
+            name=names[name], num_embeddings=len(own), embedding_dim=dim, feature_names=[name]
         )
         for name, own in counts.items()
     ]
+
+
+def _feature(table: BaseEmbeddingConfig) -> str:
+    """The one that reads it, which is not called like the table where no table may be called so."""
+    return table.feature_names[0]
 
 
 def _large(tables: Sequence[BaseEmbeddingConfig], min_bytes: int) -> list[BaseEmbeddingConfig]:
@@ -270,6 +288,11 @@ def _noise(weight: torch.Tensor) -> torch.Tensor:
 def _check(
     counts: Mapping[str, torch.Tensor], embedding_dim: int, weights: Mapping[str, torch.Tensor]
 ) -> None:
+    if whole_number("advise", "embedding_dim", embedding_dim) < 1:
+        raise ValueError(f"embedding_dim {embedding_dim} must be 1 or more")
+    for name, own in [*counts.items(), *weights.items()]:
+        if not isinstance(own, torch.Tensor):
+            raise ValueError(f"{name!r} has a {type(own).__name__}; give tensors")
     for name, own in counts.items():
         if own.dim() != 1 or not len(own) or own.is_floating_point() or int(own.min()) < 0:
             raise ValueError(

@@ -13,6 +13,7 @@ from torchrec.modules.embedding_configs import EmbeddingBagConfig
 from torchrec.optim.apply_optimizer_in_backward import apply_optimizer_in_backward
 
 from cce_torchrec.config import is_cce
+from cce_torchrec.config_checks import finite_number, whole_number
 from cce_torchrec.distributed.sharders import get_default_sharders
 from cce_torchrec.modules.compressed_tables import Form, made_of
 from cce_torchrec.modules.compressible import full_bytes
@@ -64,8 +65,12 @@ def tables_for_memory(
         ValueError: no tables, examples of one that stays as it is, or not even two rows a chunk
             fit.
     """
-    if not tables or num_chunks < 1:
-        raise ValueError(f"{len(tables)} tables, num_chunks {num_chunks}: at least 1 of each")
+    ranks = whole_number("tables_for_memory", "world_size", world_size)
+    if not tables or num_chunks < 1 or ranks < 1:
+        raise ValueError(
+            f"{len(tables)} tables, num_chunks {num_chunks}, world_size {ranks}: at least 1 of each"
+        )
+    finite_number("tables_for_memory", "memory_bytes", memory_bytes, 0.0)
     device = device if device is not None else torch.device("cpu")
     form = Form(
         num_chunks=num_chunks,

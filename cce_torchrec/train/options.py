@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -120,6 +121,7 @@ def rows_per_table(args: argparse.Namespace, dataset: Examples) -> dict[str, int
             f"--method {args.method} has no table to compress: all have few ids "
             f"({dataset.features}); name some by --compressed, or take --method full"
         )
+    _check_bytes(args, sizes)
     if args.params_per_dim is not None:
         rows = dict.fromkeys(sizes, args.params_per_dim)
     elif args.table_bytes is not None:
@@ -136,9 +138,25 @@ def rows_per_table(args: argparse.Namespace, dataset: Examples) -> dict[str, int
             raise ValueError(f"--compression {ratio} must be positive")
         rows = {name: max(2, round(size / ratio)) for name, size in sizes.items()}
     bad = [name for name, value in rows.items() if value < 2]
+    if bad and args.table_bytes is not None:
+        least = -(-8 * args.embedding_dim * sum(sizes.values()) // min(sizes.values()))
+        raise ValueError(
+            f"--table-bytes {args.table_bytes}: tables {bad} get less than two rows; with these "
+            f"features {least:,} bytes are the least"
+        )
     if bad:
         raise ValueError(f"tables {bad}: at least 2 rows are needed; raise the budget")
     return rows
+
+
+def _check_bytes(args: argparse.Namespace, sizes: Mapping[str, int]) -> None:
+    """Refuses a budget that holds the full tables, which compressing could only make worse."""
+    full = 4 * args.embedding_dim * sum(sizes.values())
+    if args.table_bytes is not None and args.method != "full" and args.table_bytes >= full:
+        raise ValueError(
+            f"--table-bytes {args.table_bytes} holds the full tables of {list(sizes)}, which take "
+            f"{full:,} bytes; take --method full, or fewer bytes"
+        )
 
 
 def bytes_per_table(args: argparse.Namespace, dataset: Examples) -> dict[str, int]:

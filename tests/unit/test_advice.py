@@ -1,5 +1,7 @@
 """What to make of the tables of a data set: what is counted, chosen and told."""
 
+import math
+
 import pytest
 import torch
 
@@ -66,6 +68,24 @@ def test_tables_of_a_product_stay_apart():
     assert "MovieLens-1M" in advice.rests_on
 
 
+def test_a_budget_that_holds_full_tables_compresses_none():
+    full = 64 * 53_000
+    for budget in (full, 10**12):
+        advice = advise(counts(), embedding_dim=16, table_bytes=budget, min_bytes=20_000)
+        assert {table.form for table in advice.tables} == {"full"}
+        assert advice.expected_increase == 0.0 and "all tables stay full" in str(advice)
+    advice = advise(counts(), embedding_dim=16, table_bytes=full - 1, min_bytes=20_000)
+    assert any(is_cce(config) for config in advice.configs)
+
+
+def test_features_called_as_no_table_may_be_keep_their_names():
+    own = {"type": torch.full((9000,), 2), "user.id": torch.full((9000,), 3)}
+    advice = advise(own, embedding_dim=16, table_bytes=100_000, min_bytes=20_000, multiplies=True)
+    assert [table.name for table in advice.tables] == ["type", "user.id"]
+    assert [config.name for config in advice.configs] == ["type_table", "user_id"]
+    assert CCEEmbeddingBagCollection(advice.configs, device="meta").output.names == list(own)
+
+
 @pytest.mark.parametrize("curve", CURVES)
 def test_bytes_of_a_loss_and_loss_of_bytes(curve):
     for share, increase in curve.points:
@@ -121,6 +141,14 @@ def test_counts_of_a_data_set(monkeypatch):
         ({"weights": {"usr": torch.zeros(5, 16)}}, r"weights of 'usr', and counts of \['city'"),
         ({"weights": {"city": torch.zeros(5, 16)}}, r"\[5, 16\]; give \[3000, 16\], a row"),
         ({"table_bytes": 10}, "table_bytes 10 does not hold"),
+        ({"table_bytes": math.nan}, "table_bytes nan is no finite number"),
+        ({"table_bytes": None, "loss_increase": math.nan}, "loss_increase nan is no finite"),
+        ({"table_bytes": None, "loss_increase": 0.0}, "loss_increase 0.0 must be positive"),
+        ({"embedding_dim": 0}, "embedding_dim 0 must be 1 or more"),
+        ({"embedding_dim": 6}, "cannot be compressed: 'user' .embedding_dim 6 is not a multiple"),
+        ({"num_chunks": 0}, "num_chunks 0 must be 1 or more"),
+        ({"counts": {"a": [1, 2]}}, "'a' has a list; give tensors"),
+        ({"weights": {"city": [1]}}, "'city' has a list; give tensors"),
     ],
 )
 def test_what_is_refused(changes, message):

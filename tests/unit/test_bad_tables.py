@@ -5,6 +5,7 @@ import os
 
 import numpy as np
 import pandas as pd
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
@@ -118,12 +119,23 @@ def test_bad_values_in_lists(tmp_path, position, value, message):
         (lambda f: text(f / "a.csv.gz", "x"), "a.csv.gz ends in '.gz'.*unpack"),
         (lambda f: text(f / "a.csv", "user,user\n1,2\n"), r"more than one column .*\['user'\]"),
         (lambda f: text(f / "a.csv", "\x00" * 5000), "lacks columns|UTF-8|more than"),
+        (
+            lambda f: text(f / "a.csv", "click,user\r1,2\r"),
+            r"a.csv: lines end in a carriage return",
+        ),
+        (lambda f: doubled(f / "a.parquet"), r"a.parquet has more than one column .*\['user'\]"),
     ],
 )
 def test_files_that_are_none(tmp_path, make, message):
     rest = {"dense": (), "categorical": ("user",)}
     (tmp_path / "data").mkdir()
     refused(make(tmp_path / "data"), tmp_path, message, **rest)
+
+
+def doubled(path):
+    rows = [pa.array([0, 1]), pa.array([1, 2]), pa.array([3, 4])]
+    pq.write_table(pa.Table.from_arrays(rows, names=["click", "user", "user"]), path)
+    return path
 
 
 def text(path, content):
@@ -325,6 +337,10 @@ def test_a_file_that_shrinks_meanwhile(tmp_path):
         ("--dataset criteo --data a --label b", "--label: --dataset criteo has columns of its own"),
         ("--ids hash --dense a", "--dense, --ids: --dataset flights has columns"),
         ("--dataset criteo --data a --validation-fraction 1", "is not between 0 and 1"),
+        (
+            "--dataset criteo --data a --validation b --validation-fraction .2",
+            "--validation-fraction is of the rows of --data",
+        ),
     ],
 )
 def test_options_of_the_program(words, message, capsys):

@@ -48,7 +48,21 @@ def test_advice_of_a_file_is_that_of_the_library(clicks, tmp_path):
     called("plan", tmp_path / "t.yaml")
     # A product of two features wants tables of their own.
     told = called("advise", *words, "--loss-increase", 0.01, "--model", "gmf")
-    assert "joint" not in told and told.count("restarted CE") == 2
+    assert "joint" not in told and told.count("CCE, frequent") == 2
+
+
+def test_a_trained_full_table_is_read(clicks, tmp_path):
+    torch.save({"embedding_bags.user.weight": torch.randn(3000, 16)}, tmp_path / "full.pt")
+    words = ("--dataset", "table", "--data", clicks, "--label", "click", "--categorical",
+             "user,item", "--min-bytes", "50kB", "--table-bytes", "40kB",
+             "--full-table")  # fmt: skip
+    told = called("advise", *words, f"user={tmp_path / 'full.pt'}", "--json", tmp_path / "a.json")
+    assert "(noise " in told
+    user, item = json.loads((tmp_path / "a.json").read_text())["tables"]
+    assert 0 < user["explained"] <= 1 and item["explained"] is None
+    for wrong in ("user", "usr=full.pt", f"user={tmp_path / 'none.pt'}"):
+        said = called("advise", *words, wrong, status=1)
+        assert said.startswith("Error: ") and ("none.pt" in said or "give FEATURE=PATH" in said)
 
 
 @pytest.mark.parametrize(

@@ -147,8 +147,21 @@ def applied():
         (lambda: compress_model(dlrm()), "exactly one of"),
         (lambda: compress_model(dlrm(), compression=5, num_rows=5), "exactly one of"),
         (lambda: compress_model(dlrm(), compression=0), "compression 0 must be positive"),
-        (lambda: compress_model(dlrm(), compression=float("nan")), "compression nan must be"),
-        (lambda: compress_model(dlrm(), compression=5, num_chunks=0), "num_chunks 0 at least 1"),
+        (lambda: compress_model(dlrm(), compression=float("nan")), "compression nan is no finite"),
+        (lambda: compress_model(dlrm(), compression=5, num_chunks=0), "num_chunks 0 must be 1"),
+        (lambda: compress_model(dlrm(), table_bytes=5, num_chunks=0), "num_chunks 0 must be 1"),
+        (lambda: compress_model(dlrm(), table_bytes=float("nan")), "table_bytes nan is no finite"),
+        (lambda: compress_model(dlrm(), table_bytes="1MB"), "table_bytes '1MB' is no finite"),
+        (
+            lambda: compress_model(dlrm(), table_bytes=10**5, examples_per_id=3.0),
+            "examples_per_id 3.0 is no mapping",
+        ),
+        (
+            lambda: compress_model(
+                dlrm(), compression=5, multiplies=True, examples_per_id={"user": float("nan")}
+            ),
+            "table 'user': examples_per_id nan is no finite number of 0 or more",
+        ),
         (lambda: compress_model(dlrm(), compression=5, tables=["usr"]), r"no tables \['usr'\]"),
         (lambda: compress_model(nn.Linear(2, 2), compression=5), "nothing to compress"),
         (lambda: compress_model(dlrm(), compression=5, min_bytes=10**9), "nothing to compress"),
@@ -166,6 +179,20 @@ def applied():
 def test_bad_calls(call, message):
     with pytest.raises(ValueError, match=message):
         call()
+
+
+def test_a_budget_that_holds_the_full_tables_leaves_them(caplog):
+    model = dlrm()
+    chosen = compress_model(dlrm(), compression=50, verbose=False).tables
+    full = sum(table.full_bytes for table in chosen if table.num_rows)
+    report = compress_model(model, table_bytes=full, verbose=False)
+    assert {t.reason for t in report.tables} == {
+        "table_bytes holds all that were chosen in full", "not chosen",
+    }  # fmt: skip
+    assert type(model.sparse_arch.embedding_bag_collection) is EmbeddingBagCollection
+    assert "nothing was compressed" in caplog.text
+    less = compress_model(dlrm(), table_bytes=full - 1, verbose=False)
+    assert sum(table.bytes for table in less.tables if table.num_rows) < full
 
 
 def test_the_report_is_printed_and_has_paths(capsys):

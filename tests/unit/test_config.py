@@ -123,10 +123,12 @@ def test_budgets():
     vast = CCEEmbeddingBagConfig.from_bytes(2**41, **{**kwargs, "embedding_dim": 16})
     assert vast.rows_per_chunk == 2**31 - 1
     for ratio in (-1.0, -0.5, float("nan")):
-        with pytest.raises(ValueError, match=r"table 't'.*helper_ratio .* must be 0 or more"):
+        with pytest.raises(ValueError, match=r"table 't'.*helper_ratio .* number of 0 or more"):
             CCEEmbeddingBagConfig.from_params_per_dim(64, helper_ratio=ratio, **kwargs)
-    for budget in (float("inf"), float("nan")):
-        with pytest.raises(ValueError, match=r"table 't'.*is no number of bytes"):
+    with pytest.raises(ValueError, match=r"table 't': helper_ratio '3' is no finite number"):
+        CCEEmbeddingBagConfig.from_bytes(20_000, helper_ratio="3", **kwargs)
+    for budget in (float("inf"), float("nan"), "1e6", None):
+        with pytest.raises(ValueError, match=r"table 't': table_bytes .* is no finite number"):
             CCEEmbeddingBagConfig.from_bytes(budget, **kwargs)
     with pytest.raises(ValueError, match=r"table 't'.*params_per_dim 64.5 is not a whole number"):
         CCEEmbeddingBagConfig.from_params_per_dim(64.5, **kwargs)
@@ -161,7 +163,14 @@ def test_numbers_of_numpy_become_pythons():
         ({"num_rows": 2**30, "num_helper_rows": 2**31}, "more than a code can hold"),
         ({"pooling": "max"}, "pooling 'max' is not SUM or MEAN"),
         ({"pooling": PoolingType.NONE}, "is not SUM or MEAN"),
-        ({"name": "a#b"}, "without '#'"),
+        ({"name": "a#b"}, "no '#', which marks the chunks"),
+        ({"name": "user.id"}, "hold no '.'"),
+        ({"name": "type"}, "of a module, such as 'type'"),
+        ({"name": 3}, "torch keeps tables as modules by their names"),
+        ({"examples_per_id": float("nan")}, "examples_per_id nan is no finite number of 0 or more"),
+        ({"examples_per_id": "3", "recipe": "auto"}, "examples_per_id '3' is no finite number"),
+        ({"examples_per_id": -1.0, "recipe": "auto"}, "examples_per_id -1.0 is no finite number"),
+        ({"track_counts": "yes"}, "track_counts 'yes' is no bool"),
         ({"num_rows": 0}, "num_rows has no default"),
         ({"num_rows": 16.0}, "num_rows 16.0 is not a whole number"),
         ({"num_embeddings": 1e6}, "num_embeddings 1000000.0 is not a whole number"),

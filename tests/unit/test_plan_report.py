@@ -79,6 +79,10 @@ def test_tables_that_are_compressed_already_stay_as_they_are():
 
 @pytest.mark.parametrize(("tables", "chunks"), [([], 4), (full(), 0)])
 def test_nothing_to_choose_from(tables, chunks):
+    with pytest.raises(ValueError, match="world_size 0: at least 1 of each"):
+        tables_for_memory(full(), 1 << 30, 0)
+    with pytest.raises(ValueError, match="memory_bytes nan is no finite number of 0 or more"):
+        tables_for_memory(full(), float("nan"), 1)
     with pytest.raises(ValueError, match="at least 1 of each"):
         tables_for_memory(tables, 1 << 30, 1, num_chunks=chunks)
 

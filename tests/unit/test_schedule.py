@@ -129,5 +129,8 @@ def test_schedule_for_training(epochs, steps, rare, expected):
 
 @pytest.mark.parametrize(("epochs", "steps"), [(0, 5), (5, 0), (-1, 5)])
 def test_schedule_of_no_training(epochs, steps):
+    for bad in (float("nan"), 2.5):
+        with pytest.raises(ValueError, match=f"epochs {bad} is not a whole number"):
+            ClusteringSchedule.for_training(bad, 10, rare=True)
     with pytest.raises(ValueError, match=f"epochs {epochs} of {steps} steps: there is nothing"):
         ClusteringSchedule.for_training(epochs, steps)

@@ -118,6 +118,27 @@ def test_features_called_as_no_table_may_be(monkeypatch):
     assert model.output.names == list(sizes)
 
 
+@pytest.mark.parametrize(
+    ("asked", "message"),
+    [
+        ("188160", "holds the full tables of .* which take 188,160 bytes; take --method full"),
+        ("100000000", "take --method full, or fewer bytes"),
+        ("0", "--table-bytes 0: tables .* get less than two rows; .* 9,408 bytes are the least"),
+        ("9407", "tables .'often'. get less than two rows"),
+    ],
+)
+def test_budgets_that_no_tables_can_have(asked, message):
+    args = options.parse(["--table-bytes", asked])
+    with pytest.raises(ValueError, match=message):
+        options.rows_per_table(args, DATA)
+
+
+@pytest.mark.parametrize("asked", ["188159", "9408"])
+def test_budgets_that_tables_can_have(asked):
+    args = options.parse(["--table-bytes", asked])
+    assert min(options.rows_per_table(args, DATA).values()) >= 2
+
+
 def test_finalizing_needs_a_table_that_can_be():
     refuse_to_finalize_none(made())
     with pytest.raises(ValueError, match="--finalize: all compressed tables are of rare ids"):
