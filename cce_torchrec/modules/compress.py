@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch.distributed as dist
@@ -140,26 +140,33 @@ def compress_model(
         count_codes=table_bytes is not None,
     )
     form.check_names({name for _, name in chosen})
-    fits: Collection[tuple[str, str]] = ()
-    if table_bytes is not None and sum(map(full_bytes, chosen.values())) <= table_bytes:
-        chosen, fits = {}, chosen
-    elif table_bytes is not None:
+    fits = set(chosen) if _holds(table_bytes, chosen.values()) else set()
+    if table_bytes is not None and not fits:
         each = [(at.configs, _stay(at, chosen)) for at in found]
         ratio = ratio_for(each, table_bytes, form)
     described: list[CompressedTable] = []
     replacements: dict[nn.Module, nn.Module] = {}
-    for at, made in _made(found, chosen, ratio, form, num_rows, fits):
+    for at, made in _made(found, set(chosen) - fits, ratio, form, num_rows, fits):
         described += [one for own in made for one in _describe(at.path, own)]
         if any(own.table is not own.of[0] for own in made):
             replacements[at.module] = replacement(at, [own.table for own in made])
     replace_modules(model, replacements)
     report = CompressionReport(described)
     if not replacements:
-        reasons = {f"{table.collection}.{table.name}": table.reason for table in described}
-        logger.warning("nothing was compressed, every table stays as it is: %s", reasons)
+        _warn(report)
     if verbose:
         _print_on_first_rank(report)
     return report
+
+
+def _warn(report: CompressionReport) -> None:
+    reasons = {f"{table.collection}.{table.name}": table.reason for table in report.tables}
+    logger.warning("nothing was compressed, every table stays as it is: %s", reasons)
+
+
+def _holds(table_bytes: int | None, chosen: Iterable[BaseEmbeddingConfig]) -> bool:
+    """Whether so many bytes hold all of the tables in full."""
+    return table_bytes is not None and sum(map(full_bytes, chosen)) <= table_bytes
 
 
 def _print_on_first_rank(report: CompressionReport) -> None:

@@ -138,12 +138,7 @@ def advise(
     Raises:
         ValueError: not one budget, no table to compress, counts or weights of other shapes.
     """
-    if (table_bytes is None) == (loss_increase is None):
-        raise ValueError("give one of table_bytes and loss_increase")
-    if table_bytes is not None:
-        finite_number("advise", "table_bytes", table_bytes)
-    elif finite_number("advise", "loss_increase", loss_increase) <= 0:
-        raise ValueError(f"loss_increase {loss_increase} must be positive; full tables have none")
+    _check_budget(table_bytes, loss_increase)
     _check(counts, embedding_dim, weights or {})
     plain = _plain(counts, embedding_dim)
     large = _large(plain, min_bytes)
@@ -173,17 +168,23 @@ def advise(
     }
     # What it is of the budget: small tables stay as they are, and are not a part of it.
     taken = sum(told[config.name].bytes for config in large)
-    increase = curve.increase(taken / whole) if taken < whole else 0.0
+    increase, rests_on = _expected(curve, taken / whole)
     return Advice(
         tables=[told[config.name] for config in plain],
         configs=[one.table for one in made],
         expected_increase=increase,
-        rests_on="all tables stay full, as the budget holds them"
-        if taken >= whole
-        else (
-            f"compressed tables take {taken / whole:.1%} of their full bytes; there log loss rose "
-            f"by {increase:.3f} on {curve.measured}. Other data differ: train both, and compare"
-        ),
+        rests_on=rests_on,
+    )
+
+
+def _expected(curve: Curve, share: float) -> tuple[float, str]:
+    """By how much log loss would rise at `share` of the full bytes, and what that rests on."""
+    if share >= 1:
+        return 0.0, "all tables stay full, as the budget holds them"
+    increase = curve.increase(share)
+    return increase, (
+        f"compressed tables take {share:.1%} of their full bytes; there log loss rose "
+        f"by {increase:.3f} on {curve.measured}. Other data differ: train both, and compare"
     )
 
 
@@ -283,6 +284,15 @@ def _explained(
 def _noise(weight: torch.Tensor) -> torch.Tensor:
     generator = torch.Generator().manual_seed(0)
     return torch.randn(len(weight), weight.shape[1], generator=generator)
+
+
+def _check_budget(table_bytes: int | None, loss_increase: float | None) -> None:
+    if (table_bytes is None) == (loss_increase is None):
+        raise ValueError("give one of table_bytes and loss_increase")
+    if table_bytes is not None:
+        finite_number("advise", "table_bytes", table_bytes)
+    elif finite_number("advise", "loss_increase", loss_increase) <= 0:
+        raise ValueError(f"loss_increase {loss_increase} must be positive; full tables have none")
 
 
 def _check(

@@ -65,16 +65,20 @@ def check(args: argparse.Namespace) -> None:
             raise click.UsageError(
                 "--dataset table: --categorical or --sequence names the columns of ids"
             )
+    if args.dataset in DATASETS:
+        _check_table(args)
+
+
+def _check_table(args: argparse.Namespace) -> None:
     if args.validation is not None and args.validation_fraction is not None:
         raise click.UsageError(
             "--validation-fraction is of the rows of --data, and those of --validation validate; "
             "give one of them"
         )
-    if args.dataset in DATASETS:
-        try:
-            table_options(args)
-        except ValueError as error:
-            raise click.UsageError(str(error)) from error
+    try:
+        table_options(args)
+    except ValueError as error:
+        raise click.UsageError(str(error)) from error
 
 
 def table_options(
