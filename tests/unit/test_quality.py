@@ -8,6 +8,7 @@ from unittest import mock
 import numpy as np
 import pytest
 
+from benchmarks import recipes
 from benchmarks.quality import options, problems, running, training
 from benchmarks.quality.budgets import Budget
 from benchmarks.quality.cells import TUNING_SPLITS, Cell, Group
@@ -90,6 +91,27 @@ def test_order_of_batches_and_start_of_the_network_do_not_depend_on_the_method()
         assert one.equal(other)
     one, other = (run._order(1) for run in runs)
     assert one.equal(other)
+
+
+@pytest.mark.parametrize("model", ["dlrm", "gmf"])
+def test_recipes_are_compared_on_parts_of_the_data(model, monkeypatch):
+    monkeypatch.setitem(PROBLEMS, "tiny", replace(TINY, model=model))
+    setting = recipes.Setting("tiny", ("bytes=4000",), 0.5, 1)
+    made = []
+
+    class Kept(recipes.ForcedRun):
+        def train(self):
+            made.append((len(self.dataset.train), self.embedder.made))
+            super().train()
+
+    monkeypatch.setattr(recipes, "ForcedRun", Kept)
+    for recipe in recipes.RECIPES:
+        losses = recipes.measured(setting, "bytes=4000", recipe)
+        assert set(losses) == {"0.03", "0.1"} and all(0 < loss < 2 for loss in losses.values())
+    shared = "2 tables as one, " if model == "dlrm" else ""
+    rows = {how for _, how in made}
+    assert {size for size, _ in made} == {224} and f"{shared}1 main row" in rows
+    assert len(rows) == 2 and all(how.startswith(shared) for how in rows)
 
 
 @pytest.mark.parametrize(
