@@ -1,7 +1,6 @@
 """The benchmark of methods on a table in the user's own files."""
 
 import json
-import subprocess
 import sys
 from dataclasses import replace
 from unittest import mock
@@ -11,6 +10,7 @@ import pytest
 import torch
 
 from benchmarks.quality import options, training
+from benchmarks.quality.__main__ import main
 from benchmarks.quality.bags import in_batches, pooled, side_by_side
 from benchmarks.quality.cells import Cell
 from benchmarks.quality.grid import group_of, groups
@@ -156,12 +156,17 @@ def test_what_is_wrong_is_said_before_anything_is_trained(file, arguments, messa
         own_problem(options.parser().parse_args(arguments))
 
 
-def test_from_the_command_line(file, tmp_path):
-    command = [sys.executable, "-m", "benchmarks.quality", "--dataset", "table", "--data", file,
-               *COLUMNS, "--compressed", "user", "--only", "hash", "--budgets", "ppd=4",
-               "--splits", "20", "--jobs", "1", "--results", tmp_path / "out"]  # fmt: skip
-    ended = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert ended.returncode == 0, ended.stderr
-    assert "### own-clicks, 1 pass" in ended.stdout and "| hash | 0." in ended.stdout
+def test_from_the_command_line(file, tmp_path, monkeypatch, capsys):
+    command = ["quality", "--dataset", "table", "--data", str(file), *COLUMNS,
+               "--compressed", "user", "--only", "hash", "--budgets", "ppd=4", "--splits", "20",
+               "--jobs", "1", "--results", str(tmp_path / "out")]  # fmt: skip
+    monkeypatch.setattr(sys, "argv", command)
+    with mock.patch.dict(PROBLEMS):
+        main()  # whose cells are computed in a process of their own
+    told = capsys.readouterr().out
+    assert "### own-clicks, 1 pass" in told and "| hash | 0." in told
     lines = (tmp_path / "out" / "own-clicks.jsonl").read_text().splitlines()
     assert {json.loads(line)["split"] for line in lines} == {100, 20}
+    monkeypatch.setattr(sys, "argv", [*command, "--embedding-dim", "0"])
+    with pytest.raises(SystemExit, match="error: --embedding-dim 0 must be 1 or more"):
+        main()
