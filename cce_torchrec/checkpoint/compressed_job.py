@@ -94,6 +94,8 @@ class CompressedJob:
             (table, forms(table, self._fields(table), self._budget, self._chosen))
             for table in self._chosen
         ]
+        held = self._budget.holds(self._chosen)
+        why = "which the budget holds" if held else "as compressed it would not be smaller"
         said: dict[str, CompressedSaved] = {}
         filled: dict[str, CCEEmbeddingBagCollection] = {}
         bar = tqdm(made, unit="table", disable=not sys.stderr.isatty())
@@ -101,7 +103,7 @@ class CompressedJob:
             bar.set_description(table.full_name)
             # Found before a table is read, and told with those that are compressed.
             if not candidates:
-                said[table.full_name] = stays(table, "as compressed it would not be smaller")
+                said[table.full_name] = stays(table, why)
                 continue
             with tempfile.TemporaryDirectory(dir=scratch, prefix=".table-") as folder:
                 weight = self._source.weight(table, Path(folder) / "weight.npy")

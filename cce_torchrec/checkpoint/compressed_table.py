@@ -53,6 +53,11 @@ class Budget:
             return int(table.bytes / self.compression)
         return (self.table_bytes or 0) * table.bytes // sum(one.bytes for one in every)
 
+    def holds(self, every: Sequence[PlainTable]) -> bool:
+        """Whether all of the tables to compress may stay as they are."""
+        full = sum(one.bytes for one in every)
+        return self.table_bytes is not None and self.table_bytes >= full
+
 
 @dataclass(frozen=True, kw_only=True)
 class CompressedSaved:
@@ -88,7 +93,8 @@ class CompressedSaved:
 def forms(
     table: PlainTable, fields: Mapping[str, Any], budget: Budget, every: Sequence[PlainTable]
 ) -> list[CCEEmbeddingBagConfig]:
-    """Forms of a table within the budget, one for each number of chunks; none that is no smaller.
+    """Forms of a table within the budget, one for each number of chunks; none that is no smaller,
+    and none where the budget holds all tables as they are.
 
     Args:
         table: as it was saved.
@@ -99,6 +105,8 @@ def forms(
     Raises:
         ValueError: the budget does not hold two rows a chunk.
     """
+    if budget.holds(every):
+        return []
     size, dim = budget.of(table, every), table.shape[1]
     if budget.num_chunks is not None:
         counts = [budget.num_chunks]

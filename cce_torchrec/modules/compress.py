@@ -129,6 +129,7 @@ def compress_model(
     """
     refuse_none(tables)
     ratio = _checked_ratio(compression, num_rows, table_bytes)
+    finite_number("compress_model", "min_bytes", min_bytes)
     found = collections_of(model)
     chosen = _choose(model, found, tables, min_bytes)
     form = Form(

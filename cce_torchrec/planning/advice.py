@@ -261,6 +261,7 @@ def _large(tables: Sequence[BaseEmbeddingConfig], min_bytes: int) -> list[BaseEm
     Raises:
         ValueError: none is.
     """
+    finite_number("advise", "min_bytes", min_bytes)
     large = [config for config in tables if full_bytes(config) >= min_bytes]
     if not large:
         raise ValueError(

@@ -71,6 +71,7 @@ def tables_for_memory(
             f"{len(tables)} tables, num_chunks {num_chunks}, world_size {ranks}: at least 1 of each"
         )
     finite_number("tables_for_memory", "memory_bytes", memory_bytes, 0.0)
+    finite_number("tables_for_memory", "min_bytes", min_bytes)
     device = device if device is not None else torch.device("cpu")
     form = Form(
         num_chunks=num_chunks,

@@ -144,6 +144,7 @@ def test_counts_of_a_data_set(monkeypatch):
         ({"table_bytes": math.nan}, "table_bytes nan is no finite number"),
         ({"table_bytes": None, "loss_increase": math.nan}, "loss_increase nan is no finite"),
         ({"table_bytes": None, "loss_increase": 0.0}, "loss_increase 0.0 must be positive"),
+        ({"min_bytes": "20k"}, "min_bytes '20k' is no finite number"),
         ({"embedding_dim": 0}, "embedding_dim 0 must be 1 or more"),
         ({"embedding_dim": 6}, "cannot be compressed: 'user' .embedding_dim 6 is not a multiple"),
         ({"num_chunks": 0}, "num_chunks 0 must be 1 or more"),

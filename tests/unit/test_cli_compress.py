@@ -151,6 +151,15 @@ def test_budgets_are_kept_and_used(sources, tmp_path, budget, most):
     assert (record.num_rows, record.num_helper_rows) == (said["num_rows"], 0)
 
 
+def test_a_budget_that_holds_all_tables_in_full_leaves_them(sources, tmp_path):
+    """Without the last byte they are compressed."""
+    words = ("compress", sources / "flat.pt", tmp_path / "out", "--table", "user")
+    told = called(*words, "--table-bytes", 3000 * 64)
+    assert "ebc.user: stays at 192.0 kB, which the budget holds" in told
+    told = called(*words[:2], tmp_path / "less", *words[3:], "--table-bytes", 3000 * 64 - 1)
+    assert "instead of 192.0 kB" in told
+
+
 def test_by_default_large_tables_are_compressed_twentyfold(tmp_path):
     weight = torch.randn(20_000, 16, generator=torch.Generator().manual_seed(0))
     torch.save({"e.embedding_bags.big.weight": weight, "e.embedding_bags.tiny.weight": weight[:9]},

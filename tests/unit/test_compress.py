@@ -151,6 +151,7 @@ def applied():
         (lambda: compress_model(dlrm(), compression=5, num_chunks=0), "num_chunks 0 must be 1"),
         (lambda: compress_model(dlrm(), table_bytes=5, num_chunks=0), "num_chunks 0 must be 1"),
         (lambda: compress_model(dlrm(), table_bytes=float("nan")), "table_bytes nan is no finite"),
+        (lambda: compress_model(dlrm(), compression=5, min_bytes=None), "min_bytes None is no"),
         (lambda: compress_model(dlrm(), table_bytes="1MB"), "table_bytes '1MB' is no finite"),
         (
             lambda: compress_model(dlrm(), table_bytes=10**5, examples_per_id=3.0),

@@ -83,6 +83,8 @@ def test_nothing_to_choose_from(tables, chunks):
         tables_for_memory(full(), 1 << 30, 0)
     with pytest.raises(ValueError, match="memory_bytes nan is no finite number of 0 or more"):
         tables_for_memory(full(), float("nan"), 1)
+    with pytest.raises(ValueError, match="min_bytes None is no finite number"):
+        tables_for_memory(full(), 1 << 30, 1, min_bytes=None)
     with pytest.raises(ValueError, match="at least 1 of each"):
         tables_for_memory(tables, 1 << 30, 1, num_chunks=chunks)
 
