@@ -11,7 +11,7 @@ import torch
 from torchrec.modules.embedding_configs import BaseEmbeddingConfig, PoolingType
 
 from cce_torchrec.config import is_cce
-from cce_torchrec.config_checks import unsupported_field
+from cce_torchrec.config_checks import finite_number, unsupported_field
 
 
 def joint_table(
@@ -40,8 +40,7 @@ def joint_table(
             feature.
     """
     tables = list(tables)
-    if not room >= 0:
-        raise ValueError(f"table {name!r}: room {room} must be 0 or more, as a part of the ids")
+    finite_number(f"table {name!r}", "room", room, 0.0)
     if len(tables) < 2:
         raise ValueError(f"table {name!r}: {len(tables)} tables to join; give two or more")
     ranges: dict[str, range] = {}

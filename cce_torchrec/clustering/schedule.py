@@ -12,7 +12,7 @@ from torch import nn
 from cce_torchrec.clustering.finalizing import finalize
 from cce_torchrec.clustering.report import ClusteringReport
 from cce_torchrec.clustering.step import cluster
-from cce_torchrec.config_checks import whole_number
+from cce_torchrec.config_checks import finite_number, whole_number
 
 _AN_EPOCH, _LEAST, _UNTIL = 4, 8, 0.8
 """Clusterings of frequent ids an epoch, at least, and until which share of training."""
@@ -143,6 +143,9 @@ class ClusteringSchedule:
         Fewer steps than clusterings give one a step. With `finalize` the last of them finalizes
         the tables. `for_training` chooses when.
         """
+        total_steps = whole_number("evenly", "total_steps", total_steps)
+        clusterings = whole_number("evenly", "clusterings", clusterings)
+        finite_number("evenly", "until", until)
         if total_steps < 1 or clusterings < 0 or not 0 < until <= 1:
             raise ValueError(
                 f"cannot spread {clusterings} clusterings over {until} of {total_steps} steps; "
@@ -171,6 +174,8 @@ class ClusteringSchedule:
         cls, epochs: list[int], steps_per_epoch: int, *, finalize: bool = False
     ) -> ClusteringSchedule:
         """At the end of each of `epochs`, counted from 1; with `finalize` the last finalizes."""
+        epochs = [whole_number("at_epochs", "an epoch", epoch) for epoch in epochs]
+        steps_per_epoch = whole_number("at_epochs", "steps_per_epoch", steps_per_epoch)
         if steps_per_epoch < 1 or not epochs or any(epoch < 1 for epoch in epochs):
             raise ValueError(
                 f"epochs {epochs} of {steps_per_epoch} steps: both count from 1, and no epoch at "

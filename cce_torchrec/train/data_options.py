@@ -75,6 +75,10 @@ def _check_table(args: argparse.Namespace) -> None:
             "--validation-fraction is of the rows of --data, and those of --validation validate; "
             "give one of them"
         )
+    if args.hash_size is not None and args.ids != "hash":
+        raise click.UsageError(
+            f"--hash-size {args.hash_size}: no ids are hashed; give --ids hash, or leave it out"
+        )
     try:
         table_options(args)
     except ValueError as error:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from cce_torchrec.train import config_file, data_options
-from cce_torchrec.train.parameters import CALL_ALONE, CALL_PARAMS, SEEING, SETTINGS
+from cce_torchrec.train.parameters import BUDGETS, CALL_ALONE, CALL_PARAMS, SEEING, SETTINGS
 
 if TYPE_CHECKING:  # neither the options nor `--help` need torch
     from cce_torchrec.data import Examples
@@ -121,7 +121,6 @@ def rows_per_table(args: argparse.Namespace, dataset: Examples) -> dict[str, int
             f"--method {args.method} has no table to compress: all have few ids "
             f"({dataset.features}); name some by --compressed, or take --method full"
         )
-    _check_bytes(args, sizes)
     if args.params_per_dim is not None:
         rows = dict.fromkeys(sizes, args.params_per_dim)
     elif args.table_bytes is not None:
@@ -137,25 +136,32 @@ def rows_per_table(args: argparse.Namespace, dataset: Examples) -> dict[str, int
         if not ratio > 0:
             raise ValueError(f"--compression {ratio} must be positive")
         rows = {name: max(2, round(size / ratio)) for name, size in sizes.items()}
-    bad = [name for name, value in rows.items() if value < 2]
-    if bad and args.table_bytes is not None:
-        least = -(-8 * args.embedding_dim * sum(sizes.values()) // min(sizes.values()))
-        raise ValueError(
-            f"--table-bytes {args.table_bytes}: tables {bad} get less than two rows; with these "
-            f"features {least:,} bytes are the least"
-        )
-    if bad:
-        raise ValueError(f"tables {bad}: at least 2 rows are needed; raise the budget")
+    if args.method != "full":
+        _check_rows(args, rows, sizes)
     return rows
 
 
-def _check_bytes(args: argparse.Namespace, sizes: Mapping[str, int]) -> None:
-    """Refuses a budget that holds the full tables, which compressing could only make worse."""
-    full = 4 * args.embedding_dim * sum(sizes.values())
-    if args.table_bytes is not None and args.method != "full" and args.table_bytes >= full:
+def _check_rows(
+    args: argparse.Namespace, rows: Mapping[str, int], sizes: Mapping[str, int]
+) -> None:
+    """Refuses a budget that is too small for a table, or in which all full ones find room."""
+    budget = next((name for name in BUDGETS if getattr(args, name) is not None), "compression")
+    told = f"{config_file.option_name(budget)} {getattr(args, budget)}"
+    few = [name for name, value in rows.items() if value < 2]
+    if few:
+        least = -(-8 * args.embedding_dim * sum(sizes.values()) // min(sizes.values()))
+        bytes_needed = f"; with these features {least:,} bytes are the least"
         raise ValueError(
-            f"--table-bytes {args.table_bytes} holds the full tables of {list(sizes)}, which take "
-            f"{full:,} bytes; take --method full, or fewer bytes"
+            f"{told}: tables {few} get less than two rows, which are the least"
+            + bytes_needed * (budget == "table_bytes")
+        )
+    # As many rows as ids cost what full tables do, and leave nothing to cluster.
+    full = 4 * args.embedding_dim * sum(sizes.values())
+    held = sum(rows.values()) >= sum(sizes.values())
+    if held or (args.table_bytes is not None and args.table_bytes >= full):
+        raise ValueError(
+            f"{told} holds the full tables of {list(sizes)}, {sum(sizes.values()):,} rows in "
+            f"{full:,} bytes; take --method full, or a smaller budget"
         )
 
 

@@ -338,6 +338,10 @@ def test_a_file_that_shrinks_meanwhile(tmp_path):
         ("--ids hash --dense a", "--dense, --ids: --dataset flights has columns"),
         ("--dataset criteo --data a --validation-fraction 1", "is not between 0 and 1"),
         (
+            "--dataset criteo --data a --hash-size 9",
+            "--hash-size 9: no ids are hashed; give --ids hash, or leave it out",
+        ),
+        (
             "--dataset criteo --data a --validation b --validation-fraction .2",
             "--validation-fraction is of the rows of --data",
         ),

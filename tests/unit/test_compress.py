@@ -562,7 +562,7 @@ def test_room_for_more_ids():
     fields = joint_table((plain(name, 100) for name in "ab"), room=0.5)
     assert fields["id_ranges"] == {"a": range(100), "b": range(150, 250)}
     assert fields["num_embeddings"] == 300
-    with pytest.raises(ValueError, match="room -1 must be 0 or more"):
+    with pytest.raises(ValueError, match="room -1 is no finite number of 0 or more"):
         joint_table([plain("a"), plain("b")], room=-1)
 
 

@@ -365,8 +365,14 @@ def test_a_model_is_of_rare_ids_if_all_its_cce_tables_are(tmp_path):
     [
         ({"recipe": "seldom"}, r"table 't': recipe 'seldom' is none of \['frequent', 'rare'"),
         ({"recipe": "auto"}, r"table 't': .* examples_per_id is None; give their mean number"),
-        ({"recipe": "auto", "examples_per_id": -1}, "examples_per_id is -1"),
-        ({"recipe": "auto", "examples_per_id": float("nan")}, "examples_per_id is nan"),
+        (
+            {"recipe": "auto", "examples_per_id": -1},
+            "examples_per_id -1 is no finite number of 0 or more",
+        ),
+        (
+            {"recipe": "auto", "examples_per_id": float("nan")},
+            "examples_per_id nan is no finite number of 0 or more",
+        ),
         ({"learned_codes": False, "track_counts": True}, "learned_codes=False has none"),
     ],
 )

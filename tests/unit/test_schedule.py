@@ -132,5 +132,15 @@ def test_schedule_of_no_training(epochs, steps):
     for bad in (float("nan"), 2.5):
         with pytest.raises(ValueError, match=f"epochs {bad} is not a whole number"):
             ClusteringSchedule.for_training(bad, 10, rare=True)
+    for call in (
+        lambda: ClusteringSchedule.evenly(1e9),
+        lambda: ClusteringSchedule.evenly(10, 2.5),
+        lambda: ClusteringSchedule.at_epochs([1.5], 10),
+        lambda: ClusteringSchedule.at_epochs([1], 10.5),
+    ):
+        with pytest.raises(ValueError, match="is not a whole number; round it"):
+            call()
+    with pytest.raises(ValueError, match="until nan is no finite number"):
+        ClusteringSchedule.evenly(10, until=float("nan"))
     with pytest.raises(ValueError, match=f"epochs {epochs} of {steps} steps: there is nothing"):
         ClusteringSchedule.for_training(epochs, steps)

@@ -121,14 +121,18 @@ def test_features_called_as_no_table_may_be(monkeypatch):
 @pytest.mark.parametrize(
     ("asked", "message"),
     [
-        ("188160", "holds the full tables of .* which take 188,160 bytes; take --method full"),
-        ("100000000", "take --method full, or fewer bytes"),
-        ("0", "--table-bytes 0: tables .* get less than two rows; .* 9,408 bytes are the least"),
-        ("9407", "tables .'often'. get less than two rows"),
+        ("--table-bytes 188160", "2,940 rows in 188,160 bytes; take --method full, or a smaller"),
+        ("--table-bytes 100000000", "holds the full tables of .'rare', 'often', 'rarer'., 2,940"),
+        ("--compression 1", "--compression 1.0 holds the full tables"),
+        ("--params-per-dim 980", "--params-per-dim 980 holds the full tables"),
+        ("--num-rows 245", "--num-rows 245 holds the full tables"),
+        ("--params-per-dim 1", "1: tables .'rare', 'often', 'rarer'. get less than two rows"),
+        ("--table-bytes 0", "0: tables .* get less than two rows, .* 9,408 bytes are the least"),
+        ("--table-bytes 9407", "tables .'often'. get less than two rows"),
     ],
 )
 def test_budgets_that_no_tables_can_have(asked, message):
-    args = options.parse(["--table-bytes", asked])
+    args = options.parse(asked.split())
     with pytest.raises(ValueError, match=message):
         options.rows_per_table(args, DATA)
 
