@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 
 import click
 
+from benchmarks.quality.budgets import Budget
 from benchmarks.quality.cells import FINAL_SPLITS, TUNING_SPLITS
 from benchmarks.quality.problems import Problem
 from cce_torchrec.data import Dataset, TableOptions
@@ -39,7 +40,7 @@ class OwnData:
         return TableDataset(self.path, options).in_memory()
 
     @property
-    def print(self) -> int:
+    def checksum(self) -> int:
         """Of the content of the files, and of what is read of them."""
         from cce_torchrec.data.table_files import open_table
 
@@ -111,7 +112,7 @@ def _problem(args: argparse.Namespace, data: OwnData) -> Problem:
             f"{data.path}: no feature has 1,000 ids, and none is compressed ({dataset.features}); "
             "name some by --compressed"
         )
-    budgets = tuple(str(b) for b in args.budgets or _budgets(dataset, dim))
+    budgets = tuple(str(Budget.parse(b)) for b in args.budgets or _budgets(dataset, dim))
     passes = tuple(args.passes or (1,))
     return Problem(
         name="own-" + re.sub(r"[^\w.-]", "_", dataset.name),
@@ -122,7 +123,7 @@ def _problem(args: argparse.Namespace, data: OwnData) -> Problem:
         passes=passes,
         budgets=budgets,
         other_budgets=budgets,
-        version=zlib.crc32(f"{data.print} {model} {dim} {batch}".encode()),
+        version=zlib.crc32(f"{data.checksum} {model} {dim} {batch}".encode()),
     )
 
 

@@ -117,7 +117,7 @@ def test_other_files_columns_and_settings_are_other_cells(file):
 
 
 def test_budgets_and_passes_are_those_of_the_options(file):
-    args = parsed(file, "--compressed", "user", "--budgets", "bytes=1000", "--passes", "2", "1")
+    args = parsed(file, "--compressed", "user", "--budgets", "bytes=1e3", "--passes", "2", "1")
     own = own_problem(args)
     with mock.patch.dict(PROBLEMS, {own.name: own}):
         asked = groups(options.selection(args, own))
