@@ -31,9 +31,8 @@ from cce_torchrec.sizing import (  # noqa: E402
     BYTES_CHUNKS,
     DEFAULT_HELPER_RATIO,
     MAX_ROWS,
-    PARAMS_CHUNKS,
     Sizing,
-    most_chunks,
+    default_chunks,
 )
 
 _SEEN, _COUNTS = {"seen": 8}, {"counts": 2}
@@ -267,9 +266,10 @@ class CCEEmbeddingBagConfig(EmbeddingBagConfig):
             helper_ratio: helper rows of a main row, of the recipe "frequent"; None is 3, or more if
                 codes count. Main of the recipe "rare" has 16, 4, 2 or 1 rows, at most half of all.
             count_codes: main has so few rows, unless `helper_ratio` is given, that codes take at
-                most half the bytes of codebooks, 1.5 times as many for 16 rows or fewer, or a
-                twentieth where the recipe is "rare".
-            kwargs: further fields; `num_chunks` is 8, or 4 if codes count, or what fits the width.
+                most half the bytes of codebooks, or 1.5 times as many for 16 rows or fewer; where
+                the recipe is "rare" one row, and there are no codes.
+            kwargs: further fields; `num_chunks` is 8, or 4 if codes count and there are some, or
+                what fits the width.
 
         Raises:
             ValueError: if `params_per_dim` is below 2, which leaves no row for one of the two, or
@@ -281,8 +281,7 @@ class CCEEmbeddingBagConfig(EmbeddingBagConfig):
             raise ValueError(
                 f"{who}: params_per_dim {total} must be at least 2, one main and one helper row"
             )
-        chunks = most_chunks(kwargs, BYTES_CHUNKS if count_codes else PARAMS_CHUNKS)
-        kwargs = {"num_chunks": chunks, **kwargs}
+        kwargs = {"num_chunks": default_chunks(kwargs, count_codes=count_codes), **kwargs}
         one = cls(num_rows=1, num_helper_rows=0, **kwargs)
         main = one._sizing(helper_ratio).main_rows(total, count_codes)
         return cls(num_rows=main, num_helper_rows=total - main, **kwargs)
@@ -307,7 +306,7 @@ class CCEEmbeddingBagConfig(EmbeddingBagConfig):
         """
         who = f"table {kwargs.get('name', '')!r}"
         finite_number(who, "table_bytes", table_bytes)
-        kwargs = {"num_chunks": most_chunks(kwargs, BYTES_CHUNKS), **kwargs}
+        kwargs = {"num_chunks": default_chunks(kwargs, count_codes=True), **kwargs}
         # The smallest table there is tells what bytes do not depend on rows.
         least = cls(num_rows=1, num_helper_rows=1, **kwargs)
         finalized = finalized and least.can_finalize and least.learned_codes

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import numbers
+from collections.abc import Mapping
 from typing import Any
 
-RECIPES = ("frequent", "rare", "auto")
+TRAINED_BY = ("frequent", "rare")
+RECIPES = (*TRAINED_BY, "auto")
 RARE_BELOW = 100.0
 """Examples of an id in one pass, in the mean, below which "auto" is "rare"."""
 
@@ -16,6 +19,14 @@ def is_rare(examples_per_id: float, *, multiplies: bool = False) -> bool:
     are: where the network is the product of a user and an item nothing is rare (docs/settings.md).
     """
     return not multiplies and examples_per_id < RARE_BELOW
+
+
+def trains_rare(fields: Mapping[str, Any]) -> bool:
+    """Whether a table of such `fields` is "rare"; what is of no use is refused elsewhere."""
+    recipe, examples = fields.get("recipe"), fields.get("examples_per_id")
+    if recipe == "auto" and isinstance(examples, numbers.Real):
+        return is_rare(float(examples))
+    return recipe == "rare"
 
 
 def recipe_fields(examples_per_id: float, *, multiplies: bool = False) -> dict[str, Any]:

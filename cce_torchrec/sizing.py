@@ -8,24 +8,29 @@ from dataclasses import dataclass
 from typing import Any
 
 from cce_torchrec.packing import CodePacking
+from cce_torchrec.recipe import trains_rare
 
 DEFAULT_HELPER_RATIO = 3
 MAX_ROWS = 2**31 - 1
 BYTES_CHUNKS, PARAMS_CHUNKS = 4, 8
-"""At most, of a budget of bytes, where codes are counted, and of one of parameters."""
+"""At most, where the bytes of codes count, and where they do not or there are none."""
 RARE_ROWS = (16, 4, 2)
-"""Main rows of rare ids."""
+"""Main rows of rare ids, where parameters are counted; codes are not worth their bytes there."""
 _CODE_ROWS = tuple(2**bits for bits in (28, 24, 20, 16, 14, 12, 10, 8, 6, 4, 3, 2, 1))
 """Main rows that get the most out of their codes."""
-_CODE_SHARES = {"rare": ((1, 1 / 20),), "frequent": ((17, 1 / 2), (1, 3 / 2))}
-"""Of so many main rows or more what codes get for each byte of codebooks, by the recipe."""
+_CODE_SHARES = ((17, 1 / 2), (1, 3 / 2))
+"""Of so many main rows or more what codes get for each byte of codebooks."""
 
 
-def most_chunks(fields: Mapping[str, Any], most: int) -> int:
-    """The most chunks up to `most` whose width FBGEMM reads, for a table of such `fields`.
+def default_chunks(fields: Mapping[str, Any], *, count_codes: bool) -> int:
+    """The chunks of a table of a budget, of such `fields`: as many as its width allows, up to most.
 
-    Where none but a single chunk is, and the embedding is wider, `most`, which is refused then.
+    Those are 4 where the bytes of codes count, and 8 where they do not or where there are none: a
+    hash alone, and rare ids. Where none but a single chunk has a width that FBGEMM reads, and the
+    embedding is wider, it is most, which is refused then.
     """
+    codes = count_codes and fields.get("learned_codes", True) and not trains_rare(fields)
+    most = BYTES_CHUNKS if codes else PARAMS_CHUNKS
     dim = fields.get("embedding_dim", 0)
     if not isinstance(dim, numbers.Integral) or dim == 4:
         return 1 if dim == 4 else most  # what is no number is refused with all other fields
@@ -68,7 +73,7 @@ class Sizing:
                 low, high = (middle, high) if fits else (low, middle - 1)
             return self.main_rows(low, True), low
         # From the most rows down: codes that are not worth their bytes leave more helper rows.
-        for main in (*(RARE_ROWS if self.recipe == "rare" else _CODE_ROWS), 1):
+        for main in (*(() if self.recipe == "rare" else _CODE_ROWS), 1):
             total = min(MAX_ROWS, (budget - self._code_bytes(main)) // self.row_bytes)
             if main == 1 or (main in self._choices(total, True) and self._worth(main, total)):
                 break
@@ -81,7 +86,7 @@ class Sizing:
 
     def _choices(self, total: int, count_codes: bool) -> Sequence[int]:
         if self.recipe == "rare":
-            return [main for main in RARE_ROWS if 2 * main <= total]
+            return [] if count_codes else [main for main in RARE_ROWS if 2 * main <= total]
         ratio = DEFAULT_HELPER_RATIO if self.helper_ratio is None else self.helper_ratio
         part = max(1, min(total - 1, round(total / (1 + ratio))))
         if self._in_ratio(count_codes):
@@ -91,7 +96,7 @@ class Sizing:
     def _worth(self, main: int, total: int) -> bool:
         if self._in_ratio(count_codes=True):
             return True
-        share = next(own for least, own in _CODE_SHARES[self.recipe] if main >= least)
+        share = next(own for least, own in _CODE_SHARES if main >= least)
         return self._code_bytes(main) <= share * total * self.row_bytes
 
     def _code_bytes(self, main: int) -> int:

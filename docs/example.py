@@ -18,7 +18,7 @@ from torchrec.optim.optimizers import in_backward_optimizer_filter
 
 from cce_torchrec import CCEEmbeddingBagCollection, CCEEmbeddingBagConfig
 from cce_torchrec.checkpoint import save_checkpoint
-from cce_torchrec.clustering import ClusteringSchedule, cluster, finalize
+from cce_torchrec.clustering import ClusteringSchedule
 from cce_torchrec.distributed.process_group import end_process_group
 from cce_torchrec.distributed.sharders import get_default_sharders
 from cce_torchrec.planning import make_plan
@@ -96,14 +96,13 @@ def main(folder: str) -> None:
     )
 
     loss_of = nn.functional.binary_cross_entropy_with_logits
-    schedule = ClusteringSchedule.for_training(EPOCHS, STEPS // EPOCHS)
+    schedule = ClusteringSchedule.for_tables(tables, EPOCHS, STEPS // EPOCHS, finalize=True)
     for step in range(1, STEPS + 1):
         features, labels = batch(BATCH_SIZE // ranks, device)
         dense.zero_grad()
         loss_of(model(features), labels).backward()  # steps the tables too
         dense.step()
-        if schedule.due(step):  # collective, as is saving: on every rank
-            finalize(model) if schedule.is_last(step, STEPS) else cluster(model)
+        schedule.cluster_if_due(model, step)  # collective, as is saving: on every rank
     save_checkpoint(folder, model, step=STEPS, optimizers=[dense], schedule=schedule)
 
     features, labels = batch(8192, device)

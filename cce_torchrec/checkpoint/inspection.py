@@ -127,6 +127,7 @@ def _of_manifest(path: Path, manifest: Manifest) -> Json:
             "steps": sorted(schedule.steps),
             "interval": schedule.interval,
             "final": schedule.final,
+            "rare": None if schedule.rare is None else sorted(schedule.rare),
         },
         "finalized": sorted(name for name, table in manifest.tables.items() if is_final(table)),
         "bytes": sum(one.size for one in manifest.files.values()),

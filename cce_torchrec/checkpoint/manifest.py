@@ -176,7 +176,9 @@ class Manifest:
             "schedule": None
             if schedule is None
             else {"steps": sorted(schedule.steps), "interval": schedule.interval}
-            | ({"final": schedule.final} if schedule.final else {}),  # which older manifests lack
+            # Which older manifests lack.
+            | ({"final": schedule.final} if schedule.final else {})
+            | ({} if schedule.rare is None else {"rare": sorted(schedule.rare)}),
             "extra": self.extra,
             "versions": self.versions,
             "files": self.files,
@@ -206,6 +208,7 @@ class Manifest:
                 frozenset(schedule["steps"]),
                 schedule["interval"],
                 schedule.get("final", 0),
+                frozenset(schedule["rare"]) if "rare" in schedule else None,
             ),
             extra=found["extra"],
             versions=found["versions"],

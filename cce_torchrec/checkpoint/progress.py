@@ -27,7 +27,6 @@ from cce_torchrec.clustering.collections import cce_collections
 from cce_torchrec.clustering.finalizing import finalize
 from cce_torchrec.clustering.schedule import ClusteringSchedule
 from cce_torchrec.collectives import Ranks, same_task
-from cce_torchrec.config import all_rare
 
 logger = logging.getLogger(__name__)
 
@@ -63,7 +62,7 @@ class TrainingProgress:
     save_every: int = field(default=1000, kw_only=True)
     """Steps from one checkpoint to the next. The end of each epoch has one too."""
     schedule: ClusteringSchedule | None = field(default=None, kw_only=True)
-    """By default `ClusteringSchedule.for_training`, of which the last clustering finalizes."""
+    """By default `ClusteringSchedule.for_tables`, of which the last clustering finalizes."""
     clustering: Mapping[str, Any] = field(default_factory=dict, kw_only=True)
     """Options of `cluster`, by name; `optimizer` is by default that which has unsharded and
     data-parallel tables."""
@@ -83,8 +82,8 @@ class TrainingProgress:
                 for _, collection in cce_collections(self.model)
                 for config in collection.embedding_bag_configs()
             ]
-            default = ClusteringSchedule.for_training(
-                self.epochs, self.steps_per_epoch, rare=all_rare(configs), finalize=True
+            default = ClusteringSchedule.for_tables(
+                configs, self.epochs, self.steps_per_epoch, finalize=True
             )
         self._when = self.schedule or default
         self._is_late = False

@@ -44,7 +44,7 @@ def _shared() -> list[click.Parameter]:
 def _advise(
     table_bytes: int | None,
     loss_increase: float | None,
-    num_chunks: int,
+    num_chunks: int | None,
     min_bytes: int,
     full_tables: tuple[str, ...],
     json_file: str | None,
@@ -140,9 +140,7 @@ command = click.Command(
         click.Option(
             ["--num-chunks"],
             type=click.IntRange(1),
-            default=4,
-            show_default=True,
-            help="most chunks of a table",
+            help="most chunks of a table; default 4, or 8 of rare ids, which have no codes",
         ),
         click.Option(
             ["--min-bytes"],

@@ -71,15 +71,20 @@ def lines_of(found: dict[str, Any]) -> list[str]:
     return out
 
 
+def _after(steps: list[int]) -> str:
+    return f"after steps {', '.join(f'{step:,}' for step in steps)}" if steps else "never"
+
+
 def _schedule(schedule: dict[str, Any] | None) -> str:
     if schedule is None:
         return "clustering schedule: none is saved"
-    steps = schedule["steps"]
-    said = [f"after steps {', '.join(f'{step:,}' for step in steps)}"] if steps else []
+    said = [_after(schedule["steps"])] if schedule["steps"] else []
     if schedule["interval"]:
         said.append(f"every {schedule['interval']:,} steps")
     if schedule["final"]:
         said.append(f"finalize after step {schedule['final']:,}")
+    if schedule["rare"] is not None:
+        said.append(f"tables of rare ids {_after(schedule['rare'])}")
     return f"clustering schedule: {', '.join(said) or 'never'}"
 
 

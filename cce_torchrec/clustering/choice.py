@@ -14,6 +14,7 @@ from cce_torchrec.clustering.collections import Collection as CCECollection
 from cce_torchrec.clustering.collections import cce_collections
 from cce_torchrec.config import CCEEmbeddingBagConfig
 from cce_torchrec.distributed.embedding_bag_collection import ShardedCCEEmbeddingBagCollection
+from cce_torchrec.recipe import TRAINED_BY
 from cce_torchrec.table import called, logical_table, named, refuse_none
 from cce_torchrec.torchrec_internals import fused_groups, lookups_of, optimizers_in_backward
 
@@ -46,6 +47,18 @@ def _why_fixed(config: CCEEmbeddingBagConfig, finalize: bool) -> str:
             f"{config.code_bits}; it is served with its helper"
         )
     return ""
+
+
+def other_recipes(model: nn.Module, recipes: Collection[str] | None) -> dict[str, str]:
+    """The CCE tables of other recipes than `recipes`, by path, and why they are left alone."""
+    if recipes is None:
+        return {}
+    return {
+        append_prefix(path, table.name): f"its recipe is {table.cce.recipe!r}, which is not due"
+        for path, module in cce_collections(model)
+        for table in module.tables
+        if table.cce is not None and table.cce.recipe not in recipes
+    }
 
 
 def frozen_chunks(
@@ -103,6 +116,7 @@ def left_alone(
     frozen: Sequence[dict[str, str]],
     trained: Sequence[set[str]],
     tables: Collection[str] | None,
+    others: dict[str, str] | None = None,
 ) -> dict[str, str]:
     """Why each table that the step does not take is left alone; the same on every rank.
 
@@ -111,6 +125,7 @@ def left_alone(
         frozen: by rank, the tables of which it found a chunk frozen, and why.
         trained: by rank, the tables of which it has a chunk that is trained.
         tables: those that the caller named, or None.
+        others: `other_recipes` of all ranks.
 
     Raises:
         ValueError: no CCE table at all, chunks of a table of which some are frozen, or a name of
@@ -125,11 +140,11 @@ def left_alone(
     found = {path: why for path, why in fixed.items() if why}
     for rank, own in enumerate(frozen):
         for path, why in own.items():
-            others = [r for r, paths in enumerate(trained) if path in paths]
-            if others:
+            elsewhere = [r for r, paths in enumerate(trained) if path in paths]
+            if elsewhere:
                 raise ValueError(
                     f"table {path!r} is {why} on rank {rank}, and some of its chunks are trained "
-                    f"on ranks {others}; freeze all of its chunks, on every rank, or none"
+                    f"on ranks {elsewhere}; freeze all of its chunks, on every rank, or none"
                 )
             found[path] = why
     if tables is not None:
@@ -137,7 +152,8 @@ def left_alone(
         refused = [f"table {path!r}: {found[path]}" for path in sorted(chosen & set(found))]
         if refused:
             raise ValueError(f"{'; '.join(refused)}; it cannot be clustered, leave it out")
-        return found | {path: "not among tables" for path in sorted(set(fixed) - chosen)}
+        found |= {path: "not among tables" for path in sorted(set(fixed) - chosen)}
+    found = (others or {}) | found
     if len(found) == len(fixed):
         _say_once("; ".join(f"table {path!r}: {why}" for path, why in sorted(found.items())))
     return found
@@ -146,6 +162,19 @@ def left_alone(
 @functools.cache
 def _say_once(tables: str) -> None:
     logger.warning("nothing was clustered, as every CCE table is left alone: %s", tables)
+
+
+def check_recipes(recipes: Collection[str] | None) -> None:
+    """Raises ValueError if `recipes` are none, or others than tables have."""
+    if recipes is None:
+        return
+    if isinstance(recipes, str):
+        raise ValueError(f"recipes={recipes!r} is one recipe; give a list, [{recipes!r}]")
+    if not recipes or set(recipes) - set(TRAINED_BY):
+        raise ValueError(
+            f"recipes {list(recipes)} have to be some of {list(TRAINED_BY)}, which tables are "
+            "trained by; or leave it out"
+        )
 
 
 def check_names(names: Collection[str] | None) -> None:

@@ -11,7 +11,7 @@ from torch import nn
 from torchrec.distributed.utils import append_prefix
 
 from cce_torchrec.clustering import replicas
-from cce_torchrec.clustering.choice import frozen_chunks, is_wanted
+from cce_torchrec.clustering.choice import frozen_chunks
 from cce_torchrec.clustering.chunk_group import ALONE, ChunkGroup
 from cce_torchrec.clustering.chunk_state import ChunkState
 from cce_torchrec.clustering.collections import cce_collections
@@ -48,7 +48,7 @@ def local_chunks(
             whole = append_prefix(path, name)
             can_learn = codes.config.learned_codes and codes.config.helper_rows > 0
             can_learn &= codes.config.can_finalize or not options.finalize
-            if not (can_learn and is_wanted(whole, options.tables)):
+            if not (can_learn and options.wants(whole, codes.config)):
                 continue
             chunks = [physical_table(name, chunk) for chunk in codes.chunks]
             if not frozen.keys() >= set(chunks):

@@ -8,9 +8,10 @@ from dataclasses import dataclass
 import torch
 
 from cce_torchrec.clustering.budget import Engine
-from cce_torchrec.clustering.choice import check_names
+from cce_torchrec.clustering.choice import check_names, check_recipes, is_wanted
 from cce_torchrec.clustering.chunk_state import ChunkState
 from cce_torchrec.clustering.id_passes import IdWeights
+from cce_torchrec.config import CCEEmbeddingBagConfig
 from cce_torchrec.gpu.usable import usable
 from cce_torchrec.kmeans import lloyd
 from cce_torchrec.kmeans.backends import SKLEARN_BACKENDS
@@ -33,10 +34,12 @@ class Options:
     metric: Mapping[str, torch.Tensor] | None = None
     finalize: bool = False
     tables: Collection[str] | None = None
+    recipes: Collection[str] | None = None
 
     def check(self) -> None:
         """Raises ValueError if an option cannot be used."""
         check_names(self.tables)
+        check_recipes(self.recipes)
         if self.init not in INITS:
             raise ValueError(f"unknown init {self.init!r}; choose one of {list(INITS)}")
         if self.finalize and self.init == "main":
@@ -67,6 +70,13 @@ class Options:
             seen,
             self.finalize,
             None if self.tables is None else tuple(sorted(self.tables)),
+            None if self.recipes is None else tuple(sorted(self.recipes)),
+        )
+
+    def wants(self, path: str, config: CCEEmbeddingBagConfig) -> bool:
+        """Whether the table of `config` at `path` is one of those that are clustered."""
+        return is_wanted(path, self.tables) and (
+            self.recipes is None or config.recipe in self.recipes
         )
 
     def check_names(self, tables: set[str]) -> None:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Set
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Set
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from torch import nn
@@ -12,12 +12,16 @@ from torch import nn
 from cce_torchrec.clustering.finalizing import finalize
 from cce_torchrec.clustering.report import ClusteringReport
 from cce_torchrec.clustering.step import cluster
+from cce_torchrec.config import CCEEmbeddingBagConfig, is_cce
 from cce_torchrec.config_checks import finite_number, whole_number
+from cce_torchrec.recipe import TRAINED_BY
 
 _AN_EPOCH, _LEAST, _UNTIL = 4, 8, 0.8
 """Clusterings of frequent ids an epoch, at least, and until which share of training."""
 _RARE_SHARE = 0.3
 """After which share of a single pass rare ids are clustered."""
+_RESTARTED_BELOW = 1.25
+"""Parameters an id below which a restart in a single pass gains more than it costs."""
 
 
 @dataclass(frozen=True)
@@ -28,6 +32,8 @@ class ClusteringSchedule:
     interval: int = 0
     final: int = 0
     """The step after which `finalize` takes the place of `cluster`, the last of all; 0: none."""
+    rare: frozenset[int] | None = None
+    """The steps after which tables of the recipe "rare" are clustered; None: with all others."""
 
     def __post_init__(self) -> None:
         # As Python's numbers, in a set that stays as it is: a checkpoint and other ranks have it.
@@ -37,14 +43,16 @@ class ClusteringSchedule:
                 "interval": operator.index(self.interval),
                 "final": operator.index(self.final),
             }
+            if self.rare is not None:
+                numbers["rare"] = frozenset(map(operator.index, self.rare))
         except TypeError as error:
             raise ValueError(
-                f"steps {self.steps!r}, interval {self.interval!r} and final {self.final!r} are "
-                f"whole numbers of steps ({error}); convert them by int()"
+                f"steps {self.steps!r}, interval {self.interval!r}, final {self.final!r} and rare "
+                f"{self.rare!r} are whole numbers of steps ({error}); convert them by int()"
             ) from error
         for name, value in numbers.items():
             object.__setattr__(self, name, value)
-        never = sorted(step for step in self.steps if step < 1)
+        never = sorted(step for step in self.steps | (self.rare or set()) if step < 1)
         if never or self.interval < 0 or self.final < 0:
             raise ValueError(
                 f"steps {never}, interval {self.interval} and final {self.final}: steps count from "
@@ -53,9 +61,21 @@ class ClusteringSchedule:
             )
 
     def due(self, step: int) -> bool:
-        """Whether to cluster after step `step`, or to finalize; never before the first step."""
+        """Whether to cluster after step `step`, or to finalize; never before the first step.
+
+        Some tables at least: where ids of both kinds are there, `recipes_due` says which.
+        """
+        return bool(self.recipes_due(step))
+
+    def recipes_due(self, step: int) -> frozenset[str]:
+        """The recipes of the tables that are clustered after step `step`, or finalized."""
         if step < 1:
-            return False
+            return frozenset()
+        frequent = self._frequent_due(step)
+        rare = frequent if self.rare is None else step in self.rare
+        return frozenset(["frequent"] * frequent + ["rare"] * rare)
+
+    def _frequent_due(self, step: int) -> bool:
         # Finalized tables have no helper, without which there is nothing to cluster.
         if self.final and step >= self.final:
             return step == self.final
@@ -65,9 +85,10 @@ class ClusteringSchedule:
         """Whether the clustering after step `step` is the last of a run of `total_steps` steps.
 
         `finalize` takes the place of `cluster` there. It is False where none is due after `step`,
-        so a schedule that never clusters has no last one.
+        so a schedule that never clusters has no last one. Clusterings of rare ids alone, whose
+        tables are not finalized, do not count.
         """
-        if not (self.due(step) and step <= total_steps):
+        if not (1 <= step <= total_steps and self._frequent_due(step)):
             return False
         # A schedule may be longer than the run.
         end = min(total_steps, self.final) if self.final else total_steps
@@ -82,13 +103,24 @@ class ClusteringSchedule:
     def cluster_if_due(
         self, model: nn.Module, step: int, **options: Any
     ) -> ClusteringReport | None:
-        """`cluster(model, **options)` if it is due after step `step`, or `finalize` in its place.
+        """Does what is due after step `step`: `cluster`, `finalize`, or nothing.
 
         To be called on every rank after every step. What was done is returned, None for nothing.
+
+        Args:
+            model: as of `cluster`.
+            step: of the optimizer, counted from 1.
+            options: of `cluster`. With `recipes` those tables are clustered whenever others are.
         """
-        if not self.due(step):
+        recipes = self.recipes_due(step)
+        if not recipes:
             return None
-        return (finalize if step == self.final else cluster)(model, **options)
+        if step == self.final:
+            options.pop("recipes", None)  # tables of rare ids are not finalized in any case
+            return finalize(model, **options)
+        # Of all nothing is said, as a schedule for all tables says nothing either.
+        due = {} if len(recipes) == len(TRAINED_BY) else {"recipes": recipes}
+        return cluster(model, **due | options)
 
     @classmethod
     def for_training(
@@ -128,6 +160,33 @@ class ClusteringSchedule:
         steps = steps - {0} or {1}  # the first step is the earliest that is ever due
         final = max(max(steps), round(0.9 * total)) if finalize else 0
         return cls(frozenset(steps), final=final)
+
+    @classmethod
+    def for_tables(
+        cls, tables: Iterable[Any], epochs: int, steps_per_epoch: int, *, finalize: bool = False
+    ) -> ClusteringSchedule:
+        """`for_training` of each recipe that `tables` have: the rule of the training program.
+
+        A single pass over rare ids without codes is left alone, unless tables have fewer than 1.25
+        parameters an id: clustering them would be a restart, which costs more than it gains.
+
+        Args:
+            tables: of all collections of a model, plain ones too.
+            epochs: of the run.
+            steps_per_epoch: optimizer steps of each.
+            finalize: see `for_training`.
+        """
+        learned = [config for config in tables if is_cce(config) and config.learned_codes]
+        rare = [config for config in learned if config.recipe == "rare"]
+        if not rare:
+            return cls.for_training(epochs, steps_per_epoch, finalize=finalize)
+        own = cls.for_training(epochs, steps_per_epoch, rare=True, finalize=finalize)
+        if epochs == 1 and not any(map(_gains_in_one_pass, rare)):
+            own = cls.never()
+        if len(rare) == len(learned):
+            return own
+        others = cls.for_training(epochs, steps_per_epoch, finalize=finalize)
+        return replace(others, rare=own.steps)
 
     @classmethod
     def evenly(
@@ -202,3 +261,9 @@ def _last(steps: Set[int], finalize: bool) -> int:
             "leave finalize out"
         )
     return max(steps) if finalize else 0
+
+
+def _gains_in_one_pass(config: CCEEmbeddingBagConfig) -> bool:
+    """Whether a single clustering is worth what the pass loses by it, of a table of rare ids."""
+    parameters = config.helper_rows * config.embedding_dim
+    return config.code_bits > 0 or parameters < _RESTARTED_BELOW * config.num_embeddings

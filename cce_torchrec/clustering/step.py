@@ -13,7 +13,7 @@ from torch import nn
 from torchrec.distributed.utils import append_prefix
 
 from cce_torchrec.clustering import replicas
-from cce_torchrec.clustering.choice import fixed_tables, left_alone
+from cce_torchrec.clustering.choice import fixed_tables, left_alone, other_recipes
 from cce_torchrec.clustering.chunk_state import ChunkState
 from cce_torchrec.clustering.collections import cce_collections
 from cce_torchrec.clustering.limits import least_free_share, memory
@@ -51,6 +51,7 @@ def cluster(
     metric: Mapping[str, torch.Tensor] | None = None,
     optimizer: torch.optim.Optimizer | None = None,
     tables: Collection[str] | None = None,
+    recipes: Collection[str] | None = None,
     process_group: dist.ProcessGroup | None = None,
 ) -> ClusteringReport:
     """Relearns the codes of every CCE table of `model`; call it between optimizer steps.
@@ -78,6 +79,8 @@ def cluster(
         metric: per table name A [num_chunks, s, s], symmetric, for (x - y)^T A (x - y) >= 0.
         optimizer: that of unsharded and data-parallel tables, whose state then follows.
         tables: names of the tables to cluster, alone or as `collection.table`; by default all.
+        recipes: "frequent" or "rare", of the tables to cluster; by default both. A schedule knows
+            which are due (`ClusteringSchedule.recipes_due`).
         process_group: the ranks that share the tables.
 
     Raises:
@@ -96,6 +99,7 @@ def cluster(
         weights=weights,
         metric=metric,
         tables=tables,
+        recipes=recipes,
     )
     return run(model, options, optimizer, process_group)[0]
 
@@ -189,6 +193,8 @@ class _Ready:
     """Its CCE tables, and why the codes of some cannot be learned."""
     frozen: dict[str, str]
     """Tables of which it has a chunk that is not trained, and why."""
+    others: dict[str, str]
+    """Tables whose recipe is not asked for, and why."""
     digests: replicas.Digests
     options: Hashable
     """Their fingerprint."""
@@ -221,7 +227,8 @@ def _prepared(
     kernels = usable(device) if device.type == "cuda" else None
     digests = replicas.digests(states, options)
     fixed = fixed_tables(model, finalize=options.finalize)
-    ready = _Ready(tasks, fixed, frozen, digests, options.fingerprint(), kernels)
+    others = other_recipes(model, options.recipes)
+    ready = _Ready(tasks, fixed, frozen, others, digests, options.fingerprint(), kernels)
     return states, ready
 
 
@@ -240,6 +247,7 @@ def _check_agreement(by_rank: list[_Ready], options: Options) -> dict[str, str]:
         [ready.frozen for ready in by_rank],
         [{task.path for task in ready.tasks} for ready in by_rank],
         options.tables,
+        {path: why for ready in by_rank for path, why in ready.others.items()},
     )
 
 

@@ -90,7 +90,7 @@ def compress_model(
     examples_per_id: Mapping[str, float] | None = None,
     joint: str = "no",
     multiplies: bool = False,
-    num_chunks: int = 4,
+    num_chunks: int | None = None,
     seed: int = 0,
     verbose: bool = True,
 ) -> CompressionReport:
@@ -118,7 +118,8 @@ def compress_model(
             keeps its order. With examples of some of them alone the recipe is "frequent".
         multiplies: whether the network is the product of two embeddings (GMF, two towers): tables
             of `examples_per_id` are then "frequent", however few, and none may be joint.
-        num_chunks: most chunks of a table; fewer where embedding_dim asks for it.
+        num_chunks: most chunks of a table; fewer where embedding_dim asks for it. None: 4, or of
+            tables of rare ids within `table_bytes`, which have no codes, 8.
         seed: of the hashes.
         verbose: print the report too, on the first rank.
 

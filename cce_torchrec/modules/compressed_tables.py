@@ -12,7 +12,8 @@ from cce_torchrec.config import CCEEmbeddingBagConfig, is_cce
 from cce_torchrec.config_checks import check_examples, whole_number
 from cce_torchrec.joint import free_name, has_default_init, joint_table, shape_of
 from cce_torchrec.modules.compressible import full_bytes
-from cce_torchrec.recipe import RARE_BELOW, is_rare, recipe_fields
+from cce_torchrec.recipe import RARE_BELOW, is_rare, recipe_fields, trains_rare
+from cce_torchrec.sizing import BYTES_CHUNKS, PARAMS_CHUNKS
 
 JOINT = ("no", "rare", "all")
 """Which compressed tables are one."""
@@ -22,8 +23,8 @@ JOINT = ("no", "rare", "all")
 class Form:
     """What compressed tables have in common."""
 
-    num_chunks: int
-    """At most."""
+    num_chunks: int | None
+    """At most; None: 8 of a table of rare ids within a budget of bytes, and 4 of others."""
     seed: int
     examples_per_id: Mapping[str, float]
     """Of the tables whose recipe follows from it, by name."""
@@ -41,7 +42,8 @@ class Form:
             )
         for name, examples in self.examples_per_id.items():
             check_examples(f"table {name!r}", examples)
-        if whole_number("compressed tables", "num_chunks", self.num_chunks) < 1:
+        chunks = self.num_chunks
+        if chunks is not None and whole_number("compressed tables", "num_chunks", chunks) < 1:
             raise ValueError(f"num_chunks {self.num_chunks} must be 1 or more")
         if self.joint not in JOINT:
             raise ValueError(f"joint {self.joint!r} is none of {list(JOINT)}")
@@ -157,8 +159,8 @@ def _joined(
 
 
 def _chunks(dim: int, most: int) -> int:
-    """The largest number of chunks up to `most` whose width is a multiple of 4; 0 if none is."""
-    return next((c for c in range(most, 0, -1) if dim % (4 * c) == 0), 0)
+    """The largest number of chunks up to `most` whose width is a multiple of 4, as `dim` is."""
+    return next(c for c in range(most, 0, -1) if dim % (4 * c) == 0)
 
 
 def compressed(
@@ -197,7 +199,7 @@ def _of_ratio(
 
 def _fault(config: BaseEmbeddingConfig, form: Form) -> str:
     """Why `config` has no CCE form; empty if it has one."""
-    if not _chunks(config.embedding_dim, form.num_chunks):
+    if config.embedding_dim % 4:
         return f"embedding_dim {config.embedding_dim} is not a multiple of 4"
     try:
         CCEEmbeddingBagConfig(num_rows=1, **_kept(config, form))
@@ -210,9 +212,15 @@ def _kept(config: BaseEmbeddingConfig, form: Form) -> dict[str, Any]:
     """What a CCE table has of `config`, and of `form`."""
     names = {field.name for field in fields(EmbeddingBagConfig)}
     kept = {f.name: getattr(config, f.name) for f in fields(config) if f.name in names}
-    kept |= {"num_chunks": _chunks(config.embedding_dim, form.num_chunks), "seed": form.seed}
+    kept["seed"] = form.seed
     if config.name in form.examples_per_id:
         kept |= recipe_fields(form.examples_per_id[config.name], multiplies=form.multiplies)
+    most = form.num_chunks
+    if most is None:
+        # By a ratio of parameters rare ids have codes too, whose bytes are what a user sees.
+        no_codes = form.count_codes and trains_rare(kept)
+        most = PARAMS_CHUNKS if no_codes else BYTES_CHUNKS
+    kept["num_chunks"] = _chunks(config.embedding_dim, most)
     if has_default_init(config):
         # As a custom one, it would leave the helper rows at zero (CodebookInit).
         kept["init_fn"] = None

@@ -21,6 +21,7 @@ from cce_torchrec.modules.compressed_tables import Form, Made, made_of, ratio_fo
 from cce_torchrec.modules.compressible import full_bytes
 from cce_torchrec.planning.loss_curves import CURVES, Curve
 from cce_torchrec.recipe import is_rare
+from cce_torchrec.sizing import BYTES_CHUNKS
 
 IMPORT = (
     "where full tables can be trained, train those and import them "
@@ -117,7 +118,7 @@ def advise(
     loss_increase: float | None = None,
     multiplies: bool = False,
     min_bytes: int = 1 << 20,
-    num_chunks: int = 4,
+    num_chunks: int | None = None,
     weights: Mapping[str, torch.Tensor] | None = None,
 ) -> Advice:
     """What to make of tables whose ids occur as `counts` says.
@@ -132,7 +133,7 @@ def advise(
         multiplies: whether the network multiplies the embeddings of two features (GMF, two towers),
             so that tables stay apart, and none is trained by the recipe "rare".
         min_bytes: bytes from which a table is compressed.
-        num_chunks: most chunks of a table.
+        num_chunks: most chunks of a table; None: 4, or 8 of rare ids, which have no codes.
         weights: trained full tables [ids, embedding_dim], by feature, where there are some.
 
     Raises:
@@ -160,7 +161,7 @@ def advise(
     stay = {c.name: "small" for c in plain if c not in large or budget >= whole}
     ratio = 1.0 if budget >= whole else ratio_for([(plain, stay)], budget, form)
     made = made_of(plain, stay, ratio, form)
-    explained = _explained(weights or {}, num_chunks)
+    explained = _explained(weights or {}, num_chunks or BYTES_CHUNKS)
     told = {
         config.name: told
         for one in made

@@ -31,7 +31,7 @@ def tables_for_memory(
     batch_size: int = 512,
     optimizer: type[torch.optim.Optimizer] = torchrec.optim.RowWiseAdagrad,
     min_bytes: int = 1 << 20,
-    num_chunks: int = 4,
+    num_chunks: int | None = None,
     seed: int = 0,
     examples_per_id: Mapping[str, float] | None = None,
     joint: str = "no",
@@ -52,7 +52,8 @@ def tables_for_memory(
         batch_size: global.
         optimizer: of the tables; its state counts.
         min_bytes: bytes from which a table is compressed.
-        num_chunks: most chunks of a table; fewer where embedding_dim asks for it.
+        num_chunks: most chunks of a table; fewer where embedding_dim asks for it. None: 4, or 8
+            of rare ids, which have no codes.
         seed: of the hashes.
         examples_per_id: by table, the mean training examples of an id in one pass; see
             `compress_model`.
@@ -66,10 +67,8 @@ def tables_for_memory(
             fit.
     """
     ranks = whole_number("tables_for_memory", "world_size", world_size)
-    if not tables or num_chunks < 1 or ranks < 1:
-        raise ValueError(
-            f"{len(tables)} tables, num_chunks {num_chunks}, world_size {ranks}: at least 1 of each"
-        )
+    if not tables or ranks < 1:
+        raise ValueError(f"{len(tables)} tables, world_size {ranks}: at least 1 of each")
     finite_number("tables_for_memory", "memory_bytes", memory_bytes, 0.0)
     finite_number("tables_for_memory", "min_bytes", min_bytes)
     device = device if device is not None else torch.device("cpu")

@@ -7,6 +7,7 @@ import logging
 import sys
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 
 import torch
 import torch.distributed as dist
@@ -122,6 +123,13 @@ def _of_table(table: CCEEmbeddingBagConfig, args: argparse.Namespace) -> str:
 
 
 def _of_schedule(schedule: ClusteringSchedule, total_steps: int) -> str:
+    if schedule.rare is not None:
+        own = replace(schedule, rare=None)
+        rare = ClusteringSchedule(schedule.rare)
+        return (
+            f"{_of_schedule(own, total_steps)}; of tables of rare ids "
+            f"{_of_schedule(rare, total_steps)}"
+        )
     steps = clustering_steps(schedule, total_steps)
     if not steps:
         return "none"

@@ -19,7 +19,7 @@ from cce_torchrec.data import Examples, Rows
 from cce_torchrec.joint import free_name, joint_table
 from cce_torchrec.modules.embedding_bag_collection import CCEEmbeddingBagCollection
 from cce_torchrec.recipe import is_rare, recipe_fields
-from cce_torchrec.sizing import BYTES_CHUNKS, PARAMS_CHUNKS, most_chunks
+from cce_torchrec.sizing import default_chunks
 from cce_torchrec.train.options import bytes_per_table
 
 
@@ -56,10 +56,15 @@ class DLRMLogits(nn.Module):
         return self.dlrm(dense, ids).squeeze(1)
 
 
-def chunks_by_default(args: argparse.Namespace) -> int:
-    """Chunks of the compressed tables of a run that names no number of them."""
-    most = BYTES_CHUNKS if args.params_per_dim is None else PARAMS_CHUNKS
-    return most_chunks({"embedding_dim": args.embedding_dim}, most)
+def chunks_by_default(args: argparse.Namespace) -> int | None:
+    """Chunks of the compressed tables of a run that names no number of them.
+
+    None: within bytes CCE tables have as many as suit each.
+    """
+    if args.method == "cce" and args.table_bytes is not None:
+        return None
+    fields = {"embedding_dim": args.embedding_dim, "learned_codes": args.method == "cce"}
+    return default_chunks(fields, count_codes=args.params_per_dim is None)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,7 +73,8 @@ class Compression:
 
     method: str
     """cce, ce (hashed codes, no helper), hash (one chunk of that) or full."""
-    num_chunks: int
+    num_chunks: int | None
+    """None: by the budget and the recipe of each table."""
     rows: dict[str, int]
     """Per compressed feature, main + helper rows."""
     num_rows: int | None
@@ -119,16 +125,11 @@ class Compression:
     ) -> CCEEmbeddingBagConfig:
         """The compressed table of the features `names`, whose other fields are `common`."""
         rows = sum(self.rows[name] for name in names)
+        chunks = 1 if self.method == "hash" else self.num_chunks
+        common |= {"seed": self.seed} | ({} if chunks is None else {"num_chunks": chunks})
         if self.method != "cce":
-            return CCEEmbeddingBagConfig(
-                num_rows=rows,
-                num_helper_rows=0,
-                learned_codes=False,
-                num_chunks=1 if self.method == "hash" else self.num_chunks,
-                seed=self.seed,
-                **common,
-            )
-        common |= {"num_chunks": self.num_chunks, "seed": self.seed}
+            common |= {"num_helper_rows": 0, "learned_codes": False}
+            return CCEEmbeddingBagConfig(num_rows=rows, **common)
         if self.recipe == "auto":
             common |= recipe_fields(examples_per_id, multiplies=self.multiplies)
         else:

@@ -35,8 +35,8 @@ _TABLES = [
     option(
         "--num-chunks",
         type=int,
-        help="parts of an embedding with codes of their own; default 4, 8 with --params-per-dim, "
-        "or what fits",
+        help="parts of an embedding with codes of their own; default 4, or 8 with "
+        "--params-per-dim, --method ce, and of rare ids with --table-bytes; or what fits",
     ),
     option("--params-per-dim", type=int, help="main + helper rows of each table"),
     option("--num-rows", type=int, help="main rows of each table; three times as many helper rows"),

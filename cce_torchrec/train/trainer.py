@@ -97,9 +97,7 @@ class Trainer:
         self.steps = self.dataset.steps(args.batch_size)
         """Optimizer steps per epoch."""
         self.schedule = (
-            ClusteringSchedule.for_training(
-                args.epochs, self.steps, rare=rare, finalize=args.finalize
-            )
+            ClusteringSchedule.for_tables(configs, args.epochs, self.steps, finalize=args.finalize)
             if args.clusterings is None
             else ClusteringSchedule.evenly(
                 self.steps * args.epochs, args.clusterings, finalize=args.finalize

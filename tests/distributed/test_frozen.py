@@ -188,6 +188,8 @@ def test_ranks_that_freeze_other_tables_are_refused(rank, world_size):
     assert not changed(before, snapshot(model))
     with pytest.raises(ValueError, match="ranks disagree about the options"):
         cluster(model, tables=[["t"], ["u"]][rank])
+    with pytest.raises(ValueError, match="ranks disagree about the options"):
+        cluster(model, recipes=[["rare"], ["frequent"]][rank])
     with pytest.raises(ValueError, match="no table 'x'"):
         cluster(model, tables=["x"])
 

@@ -59,6 +59,7 @@ def test_one_table_of_two_ranks(rank, world_size):
 def test_every_rank_counts_the_clusterings_of_every_table(rank, world_size, kind):
     sharded = shard(Model(collection(tables(SUM))), tables(SUM), kind)
     cluster(sharded, tables=["t"])
+    cluster(sharded, recipes=["rare"])  # no table is
     counts = {name: int(own.clusterings) for name, own in sharded.module.collection.codes.items()}
     assert counts == {"t": 1, "u": 0}
     finalize(sharded)

@@ -25,7 +25,7 @@ def run(*arguments):
 
 def save(folder, model, own, number=3, **options):
     options = {"extra": {"settings": SETTINGS, "records": [1]}} | options
-    schedule = ClusteringSchedule(frozenset([2, 4]), 0, 6)
+    schedule = ClusteringSchedule(frozenset([2, 4]), 0, 6, frozenset([3]))
     return save_checkpoint(
         folder, model, step=number, optimizers=[own], schedule=schedule, **options
     )
@@ -58,7 +58,7 @@ def test_inspect_says_what_there_is(jobs, tmp_path):
     assert found.exit_code == 0, found.output
     for text in (
         "step 4, format 4, saved by 1 rank with torch",
-        "clustering schedule: after steps 2, 4, finalize after step 6",
+        "clustering schedule: after steps 2, 4, finalize after step 6, tables of rare ids after",
         "all as they were written", "  lr: 0.1", "collection.t: 1 clustering, RowWiseAdagrad",
         "collection.u  CCE    1,000    8       2  300 + 900",
         "warning: a third of the helper rows of chunks 0 and 1 have no id",

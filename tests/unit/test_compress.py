@@ -367,17 +367,38 @@ def test_the_same_call_again_changes_nothing_and_says_so(tables, caplog):
 
 
 def test_tables_of_rare_ids_are_told_by_their_examples():
-    """They get few main rows, or one, within the same budget."""
+    """They have no codes within a budget of bytes."""
     budget = {"table_bytes": 4000, "min_bytes": 1, "verbose": False}
     rare = next(t.name for t in compress_model(dlrm(), **budget).tables if not t.reason)
     model = dlrm()
     report = compress_model(model, examples_per_id={rare: 2.0}, **budget)
     collections = [m for m in model.modules() if isinstance(m, CCEEmbeddingBagCollection)]
     configs = {c.name: c for made in collections for c in made.embedding_bag_configs()}
-    assert configs[rare].recipe == "rare" and configs[rare].num_rows in (1, 2, 4, 16)
+    assert configs[rare].recipe == "rare" and configs[rare].num_rows == 1
     assert sum(t.bytes for t in report.tables if not t.reason) <= 4000
     with pytest.raises(ValueError, match=r"examples_per_id has \['usr'\], which are not comp"):
         compress_model(dlrm(), compression=5, min_bytes=1, examples_per_id={"usr": 2.0})
+
+
+@pytest.mark.parametrize(
+    ("budget", "examples", "chunks"),
+    [
+        ({"table_bytes": 20_000}, 2.0, 8),
+        ({"table_bytes": 20_000}, 200.0, 4),
+        ({"table_bytes": 20_000, "num_chunks": 2}, 2.0, 2),
+        ({"compression": 10}, 2.0, 4),
+        ({"num_rows": 16}, 2.0, 4),
+    ],
+)
+def test_chunks_where_nobody_says_how_many(budget, examples, chunks):
+    """Where a budget of bytes leaves codes out, chunks cost none."""
+    table = EmbeddingBagConfig(
+        name="t", num_embeddings=1_000, embedding_dim=64, feature_names=["t"]
+    )
+    model = nn.ModuleDict({"ebc": EmbeddingBagCollection([table])})
+    compress_model(model, examples_per_id={"t": examples}, min_bytes=1, verbose=False, **budget)
+    [made] = model["ebc"].embedding_bag_configs()
+    assert made.num_chunks == chunks
 
 
 def joint_model(pooling=PoolingType.SUM):

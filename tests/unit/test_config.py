@@ -194,16 +194,31 @@ def test_bad_collections():
         CCEEmbeddingBagCollection(tables=[plain])
 
 
-@pytest.mark.parametrize(
-    ("table_bytes", "rows"), [(3_000, 1), (9_000, 1), (11_000, 2), (22_000, 4), (43_000, 16)]
-)
-def test_budgets_of_rare_ids(table_bytes, rows):
-    """Codes of 1, 2 or 4 bits take at most a twentieth of what codebooks do."""
-    kwargs = dict(name="t", num_embeddings=1000, embedding_dim=16, feature_names=["f"])
+@pytest.mark.parametrize("table_bytes", [3_000, 9_000, 43_000])
+@pytest.mark.parametrize(("dim", "chunks"), [(4, 1), (16, 4), (24, 6), (32, 8), (64, 8)])
+def test_budgets_of_rare_ids(table_bytes, dim, chunks):
+    """No codes, which are not worth their bytes, and so more chunks where the width allows."""
+    kwargs = dict(name="t", num_embeddings=1000, embedding_dim=dim, feature_names=["f"])
     table = CCEEmbeddingBagConfig.from_bytes(table_bytes, recipe="rare", **kwargs)
-    assert table.num_rows == rows and table.recipe == "rare"
-    assert table_bytes - 64 < table.table_bytes <= table_bytes
+    assert (table.num_rows, table.num_chunks, table.recipe) == (1, chunks, "rare")
+    assert table.code_bytes == 0 and table_bytes - 4 * dim < table.table_bytes <= table_bytes
     auto = CCEEmbeddingBagConfig.from_bytes(table_bytes, recipe="auto", examples_per_id=2, **kwargs)
-    assert auto.num_rows == rows
+    assert (auto.num_rows, auto.num_chunks) == (1, chunks)
+    hashed = CCEEmbeddingBagConfig.from_bytes(table_bytes, learned_codes=False, **kwargs)
+    assert hashed.num_chunks == chunks
+    frequent = CCEEmbeddingBagConfig.from_bytes(
+        table_bytes, recipe="auto", examples_per_id=200, **kwargs
+    )
+    assert frequent.num_chunks == next(c for c in (4, 3, 2, 1) if dim % (4 * c) == 0)
+    counted = CCEEmbeddingBagConfig.from_params_per_dim(
+        64, recipe="rare", count_codes=True, **kwargs
+    )
+    assert (counted.num_rows, counted.num_chunks) == (1, chunks)
+    named = CCEEmbeddingBagConfig.from_bytes(table_bytes, recipe="rare", num_chunks=1, **kwargs)
+    assert named.num_chunks == 1
+
+
+def test_budget_of_rare_ids_that_is_too_small():
+    kwargs = dict(name="t", num_embeddings=1000, embedding_dim=16, feature_names=["f"])
     with pytest.raises(ValueError, match=r"'t': 100 bytes do not hold two rows"):
         CCEEmbeddingBagConfig.from_bytes(100, recipe="rare", **kwargs)

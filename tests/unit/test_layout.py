@@ -7,7 +7,7 @@ import cce_torchrec
 
 ROOT = Path(cce_torchrec.__file__).parent
 LAYERS = [
-    {"bars", "byte_sizes", "cpu_level", "extras", "packing", "reasons", "serve_options"},
+    {"bars", "byte_sizes", "cpu_level", "extras", "packing", "reasons", "recipe", "serve_options"},
     {
         "collectives",
         "compiled",
@@ -18,7 +18,7 @@ LAYERS = [
         "versions",
         "yaml_files",
     },
-    {"config_checks", "recipe", "sizing"},
+    {"config_checks", "sizing"},
     {"config", "spans"},
     {"joint", "optimizer_state", "table"},
     {"codes"},

@@ -43,6 +43,8 @@ def test_tables_for_memory_fill_the_ranks(world_size, memory):
     larger = tables_for_memory(full(), memory * 11 // 10, world_size, **settings)
     with pytest.raises(PlannerError):
         planned(larger, world_size, memory)
+    rare = tables_for_memory(full(), memory, world_size, examples_per_id={"t": 2.0}, **settings)
+    assert [table.num_chunks for table in rare[:3]] == [8, 4, 4]
 
 
 @pytest.mark.parametrize("dim", [16, 64])
@@ -85,7 +87,7 @@ def test_nothing_to_choose_from(tables, chunks):
         tables_for_memory(full(), float("nan"), 1)
     with pytest.raises(ValueError, match="min_bytes None is no finite number"):
         tables_for_memory(full(), 1 << 30, 1, min_bytes=None)
-    with pytest.raises(ValueError, match="at least 1 of each"):
+    with pytest.raises(ValueError, match=r"at least 1 of each|must be 1 or more"):
         tables_for_memory(tables, 1 << 30, 1, num_chunks=chunks)
 
 

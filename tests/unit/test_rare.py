@@ -57,6 +57,33 @@ def main_of(module):
     return [weights(module, chunk)[:4].detach().clone() for chunk in range(2)]
 
 
+def test_recipes_choose_the_tables_of_a_clustering():
+    """As the tables alone would be; the others keep their codes, rows and hashes."""
+    both = [config(), config(name="u", recipe="frequent", track_counts=True)]
+    model = collection(*both)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    assert set(cluster(model, recipes=["frequent"]).left_alone) == {"t"}
+    named = collection(*both)
+    cluster(named, tables=["u"])
+    found = model.state_dict()
+    for name, value in named.state_dict().items():
+        assert torch.equal(found[name], value), name
+    moved = {name for name, value in before.items() if not torch.equal(found[name], value)}
+    assert moved and all(".u#" in name or ".u." in name for name in moved)
+    report = cluster(model, recipes=["rare"])
+    assert report.left_alone == {"u": "its recipe is 'frequent', which is not due"}
+    assert {chunk.table for chunk in report.chunks} == {"t"}
+    assert not cluster(model, tables=["u"], recipes=["rare"]).chunks
+    assert len(cluster(model, recipes=["rare", "frequent"]).chunks) == 4
+    for bad, told in (
+        ("rare", r"recipes='rare' is one recipe; give a list, \['rare'\]"),
+        ([], r"recipes \[\] have to be some of \['frequent', 'rare'\]"),
+        (["auto"], r"recipes \['auto'\] have to be some of"),
+    ):
+        with pytest.raises(ValueError, match=told):
+            cluster(model, recipes=bad)
+
+
 OPTIMIZERS = {
     "sgd": (torch.optim.SGD, {"lr": 0.1, "momentum": 0.9}),
     "adagrad": (torch.optim.Adagrad, {"lr": 0.1}),

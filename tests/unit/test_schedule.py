@@ -1,12 +1,14 @@
 """When a schedule clusters, and for the last time."""
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
+from torchrec import EmbeddingBagConfig
 
-from cce_torchrec import ClusteringSchedule
+from cce_torchrec import CCEEmbeddingBagConfig, ClusteringSchedule
 from cce_torchrec.clustering import schedule as module
 
 
@@ -125,6 +127,84 @@ def test_schedule_for_training(epochs, steps, rare, expected):
     finalizes = ClusteringSchedule.for_training(epochs, steps, rare=rare, finalize=True)
     assert finalizes.steps == schedule.steps
     assert finalizes.final == max(expected[-1], round(0.9 * epochs * steps))
+
+
+def table(num_helper_rows, **fields):
+    fields = {"name": "t", "num_rows": 1, "recipe": "rare"} | fields
+    return CCEEmbeddingBagConfig(
+        num_embeddings=1000,
+        embedding_dim=16,
+        feature_names=["f"],
+        num_helper_rows=num_helper_rows,
+        **fields,
+    )
+
+
+def test_schedule_of_tables():
+    """A single pass over rare ids has a restart where ids have few parameters, or codes."""
+    plain = EmbeddingBagConfig(name="p", num_embeddings=9, embedding_dim=4, feature_names=["p"])
+    few, many = table(78), table(79)  # 1.248 and 1.264 parameters an id
+    restarted = ClusteringSchedule.for_training(1, 100, rare=True)
+    never = ClusteringSchedule.never()
+    for tables, expected in [
+        ([plain, many], never),
+        ([few], restarted),
+        ([many, few], restarted),
+        ([table(79, num_rows=2)], restarted),
+        ([], ClusteringSchedule.for_training(1, 100)),
+    ]:
+        assert ClusteringSchedule.for_tables(tables, 1, 100) == expected
+    hashed = table(0, num_rows=99, recipe="frequent", learned_codes=False)
+    assert ClusteringSchedule.for_tables([many, hashed], 1, 100) == never
+    assert ClusteringSchedule.for_tables([many], 1, 100, finalize=True) == never
+    two = ClusteringSchedule.for_training(2, 100, rare=True)
+    assert ClusteringSchedule.for_tables([many], 2, 100) == two
+    with pytest.raises(ValueError, match="epochs 0 of 100 steps: there is nothing"):
+        ClusteringSchedule.for_tables([many], 0, 100)
+
+
+@pytest.mark.parametrize("finalize", [False, True])
+@pytest.mark.parametrize(
+    ("epochs", "helper_rows", "rare"), [(1, 78, [30]), (1, 79, []), (2, 79, [50, 100])]
+)
+def test_tables_of_both_kinds_have_each_their_own_schedule(epochs, helper_rows, rare, finalize):
+    both = [table(helper_rows), table(60, name="u", recipe="frequent")]
+    made = ClusteringSchedule.for_tables(both, epochs, 100, finalize=finalize)
+    others = ClusteringSchedule.for_training(epochs, 100, finalize=finalize)
+    assert made == replace(others, rare=frozenset(rare))
+    total = 100 * epochs
+    by_recipe = {
+        recipe: [step for step in range(total + 1) if recipe in made.recipes_due(step)]
+        for recipe in ("frequent", "rare")
+    }
+    assert by_recipe == {
+        "frequent": [step for step in range(total + 1) if others.due(step)],
+        "rare": rare,
+    }
+    assert [s for s in range(total + 1) if made.due(s)] == sorted({*by_recipe["frequent"], *rare})
+    assert [s for s in range(1, total + 1) if made.is_last(s, total)] == by_recipe["frequent"][-1:]
+
+
+def test_only_what_is_due_is_clustered(monkeypatch):
+    monkeypatch.setattr(module, "cluster", lambda model, **options: options)
+    monkeypatch.setattr(module, "finalize", lambda model, **options: {"finalize": options})
+    made = ClusteringSchedule(frozenset({10, 20}), final=30, rare=frozenset({20, 25, 40}))
+    asked = {step: made.cluster_if_due(None, step, iterations=1) for step in range(5, 41, 5)}
+    assert asked == {
+        5: None,
+        10: {"iterations": 1, "recipes": {"frequent"}},
+        15: None,
+        20: {"iterations": 1},
+        25: {"iterations": 1, "recipes": {"rare"}},
+        30: {"finalize": {"iterations": 1}},
+        35: None,
+        40: {"iterations": 1, "recipes": {"rare"}},
+    }
+    assert made.cluster_if_due(None, 10, recipes=["rare"]) == {"recipes": ["rare"]}
+    assert made.cluster_if_due(None, 30, recipes=["rare"]) == {"finalize": {}}
+    for rare, told in ((frozenset({0, 3}), r"steps \[0\]"), (frozenset({1.5}), "rare frozenset")):
+        with pytest.raises(ValueError, match=told):
+            ClusteringSchedule(rare=rare)
 
 
 @pytest.mark.parametrize(("epochs", "steps"), [(0, 5), (5, 0), (-1, 5)])

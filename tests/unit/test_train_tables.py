@@ -168,7 +168,8 @@ def test_tables_that_will_be_finalized_have_a_quarter_of_their_rows_in_main():
     [
         (["--params-per-dim", "64", "--embedding-dim", "32"], 8),
         (["--params-per-dim", "64"], 4),
-        (["--table-bytes", "100000", "--embedding-dim", "32"], 4),
+        (["--table-bytes", "100000", "--embedding-dim", "32"], None),
+        (["--table-bytes", "100000", "--embedding-dim", "32", "--method", "ce"], 8),
         (["--embedding-dim", "32"], 4),
     ],
 )

@@ -40,7 +40,7 @@ class Clustered(Embedder):
 
     Args:
         settings: of a table, by its number.
-        clusterings: after which steps.
+        clusterings: after which steps; None: the package's rule.
         resets_state: whether a clustering renews the optimizer's state, as the package's step does;
             published code keeps it.
     """
@@ -50,11 +50,10 @@ class Clustered(Embedder):
         tables: Tables,
         *,
         settings: Callable[[int], Settings],
-        clusterings: Collection[int],
+        clusterings: Collection[int] | None,
         resets_state: bool,
     ) -> None:
         super().__init__(tables)
-        self.clusterings = clusterings
         self.configs = [
             CCEEmbeddingBagConfig(
                 name=name,
@@ -70,10 +69,17 @@ class Clustered(Embedder):
                 zip(table_names(tables.names).values(), tables.sizes, tables.bounds, strict=True)
             )
         ]
+        self.clusterings = self._by_rule() if clusterings is None else clusterings
         self.collection = CCEEmbeddingBagCollection(tables=self.configs)
         self.rows = self._adopted()
         self.optimizer = self._optimizer() if resets_state else None
         self.index = self._index()
+
+    def _by_rule(self) -> Collection[int]:
+        # These are of one recipe, whatever the run has beside them.
+        passes = self.tables.passes
+        steps = self.tables.steps // passes
+        return ClusteringSchedule.for_tables(self.configs, passes, steps).steps
 
     def _bags(self) -> list[torch.nn.Module]:
         bags = self.collection.embedding_bags
@@ -253,7 +259,8 @@ def ours(tables: Tables) -> Embedder:
     """
     pairs, multiplies = zip(tables.names, tables.examples, strict=True), tables.model == "gmf"
     rare = {name for name, examples in pairs if is_rare(examples, multiplies=multiplies)}
-    if len(rare) > 1:
+    # Rare ones apart from others in any case: they may have other chunks.
+    if len(rare) > 1 or 0 < len(rare) < len(tables.names):
         return Joined(by_budget, tables, rare)
     return by_budget(tables)
 
@@ -283,4 +290,4 @@ def by_budget(tables: Tables, recipe: str | None = None) -> Clustered:
             "track_counts": made.track_counts,
         }  # fmt: skip
 
-    return Clustered(tables, settings=settings, clusterings=tables.restart_steps, resets_state=True)
+    return Clustered(tables, settings=settings, clusterings=None, resets_state=True)

@@ -89,7 +89,7 @@ class Joined(Embedder):
     def made(self) -> str:
         """See `Embedder`."""
         (names, one), *rest = self.parts
-        joined = f"{len(names)} tables as one"
+        joined = f"{len(names)} tables as one" if len(names) > 1 else "rare ids"
         return "; ".join([f"{joined}, {one.made}".rstrip(", "), *(part.made for _, part in rest)])
 
     @property
