@@ -161,7 +161,7 @@ def advise(
     stay = {c.name: "small" for c in plain if c not in large or budget >= whole}
     ratio = 1.0 if budget >= whole else ratio_for([(plain, stay)], budget, form)
     made = made_of(plain, stay, ratio, form)
-    explained = _explained(weights or {}, num_chunks or BYTES_CHUNKS)
+    explained = _explained(weights or {}, num_chunks)
     told = {
         config.name: told
         for one in made
@@ -273,9 +273,10 @@ def _large(tables: Sequence[BaseEmbeddingConfig], min_bytes: int) -> list[BaseEm
 
 
 def _explained(
-    weights: Mapping[str, torch.Tensor], num_chunks: int
+    weights: Mapping[str, torch.Tensor], num_chunks: int | None
 ) -> dict[str, tuple[float, float]]:
     """What centroids keep of each table, and of noise of the same shape."""
+    num_chunks = num_chunks or BYTES_CHUNKS
     # Beside noise, as any few rows in narrow chunks are near some centroid.
     return {
         name: (explained_variance(own, num_chunks), explained_variance(_noise(own), num_chunks))
