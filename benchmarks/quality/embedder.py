@@ -50,7 +50,7 @@ class Tables:
 
     @property
     def restart_steps(self) -> frozenset[int]:
-        """The steps after which restarts come: those after which the package clusters."""
+        """The steps after which restarts come: those that the package gives tables with codes."""
         schedule = ClusteringSchedule.for_training(
             self.passes, self.steps // self.passes, rare=self.all_rare
         )

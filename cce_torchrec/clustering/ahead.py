@@ -21,7 +21,8 @@ from cce_torchrec.kmeans.backends import make_backend
 from cce_torchrec.table import physical_table
 from cce_torchrec.torchrec_internals import optimizers_in_backward
 
-_ARGUMENTS = [name for name in inspect.signature(cluster).parameters if name != "model"]
+# Which recipes are due the schedule says.
+_ARGUMENTS = [p for p in inspect.signature(cluster).parameters if p not in ("model", "recipes")]
 
 
 def optimizer_of_tables(
@@ -89,7 +90,7 @@ def check_ahead(model: nn.Module, arguments: Mapping[str, Any], *, finalize: boo
     """
     unknown = sorted(set(arguments) - set(_ARGUMENTS))
     if unknown:
-        raise ValueError(f"cluster has no argument {unknown[0]!r}; it takes {_ARGUMENTS}")
+        raise ValueError(f"a clustering has no argument {unknown[0]!r} here; it takes {_ARGUMENTS}")
     # With the end in mind: "main" clusters well, and cannot finalize.
     options = _options(arguments, finalize)
     try:

@@ -50,14 +50,19 @@ def _why_fixed(config: CCEEmbeddingBagConfig, finalize: bool) -> str:
 
 
 def other_recipes(model: nn.Module, recipes: Collection[str] | None) -> dict[str, str]:
-    """The CCE tables of other recipes than `recipes`, by path, and why they are left alone."""
+    """By path, the CCE tables that only a step for other recipes than `recipes` clusters, and why.
+
+    Those that no step clusters are none of them.
+    """
     if recipes is None:
         return {}
     return {
-        append_prefix(path, table.name): f"its recipe is {table.cce.recipe!r}, which is not due"
+        append_prefix(path, table.name): f"its recipe {table.cce.recipe!r} is not among recipes"
         for path, module in cce_collections(model)
         for table in module.tables
-        if table.cce is not None and table.cce.recipe not in recipes
+        if table.cce is not None
+        and table.cce.recipe not in recipes
+        and not _why_fixed(table.cce, False)
     }
 
 
@@ -170,6 +175,8 @@ def check_recipes(recipes: Collection[str] | None) -> None:
         return
     if isinstance(recipes, str):
         raise ValueError(f"recipes={recipes!r} is one recipe; give a list, [{recipes!r}]")
+    if not isinstance(recipes, Collection):
+        raise ValueError(f"recipes={recipes!r} is no list or set; give one of {list(TRAINED_BY)}")
     if not recipes or set(recipes) - set(TRAINED_BY):
         raise ValueError(
             f"recipes {list(recipes)} have to be some of {list(TRAINED_BY)}, which tables are "

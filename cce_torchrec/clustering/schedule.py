@@ -14,7 +14,6 @@ from cce_torchrec.clustering.report import ClusteringReport
 from cce_torchrec.clustering.step import cluster
 from cce_torchrec.config import CCEEmbeddingBagConfig, is_cce
 from cce_torchrec.config_checks import finite_number, whole_number
-from cce_torchrec.recipe import TRAINED_BY
 
 _AN_EPOCH, _LEAST, _UNTIL = 4, 8, 0.8
 """Clusterings of frequent ids an epoch, at least, and until which share of training."""
@@ -55,9 +54,14 @@ class ClusteringSchedule:
         never = sorted(step for step in self.steps | (self.rare or set()) if step < 1)
         if never or self.interval < 0 or self.final < 0:
             raise ValueError(
-                f"steps {never}, interval {self.interval} and final {self.final}: steps count from "
-                "1, an interval or a final step is 1 or more, or 0 for none; after others nothing "
-                "would ever cluster"
+                f"steps {never}, interval {self.interval} and final {self.final}: steps, those of "
+                "rare ids too, count from 1, an interval or a final step is 1 or more, or 0 for "
+                "none; after others nothing would ever cluster"
+            )
+        if self.final and self.final in (self.rare or ()):
+            raise ValueError(
+                f"step {self.final} is the final one, which finalizes, and one of rare: tables of "
+                "rare ids would not be clustered there; give another"
             )
 
     def due(self, step: int) -> bool:
@@ -110,17 +114,21 @@ class ClusteringSchedule:
         Args:
             model: as of `cluster`.
             step: of the optimizer, counted from 1.
-            options: of `cluster`. With `recipes` those tables are clustered whenever others are.
+            options: of `cluster`, but `recipes`.
+
+        Raises:
+            ValueError: options that `cluster` refuses, or `recipes`.
         """
+        if "recipes" in options:
+            raise ValueError(
+                "recipes: the schedule says which are due; leave it out, or call cluster"
+            )
         recipes = self.recipes_due(step)
         if not recipes:
             return None
         if step == self.final:
-            options.pop("recipes", None)  # tables of rare ids are not finalized in any case
             return finalize(model, **options)
-        # Of all nothing is said, as a schedule for all tables says nothing either.
-        due = {} if len(recipes) == len(TRAINED_BY) else {"recipes": recipes}
-        return cluster(model, **due | options)
+        return cluster(model, recipes=recipes if self.rare is not None else None, **options)
 
     @classmethod
     def for_training(
@@ -167,26 +175,29 @@ class ClusteringSchedule:
     ) -> ClusteringSchedule:
         """`for_training` of each recipe that `tables` have: the rule of the training program.
 
-        A single pass over rare ids without codes is left alone, unless tables have fewer than 1.25
-        parameters an id: clustering them would be a restart, which costs more than it gains.
+        A single pass over rare ids is left alone where no table of theirs has codes or fewer than
+        1.25 parameters an id: a clustering would be a restart, which costs more than it gains.
 
         Args:
             tables: of all collections of a model, plain ones too.
             epochs: of the run.
             steps_per_epoch: optimizer steps of each.
-            finalize: see `for_training`.
+            finalize: see `for_training`; tables of rare ids are not finalized.
         """
         learned = [config for config in tables if is_cce(config) and config.learned_codes]
         rare = [config for config in learned if config.recipe == "rare"]
         if not rare:
             return cls.for_training(epochs, steps_per_epoch, finalize=finalize)
-        own = cls.for_training(epochs, steps_per_epoch, rare=True, finalize=finalize)
+        own = cls.for_training(epochs, steps_per_epoch, rare=True)
         if epochs == 1 and not any(map(_gains_in_one_pass, rare)):
             own = cls.never()
         if len(rare) == len(learned):
-            return own
+            return own  # of which none is ever finalized
         others = cls.for_training(epochs, steps_per_epoch, finalize=finalize)
-        return replace(others, rare=own.steps)
+        final = others.final
+        while final and final in own.steps:  # the last of which is before the last epoch
+            final += 1
+        return replace(others, final=final, rare=own.steps)
 
     @classmethod
     def evenly(

@@ -141,7 +141,9 @@ def _run(
     row_wise = {key for key, state in mine.items() if state.row_wise}
     rank = 0 if group is None else dist.get_rank(group)
     plan = Plan([ready.tasks for ready in by_rank], rank, row_wise)
-    options.check_names({task.table for task in plan.tasks.values()})
+    # Those of other steps too, as a schedule gives every step the same options.
+    known = {path.rpartition(".")[2] for ready in by_rank for path in ready.others}
+    options.check_names(known | {task.table for task in plan.tasks.values()})
     whose = "half of what is free on the GPU" if free is not None else None
     peak_bytes, kept = memory(plan, states, options.memory_limit, whose, group)
     replicas.share_notes(model)  # before ids are weighed by it
@@ -227,7 +229,7 @@ def _prepared(
     kernels = usable(device) if device.type == "cuda" else None
     digests = replicas.digests(states, options)
     fixed = fixed_tables(model, finalize=options.finalize)
-    others = other_recipes(model, options.recipes)
+    others = other_recipes(model, ("frequent",) if options.finalize else options.recipes)
     ready = _Ready(tasks, fixed, frozen, others, digests, options.fingerprint(), kernels)
     return states, ready
 

@@ -342,5 +342,5 @@ def _form(table: BaseEmbeddingConfig, joint: bool) -> str:
 def _said(table: CCEEmbeddingBagConfig) -> str:
     rows = f"{table.num_rows} + {table.helper_rows:,} rows in {table.num_chunks} chunks"
     if not table.code_bits:
-        return f"restarted CE, {rows}"
+        return f"CE, {rows}"
     return f"CCE, {table.recipe}, {rows}, {table.code_bits}-bit codes"

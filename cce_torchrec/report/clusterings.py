@@ -35,12 +35,26 @@ def _objective(runs: Sequence[Run]) -> Html | None:
     for place, run in enumerate(runs):
         who = "" if len(runs) == 1 else f"{run.name}, "
         for name, style in (("before", "dashed"), ("after", "solid")):
-            points = run.points("clustering", f"objective_{name}")
+            points = _of_all_tables(run, f"objective_{name}")
             lines.append(
                 Line(name=f"{who}{name}", points=points, color=place, style=style, dots=True)
             )
     note = "Sum of squared distances of embeddings to their main rows."
     return line_chart("Objective of K-means", lines, note=note, from_zero=True)
+
+
+def _of_all_tables(run: Run, name: str) -> list[tuple[float, float]]:
+    """Step and sum over all tables; those that a step left alone count as they were last."""
+    points, latest = [], dict[str, float]()
+    for line in run.of("clustering"):
+        known = _tables(line)
+        for table, chunks in known.items():
+            latest[table] = _sum(name)(chunks) or 0.0
+        step = number(line.get("step"))
+        value = sum(latest.values()) if known else number(line.get(name))
+        if step is not None and value is not None:
+            points.append((step, value))
+    return points
 
 
 def _changed(chunks: Sequence[Json]) -> float | None:
@@ -134,25 +148,28 @@ def _tables(line: Json) -> dict[str, list[Json]]:
 
 
 def _last(run: Run, *, alone: bool) -> Html:
-    line = run.of("clustering")[-1]
-    head = ["table", "chunks", "objective before", "after", "codes changed", "empty clusters",
-            "dead rows", "imbalance", "seconds"]  # fmt: skip
+    lines = run.of("clustering")
+    # Each table's own last one: those of rare ids are clustered after other steps.
+    latest = {table: (own, line) for line in lines for table, own in _tables(line).items()}
+    head = ["table", "after step", "chunks", "objective before", "after", "codes changed",
+            "empty clusters", "dead rows", "imbalance", "seconds"]  # fmt: skip
     body = []
-    for table, chunks in sorted(_tables(line).items()):
+    for table, (chunks, line) in sorted(latest.items()):
+        step = number(line.get("step"))
         sums = [_sum(name)(chunks) for name in ("objective_before", "objective_after")]
         body.append(
             [
-                table, str(len(chunks)), *(_shown(value, short) for value in sums),
+                table, _shown(step, whole), str(len(chunks)),
+                *(_shown(value, short) for value in sums),
                 _shown(_changed(chunks), percent),
                 _shown(_sum("empty_clusters")(chunks), whole),
                 _shown(_sum("dead_rows")(chunks), whole),
                 _shown(_most("imbalance")(chunks), short), _shown(_sum("seconds")(chunks), short),
             ]
         )  # fmt: skip
-    step = number(line.get("step"))
+    step = number(lines[-1].get("step"))
     where = "" if step is None else f", after step {whole(step)}"
-    done = len(run.of("clustering"))
-    title = f"The last of {done} clustering{'s' * (done != 1)}{where}"
+    title = f"The last of {len(lines)} clustering{'s' * (len(lines) != 1)}{where}"
     title = title if alone else f"{run.name}: {title[0].lower()}{title[1:]}"
     return tag("div", tag("h3", title), grid(head, body, left=1))
 

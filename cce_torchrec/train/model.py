@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -63,8 +63,14 @@ def chunks_by_default(args: argparse.Namespace) -> int | None:
     """
     if args.method == "cce" and args.table_bytes is not None:
         return None
-    fields = {"embedding_dim": args.embedding_dim, "learned_codes": args.method == "cce"}
+    fields = {"embedding_dim": args.embedding_dim, "learned_codes": args.method != "ce"}
     return default_chunks(fields, count_codes=args.params_per_dim is None)
+
+
+def chunks_in_common(configs: Iterable[EmbeddingBagConfig]) -> int | None:
+    """The chunks of all compressed tables, which a resumed run must have too; None: of several."""
+    found = {config.num_chunks for config in configs if is_cce(config)}
+    return found.pop() if len(found) == 1 else None
 
 
 @dataclass(frozen=True, kw_only=True)

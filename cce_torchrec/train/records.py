@@ -61,7 +61,10 @@ class Records:
         """Notes a clustering step."""
         self.clustering_seconds += report.seconds
         # Whole, for summary.json; the line of metrics.jsonl has what curves are drawn of.
-        self.last_clustering = plain([asdict(chunk) for chunk in report.chunks])
+        latest = {(chunk["table"], chunk["chunk"]): chunk for chunk in self.last_clustering}
+        latest |= {(chunk.table, chunk.chunk): plain(asdict(chunk)) for chunk in report.chunks}
+        # Of every table its last one, as those of rare ids have steps of their own.
+        self.last_clustering = list(latest.values())
         chunks = [
             {name: getattr(chunk, name) for name in _CHUNK} | {"changed": chunk.moved}
             for chunk in report.chunks

@@ -39,6 +39,7 @@ from cce_torchrec.train.log import clustering_steps, say_decisions
 from cce_torchrec.train.model import (
     Compression,
     chunks_by_default,
+    chunks_in_common,
     keyed_jagged,
     refuse_to_finalize_none,
     tables,
@@ -78,6 +79,8 @@ class Trainer:
         configs = tables(self.dataset, compression, dim=args.embedding_dim, init_bound=init_bound)
         if self.warm_start is not None:
             configs = [self.warm_start.as_before(config) for config in configs]
+        if args.num_chunks is None:
+            args.num_chunks = chunks_in_common(configs)
         rare = all_rare(configs)
         lr_rule = options.set_defaults(args, self.dataset, rows, rare)
         args.out = location(args.out)

@@ -105,7 +105,7 @@ def test_of_unequal_numbers_of_batches_the_least_counts(rank, world_size, tmp_pa
         ),
         (
             [{"schedule": EVERY}, {"schedule": EVERY, "clustering": {"foo": 3}}],
-            "rank 1: cluster has no argument 'foo'",
+            "rank 1: a clustering has no argument 'foo' here",
         ),
         ([{}, {"schedule": 5}], "rank 1: schedule 5 is no ClusteringSchedule"),
     ],

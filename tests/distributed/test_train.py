@@ -2,17 +2,25 @@
 
 import contextlib
 import json
+import re
 import shutil
 import socket
 import subprocess
 import sys
 from pathlib import Path
 
+import numpy
+import pyarrow
+import pyarrow.parquet
 import pytest
 import torch
 
+from cce_torchrec import ClusteringSchedule
 from cce_torchrec.checkpoint import latest_checkpoint
 from cce_torchrec.checkpoint.location import location
+from cce_torchrec.report.clusterings import _of_all_tables
+from cce_torchrec.report.page import page
+from cce_torchrec.report.runs import read_runs
 from cce_torchrec.train import options
 from cce_torchrec.train.__main__ import main
 from cce_torchrec.train.trainer import Trainer
@@ -203,3 +211,40 @@ def test_rare_ids_are_clustered_less_often_than_frequent_ones(rank, world_size):
         assert made.args.lr == {"rare": 0.1, "frequent": 0.03}[recipe]
         assert steps[recipe][-1] <= 0.8 * 3 * made.steps
     assert {recipe: len(own) for recipe, own in steps.items()} == {"rare": 4, "frequent": 12}
+
+
+def test_tables_of_rare_and_of_frequent_ids_are_clustered_each_in_their_time(tmp_path):
+    draw = numpy.random.default_rng(0)
+    columns = {"item": 1000, "shop": 50}  # 6 and 115 rows an id
+    ids = {name: draw.integers(0, count, 6400) for name, count in columns.items()}
+    data, out = tmp_path / "clicks.parquet", tmp_path / "out"
+    clicks = (ids["item"] + ids["shop"]) % 2
+    pyarrow.parquet.write_table(pyarrow.table({**ids, "click": clicks}), data)
+    options = ("--dataset", "table", "--data", data, "--label", "click", "--categorical",
+               "item,shop", "--compressed", "item,shop", "--compression", "4", "--epochs", "2",
+               "--batch-size", "512")  # fmt: skip
+    done = forked(1, main, "--out", out, *options)
+    assert done.returncode == 0, done.stderr[-3000:]
+    by_step = {
+        line["step"]: {chunk["table"].rpartition(".")[2] for chunk in line["chunks"]}
+        for line in lines_of(out, "clustering")
+    }
+    steps = json.loads((out / "run.json").read_text())["steps_per_epoch"]
+    rare = ClusteringSchedule.for_training(2, steps, rare=True).steps
+    frequent = ClusteringSchedule.for_training(2, steps).steps
+    assert {step for step, tables in by_step.items() if "item" in tables} == rare
+    assert {step for step, tables in by_step.items() if "shop" in tables} == frequent
+    assert "; of tables of rare ids 2 in " in done.stderr
+    summary = json.loads((out / "summary.json").read_text())
+    found = {chunk["table"].rpartition(".")[2] for chunk in summary["last_clustering"]}
+    assert found == {"item", "shop"}
+    # The page has each table's last one, and sums that do not jump.
+    (run,) = read_runs([out])
+    lines = {line["step"]: line for line in lines_of(out, "clustering")}
+    sums = dict(_of_all_tables(run, "objective_after"))
+    first, second = sorted(by_step)[:3][1:]  # of shop, then of item
+    expected = lines[first]["objective_after"] + lines[second]["objective_after"]
+    assert sums.keys() == lines.keys() and sums[second] == pytest.approx(expected)
+    text = page([run])
+    for table, step in (("item", max(rare)), ("shop", max(frequent))):
+        assert re.search(rf"{table}</th><td[^>]*>{step}</td>", text), table

@@ -45,7 +45,7 @@ def test_what_is_told_of_ids():
 def test_a_budget_is_kept_and_the_tables_can_be_made():
     advice = advise(counts(), embedding_dim=16, table_bytes=300_000, min_bytes=20_000)
     user, item, city, _ = advice.tables
-    assert user.form == item.form and "in 'joint', restarted CE, 1 + " in user.form
+    assert user.form == item.form and "in 'joint', CE, 1 + " in user.form
     compressed = [config for config in advice.configs if is_cce(config)]
     assert [config.name for config in compressed] == ["joint", "city"]
     assert 290_000 < sum(config.table_bytes for config in compressed) <= 300_000

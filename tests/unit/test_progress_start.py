@@ -85,7 +85,10 @@ def test_what_was_late_is_finalized_once(tmp_path, caplog):
 @pytest.mark.parametrize(
     ("changed", "message"),
     [
-        ({"clustering": {"foo": 1}}, "cluster has no argument 'foo'; it takes .*'iterations'"),
+        (
+            {"clustering": {"foo": 1}},
+            "a clustering has no argument 'foo' here; it takes .*'iterations'",
+        ),
         ({"clustering": {"init": "main"}}, "init 'main' has no start .*would end so"),
         ({"clustering": {"iterations": 0}}, "iterations 0 must be at least 1"),
         ({"clustering": {"iterations": "3"}}, "cluster cannot take .*'3'"),

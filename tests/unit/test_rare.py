@@ -14,6 +14,7 @@ from torchrec.optim.apply_optimizer_in_backward import apply_optimizer_in_backwa
 from cce_torchrec import (
     CCEEmbeddingBagCollection,
     CCEEmbeddingBagConfig,
+    ClusteringSchedule,
     TrainingProgress,
     checkpoint_info,
     cluster,
@@ -71,17 +72,34 @@ def test_recipes_choose_the_tables_of_a_clustering():
     moved = {name for name, value in before.items() if not torch.equal(found[name], value)}
     assert moved and all(".u#" in name or ".u." in name for name in moved)
     report = cluster(model, recipes=["rare"])
-    assert report.left_alone == {"u": "its recipe is 'frequent', which is not due"}
+    assert report.left_alone == {"u": "its recipe 'frequent' is not among recipes"}
     assert {chunk.table for chunk in report.chunks} == {"t"}
     assert not cluster(model, tables=["u"], recipes=["rare"]).chunks
     assert len(cluster(model, recipes=["rare", "frequent"]).chunks) == 4
     for bad, told in (
         ("rare", r"recipes='rare' is one recipe; give a list, \['rare'\]"),
         ([], r"recipes \[\] have to be some of \['frequent', 'rare'\]"),
+        (5, "recipes=5 is no list or set"),
+        (iter(["rare"]), "is no list or set"),
         (["auto"], r"recipes \['auto'\] have to be some of"),
     ):
         with pytest.raises(ValueError, match=told):
             cluster(model, recipes=bad)
+
+
+def test_options_by_table_are_for_clusterings_of_either_recipe():
+    """A schedule gives all its clusterings the same."""
+    both = [config(), config(name="u", recipe="frequent")]
+    options = {"weights": {name: torch.arange(N) % 3 for name in ("t", "u")}}
+    options["metric"] = {name: torch.eye(4).expand(2, 4, 4) for name in ("t", "u")}
+    schedule = ClusteringSchedule(frozenset({1}), final=3, rare=frozenset({2}))
+    model = collection(*both)
+    done = [schedule.cluster_if_due(model, step, **options) for step in (1, 2, 3)]
+    tables = [{chunk.table for chunk in report.chunks} for report in done]
+    assert tables == [{"u"}, {"t"}, {"u"}]
+    for call in (lambda: cluster(model, **options), lambda: cluster(model, weights={"x": None})):
+        with pytest.raises(ValueError, match=r"weights for \['[ux]'\], which do not cluster"):
+            call()  # u is final, and x no table
 
 
 OPTIMIZERS = {

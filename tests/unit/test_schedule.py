@@ -99,7 +99,7 @@ def test_a_finalize_that_never_comes_is_refused(make):
 def test_options_reach_the_clustering(monkeypatch):
     monkeypatch.setattr(module, "cluster", lambda model, **options: options)
     schedule = ClusteringSchedule.every(2)
-    assert schedule.cluster_if_due(None, 2, iterations=3) == {"iterations": 3}
+    assert schedule.cluster_if_due(None, 2, iterations=3) == {"iterations": 3, "recipes": None}
     assert schedule.cluster_if_due(None, 3, iterations=3) is None
 
 
@@ -194,17 +194,35 @@ def test_only_what_is_due_is_clustered(monkeypatch):
         5: None,
         10: {"iterations": 1, "recipes": {"frequent"}},
         15: None,
-        20: {"iterations": 1},
+        20: {"iterations": 1, "recipes": {"frequent", "rare"}},
         25: {"iterations": 1, "recipes": {"rare"}},
         30: {"finalize": {"iterations": 1}},
         35: None,
         40: {"iterations": 1, "recipes": {"rare"}},
     }
-    assert made.cluster_if_due(None, 10, recipes=["rare"]) == {"recipes": ["rare"]}
-    assert made.cluster_if_due(None, 30, recipes=["rare"]) == {"finalize": {}}
-    for rare, told in ((frozenset({0, 3}), r"steps \[0\]"), (frozenset({1.5}), "rare frozenset")):
+    with pytest.raises(ValueError, match="recipes: the schedule says which are due"):
+        made.cluster_if_due(None, 10, recipes=["rare"])
+    for rare, told in (
+        ({0, 3}, r"steps \[0\].* those of rare ids too"),
+        ({1.5}, r"rare frozenset\(\{1.5\}\) are whole numbers"),
+        ({2, 9}, "step 9 is the final one, which finalizes, and one of rare"),
+    ):
         with pytest.raises(ValueError, match=told):
-            ClusteringSchedule(rare=rare)
+            ClusteringSchedule(final=9, rare=frozenset(rare))
+
+
+@pytest.mark.parametrize("epochs", [10, 20, 30])
+@pytest.mark.parametrize("steps", [1, 2, 100])
+def test_no_clustering_of_rare_ids_falls_on_the_final_step(epochs, steps):
+    """Nine tenths of training are one of their steps from 10 epochs on."""
+    both = [table(79), table(60, name="u", recipe="frequent")]
+    made = ClusteringSchedule.for_tables(both, epochs, steps, finalize=True)
+    rare = ClusteringSchedule.for_training(epochs, steps, rare=True).steps
+    assert made.rare == rare and made.final not in rare
+    assert round(0.9 * epochs * steps) <= made.final <= epochs * steps
+    assert steps < 100 or made.final <= 0.9 * epochs * steps + 1
+    alone = ClusteringSchedule.for_tables(both[:1], epochs, steps, finalize=True)
+    assert alone == ClusteringSchedule(rare)  # of which none is finalized
 
 
 @pytest.mark.parametrize(("epochs", "steps"), [(0, 5), (5, 0), (-1, 5)])

@@ -7,7 +7,6 @@ The collection of the package has the codes, hashes and the clustering; its code
 from __future__ import annotations
 
 from collections.abc import Callable, Collection
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -254,7 +253,7 @@ def rare_recipe(tables: Tables) -> Clustered:
 def ours(tables: Tables) -> Embedder:
     """CCE as the package makes it of a budget alone: rows, recipe and joint tables by its rules.
 
-    Those are the ones of the training program: recipe "auto", schedule `for_training`, and, but
+    Those are the ones of the training program: recipe "auto", schedule `for_tables`, and, but
     where a network multiplies two embeddings, one table for all features of rare ids.
     """
     pairs, multiplies = zip(tables.names, tables.examples, strict=True), tables.model == "gmf"
@@ -267,8 +266,6 @@ def ours(tables: Tables) -> Embedder:
 
 def by_budget(tables: Tables, recipe: str | None = None) -> Clustered:
     """CCE tables of rows that follow from the bytes; None: the recipe from the examples."""
-    if recipe is not None:
-        tables = replace(tables, all_rare=recipe == "rare")
 
     def settings(number: int) -> Settings:
         size, share = tables.sizes[number], tables.shares[number]
