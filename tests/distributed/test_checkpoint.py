@@ -131,7 +131,8 @@ def load_format_3(rank, world_size, kind, num_embeddings=45):
         *(f"collection.{name}" for name in ("t1", "t16", "t2", "t300")), "over.bias", "over.weight",
     ]  # fmt: skip
     for found, expected in zip(outputs(model), json.loads(OUTPUTS.read_text()), strict=True):
-        assert np.array_equal(found, np.array(expected, dtype=np.float32))
+        # Not to the bit: they were written on another machine, whose libraries add otherwise.
+        np.testing.assert_allclose(found, np.array(expected, dtype=np.float32), rtol=1e-5)
 
 
 OUTPUTS = FORMAT_3 / "outputs.json"

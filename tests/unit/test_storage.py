@@ -72,13 +72,20 @@ def trained(seed=0, **settings):
     return model, optimizer
 
 
-def assert_same(one, other):
+def assert_same(one, other, equal=torch.equal):
     """State of two (model, optimizer), bit for bit."""
     for a, b in zip(one[0].state_dict().values(), other[0].state_dict().values(), strict=True):
-        assert torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b
+        assert equal(a, b) if isinstance(a, torch.Tensor) else a == b
     states = [optimizer.state_dict()["state"] for _, optimizer in (one, other)]
     for key, state in states[0].items():
-        assert all(torch.equal(value, states[1][key][name]) for name, value in state.items())
+        assert all(equal(value, states[1][key][name]) for name, value in state.items())
+
+
+def as_on_another_machine(a, b):
+    """Its libraries add floats in another order; codes are the same."""
+    return (
+        torch.allclose(a, b, rtol=1e-5, atol=1e-7) if a.is_floating_point() else torch.equal(a, b)
+    )
 
 
 @pytest.fixture(scope="module")
@@ -357,7 +364,7 @@ def test_format_2_is_read(tmp_path):
     shutil.copytree(WRITTEN, tmp_path / "run")
     report = load_checkpoint(tmp_path / "run", other[0], optimizers=[other[1]])
     assert (report.step, report.extra, report.dropped) == (1, {"epoch": 1}, [])
-    assert_same(model, other)
+    assert_same(model, other, as_on_another_machine)
     new = save_checkpoint(tmp_path / "run", model[0], step=2)
     assert latest_checkpoint(tmp_path / "run") == new
     save_checkpoint(tmp_path / "run", model[0], step=3)
