@@ -3,10 +3,11 @@
 import pytest
 import torch
 
-from cce_torchrec import CCEEmbeddingBagCollection
+from cce_torchrec import CCEEmbeddingBagCollection, ClusteringSchedule
 from cce_torchrec.codes.chunk_codes import codes_of
 from cce_torchrec.distributed.state_dict import _own_notes
 from tests.distributed.test_checkpoint import save_jobs
+from tests.support.clustering import told_of
 from tests.support.jobs import load_jobs
 from tests.support.models import SUM, Model, RareNet, batch, rare_tables, shard
 from tests.support.ranks import on_ranks
@@ -24,6 +25,26 @@ def made():
 def test_sharded_is_unsharded(rank, world_size, kind):
     """Outputs, frozen rows and a clustering step with shrinkage."""
     Pair(kind, (), SUM, False, make=made).check(batch)
+
+
+@on_ranks(2, 3)
+@pytest.mark.parametrize("kind", KINDS)
+def test_each_recipe_in_its_time_is_as_unsharded(rank, world_size, kind):
+    """By a schedule that clusters tables of rare ids after steps of their own."""
+    schedule = ClusteringSchedule(frozenset({1, 3}), rare=frozenset({2, 3}))
+    pair = Pair(kind, (), SUM, False, make=made)
+    for step, expected in ((1, {"v"}), (2, {"t", "u"}), (3, {"t", "u", "v"})):
+        pair.copy()
+        pair.train(batch, (step,))
+        pair.copy()
+        reports = [schedule.cluster_if_due(one, step) for one in (pair.model, pair.plain)]
+        told = [[told_of(chunk) for chunk in report.chunks] for report in reports]
+        assert told[0] == told[1]
+        found = {chunk.table.rpartition(".")[2] for chunk in reports[0].chunks}
+        assert found == expected
+        pair.compare(exact=True)
+    pair.train(batch, (4,))
+    pair.compare(exact=False)
 
 
 @on_ranks(2)
