@@ -132,7 +132,7 @@ def load_format_3(rank, world_size, kind, num_embeddings=45):
     ]  # fmt: skip
     for found, expected in zip(outputs(model), json.loads(OUTPUTS.read_text()), strict=True):
         # Not to the bit: they were written on another machine, whose libraries add otherwise.
-        np.testing.assert_allclose(found, np.array(expected, dtype=np.float32), rtol=1e-5)
+        np.testing.assert_allclose(found, np.array(expected, dtype=np.float32), rtol=1e-6)
 
 
 OUTPUTS = FORMAT_3 / "outputs.json"

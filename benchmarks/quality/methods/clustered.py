@@ -153,7 +153,7 @@ class Clustered(Embedder):
 
     @property
     def made(self) -> str:
-        """See `Embedder`; a table of one main row has no codes, and is restarted CE."""
+        """See `Embedder`; a table of one main row has no codes, and is CE."""
         rows = sorted({config.num_rows for config in self.configs})
         return f"{', '.join(map(str, rows))} main row{'s' if rows != [1] else ''}"
 
