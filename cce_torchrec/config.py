@@ -20,6 +20,7 @@ from cce_torchrec.config_checks import (  # noqa: E402
     check_examples,
     check_id_ranges,
     check_inherited_fields,
+    check_rotation,
     check_table_name,
     check_width,
     finite_number,
@@ -83,6 +84,8 @@ class CCEEmbeddingBagConfig(EmbeddingBagConfig):
     id_ranges: dict[str, range] | None = None
     """Which ids of the table each feature reads, whose own are counted from the first of them: so
     features with ids of their own share codebooks. None: all read the same ids, as in TorchRec."""
+    rotate_chunks: bool = False
+    """Embeddings of range i of `id_ranges`, in the order of their ids, begin with chunk i mod c."""
 
     recipe: str = "frequent"
     """How it is trained: "frequent", or "rare" for ids with few examples: main is set by `cluster`
@@ -102,6 +105,7 @@ class CCEEmbeddingBagConfig(EmbeddingBagConfig):
         check_inherited_fields(self._who, self)
         names = self.feature_names or [self.name]
         check_id_ranges(self._who, self.id_ranges, names, self.num_embeddings)
+        check_rotation(self._who, self.rotate_chunks, self.id_ranges)
         self.id_ranges = None if self.id_ranges is None else dict(self.id_ranges)
         self.num_helper_rows = self.helper_rows
         if self.num_helper_rows < 0:
@@ -116,9 +120,8 @@ class CCEEmbeddingBagConfig(EmbeddingBagConfig):
 
     def _check_whole_numbers(self) -> None:
         for name in _WHOLE_NUMBERS:
-            value = getattr(self, name)
-            if value is not None or name != "num_helper_rows":
-                setattr(self, name, whole_number(self._who, name, value))
+            if name != "num_helper_rows" or self.num_helper_rows is not None:
+                setattr(self, name, whole_number(self._who, name, getattr(self, name)))
 
     def _check_shape(self) -> None:
         check_table_name(self._who, self.name)

@@ -129,6 +129,17 @@ def check_id_ranges(
             )
 
 
+def check_rotation(who: str, rotate: Any, ranges: dict[str, range] | None) -> None:
+    """Refuses a rotation of what has no ranges of ids to rotate by."""
+    if rotate not in (True, False):
+        raise ValueError(f"{who}: rotate_chunks {rotate!r} is no bool")
+    if rotate and ranges is None:
+        raise ValueError(
+            f"{who}: rotate_chunks begins the embeddings of each range of ids with another chunk, "
+            "and the table has no id_ranges; give some, or leave it out"
+        )
+
+
 def check_table_name(who: str, name: str) -> None:
     """Refuses names that no table can have."""
     if not is_table_name(name):

@@ -20,7 +20,8 @@ def joint_table(
     """The fields of one CCE table that all features of the plain `tables` read.
 
     Ids of one table follow those of another (`CCEEmbeddingBagConfig.id_ranges`), so that none share
-    an embedding that did not, and all share codebook rows: a budget need not be divided. Where a
+    an embedding that did not, and all share codebook rows: a budget need not be divided. Those of
+    another table begin with another chunk (`rotate_chunks`). Where a
     network has many tables of rare ids this gains as much as twice the bytes (docs/results.md);
     where it multiplies the embeddings of two features (GMF, two towers) it loses much.
 
@@ -65,6 +66,7 @@ def joint_table(
         "num_embeddings": start,
         "feature_names": list(ranges),
         "id_ranges": ranges,
+        "rotate_chunks": True,
         "weight_init_min": low / ids,
         "weight_init_max": high / ids,
         **shape_of(tables[0]),

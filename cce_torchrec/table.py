@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from torchrec.modules.embedding_configs import EmbeddingBagConfig
 
+from cce_torchrec.chunk_order import first_chunk
 from cce_torchrec.config import CCEEmbeddingBagConfig, is_cce
 
 
@@ -49,6 +50,15 @@ class Table:
     def chunks(self) -> Sequence[int | None]:
         """Numbers of its chunks; a plain table is one piece, None."""
         return [None] if self.cce is None else range(self.cce.num_chunks)
+
+    def chunks_of(self, feature: str) -> list[int | None]:
+        """Numbers of its chunks in the order in which the embeddings of a feature have them."""
+        config = self.cce
+        if config is None or not config.rotate_chunks or not config.id_ranges:
+            return list(self.chunks)
+        starts = [ids.start for ids in config.id_ranges.values()]
+        first = first_chunk(starts, config.id_ranges[feature].start, config.num_chunks)
+        return [*range(first, config.num_chunks), *range(first)]
 
     @property
     def frozen_rows(self) -> dict[str, int]:

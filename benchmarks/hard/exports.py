@@ -42,10 +42,10 @@ def check_exports(
     keys = list(served.keys)
     for number, (table, feature) in enumerate(spec.slots()):
         ids = torch.arange(len(table.ranges[feature]))
-        rows = [reference.own_id(table, feature, int(id_))[0] for id_ in ids]
         vectors = vectors_of(served, keys[number], ids)
-        for row, vector in zip(rows, vectors, strict=True):
-            assert reference.close(vector.double().numpy(), reference.vector(table, row))
+        for id_, vector in zip(ids.tolist(), vectors, strict=True):
+            own = reference.vector(table, feature, id_)
+            assert reference.close(vector.double().numpy(), own)
     means = any(table.mean for table in spec.tables)
     if not any(t.hashed and t.chunks for t in spec.tables) and not (spec.weighted and means):
         plain = plain_collection(collection)

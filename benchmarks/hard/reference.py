@@ -96,10 +96,17 @@ class Reference:
             out.append((f"{table.name}#{chunk}", rows))
         return out
 
-    def vector(self, table: TableSpec, id_: int) -> np.ndarray:
-        """The embedding of an id."""
-        parts = [self.weights[name][rows].sum(0) for name, rows in self.rows_of(table, id_)]
-        return np.concatenate(parts)
+    def read_by(self, table: TableSpec, feature: str, id_: int) -> list[tuple[str, list[int]]]:
+        """The same of a feature's id, in the order of its embedding."""
+        read = self.rows_of(table, self.own_id(table, feature, id_)[0])
+        # Ids of features follow each other in the order of these.
+        turn = table.features.index(feature) % len(read) if table.rotated else 0
+        return read[turn:] + read[:turn]
+
+    def vector(self, table: TableSpec, feature: str, id_: int) -> np.ndarray:
+        """The embedding of a feature's id."""
+        read = self.read_by(table, feature, id_)
+        return np.concatenate([self.weights[name][rows].sum(0) for name, rows in read])
 
     def own_id(self, table: TableSpec, feature: str, id_: int) -> tuple[int, bool]:
         """The id of the table that a feature's is, and whether it was in bounds."""
@@ -121,7 +128,7 @@ class Reference:
             for bag in bags[feature]:
                 total = np.zeros(width)
                 for id_, weight in bag:
-                    total += weight * self.vector(table, self.own_id(table, feature, id_)[0])
+                    total += weight * self.vector(table, feature, id_)
                 rows.append(total / len(bag) if table.mean and bag else total)
             columns.append(np.stack(rows))
         return np.concatenate(columns, 1)
@@ -148,8 +155,7 @@ class Reference:
                     for id_, weight in bag:
                         share = weight / (len(bag) if table.mean else 1) / len(batches)
                         at = first
-                        own = self.own_id(table, feature, id_)[0]
-                        for name, rows in self.rows_of(table, own):
+                        for name, rows in self.read_by(table, feature, id_):
                             part = share * outer[number, at : at + table.width]
                             at += table.width
                             for row in rows:

@@ -44,6 +44,8 @@ class TableSpec:
     hashed: bool = False
     joint: bool = False
     """Whether each feature has ids of its own."""
+    rotated: bool = False
+    """Whether each of them begins with another chunk."""
     seed: int = 0
     frozen: bool = False
     """Whether its parameters require no gradient from the start."""
@@ -78,6 +80,7 @@ class TableSpec:
             track_seen=self.seen,
             hash_ids=self.hashed,
             id_ranges=self.ranges if self.joint else None,
+            rotate_chunks=self.rotated,
             seed=self.seed,
         )
 
@@ -208,6 +211,7 @@ def table_specs(draw: st.DrawFn, name: str) -> TableSpec:
     learned = draw(st.integers(0, 4)) > 0
     helper = draw(st.sampled_from([0, 1, 3, 9, 20]))
     recipe = draw(st.sampled_from(["frequent", "frequent", "rare"]))
+    joint = len(features) > 1 and draw(st.booleans())
     return TableSpec(
         **common,
         chunks=draw(st.integers(1, 4)),
@@ -218,7 +222,8 @@ def table_specs(draw: st.DrawFn, name: str) -> TableSpec:
         counted=learned and draw(st.integers(0, 3)) == 0,
         seen=draw(st.booleans()),
         hashed=draw(st.integers(0, 3)) == 0,
-        joint=len(features) > 1 and draw(st.booleans()),
+        joint=joint,
+        rotated=joint and draw(st.booleans()),
         seed=draw(st.integers(0, 3)),
     )
 

@@ -12,7 +12,7 @@ from cce_torchrec import cluster
 SPEC = ModelSpec(
     tables=(
         TableSpec(name="t", ids=37, features=("f", "g"), mean=True, width=4, chunks=2, rows=5,
-                  helper=9, seen=True, joint=True),
+                  helper=9, seen=True, joint=True, rotated=True),
         TableSpec(name="p", ids=11, features=("h",), mean=False, width=8),
         TableSpec(name="u", ids=20, features=("h",), mean=False, width=4, chunks=1, rows=3,
                   helper=4, recipe="rare"),

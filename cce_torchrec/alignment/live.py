@@ -2,11 +2,23 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
 from torchrec import KeyedJaggedTensor
+
+
+@dataclass(frozen=True)
+class _Reader:
+    """A feature that reads ids of a table."""
+
+    feature: str
+    key: str
+    """In the output."""
+    ids: range
+    """Of the table, from which the feature's own are counted."""
 
 
 class LiveTable:
@@ -25,7 +37,8 @@ class LiveTable:
         is_weighted: whether the collection pools by weights, which are 1 here.
 
     Raises:
-        ValueError: no such table, or tables of fewer ids read all its features.
+        ValueError: no such table, tables of fewer ids read all its features, or no feature some of
+            its ids.
     """
 
     def __init__(
@@ -44,29 +57,64 @@ class LiveTable:
         self.num_embeddings, self.embedding_dim = found[0].num_embeddings, found[0].embedding_dim
         self._collection, self._device = collection, torch.device(device)
         self._is_weighted = is_weighted
-        self._feature = _feature_of(found[0], configs)
-        readers = [config.name for config in configs if self._feature in config.feature_names]
-        # Where several tables read a feature, TorchRec names outputs by both.
-        self._key = f"{self._feature}@{table}" if len(readers) > 1 else self._feature
+        self._readers = _readers_of(found[0], configs)
         features = (name for config in configs for name in config.feature_names)
         self._features = list(dict.fromkeys(features))
 
     @torch.no_grad()
     def embeddings(self, ids: torch.Tensor) -> torch.Tensor:
         """Vectors [n, embedding_dim] of `ids` [n], on the host."""
-        own = torch.tensor([[name == self._feature] for name in self._features])
+        none = torch.zeros(len(ids), dtype=torch.bool)
+        own = {
+            reader.feature: (ids >= reader.ids.start) & (ids < reader.ids.stop)
+            for reader in self._readers
+        }
+        values = [ids[own[reader.feature]] - reader.ids.start for reader in self._by_feature()]
         # One id a bag, and empty bags of all other features.
         features = KeyedJaggedTensor(
             keys=self._features,
-            values=ids,
-            lengths=own.expand(-1, len(ids)).reshape(-1).to(ids.dtype),
+            values=torch.cat(values),
+            lengths=torch.cat([own.get(name, none) for name in self._features]).to(ids.dtype),
             weights=torch.ones(len(ids)) if self._is_weighted else None,
             stride=len(ids),
         )
         out = self._collection(features.to(self._device))
         out = out.wait() if hasattr(out, "wait") else out  # of sharded collections
-        vectors = out[self._key].values() if isinstance(out, dict) else out.to_dict()[self._key]
-        return vectors.detach().cpu()
+        vectors = torch.empty(len(ids), self.embedding_dim)
+        for reader in self._readers:
+            at = own[reader.feature]
+            found = out[reader.key].values() if isinstance(out, dict) else out.to_dict()[reader.key]
+            found = found.detach().cpu()
+            # Sequences have the ids of the feature, bags a row for each example.
+            vectors[at] = (found if isinstance(out, dict) else found[at]).float()
+        return vectors
+
+    def _by_feature(self) -> list[_Reader]:
+        """The readers in the order of the features of a batch."""
+        return sorted(self._readers, key=lambda reader: self._features.index(reader.feature))
+
+
+def _readers_of(config: Any, configs: list[Any]) -> list[_Reader]:
+    """Features that together read all ids of a table, each once.
+
+    Raises:
+        ValueError: there are none.
+    """
+    ranges: dict[str, range] = getattr(config, "id_ranges", None) or {}
+    names = list({ids.start: feature for feature, ids in ranges.items()}.values())
+    unread = config.num_embeddings - sum(len(ranges[feature]) for feature in names)
+    if ranges and unread:
+        raise ValueError(
+            f"table {config.name!r}: {unread:,} of its ids are read by no feature (id_ranges), so "
+            "that no lookup gives their vectors. Save checkpoints, and use align_checkpoints"
+        )
+    out = []
+    for feature in names or [_feature_of(config, configs)]:
+        tables = [other.name for other in configs if feature in other.feature_names]
+        # Where several tables read a feature, TorchRec names outputs by both.
+        key = f"{feature}@{config.name}" if len(tables) > 1 else feature
+        out.append(_Reader(feature, key, ranges.get(feature, range(config.num_embeddings))))
+    return out
 
 
 def _feature_of(config: Any, configs: list[Any]) -> str:

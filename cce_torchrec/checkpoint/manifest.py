@@ -78,10 +78,11 @@ class CCETableRecord(TableRecord):
     track_counts: bool = False
     id_ranges: dict[str, list[int]] | None = None
     """Where the ids of each feature start and end; None where all features read the same ids."""
+    rotate_chunks: bool = False
 
     def to_json(self) -> dict[str, Any]:
         """The record as JSON has it, where what older manifests lack is left out if empty."""
-        added = ("track_counts", "id_ranges")
+        added = ("track_counts", "id_ranges", "rotate_chunks")
         return {key: value for key, value in super().to_json().items() if value or key not in added}
 
 

@@ -183,7 +183,7 @@ def _config(record: TableRecord, reading: Reading, dtype: torch.dtype, sequences
 def compressed_fields(record: CCETableRecord) -> dict[str, Any]:
     """The fields of `CCEEmbeddingBagConfig` beyond TorchRec's, as a checkpoint has them."""
     names = ("num_chunks", "num_rows", "num_helper_rows", "seed", "learned_codes", "track_seen",
-             "track_counts", "hash_ids")  # fmt: skip
+             "track_counts", "hash_ids", "rotate_chunks")  # fmt: skip
     ranges = record.id_ranges
     return {name: getattr(record, name) for name in names} | {
         "id_ranges": None if ranges is None else {f: range(*ids) for f, ids in ranges.items()}

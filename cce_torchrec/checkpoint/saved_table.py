@@ -10,6 +10,7 @@ import torch
 from cce_torchrec.checkpoint.health_parts import Role, keys_of, packing_of, role_of
 from cce_torchrec.checkpoint.manifest import CCETableRecord
 from cce_torchrec.checkpoint.saved_state import SavedState
+from cce_torchrec.chunk_order import first_chunks, rotated
 from cce_torchrec.codes.hashing import code_hash, helper_hash, mix
 from cce_torchrec.codes.whole_codes import rows_of
 
@@ -85,7 +86,11 @@ class SavedTable:
                 hash_ = helper_hash(table.seed, table.name, chunk, self.clusterings)
                 rows += weight[table.num_rows + hash_.of_mixed(mixed, table.num_helper_rows)]
             out.append(rows)
-        return torch.cat(out, dim=1)
+        vectors = torch.cat(out, dim=1)
+        if not table.rotate_chunks:
+            return vectors
+        starts = [start for start, _ in (table.id_ranges or {}).values()]
+        return rotated(vectors, first_chunks(starts, ids, table.num_chunks), table.num_chunks)
 
     def _codebook(self, chunk: int) -> torch.Tensor:
         """Rows of a chunk, which are few: they are read once."""

@@ -11,6 +11,7 @@ from torchrec.distributed import DistributedModelParallel
 
 from cce_torchrec.checkpoint.manifest import CCETableRecord, Reading, TableRecord
 from cce_torchrec.checkpoint.matching import Matching
+from cce_torchrec.chunk_order import first_chunk
 from cce_torchrec.config import is_cce
 from cce_torchrec.table import named
 
@@ -205,14 +206,22 @@ def _ids_stay(saved: TableRecord, current: TableRecord) -> bool:
         return False
     if saved.id_ranges is None or current.id_ranges is None:
         return False
-    both = [
-        (saved.id_ranges[n], current.id_ranges[n])
-        for n in saved.id_ranges.keys() & current.id_ranges
-    ]
+    names = saved.id_ranges.keys() & current.id_ranges
+    both = [(saved.id_ranges[name], current.id_ranges[name]) for name in names]
+    # Ranges that come in between would have later ones begin with other chunks.
+    if current.rotate_chunks and any(_chunk(saved, n) != _chunk(current, n) for n in names):
+        return False
     return bool(both) and all(
         now[0] == first and (now[1] == end or (now[1] > end and not current.hash_ids))
         for (first, end), now in both
     )
+
+
+def _chunk(table: CCETableRecord, feature: str) -> int:
+    """The chunk that the embeddings of a feature of a joint table begin with."""
+    ranges = table.id_ranges or {}
+    starts = [start for start, _ in ranges.values()]
+    return first_chunk(starts, ranges[feature][0], table.num_chunks)
 
 
 def _budgets(saved: TableRecord, current: TableRecord) -> list[str]:
@@ -247,6 +256,8 @@ def _difference(field: str, saved: TableRecord, current: TableRecord) -> str:
         return f"the {lacks} has no codes, the other side has; {remedy}"
     if field == "id_ranges":
         remedy += f"; later ends, and more or fewer features, are taken by grow=[{current.name!r}]"
+        if getattr(current, "rotate_chunks", False):
+            remedy += ", if ranges keep their number, by which rotate_chunks goes"
     if field == "num_embeddings" and now > before:
         new = "ids then start from their hash" if saved.kind == "CCE" else "rows stay as they are"
         remedy += f", or pass grow=[{current.name!r}]: new {new}"

@@ -100,7 +100,7 @@ def command(
     num_embeddings, embedding_dim and feature_names (by default its name); with one of num_rows,
     params_per_dim and table_bytes it is a CCE table, otherwise a plain one. Further keys are
     num_chunks, num_helper_rows, helper_ratio, recipe, examples_per_id, data_type, pooling, seed,
-    hash_ids, learned_codes, track_seen, track_counts and id_ranges.
+    hash_ids, learned_codes, track_seen, track_counts, id_ranges and rotate_chunks.
 
     \b
     common: {embedding_dim: 64}

@@ -14,6 +14,7 @@ import torch
 from torchrec.modules.embedding_configs import data_type_to_dtype
 
 from cce_torchrec.bars import bar
+from cce_torchrec.chunk_order import first_chunks, unrotated
 from cce_torchrec.codes.chunk_codes import local_codes
 from cce_torchrec.codes.hashing import IMPORT_ROLE, hash_function
 from cce_torchrec.config import CCEEmbeddingBagConfig
@@ -77,7 +78,7 @@ def import_table(
         raise ValueError(f"samples_per_centroid {samples_per_centroid} must be 1 or more, or None")
     codes = local_codes(collection.codes, table)
     drawn = _drawn(config, samples_per_centroid)
-    sample = _rows(weight, drawn, table)
+    sample = _chunk_by_chunk(config, _rows(weight, drawn, table), drawn)
     weights = None if counts is None else counts.long()[drawn]
     if weights is not None and not bool(weights.any()):
         raise ValueError(
@@ -122,7 +123,9 @@ def _coded(
     ids = config.num_embeddings
     found = [torch.empty(ids, dtype=torch.int32) for _ in books]
     error = total = 0.0
-    for first, block in _blocks(weight, ids, config.name):
+    for first, embeddings in _blocks(weight, ids, config.name):
+        own_ids = torch.arange(first, first + len(embeddings))
+        block = _chunk_by_chunk(config, embeddings, own_ids)
         squares = torch.zeros(len(block), dtype=torch.float64)
         for chunk, own in enumerate(block.split(config.chunk_dim, dim=1)):
             nearest = _nearest(own.contiguous(), books[chunk])
@@ -199,6 +202,17 @@ def _rows(weight: Any, ids: torch.Tensor, table: str) -> torch.Tensor:
         bad = int(ids[~torch.isfinite(rows).all(1)][0])
         raise ValueError(f"table {table!r}: the weight of id {bad} is NaN or infinite")
     return rows
+
+
+def _chunk_by_chunk(
+    config: CCEEmbeddingBagConfig, embeddings: torch.Tensor, ids: torch.Tensor
+) -> torch.Tensor:
+    """Embeddings [ids, D] with their chunks in the table's order, from 0 on."""
+    if not config.rotate_chunks or not config.id_ranges:
+        return embeddings
+    starts = [own.start for own in config.id_ranges.values()]
+    first = first_chunks(starts, ids, config.num_chunks)
+    return unrotated(embeddings, first, config.num_chunks)
 
 
 def _blocks(weight: Any, ids: int, table: str) -> Iterator[tuple[int, torch.Tensor]]:

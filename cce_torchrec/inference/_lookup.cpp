@@ -29,7 +29,7 @@ const int64_t GRAIN = 4096;  // ids that are worth a thread of their own
 // What is said of a feature; numbers_of in lookup.py has the columns in this order.
 struct Feature {
   int64_t own, first, key, raw, start, bits, num_rows, helper_rows, reads, hashed, mask;
-  int64_t row_start, row_bytes, type, width, chunks, mean, input, column;
+  int64_t row_start, row_bytes, type, width, chunks, mean, input, column, first_chunk;
 };
 const int64_t FIELDS = sizeof(Feature) / sizeof(int64_t);
 enum Type { FP32, FP16, INT8, INT4 };
@@ -42,7 +42,7 @@ struct Found {
   Row const *rows;
   const float *weights;
   const int64_t *starts;
-  int64_t begin, num_bags, reads, chunks, width;
+  int64_t begin, num_bags, reads, chunks, width, first_chunk;
   bool mean;
   float *out;  // of the first bag
   int64_t stride;
@@ -59,9 +59,11 @@ INLINE void pool_bags(const Found &found) {
     const int64_t size = found.starts[bag + 1] - found.starts[bag];
     const float *weights = found.weights ? found.weights + from : nullptr;
     float *out = found.out + bag * found.stride;
-    for (int64_t j = 0; j < found.chunks; j++)
+    for (int64_t place = 0, j = found.first_chunk; place < found.chunks; place++) {
       Isa::template chunk<TYPE, STREAM>(found.rows + from * found.chunks + j, size * found.reads,
-                                found.chunks, weights, width, out + j * width);
+                                found.chunks, weights, width, out + place * width);
+      j = j + 1 < found.chunks ? j + 1 : 0;
+    }
     if (found.mean && size > 1)
       for (int64_t d = 0; d < found.chunks * width; d++) out[d] /= (float)size;
   }
@@ -395,7 +397,7 @@ struct Lookup {
     const Feature &f = batch.features[tile.feature];
     pools[tile.feature]({tile.rows.data(), batch.weights ? tile.weights.data() : nullptr,
                          batch.starts + f.input * batch.num_bags + tile.first, tile.begin,
-                         tile.last - tile.first, f.reads, f.chunks, f.width, f.mean != 0,
+                         tile.last - tile.first, f.reads, f.chunks, f.width, f.first_chunk, f.mean != 0,
                          batch.out + tile.first * batch.total_dim + f.column, batch.total_dim});
   }
 

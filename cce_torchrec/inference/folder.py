@@ -144,9 +144,15 @@ def _described(collection: Served) -> dict[str, Any]:
         "ignores": collection.ignores,
         "is_weighted": packed.is_weighted,
         "tables": [asdict(t) | {"row_type": t.row_type.name} for t in packed.tables],
-        "features": [asdict(f) | {"ids": [f.ids.start, f.ids.stop]} for f in packed.features],
+        "features": [_feature(feature) for feature in packed.features],
         "golden": _golden(collection),
     }
+
+
+def _feature(feature: PackedFeature) -> dict[str, Any]:
+    out = asdict(feature) | {"ids": [feature.ids.start, feature.ids.stop]}
+    # Left out where it says nothing, so that versions before it read the export.
+    return {name: value for name, value in out.items() if value or name != "first_chunk"}
 
 
 def _golden(collection: Served) -> list[dict[str, Any]]:

@@ -108,6 +108,7 @@ def numbers_of(packed: PackedTables) -> list[list[int]]:
                 int(feature.mean),
                 packed.inputs.index(feature.feature),
                 column,
+                feature.first_chunk,
             ]
         )
         column += table.dim

@@ -122,12 +122,21 @@ class _Tables:
         ids = self._checked(ids, feature, table)
         if table.plain:
             return self._as_float([graph.add("Gather", part, ids) for part in rows])
-        main, helper = self._rows(ids, table)
+        main, helper = (
+            self._in_order(rows, feature, table) if rows else "" for rows in self._rows(ids, table)
+        )
         out = graph.add("Gather", rows[0], main)
         if helper:
             out = graph.add("Add", out, graph.add("Gather", rows[0], helper))
         # 0 is the size that there is: -1 would be any in an empty batch.
         return graph.add("Reshape", out, graph.number([0, table.dim]))
+
+    def _in_order(self, rows: str, feature: PackedFeature, table: PackedTable) -> str:
+        """`rows` [V, c] in the order in which the feature has its chunks."""
+        if not feature.first_chunk:
+            return rows
+        order = np.roll(np.arange(table.num_chunks), -feature.first_chunk)
+        return self.graph.add("Gather", rows, self.graph.number(order), axis=1)
 
     def _checked(self, ids: str, feature: PackedFeature, table: PackedTable) -> str:
         """The table's ids of those of a feature, none of which is out of bounds."""

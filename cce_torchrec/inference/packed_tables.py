@@ -101,6 +101,8 @@ class PackedFeature:
     """What raw ids are hashed with; None where ids are not hashed."""
     mean: bool
     """Whether the sum of a bag is divided by its length."""
+    first_chunk: int = 0
+    """The chunk that the embeddings begin with; those before it come last."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -122,6 +124,8 @@ class PackedTables:
             own = self.tables[feature.table]
             if not 0 <= feature.ids.start <= feature.ids.stop <= own.num_embeddings:
                 raise ValueError(f"feature {feature.key!r} reads ids that {own.name!r} has not")
+            if not 0 <= feature.first_chunk < own.num_chunks:
+                raise ValueError(f"feature {feature.key!r} begins with no chunk of {own.name!r}")
         for table in self.tables:
             table.check()
         codes = sum(_whole_words(table.code_bytes) for table in self.tables) + WORD
@@ -301,6 +305,7 @@ def _features(tables: list[Table], output: LogicalOutput) -> list[PackedFeature]
                 ids=ids,
                 raw_key=key,
                 mean=output.pooling[i].name == "MEAN",
+                first_chunk=tables[number[slot.table]].chunks_of(slot.feature)[0] or 0,
             )
         )
     return out

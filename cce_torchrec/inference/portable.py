@@ -46,6 +46,7 @@ class PortableLookup(PackedLookup):
     has_raw_ids: Final[bool]
     has_means: Final[bool]
     one_feature: Final[bool]
+    is_rotated: Final[bool]
     same_inputs: Final[bool]
     same_reads: Final[bool]
     num_chunks: Final[int]
@@ -87,6 +88,7 @@ class PortableLookup(PackedLookup):
         self.has_raw_ids = bool(self.is_raw.any())
         self.has_means = bool(self.is_mean.any())
         self.one_feature = len(numbers) == 1
+        self.is_rotated = any(feature.first_chunk for feature in packed.features)
         self.same_inputs = self.input_of_feature.tolist() == list(range(len(numbers)))
         self.same_reads = len(self.reads.unique()) == 1
         self.num_chunks = max(table.num_chunks for table in packed.tables_of_features)
@@ -103,7 +105,8 @@ class PortableLookup(PackedLookup):
         dims, starts = [0], packed.row_starts
         for i, table in enumerate(packed.tables_of_features):
             start, size = starts[packed.features[i].table], table.row_bytes // table.num_chunks
-            for chunk in range(table.num_chunks):
+            first_chunk = packed.features[i].first_chunk
+            for chunk in (*range(first_chunk, table.num_chunks), *range(first_chunk)):
                 numbers.append([i, chunk, start + chunk * size, table.row_type.number])
                 dims.append(dims[-1] + table.chunk_dim)
         of_feature, column, first, types = torch.tensor(numbers).t().contiguous()
@@ -263,6 +266,10 @@ class PortableLookup(PackedLookup):
         chunk = counts
         if self.one_feature:
             of_id = torch.cat([torch.arange(main.size(0), device=main.device)] * self.num_chunks)
+            if self.is_rotated:
+                main = main.index_select(1, self.column_of_chunk)
+                if self.has_helpers:
+                    helper = helper.index_select(1, self.column_of_chunk)
             main = torch.cat(main.unbind(1))
             if self.has_helpers:
                 helper = torch.cat(helper.unbind(1))

@@ -22,12 +22,12 @@ import triton.language as tl
 from cce_torchrec.gpu.launch import launch
 from cce_torchrec.gpu.triton_functions import code_at, hashed, hashed_raw, mix
 
-FIELDS = 19
+FIELDS = 20
 """int64 per feature, see `lookup.numbers_of`: 0 its ids, 1 the first of them, 2 the key that raw
 ids are hashed with, 3 whether they are; 4 byte where codes begin, 5 bits of a code (0: none are
 stored), 6 main rows, 7 helper rows, 8 reads of a chunk, 9 whether main rows are hashes, 10 mask of
 a code; 11 byte where rows begin, 12 bytes of a row, 13 type, 14 width of a chunk, 15 chunks; 16
-whether the mean is taken, 17 its input, 18 its first column."""
+whether the mean is taken, 17 its input, 18 its first column, 19 the chunk that it begins with."""
 FP16, INT8, INT4 = tl.constexpr(1), tl.constexpr(2), tl.constexpr(3)
 """FBGEMM's numbers of row types (row_types.py); that of float32 is 0."""
 NONE_FOUND = torch.iinfo(torch.int64).max
@@ -140,8 +140,10 @@ def look_up(  # type: ignore[no-untyped-def]
     slot = (first - first_bag * per_bag).to(tl.int32) + tl.arange(0, SLOTS)
     bag = first_bag + slot // per_bag
     column = (slot % per_bag) * VEC
-    chunk = column // width
-    within = tl.multiple_of(column - chunk * width, VEC)
+    place = column // width
+    within = tl.multiple_of(column - place * width, VEC)
+    chunk = place + tl.load(field + 19).to(tl.int32)
+    chunk = tl.where(chunk < num_chunks, chunk, chunk - num_chunks)
     on = bag < num_bags
 
     at = tl.load(field + 17) * num_bags + bag

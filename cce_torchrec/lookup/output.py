@@ -57,11 +57,12 @@ class LogicalOutput:
         """
         out = cls([], [], [], [], [], [], [])
         for config, names in zip(configs, get_embedding_names_by_table(list(configs)), strict=True):
-            chunks = Table(config).chunks
+            table = Table(config)
             for feature, name in zip(config.feature_names, names, strict=True):
                 out.names.append(name)
                 out.dims.append(config.embedding_dim)
                 out.slots.append(TableFeature(config.name, feature))
+                chunks = table.chunks_of(feature)
                 out.physical.append([physical_feature(config.name, feature, j) for j in chunks])
                 out.pooling.append(config.pooling)
                 out.mean.append(divides_by_length(config, is_weighted))

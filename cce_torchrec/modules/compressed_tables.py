@@ -142,7 +142,7 @@ def _joined(
 ) -> list[Made]:
     """One table for all of `group`; each by itself, where it would not be smaller."""
     fields = joint_table(group, name)
-    ranges = fields.pop("id_ranges")
+    own_ids = {name: fields.pop(name) for name in ("id_ranges", "rotate_chunks")}
     known = [t for t in group if t.name in form.examples_per_id]
     examples = {}
     # Where some are not known the mean is not either, and the recipe stays "frequent".
@@ -151,7 +151,7 @@ def _joined(
         examples[name] = seen / fields["num_embeddings"]
     rows = None if num_rows is None else num_rows * len(group)
     own = replace(form, examples_per_id=examples, joint="no")
-    config, reason = compressed(EmbeddingBagConfig(**fields), ratio, own, rows, ranges)
+    config, reason = compressed(EmbeddingBagConfig(**fields), ratio, own, rows, own_ids)
     # Small tables among large ones may well be smaller alone.
     if reason:
         return [_alone(table, ratio, form, num_rows) for table in group]
@@ -168,13 +168,17 @@ def compressed(
     ratio: float,
     form: Form,
     num_rows: int | None = None,
-    id_ranges: dict[str, range] | None = None,
+    own_ids: Mapping[str, Any] | None = None,
 ) -> tuple[BaseEmbeddingConfig, str]:
-    """The CCE form of `config`, or `config` itself and why it stays."""
+    """The CCE form of `config`, or `config` itself and why it stays.
+
+    Args:
+        own_ids: fields of a joint table, that TorchRec's configurations do not have.
+    """
     fault = _fault(config, form)
     if fault:
         return config, fault
-    kept = _kept(config, form) | {"id_ranges": id_ranges}
+    kept = _kept(config, form) | dict(own_ids or {})
     if num_rows is not None:
         made = CCEEmbeddingBagConfig(num_rows=num_rows, **kept)
     else:

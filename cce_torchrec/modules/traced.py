@@ -27,7 +27,7 @@ from cce_torchrec.lookup.expansion import Expansion
 from cce_torchrec.lookup.id_ranges import id_range
 from cce_torchrec.lookup.output import LogicalOutput
 from cce_torchrec.lookup.table_lookup import TableLookup
-from cce_torchrec.table import physical_table
+from cce_torchrec.table import Table, physical_table
 
 Forward = TypeVar("Forward", bound=Callable[..., Any])
 
@@ -162,7 +162,21 @@ def each_by_itself(bags: Bags, features: KeyedJaggedTensor) -> dict[str, torch.T
 def _chunks(
     bags: Bags, lookup: TableLookup, slot: int, ids: torch.Tensor
 ) -> Iterator[tuple[str, torch.Tensor]]:
-    """The TorchRec table of each chunk of a table, and its rows of `ids` [V], [V, rows per id]."""
+    """The TorchRec table of each chunk of a slot, and its rows of `ids` [V], [V, rows per id].
+
+    In the order in which the output has them.
+    """
+    found = dict(_own_chunks(bags, lookup, slot, ids))
+    for chunk in Table(lookup.config).chunks_of(bags.expansion.slots[slot].feature):
+        name = lookup.config.name
+        name = name if chunk is None else physical_table(name, chunk)
+        yield name, found[name]
+
+
+def _own_chunks(
+    bags: Bags, lookup: TableLookup, slot: int, ids: torch.Tensor
+) -> Iterator[tuple[str, torch.Tensor]]:
+    """The same in the order of the chunks."""
     # Hashes of int32 ids would wrap.
     ids, codes, size = lookup.hashed(ids.long()), lookup.codes, lookup.config.num_embeddings
     own = id_range(lookup, bags.expansion.slots[slot].feature)

@@ -29,10 +29,11 @@ BUDGETS = ("num_rows", "params_per_dim", "table_bytes")
 _PLAIN = ("name", "num_embeddings", "embedding_dim", "feature_names", "data_type", "pooling")
 _NUMBERS = ("num_embeddings", "embedding_dim", "num_rows", "num_helper_rows", "params_per_dim",
             "num_chunks", "seed")  # fmt: skip
-_FLAGS = ("count_codes", "learned_codes", "hash_ids", "track_seen", "track_counts")
+_FLAGS = ("count_codes", "learned_codes", "hash_ids", "track_seen", "track_counts",
+          "rotate_chunks")  # fmt: skip
 _OF_CCE = ("num_chunks", "num_helper_rows", "helper_ratio", "count_codes", "learned_codes", "seed",
            "hash_ids", "track_seen", "id_ranges", "recipe", "examples_per_id",
-           "track_counts")  # fmt: skip
+           "track_counts", "rotate_chunks")  # fmt: skip
 KEYS = (*_PLAIN, "plain", *BUDGETS, *_OF_CCE)
 """That a table may have; `plain: true` keeps one plain for which `common` has a budget."""
 
@@ -239,7 +240,8 @@ def _described(table: EmbeddingBagConfig) -> dict[str, Any]:
     out |= {"num_chunks": table.num_chunks, "num_rows": table.num_rows}
     out["num_helper_rows"] = table.helper_rows
     defaults = {field.name: field.default for field in fields(CCEEmbeddingBagConfig)}
-    for name in ("seed", "learned_codes", "hash_ids", "track_seen", "recipe", "examples_per_id"):
+    for name in ("seed", "learned_codes", "hash_ids", "track_seen", "recipe", "examples_per_id",
+                 "rotate_chunks"):  # fmt: skip
         if getattr(table, name) != defaults[name]:
             out[name] = getattr(table, name)
     # As it was resolved: by "auto", which the recipe has no trace of.

@@ -22,7 +22,8 @@ from cce_torchrec.train.run_folder import CONFIG
 
 logger = logging.getLogger(__name__)
 
-_KEPT = ("num_chunks", "num_rows", "num_helper_rows", "seed", "learned_codes", "track_counts")
+_KEPT = ("num_chunks", "num_rows", "num_helper_rows", "seed", "learned_codes", "track_counts",
+         "rotate_chunks")  # fmt: skip
 """Fields of a CCE table without which its codes and codebooks would be those of another."""
 _NO_INIT: dict[str, Any] = {"init_fn": None}
 

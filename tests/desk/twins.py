@@ -47,7 +47,7 @@ def joint_tables(**settings: Any) -> list[EmbeddingBagConfig]:
     return [
         CCEEmbeddingBagConfig(
             name="joint", feature_names=["f1", "f0"], id_ranges=ranges, pooling=PoolingType.MEAN,
-            **shape,
+            rotate_chunks=True, **shape,
         ),
         CCEEmbeddingBagConfig(name="shared", feature_names=["f0", "f1"], **shape),
     ]  # fmt: skip

@@ -24,7 +24,7 @@ ORDER = ["h@u", "g", "f@p", "f@t", "h@p"]
 def made(pooling=SUM, weighted=False, order=None, **settings):
     configs = tables(pooling)
     shape = {**vars(configs[0]), "id_ranges": {"f": range(200, 300), "g": range(3, 150)}}
-    shape |= settings
+    shape |= {"rotate_chunks": True} | settings
     del shape["has_custom_init"], shape["init_fn"]
     configs[0] = type(configs[0])(**shape)
     return CCEEmbeddingBagCollection(configs, is_weighted=weighted, output_order=order)

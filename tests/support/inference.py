@@ -32,8 +32,9 @@ def many_tables(is_weighted=False):
               hash_ids=True, feature_names=["raw"]),
         table(name="restarted", num_embeddings=333, embedding_dim=8, num_chunks=1, num_rows=1,
               num_helper_rows=30, feature_names=["q"]),
-        table(name="joint", num_embeddings=100, embedding_dim=8, num_chunks=2, num_rows=16,
-              feature_names=["x", "y"], id_ranges={"x": range(0, 40), "y": range(40, 100)}),
+        table(name="joint", num_embeddings=100, embedding_dim=16, num_rows=16,
+              feature_names=["x", "y"], id_ranges={"x": range(0, 40), "y": range(40, 100)},
+              rotate_chunks=True),
     ]  # fmt: skip
     return CCEEmbeddingBagCollection(tables, is_weighted=is_weighted)
 

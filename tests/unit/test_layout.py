@@ -18,7 +18,7 @@ LAYERS = [
         "versions",
         "yaml_files",
     },
-    {"config_checks", "sizing"},
+    {"chunk_order", "config_checks", "sizing"},
     {"config", "spans"},
     {"joint", "optimizer_state", "table"},
     {"codes"},

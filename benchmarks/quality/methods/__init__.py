@@ -143,7 +143,7 @@ METHODS = {
             version=2,
             own_tries=tries_of(("4 chunks, 2 rows", "4 chunks, 16 rows")),
         ),
-        Method(name="ours", build=ours, version=4, shares=False),
+        Method(name="ours", build=ours, version=5, shares=False),
         Method(
             name="DHE", build=DHE, own_tries=tries_of(("1024", "wide"), ADAM_TRIES), shares=False
         ),

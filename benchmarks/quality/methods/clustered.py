@@ -23,6 +23,7 @@ from cce_torchrec import (
     ClusteringSchedule,
     cluster,
 )
+from cce_torchrec.chunk_order import rotated
 from cce_torchrec.codes.chunk_codes import local_codes
 from cce_torchrec.config_checks import table_names
 from cce_torchrec.packing import CodePacking
@@ -260,8 +261,20 @@ def ours(tables: Tables) -> Embedder:
     rare = {name for name, examples in pairs if is_rare(examples, multiplies=multiplies)}
     # Rare ones apart from others in any case: they may have other chunks.
     if len(rare) > 1 or 0 < len(rare) < len(tables.names):
-        return Joined(by_budget, tables, rare)
+        return Rotated(by_budget, tables, rare)
     return by_budget(tables)
+
+
+class Rotated(Joined):
+    """A joint table whose features begin with another chunk each, as `joint_table` makes them."""
+
+    def in_order(self, vectors: torch.Tensor) -> torch.Tensor:
+        """See `Joined`."""
+        (columns, table), *_ = self.parts
+        assert isinstance(table, Clustered)
+        first = torch.arange(len(columns)).repeat(len(vectors))
+        flat = vectors.reshape(-1, self.tables.dim)
+        return rotated(flat, first, table.configs[0].num_chunks).view_as(vectors)
 
 
 def by_budget(tables: Tables, recipe: str | None = None) -> Clustered:

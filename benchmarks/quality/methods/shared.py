@@ -59,11 +59,16 @@ class Joined(Embedder):
             own = ids[:, columns] - first[columns] + sizes.cumsum(0) - sizes
             # The joint table has one column, whose ids are those of all of its tables.
             own = own if number else own.reshape(-1, 1)
-            found.append(part.lookup(own, training).view(len(ids), len(columns), self.tables.dim))
+            vectors = part.lookup(own, training).view(len(ids), len(columns), self.tables.dim)
+            found.append(vectors if number else self.in_order(vectors))
         if len(found) == 1:
             return found[0]
         order = [column for columns, _ in self.parts for column in columns]
         return torch.cat(found, dim=1)[:, torch.tensor(order).argsort()]
+
+    def in_order(self, vectors: torch.Tensor) -> torch.Tensor:
+        """Embeddings [B, features, D] of the joint table as the network gets them."""
+        return vectors
 
     def step(self) -> None:
         """See `Embedder`."""
