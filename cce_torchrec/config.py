@@ -298,7 +298,7 @@ class CCEEmbeddingBagConfig(EmbeddingBagConfig):
         finalized: bool = False,
         **kwargs: Any,
     ) -> CCEEmbeddingBagConfig:
-        """The largest table of at most `table_bytes` bytes of codebooks and codes.
+        """The largest table of at most `table_bytes` bytes, be it larger than a plain one.
 
         Its main rows are as many as `from_params_per_dim` makes with `count_codes`, or the next
         fewer that leave room for most rows. With `finalized` the bytes are also those that a table

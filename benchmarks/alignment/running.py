@@ -22,7 +22,9 @@ from benchmarks.quality.store import Store
 
 def records_of(part: Part, folder: Path, quick: bool, jobs: int, compute: bool) -> list[Record]:
     """The records of the cells of `part`; what is not there is computed, if `compute`."""
-    store = Store(folder, lambda record: [n for n in ("key", "dataset") if n not in record])
+    store = Store(
+        folder, lambda record: "" if {"key", "dataset"} <= set(record) else "without a key"
+    )
     cells = part.cells(quick)
     absent = [cell for cell in cells if cell.key not in store.records] if compute else []
     if absent:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -67,7 +68,7 @@ class Budget:
             parsed = cls(kind, float(amount or 0))
         except ValueError:
             parsed = cls("")
-        known = parsed.kind in ("bytes", "share", "ppd") and parsed.amount > 0
+        known = parsed.kind in ("bytes", "share", "ppd") and 0 < parsed.amount < math.inf
         if not known and text != "none":
             raise ValueError(
                 f"budget {text!r} has none of the forms bytes=880000, share=0.05, ppd=64"

@@ -59,6 +59,8 @@ def selection(args: argparse.Namespace, own: Problem | None = None) -> Selection
     """
     if args.jobs < 1:
         raise ValueError(f"--jobs {args.jobs} must be 1 or more")
+    if own is None and args.data is not None and not args.data.is_dir():
+        raise ValueError(f"--data {args.data} is no folder of data sets; give the one they are in")
     if args.results is not None and args.results.exists() and not args.results.is_dir():
         raise ValueError(f"--results {args.results} is no folder; give another one")
     if args.quick:

@@ -114,6 +114,8 @@ def _problem(args: argparse.Namespace, data: OwnData) -> Problem:
         )
     budgets = tuple(str(Budget.parse(b)) for b in args.budgets or _budgets(dataset, dim))
     passes = tuple(args.passes or (1,))
+    if min(passes) < 1:
+        raise ValueError(f"--passes {min(passes)} must be 1 or more")
     return Problem(
         name="own-" + re.sub(r"[^\w.-]", "_", dataset.name),
         load=data,

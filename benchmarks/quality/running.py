@@ -7,6 +7,7 @@ import os
 import sys
 from collections.abc import Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
 from threading import Thread
 
 import torch
@@ -30,6 +31,9 @@ def run(
 
     A cell that fails stops the run, after those beside it are done; it is named.
 
+    Raises:
+        ValueError: a process was ended from outside, as it is where memory is short.
+
     Args:
         own: a problem that is not of the grid, which the processes of cells are told.
     """
@@ -49,6 +53,12 @@ def run(
                 done, _ = wait(running, return_when=FIRST_COMPLETED)
                 for future in done:
                     key = running.pop(future)
+                    if isinstance(future.exception(), BrokenProcessPool):
+                        raise ValueError(
+                            f"the process of a cell was ended from outside ({key}, or one beside "
+                            "it), as happens where memory is short; finished cells are kept: run "
+                            "again with fewer --jobs"
+                        )
                     if future.exception() is not None:
                         print(f"failed: {key}", file=sys.stderr)
                     store.add(future.result())

@@ -12,11 +12,26 @@ from typing import Any
 Record = dict[str, Any]
 
 
-def lacks(record: Record) -> list[str]:
-    """The fields of a cell of the grid that `record` has not."""
-    fields = ("key", "dataset", "passes", "budget", "method", "version", "split", "rate", "form")
-    out = [name for name in fields if name not in record]
-    return out + ["log_loss"] * (not {"log_loss", "does_not_fit"} & set(record))
+_TEXTS = ("key", "dataset", "budget", "method", "version", "form")
+_NUMBERS = ("passes", "split", "rate")
+
+
+def fault(record: Record) -> str:
+    """What keeps `record` from being a cell of the grid; "" where nothing does."""
+    missing = [name for name in (*_TEXTS, *_NUMBERS) if name not in record]
+    missing += ["log_loss"] * (not {"log_loss", "does_not_fit"} & set(record))
+    if missing:
+        return f"without {', '.join(missing)}"
+    kinds = dict.fromkeys(_TEXTS, str) | dict.fromkeys(_NUMBERS, (int, float))
+    # Of a run that came to no number they are null.
+    kinds |= dict.fromkeys(("log_loss", "auc", "cpu_seconds"), (int, float, type(None)))
+    for name, kind in kinds.items():
+        if name in record and not isinstance(record[name], kind):
+            return f"{name} is {record[name]!r}"
+    parts = record["key"].split("|")
+    own = [record[name] for name in ("dataset", "budget", "method")]
+    own += [f"passes={record['passes']}", f"split={record['split']}"]
+    return "" if set(own) <= set(parts) else "the key is that of another cell"
 
 
 class Store:
@@ -24,17 +39,17 @@ class Store:
 
     Args:
         folder: need not be there yet.
-        lacks: the fields that a record is no finished cell without, of those that it has not.
+        fault: what keeps a record from being a finished cell; "" where nothing does.
 
     Raises:
         ValueError: naming the file and the line that is none.
     """
 
-    def __init__(self, folder: Path, lacks: Callable[[Record], list[str]] = lacks) -> None:
-        self.folder, self._lacks = folder, lacks
+    def __init__(self, folder: Path, fault: Callable[[Record], str] = fault) -> None:
+        self.folder, self._fault = folder, fault
         self.records: dict[str, Record] = {}
         for file in sorted(folder.glob("*.jsonl")):
-            self.records |= _read(file, self._lacks)
+            self.records |= _read(file, self._fault)
 
     def add(self, record: Record) -> None:
         """Keeps `record`, in memory and on disk."""
@@ -43,7 +58,7 @@ class Store:
         self.folder.mkdir(parents=True, exist_ok=True)
         with _locked(self.folder / f".{dataset}.lock"):
             if file.exists():
-                self.records |= _read(file, self._lacks)  # what another run has added since
+                self.records |= _read(file, self._fault)  # what another run has added since
             self.records[record["key"]] = record
             keys = sorted(k for k, r in self.records.items() if r["dataset"] == dataset)
             # Under another name first: an interrupted run leaves the old file or the new one.
@@ -59,7 +74,7 @@ def _locked(file: Path) -> Iterator[None]:
         yield
 
 
-def _read(file: Path, lacks: Callable[[Record], list[str]]) -> dict[str, Record]:
+def _read(file: Path, fault: Callable[[Record], str]) -> dict[str, Record]:
     try:
         lines = file.read_text().splitlines()
     except (OSError, UnicodeDecodeError) as error:
@@ -68,11 +83,11 @@ def _read(file: Path, lacks: Callable[[Record], list[str]]) -> dict[str, Record]
     for number, line in enumerate(lines, start=1):
         try:
             record = json.loads(line)
-            missing = lacks(record)
-            if missing:
-                raise KeyError(f"without {', '.join(missing)}")
+            wrong = fault(record) if isinstance(record, dict) else f"it is {line[:40]}"
+            if wrong:
+                raise ValueError(wrong)
             out[record["key"]] = record
-        except (ValueError, KeyError, TypeError) as error:
+        except ValueError as error:
             raise ValueError(
                 f"{file}, line {number} is no finished cell ({error}); delete the line, and a "
                 "rerun computes its cell again"

@@ -57,10 +57,14 @@ def files_of(path: str | Path, suffixes: Sequence[str]) -> list[str]:
         ValueError: there is none, or files of two kinds.
     """
     given = Path(path)
+    if not str(path).strip():  # which would be the folder that the process is in
+        raise ValueError("the path of the data is empty; give a file, or a folder of files")
     if not given.exists():
         raise ValueError(f"{given} does not exist; give a file, or a folder of files")
     if given.is_file():
         return [str(given)]
+    if not given.is_dir():
+        raise ValueError(f"{given} is neither a file nor a folder; give one of files on a disk")
     # As Spark and pyarrow do, which write files of their own beside the data under such names.
     inside = [f for f in sorted(given.rglob("*")) if f.is_file() and f.name[0] not in "._"]
     found = [f for f in inside if not suffixes or f.suffix in suffixes]

@@ -88,32 +88,13 @@ class TextFiles(Format):
         text = self._lines(piece)
         if not text.strip():
             return
-        _, names = self._header(piece.file)
+        text += b"\n" * (not text.endswith(b"\n"))
         # Arrow says which row it is only to a handler, and not in its error.
         bad: list[pyarrow.csv.InvalidRow] = []
-
-        def stop(row: pyarrow.csv.InvalidRow) -> str:
-            bad.append(row)
-            return "error"
-
         try:
-            table = pyarrow.csv.read_csv(
-                pa.BufferReader(text),
-                # Whole, and by one thread, which alone counts the rows it cannot read.
-                pyarrow.csv.ReadOptions(
-                    column_names=names, use_threads=False, block_size=len(text) + 1
-                ),
-                pyarrow.csv.ParseOptions(
-                    delimiter=self._separator(piece.file), invalid_row_handler=stop
-                ),
-                pyarrow.csv.ConvertOptions(
-                    column_types=dict.fromkeys(names, pa.string()),
-                    include_columns=list(columns),
-                    strings_can_be_null=True,
-                    null_values=[""],
-                ),
-            )
+            table = self._parsed(piece, text, columns, bad)
         except pa.ArrowException as error:
+            self._refuse_open_quote(piece, text)
             if not bad:
                 row = self.rows_before(piece) + _first_undecodable(text)
                 raise ValueError(
@@ -124,7 +105,63 @@ class TextFiles(Format):
                 f"{piece.file}, row {row}: {bad[0].actual_columns} values, and the table has "
                 f"{bad[0].expected_columns} columns; a value must not hold a line break"
             ) from None
-        yield from table.combine_chunks().to_batches()
+        rows = table.num_rows - 1
+        # Otherwise quotes went on over ends of lines, and took rows for the text of a value.
+        if rows != text.count(b"\n") and rows != len(_filled(text)):
+            self._refuse_open_quote(piece, text)
+            raise ValueError(
+                f"{piece.file}, row {self.rows_before(piece) + 1} or after: {len(_filled(text))} "
+                f"lines were read as {rows} rows; a value must not hold a line break"
+            )
+        yield from table.slice(0, rows).combine_chunks().to_batches()
+
+    def _parsed(
+        self,
+        piece: Piece,
+        text: bytes,
+        columns: Sequence[str],
+        bad: list[pyarrow.csv.InvalidRow],
+    ) -> pa.Table:
+        """Lines as rows, and a last one that is none of them; `bad` takes a row that is none."""
+        _, names = self._header(piece.file)
+        separator = self._separator(piece.file)
+        # The last row is missing where a quote in front of it is not closed.
+        text += b"-" + separator.encode() * (len(names) - 1) + b"\n"
+
+        def stop(row: pyarrow.csv.InvalidRow) -> str:
+            bad.append(row)
+            return "error"
+
+        return pyarrow.csv.read_csv(
+            pa.BufferReader(text),
+            # Whole, and by one thread, which alone counts the rows it cannot read.
+            pyarrow.csv.ReadOptions(
+                column_names=names, use_threads=False, block_size=len(text) + 1
+            ),
+            pyarrow.csv.ParseOptions(delimiter=separator, invalid_row_handler=stop),
+            pyarrow.csv.ConvertOptions(
+                column_types=dict.fromkeys(names, pa.string()),
+                include_columns=list(columns),
+                strings_can_be_null=True,
+                null_values=[""],
+            ),
+        )
+
+    def _refuse_open_quote(self, piece: Piece, text: bytes) -> None:
+        """Raises ValueError if a quote in `text` is not closed in its line, naming the row."""
+        separator = self._separator(piece.file)
+        for number, line in enumerate(_filled(text), start=1):
+            try:
+                list(csv.reader([line.decode(errors="replace")], delimiter=separator, strict=True))
+            except csv.Error as error:
+                # Text behind a quote that is closed is another error here, and none to Arrow.
+                if "unexpected end" in str(error):
+                    row = self.rows_before(piece) + number
+                    raise ValueError(
+                        f"{piece.file}, row {row}: a quote is not closed in its line; close it, "
+                        'double those that a value holds ("so ""quoted"" here"), and leave line '
+                        "breaks out of values"
+                    ) from None
 
     def rows_before(self, piece: Piece) -> int:
         """Lines in front of the piece that are not empty, but for the header."""
@@ -138,9 +175,14 @@ class TextFiles(Format):
         return rows
 
 
+def _filled(text: bytes) -> list[bytes]:
+    """The lines that are not empty."""
+    return [line for line in text.split(b"\n") if line.strip(b"\r")]
+
+
 def _first_undecodable(text: bytes) -> int:
     """The number, from 1, of the first line that is not UTF-8; 1 where all are."""
-    for number, line in enumerate((line for line in text.splitlines() if line), start=1):
+    for number, line in enumerate(_filled(text), start=1):
         try:
             line.decode()
         except UnicodeDecodeError:

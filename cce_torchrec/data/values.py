@@ -12,6 +12,8 @@ import torch
 
 from cce_torchrec.codes.hashing import mix
 
+_TRUTH = {"true": "1", "false": "0"}
+"""As pandas, Spark and SQL write columns of truth values into text."""
 _WORD = 8
 """Bytes of a text that are hashed at a time."""
 
@@ -137,11 +139,25 @@ def numbers(array: pa.Array, column: str) -> np.ndarray:
         BadValue: a value is no number, or infinite.
     """
     # float64: standardised later, which float32 would do badly for large numbers such as times.
-    found = cast(array, pa.float64(), column, "number").to_numpy(zero_copy_only=False)
+    try:
+        read = cast(array, pa.float64(), column, "number")
+    except BadValue:
+        if not is_text(array.type):
+            raise
+        read = cast(_truth_as_numbers(array), pa.float64(), column, "number")
+    found = read.to_numpy(zero_copy_only=False)
     infinite = np.isinf(found)
     if infinite.any():
         raise BadValue(int(infinite.argmax()), column, "the value is infinite; leave it out")
     return found
+
+
+def _truth_as_numbers(array: pa.Array) -> pa.Array:
+    """Texts "true" and "false", of any case, as 1 and 0; others as they are."""
+    lower = pc.utf8_lower(array)
+    for text, number in _TRUTH.items():
+        array = pc.if_else(pc.equal(lower, text), number, array)
+    return array
 
 
 def labels(array: pa.Array, column: str) -> np.ndarray:

@@ -26,7 +26,7 @@ from cce_torchrec.sizing import BYTES_CHUNKS
 IMPORT = (
     "where full tables can be trained, train those and import them "
     "(cce_torchrec.clustering.import_table): that lost less than any table that was trained "
-    "compressed, on both data sets where it was measured"
+    "compressed wherever it was measured (docs/results.md)"
 )
 HEAD = 0.01
 """The part of the ids whose share of the traffic is told."""
@@ -169,7 +169,7 @@ def advise(
     }
     # What it is of the budget: small tables stay as they are, and are not a part of it.
     taken = sum(told[config.name].bytes for config in large)
-    increase, rests_on = _expected(curve, taken / whole)
+    increase, rests_on = _expected(curve, taken / whole, loss_increase)
     return Advice(
         tables=[told[config.name] for config in plain],
         configs=[one.table for one in made],
@@ -178,14 +178,15 @@ def advise(
     )
 
 
-def _expected(curve: Curve, share: float) -> tuple[float, str]:
+def _expected(curve: Curve, share: float, asked: float | None) -> tuple[float, str]:
     """By how much log loss would rise at `share` of the full bytes, and what that rests on."""
+    beyond = "" if asked is None else curve.beyond(asked)
     if share >= 1:
-        return 0.0, "all tables stay full, as the budget holds them"
+        return 0.0, f"all tables stay full{beyond or ', as the budget holds them'}"
     increase = curve.increase(share)
     return increase, (
         f"compressed tables take {share:.1%} of their full bytes; there log loss rose "
-        f"by {increase:.3f} on {curve.measured}. Other data differ: train both, and compare"
+        f"by {increase:.3f} on {curve.measured}{beyond}. Other data differ: train both, and compare"
     )
 
 

@@ -95,7 +95,10 @@ def test_bytes_of_a_loss_and_loss_of_bytes(curve):
     between = (low * high) ** 0.5
     assert less < curve.increase(between) < more
     assert curve.share(curve.increase(between)) == pytest.approx(between)
-    assert curve.increase(low / 9) == more and curve.share(less / 9) == pytest.approx(high)
+    assert curve.increase(low / 9) == more and curve.increase(1.0) == less
+    # Beyond what was measured: full tables, or the least bytes that were.
+    assert curve.share(less / 9) == 1.0 and curve.share(more * 9) == pytest.approx(low)
+    assert not curve.beyond(less) and not curve.beyond(more)
 
 
 def test_bytes_follow_from_a_loss():
@@ -106,6 +109,16 @@ def test_bytes_follow_from_a_loss():
     assert less.bytes < some.bytes
     frequent = {"a": torch.full((30_000,), 150)}
     assert "MovieLens-1M" in advise(frequent, loss_increase=0.03, **settings).rests_on
+
+
+def test_a_loss_that_was_not_measured_is_told():
+    settings = dict(embedding_dim=16, min_bytes=20_000)
+    none = advise(counts(), loss_increase=1e-6, **settings)
+    assert none.bytes == sum(table.full_bytes for table in none.tables)
+    assert none.expected_increase == 0.0
+    assert "1e-06 is less than any that was measured (0.00" in none.rests_on
+    least = advise(counts(), loss_increase=5.0, **settings)
+    assert "of 5 is more than any that was measured (0.02" in least.rests_on
 
 
 def test_a_trained_table_is_compared_with_noise():

@@ -322,6 +322,18 @@ def test_a_cell_that_fails_is_named_and_those_beside_it_are_kept(in_process, tmp
     assert "failed: tiny|passes=2|bytes=12000|CE|split=100" in capsys.readouterr().err
 
 
+def test_a_process_that_is_killed_is_told(tmp_path):
+    class Killed(InThisProcess):
+        def submit(self, function, cell):
+            future = running.Future()
+            future.set_exception(running.BrokenProcessPool("terminated abruptly"))
+            return future
+
+    told = pytest.raises(ValueError, match=r"ended from outside \(tiny\|.*fewer --jobs")
+    with mock.patch.object(running, "ProcessPoolExecutor", Killed), told:
+        running.run(Store(tmp_path), [GROUP], (), 1)
+
+
 def test_runs_that_share_a_folder_keep_each_others_cells(tmp_path):
     one, other = Store(tmp_path), Store(tmp_path)
     first, second, _ = tuning_cells(GROUP, {})
@@ -336,13 +348,21 @@ def test_runs_that_share_a_folder_keep_each_others_cells(tmp_path):
     ("second", "why"),
     [
         ('{"key": ', "Expecting value"),
-        ("null", "not iterable"),
-        ('{"key": "a", "dataset": "tiny"}', "without passes, budget, method, version, split"),
+        ("null", "it is null"),
+        ({"log_loss": "abc"}, "log_loss is 'abc'"),
+        ({"auc": [1]}, r"auc is \[1\]"),
+        ({"key": 3}, "key is 3"),
+        ({"split": "x"}, "split is 'x'"),
+        ({"rate": None}, "rate is None"),
+        ({"budget": "bytes=7"}, "the key is that of another cell"),
+        ('{"key": "a", "dataset": "tiny"}', "without budget, method, version, form"),
         ("not finished", "without log_loss"),
     ],
 )
 def test_a_damaged_line_is_named(second, why, tmp_path):
     record = finished(tuning_cells(GROUP, {})[0], 0.5)
+    if isinstance(second, dict):
+        second = json.dumps(record | second)
     if second == "not finished":
         second = json.dumps({name: v for name, v in record.items() if name != "log_loss"})
     (tmp_path / "tiny.jsonl").write_text(f"{json.dumps(record)}\n{second}\n")
@@ -482,6 +502,7 @@ def test_quick_is_a_part_of_the_grid():
         (["--quick", "--jobs", "0"], "--jobs 0 must be 1 or more"),
         (["--quick", "--only", "CE"], "--quick is a part of the grid by itself; leave out --only"),
         (["--results", __file__], "is no folder; give another one"),
+        (["--data", "nowhere"], "--data nowhere is no folder of data sets"),
     ],
 )
 def test_unknown_names_are_refused_with_the_nearest(arguments, message):
@@ -492,6 +513,12 @@ def test_unknown_names_are_refused_with_the_nearest(arguments, message):
 @pytest.mark.parametrize("text", ["none", "bytes=880000", "share=0.05", "ppd=64"])
 def test_budgets_are_read_as_they_are_written(text):
     assert str(Budget.parse(text)) == text
+
+
+@pytest.mark.parametrize("text", ["bytes=inf", "bytes=1e400", "share=nan", "ppd=-1", "kb=3"])
+def test_budgets_that_are_none(text):
+    with pytest.raises(ValueError, match=f"budget '{text}' has none of the forms"):
+        Budget.parse(text)
 
 
 def test_shares_are_in_proportion_to_rows_and_add_up():

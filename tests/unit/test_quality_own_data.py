@@ -142,6 +142,10 @@ def test_budgets_and_passes_are_those_of_the_options(file):
         (["--data", "FILE", *COLUMNS, "--compressed", "usr"], "'usr'.* are no features"),
         (["--data", "FILE", *COLUMNS, "--batch-size", "0"], "--batch-size 0 must be 1 or more"),
         (
+            ["--data", "FILE", *COLUMNS, "--compressed", "user", "--passes", "-1"],
+            "--passes -1 must",
+        ),
+        (
             ["--data", "FILE", "--label", "price", "--categorical", "user"],
             "row 1, column 'price': the label is",
         ),
