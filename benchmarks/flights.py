@@ -20,7 +20,7 @@ from typing import Any
 import torch
 
 from benchmarks.machine import device_name
-from cce_torchrec.train.options import DEFAULT_SPLIT_SEED
+from cce_torchrec.train.parameters import DEFAULT_SPLIT_SEED
 from cce_torchrec.versions import installed_versions
 
 METHODS = ("full", "cce", "ce", "hash")

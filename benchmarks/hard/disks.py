@@ -170,12 +170,12 @@ def files() -> list[dict[str, Any]]:
         collection = SPEC.model().collection
         served = inference_collection(collection, data_type="fp32")
         key = served.keys[0]
-        history = [{"epoch": epoch, "val_auc": 0.5} for epoch in range(20_000)]
+        lines = [{"kind": "epoch", "step": 0, "epoch": n, "val_auc": 0.5} for n in range(20_000)]
         writers: dict[str, Callable[[], object]] = {
             "export": lambda: save_inference(served, folder / "export"),
             "vectors.npy": lambda: write_vectors(served, key, folder / "vectors.npy"),
             "vectors.parquet": lambda: write_vectors(served, key, folder / "vectors.parquet"),
-            "metrics": lambda: Records(history=history).write_metrics(folder),
+            "metrics": lambda: Records(lines=lines).write_metrics(folder),
             "vocabulary": lambda: _vocabulary(folder),
         }
         for fault_name, fault in (

@@ -6,6 +6,7 @@ after the blocks of another page, `<!-- test: skip, reason -->` not the block th
 """
 
 import contextlib
+import importlib
 import importlib.util
 import io
 import os
@@ -94,6 +95,13 @@ def check_program(words):
     assert importlib.util.find_spec(module) is not None, f"no module {module}"
     if module == "cce_torchrec.train":
         options.parse([word for word in arguments if word not in ("[", "]")])
+
+
+def test_benchmarks_find_what_they_import():
+    for file in sorted((ROOT / "benchmarks").rglob("*.py")):
+        if file.stem != "__main__":
+            name = ".".join(file.relative_to(ROOT).with_suffix("").parts)
+            importlib.import_module(name.removesuffix(".__init__"))
 
 
 @pytest.mark.parametrize("page", named(p for p in PAGES if any(commands(p))))
