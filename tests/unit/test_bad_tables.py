@@ -161,6 +161,15 @@ def test_quotes_that_go_on_over_the_end_of_a_line(tmp_path, name, row, item):
     refused(path, tmp_path, f"{name}, row {row}: a quote is not closed in its line")
 
 
+@pytest.mark.parametrize("row", [1, 57, 350])
+def test_a_quote_that_leaves_too_few_values(tmp_path, row):
+    path = written(tmp_path, "a.csv", frame(350))
+    lines = path.read_text().splitlines()
+    lines[row] = '"' + lines[row]  # which makes one value of the whole line, and of more
+    path.write_text("\n".join(lines) + "\n")
+    refused(path, tmp_path, f"a.csv, row {row}: a quote is not closed in its line")
+
+
 def test_quotes_inside_of_values(tmp_path):
     items = ["plain", '"with ""two"""', '"a, comma"', '5" screen', '""'] * 70
     lines = [f"{i % 2},1,2,{i},{item}" for i, item in enumerate(items)]

@@ -23,6 +23,7 @@ from cce_torchrec.checkpoint.saved_table import SavedTable
 from cce_torchrec.chunk_order import first_chunk, first_chunks, rotated, unrotated
 from cce_torchrec.clustering import import_table
 from cce_torchrec.inference import inference_collection, plain_collection, vectors_of
+from cce_torchrec.inference.collection import lookup_type
 from cce_torchrec.planning.table_file import read_tables, tables_yaml
 
 RANGES = {"f": range(100, 140), "g": range(0, 40), "h": range(40, 100), "twin": range(100, 140)}
@@ -107,10 +108,12 @@ def test_served_alone_and_as_plain_tables(lookup):
     served, others = (
         inference_collection(one, data_type="fp32", lookup=lookup) for one in (rotating, plain)
     )
-    ids = torch.arange(40)
-    for name in RANGES:
+    ids, bags = torch.arange(40), torch.ones(40, dtype=torch.int64)
+    for number, name in enumerate(served.keys):
         expected = turned(vectors_of(others, name, ids), name)
         assert torch.equal(vectors_of(served, name, ids), expected)
+        alone = lookup_type(lookup)(served.packed.only(number))
+        torch.testing.assert_close(alone(ids, bags), expected)
     full, expected = plain_collection(rotating)(a_batch()), rotating(a_batch())
     for name in RANGES:  # one table of two features: the output has them side by side
         torch.testing.assert_close(full[name], expected[name])
