@@ -1,7 +1,9 @@
 """What a commit is checked by, and what `./run.sh` offers."""
 
+import os
 import re
 import subprocess
+import sys
 from pathlib import Path
 
 import yaml
@@ -25,3 +27,15 @@ def test_an_unknown_command_is_told_what_there_is():
     assert done.returncode == 2
     offered = "demo|test|setup|wheel [--suite]|sanitize"
     assert done.stderr == f"usage: ./run.sh {offered}\n"
+
+
+def test_compiled_python_is_kept_whatever_a_container_says():
+    before_setup = RUN.partition("\nsetup()")[0]
+    told = "import sys; print(sys.dont_write_bytecode, sys.pycache_prefix)"
+    environment = {**os.environ, "PYTHONDONTWRITEBYTECODE": "1"}
+    environment.pop("PYTHONPYCACHEPREFIX", None)
+    done = subprocess.run(
+        ["bash", "-c", f'{before_setup}\n"{sys.executable}" -c "{told}"', ROOT / "run.sh"],
+        capture_output=True, text=True, env=environment,
+    )  # fmt: skip
+    assert done.stdout == f"False {ROOT / '.venv' / 'pycache'}\n", done.stderr
